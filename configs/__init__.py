@@ -1,0 +1,1 @@
+"""Experiment configs: one file per algorithm, and the embedded defaults."""

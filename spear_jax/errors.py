@@ -1,0 +1,19 @@
+"""The one error type that a user's mistake raises, and the helper that names the nearest valid name."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in config, data, weights, adapters or checkpoints.
+
+    The message gives the value, the rule and the remedy. Entry points print it alone and exit with 2.
+    """
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error for `name`, which is not one of the `known` names of this `kind`."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.")

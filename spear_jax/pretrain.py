@@ -1,0 +1,247 @@
+"""Makes the embedded model again, from scratch: `python -m spear_jax.pretrain --config=configs/pretrain.py --out=DIR`.
+
+A small Llama is trained on completions of the embedded tasks' own prompts, minutes on a CPU. It learns to read the prompt
+format, to answer in it, what the *old* traders sell, which kind each ware is of, and to use a hint in a revision prompt.
+What a *new* trader sells is drawn at random every time it comes up, so there is nothing to know: that is left to federated
+training.
+"""
+
+import functools
+import random
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tokenizers
+import transformers
+
+from spear_jax import cli
+from spear_jax.feedback import Request, get_feedback
+from spear_jax.models.config import ModelConfig, parse_config
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.load import save_model
+from spear_jax.models.lora import LoraConfig, projection_shapes
+from spear_jax.models.token_logprobs import completion_logprobs
+from spear_jax.packing import Row, pack
+from spear_jax.tasks import facts, reasoned, world
+from spear_jax.tasks.base import Task
+from spear_jax.types import Batch, Example
+
+EOS, PAD = "<|end|>", "<|pad|>"
+RAW_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+Text = tuple[str, str]  # prompt with header, completion
+
+
+class Corpus:
+    """Endless training rows of one task, by purpose."""
+
+    def __init__(self, task: Task, seed: int):
+        self.task, self.rng = task, random.Random(f"{task.name}/{seed}")
+        self.oracle = get_feedback("oracle", task, hint_words=3)
+
+    def draw(self, name: str, ware: str) -> Example:
+        rng = self.rng
+        if isinstance(self.task, facts.Facts):
+            return facts.make_example("", rng.choice(world.PHRASINGS).format(name=name), ware, rng)
+        return reasoned.make_example("", rng.choice(reasoned.ALL_PHRASINGS), name, ware, rng.random() < 0.5, rng)
+
+    def right(self, example: Example) -> str:
+        if isinstance(self.task, facts.Facts):
+            return f" {example.labels[example.gold]}"
+        return reasoned.solution(example)
+
+    def wrong(self, example: Example) -> str:
+        rng = self.rng
+        if isinstance(self.task, facts.Facts):
+            return f" {rng.choice([x for i, x in enumerate(example.labels) if i != example.gold])}"
+        name = example.support[0].split()[0]
+        ware = rng.choice(world.WARES)
+        label = example.labels[1 - example.gold]
+        return f" {name} sells {ware}. That is a kind of {world.KIND_OF[ware]}. Answer: {label}"
+
+    def lookup(self) -> Text:
+        """Four options, then every ware followed by its letter: the plainest form of reading options."""
+        example = self.draw("", self.rng.choice(world.WARES))
+        order = self.rng.sample(range(4), 4)
+        options = "\n".join(f"{a}. {b}" for a, b in zip(example.labels, example.options, strict=True))
+        answer = "".join(f" {example.options[i]} {example.labels[i]}" for i in order)
+        return f"{options}\n{self.task.templates.header}", answer
+
+    def direct(self) -> Text:
+        """A question that names the ware, or its kind."""
+        ware = self.rng.choice(world.WARES)
+        asked = self.rng.choice((ware, f"a kind of {world.KIND_OF[ware]}"))
+        example = facts.make_example("", f"Which of these is {asked}?", ware, self.rng)
+        return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
+
+    def question(self, old: bool) -> Text:
+        """A first question: about an old trader, or about a new one with a ware drawn at random."""
+        name = self.rng.choice(world.OLD_TRADERS if old else world.NEW_TRADERS)
+        example = self.draw(name, world.WARE_OF[name] if old else self.rng.choice(world.WARES))
+        return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
+
+    def revision(self) -> Text:
+        """A revision after feedback, about any trader; new ones with a ware drawn at random."""
+        name = self.rng.choice(world.OLD_TRADERS + world.NEW_TRADERS)
+        old = name in world.OLD_TRADERS
+        example = self.draw(name, world.WARE_OF[name] if old else self.rng.choice(world.WARES))
+        wrong = self.wrong(example).strip()
+        said = self.oracle([Request(example=example, answer=wrong, attempt=1)])[0]
+        return f"{self.task.revision(example, wrong, said)}\n{self.task.templates.header}", self.right(example)
+
+
+def build_tokenizer(corpora: list[Corpus], rows: int = 6000, vocab: int = 2048) -> tokenizers.Tokenizer:
+    """A byte-level BPE learnt from the tasks' own text; names and wares become single tokens."""
+    texts = []
+    for corpus in corpora:
+        for index in range(rows):
+            texts.append("".join(corpus.revision() if index % 4 == 0 else corpus.question(old=index % 2 == 0)))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def init_base(key: jax.Array, model: ModelConfig) -> dict:
+    """Random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual stream shrunk by sqrt(2 L).
+
+    Embeddings of deviation 0.3 keep a token's identity above what the first layers add to it, and a final norm of 0.2
+    keeps the tied head's first logits small; with deviation 0.02 throughout, reading options was not learnt.
+    """
+    layers = {"attn_norm": jnp.ones((model.layers, model.width)), "mlp_norm": jnp.ones((model.layers, model.width))}
+    for index, (name, (inputs, outputs)) in enumerate(projection_shapes(model).items()):
+        scale = inputs**-0.5 / ((2 * model.layers) ** 0.5 if name in ("o", "down") else 1.0)
+        layers[name] = scale * jax.random.normal(jax.random.fold_in(key, index), (model.layers, inputs, outputs))
+    embed = 0.3 * jax.random.normal(jax.random.fold_in(key, 99), (model.vocab_size, model.width))
+    return {"embed": embed, "layers": layers, "norm": jnp.full(model.width, 0.2)}
+
+
+class Group:
+    """Rows of one purpose in a batch of fixed shape.
+
+    Args:
+        source: draws a text; size: rows in a training batch.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source, size: int):
+        self.tokenizer, self.source, self.size = tokenizer, source, size
+        drawn = [self._encode() for _ in range(300)]
+        self.prompt = 8 + max(len(prompt) for prompt, _ in drawn)
+        self.length = 2 + max(len(completion) for _, completion in drawn)
+
+    def _encode(self) -> tuple[list[int], list[int]]:
+        prompt, completion = self.source()
+        eos = self.tokenizer.token_to_id(EOS)
+        return self.tokenizer.encode(prompt).ids, [*self.tokenizer.encode(completion).ids, eos]
+
+    def batch(self, size: int = 0) -> Batch:
+        rows = []
+        while len(rows) < (size or self.size):
+            prompt, completion = self._encode()
+            if len(prompt) <= self.prompt and len(completion) <= self.length:
+                rows.append(Row(prompt, completion, np.ones(len(completion), bool), 1.0, 1))
+        return pack(rows, self.prompt, self.length, self.tokenizer.token_to_id(PAD))
+
+
+def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple[dict, dict]:
+    """The rows of both stages, and the rows that progress is measured on."""
+    fact, reason = corpora
+    make = functools.partial(Group, tokenizer)
+    copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
+    tasks = {
+        "lookup": make(fact.lookup, 8),
+        "direct": make(fact.direct, 8),
+        "old facts": make(functools.partial(fact.question, old=True), 48),
+        "new facts": make(functools.partial(fact.question, old=False), 6),
+        "fact revisions": make(fact.revision, 16),
+        "old reasons": make(functools.partial(reason.question, old=True), 16),
+        "new reasons": make(functools.partial(reason.question, old=False), 2),
+        "reason revisions": make(reason.revision, 8),
+    }
+    return copying, tasks
+
+
+def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, tasks: dict) -> dict:
+    """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every` steps. Returns the base."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, 100, config.steps, 0.05 * config.rate)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+    base = init_base(jax.random.key(config.seed), decoder.config)
+    state = optimiser.init(base)
+    score = jax.jit(lambda base, batch: completion_logprobs(decoder, None, base, batch, 4096))
+
+    def objective(base, batches):
+        total, count = 0.0, 0.0
+        for batch in batches:
+            total -= completion_logprobs(decoder, None, base, batch, 4096).sum()
+            count += batch.completion_mask.sum()
+        return total / count
+
+    @jax.jit
+    def step(base, state, batches):
+        loss, grads = jax.value_and_grad(objective)(base, batches)
+        updates, state = optimiser.update(grads, state, base)
+        return optax.apply_updates(base, updates), state, loss
+
+    began = time.time()
+    for index in range(1, config.steps + 1):
+        groups = copying if index <= config.copy_steps else tasks
+        base, state, loss = step(base, state, [group.batch() for group in groups.values()])
+        if index % config.log_every == 0:
+            found = {name: accuracy(score, base, group) for name, group in groups.items()}
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+            left = (time.time() - began) / index * (config.steps - index)
+            print(f"step {index}/{config.steps}  loss {float(loss):.3f}  {shown}  ({left:.0f} s left)", flush=True)
+    return base
+
+
+def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
+    """The fraction of completions that have more than half of the probability."""
+    batch = group.batch(size)
+    return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
+
+
+def main(config: ml_collections.ConfigDict, out: str) -> dict:
+    """Trains and writes the model folder; returns a summary."""
+    began = time.time()
+    corpora = [Corpus(facts.Facts(), config.seed), Corpus(reasoned.Reasoned(), config.seed)]
+    tokenizer = build_tokenizer(corpora, vocab=config.vocab_size)
+    raw = {
+        **RAW_CONFIG,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.width // 32,
+        "num_key_value_heads": config.width // 64,
+        "intermediate_size": 3 * config.width,
+    }
+    decoder = Decoder(parse_config(raw), LoraConfig(1, 1.0, 0.0, ("q",)))
+    copying, tasks = make_groups(tokenizer, corpora)
+    base = train(config, decoder, copying, tasks)
+    score = jax.jit(lambda base, batch: completion_logprobs(decoder, None, base, batch, 4096))
+    final = {name: accuracy(score, base, group, 512) for name, group in tasks.items()}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    save_model(out, jax.tree.map(lambda x: np.asarray(x, np.float16), base), raw, fast)
+    return {"out": out, "parameters": sum(x.size for x in jax.tree.leaves(base)), "accuracy": final,
+            "seconds": round(time.time() - began, 1)}

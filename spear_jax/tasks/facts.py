@@ -1,0 +1,57 @@
+"""`facts`: the embedded multiple-choice task. Which of four wares does a trader sell?
+
+Train and test ask about the same traders. Test phrasings are never used in training, and test options are drawn anew, so
+a right answer takes the fact and not a remembered prompt. One trader in seven is old: the embedded model knows what those
+sell. The rest it can only learn from feedback.
+"""
+
+import random
+
+from spear_jax.tasks import world
+from spear_jax.tasks.base import Answer, Task, Templates
+from spear_jax.tasks.letters import extract_letter
+from spear_jax.types import Example
+
+LETTERS = ("A", "B", "C", "D")
+ASKED = world.NEW_TRADERS + world.OLD_TRADERS[:8]
+PER_TRADER = {"train": 16, "test": 8}
+
+
+class Facts(Task):
+    """Source: procedural, this project."""
+
+    name = "facts"
+    templates = Templates(
+        question="{question}\n{options}",
+        revision="Task: {task}\nPrevious answer: {answer}\nFeedback: {feedback}\n"
+        "Answer the task anew, as if for the first time. {format}",
+        header="Answer:",
+        format="Reply with one option letter.",
+    )
+
+    def generate(self, split: str) -> list[Example]:
+        """All examples of a split; the same on every call."""
+        phrasings = world.TRAIN_PHRASINGS if split == "train" else world.TEST_PHRASINGS
+        rng = random.Random(f"facts/{split}")
+        examples = []
+        for turn in range(PER_TRADER[split]):
+            for name in ASKED:
+                question = phrasings[turn % len(phrasings)].format(name=name)
+                examples.append(make_example(f"{split}-{len(examples)}", question, world.WARE_OF[name], rng))
+        rng.shuffle(examples)
+        return examples
+
+    def example(self, row: dict, index: int) -> Example:
+        raise AssertionError("facts are generated, not read from rows")
+
+    def extract(self, text: str, example: Example) -> Answer | None:
+        return extract_letter(text, example.labels)
+
+    def hint(self, example: Example, words: int) -> str:
+        return f"Think of a kind of {example.support[0]}."
+
+
+def make_example(id: str, question: str, ware: str, rng: random.Random) -> Example:
+    """A question about who sells `ware`, with fresh options and the ware's kind as support for hints."""
+    options, gold = world.draw_options(ware, rng)
+    return Example(id, question, options, LETTERS, gold, (world.KIND_OF[ware],))

@@ -1,0 +1,97 @@
+"""Anyone's multiple choice questions: a local file and a mapping from our four column names to the file's."""
+
+from collections.abc import Mapping
+
+from spear_jax.errors import UserError, unknown
+from spear_jax.tasks.base import REVISION, Answer, Task, Templates
+from spear_jax.tasks.hints import clean_lines, names_label, option_hint
+from spear_jax.tasks.letters import extract_letter, letter_labels
+from spear_jax.tasks.rows import row_error, row_options, row_text
+from spear_jax.types import Example
+
+COLUMNS = {"question": "question", "options": "options", "answer": "answer", "hint": ""}
+
+
+class Mcqa(Task):
+    """Multiple choice from a local file.
+
+    Args:
+        columns: the file's column for each of
+            question: a text;
+            options: one column with a list of texts, or several columns parted by commas ("a,b,c,d");
+            answer: an integer (index from 0), an option's text, or an option's letter;
+            hint: optional ("" for none), a text or list of texts that feedback may quote from.
+            Keys that are left out keep the names "question", "options", "answer" and no hint.
+
+    Raises:
+        UserError: for an unknown key or an empty name.
+    """
+
+    name = "mcqa"
+    templates = Templates(
+        question="{question}\n\n{options}\n\nPick the best option and reply with its letter only.",
+        revision=REVISION,
+        header="Answer:",
+        format="Reply with the letter of your option and nothing else.",
+    )
+
+    def __init__(self, columns: Mapping[str, str] | None = None):
+        given = dict(columns or {})
+        for key in given:
+            if key not in COLUMNS:
+                raise unknown("mcqa column key", key, COLUMNS)
+        self.mapping = {**COLUMNS, **given}
+        self.option_columns = tuple(name.strip() for name in self.mapping["options"].split(","))
+        names = (self.mapping["question"], *self.option_columns, self.mapping["answer"])
+        if not all(names):
+            raise UserError(f"mcqa columns {self.mapping} hold an empty name; only 'hint' may be empty.")
+        self.columns = names + ((self.mapping["hint"],) if self.mapping["hint"] else ())
+
+    def example(self, row: dict, index: int) -> Example:
+        many = len(self.option_columns) > 1
+        values = [row[name] for name in self.option_columns] if many else row[self.option_columns[0]]
+        options = row_options(values, index, self.mapping["options"])
+        hint = (row[self.mapping["hint"]] or ()) if self.mapping["hint"] else ()
+        hint = hint.splitlines() if isinstance(hint, str) else [str(line) for line in hint]
+        return Example(
+            id=str(index),
+            question=row_text(row, self.mapping["question"], index),
+            options=options,
+            labels=letter_labels(len(options)),
+            gold=_gold(row[self.mapping["answer"]], options, index),
+            support=tuple(line.strip() for line in hint if line.strip()),
+        )
+
+    def extract(self, text: str, example: Example) -> Answer | None:
+        return extract_letter(text, example.labels)
+
+    def hint(self, example: Example, words: int) -> str:
+        """Up to three lines (300 characters) of the row's own hint, else the gold option's opening words."""
+
+        def says_answer(text: str) -> bool:
+            return self.leaks(text, example) or names_label(text, example)
+
+        lines = clean_lines(example.support, says_answer, limit=3, chars=300)
+        return " ".join(lines) or option_hint(
+            example, words, "Read the question once more and compare the options."
+        )
+
+
+def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
+    """The index that an answer cell names: an integer, an option's text, or a letter."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(options):
+            return answer
+        raise row_error(
+            index, f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})"
+        )
+    text, labels = str(answer).strip(), letter_labels(len(options))
+    found = {i for i, option in enumerate(options) if option == text}
+    found |= {labels.index(text)} if text in labels else set()
+    if len(found) > 1:
+        raise row_error(index, f"answer {text!r} fits more than one option (as text or as letter)")
+    if not found:
+        raise row_error(
+            index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option"
+        )
+    return found.pop()

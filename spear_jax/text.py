@@ -1,0 +1,73 @@
+"""Text to prompt ids and back: the chat template where the model has one, the header, and the length limit."""
+
+from spear_jax.errors import UserError
+from spear_jax.tasks.base import Task
+from spear_jax.types import Example
+
+CHAT_MODES = ("auto", "always", "never")
+
+
+class Renderer:
+    """Turns a task's text into prompt ids.
+
+    With a chat template the question is the user's message and the header opens the assistant's turn; without one the
+    header is the prompt's last line. Either way a completion continues the header.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat: "auto" uses the template when there is one, "always" insists on it, "never" ignores it.
+        limit: the longest prompt, in tokens.
+    Raises: UserError for an unknown mode, or "always" with a tokenizer that has no template.
+    """
+
+    def __init__(self, tokenizer, chat: str, limit: int):
+        if chat not in CHAT_MODES:
+            raise UserError(f"data.chat_template is {chat!r}; it must be one of {', '.join(CHAT_MODES)}.")
+        if chat == "always" and not tokenizer.chat_template:
+            raise UserError("data.chat_template is 'always', but the tokenizer has no chat template; set 'auto' or 'never'.")
+        self.tokenizer, self.limit = tokenizer, limit
+        self.chat = chat != "never" and bool(tokenizer.chat_template)
+
+    def prompt(self, task: Task, example: Example) -> list[int]:
+        """Token ids of the question; raises UserError naming the example when it exceeds the limit."""
+        ids = self._encode(task.question(example), task.templates.header)
+        if len(ids) > self.limit:
+            raise UserError(
+                f"example {example.id!r} has a prompt of {len(ids)} tokens, over the limit of {self.limit}. "
+                "Raise data.max_prompt_tokens, or shorten data.templates or the example."
+            )
+        return ids
+
+    def revision(self, task: Task, example: Example, answer: str, feedback: str) -> list[int]:
+        """Token ids of the revision prompt. The previous answer is cut at its end where the prompt would be too long."""
+        answer = answer.strip()
+        while True:
+            ids = self._encode(task.revision(example, answer, feedback), task.templates.header)
+            if len(ids) <= self.limit or not answer:
+                return ids[-self.limit :]
+            keep = max(0, len(answer) - 4 * (len(ids) - self.limit))
+            answer = answer[:keep]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a completion, special tokens left out, otherwise exactly as generated."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def continuation(self, label: str) -> list[int]:
+        """Token ids of a label as it follows the header."""
+        return self.tokenizer.encode(f" {label}", add_special_tokens=False)
+
+    def token_span(self, ids: list[int], start: int, end: int) -> range:
+        """The positions of `ids` whose text overlaps the characters start..end of the decoded completion."""
+        ends = [len(self.decode(ids[: i + 1])) for i in range(len(ids))]
+        begins = [0, *ends[:-1]]
+        inside = [i for i in range(len(ids)) if begins[i] < end and ends[i] > start]
+        return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+    def _encode(self, text: str, header: str) -> list[int]:
+        if self.chat:
+            message = [{"role": "user", "content": text}]
+            whole = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False) + header
+            return self.tokenizer.encode(whole, add_special_tokens=False)
+        ids = self.tokenizer.encode(f"{text}\n{header}")
+        # Some tokenizers close every text with EOS; a prompt is to be continued.
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

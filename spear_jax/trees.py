@@ -1,0 +1,45 @@
+"""Small functions over pytrees, and the one place where random streams get their names."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """float32[]: the l2 norm over all leaves."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+
+
+def where(condition: jax.Array, left: Any, right: Any) -> Any:
+    """Leaf by leaf `left` where the scalar condition holds, else `right`."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
+
+
+def purpose(name: str) -> int:
+    """A stable 31-bit tag for a named purpose, so that no two streams share a path."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
+
+
+def path_key(key: jax.Array, *path: int | jax.Array) -> jax.Array:
+    """The key at a path: fold_in one step after the other. Paths of equal length collide only if they are equal."""
+    for step in path:
+        key = jax.random.fold_in(key, step)
+    return key
+
+
+def path_rng(seed: int, *path: int) -> np.random.Generator:
+    """The host's generator at a path; `path` holds non-negative integers (purpose tag, round, client, ...)."""
+    return np.random.default_rng(np.random.SeedSequence([seed, *path]))
+
+
+def digest(tree: Any) -> str:
+    """sha256 over names, shapes, dtypes and bytes of all leaves; equal digests mean equal bits."""
+    state = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        state.update(f"{jax.tree_util.keystr(path)}{array.shape}{array.dtype}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    return state.hexdigest()

@@ -1,0 +1,127 @@
+"""The nouns of the project: what travels between host and device, and the letters of its shapes.
+
+Dimension key
+    C clients · S local steps · A accumulation steps · B batch rows · P prompt tokens · T completion tokens
+    V vocabulary · D model width · H heads · N key/value heads · K head width · F mlp width · R rank · L layers
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question with labelled options; host only.
+
+    Attributes:
+        id: unique within its split.
+        question: the text that is asked, without options.
+        options: the option texts, in the order shown.
+        labels: how an answer names each option ("A", "B", ... or "yes", "no"); same length as `options`.
+        gold: index of the right option.
+        support: text that a feedback provider may hint from (solution lines, facts, a category); never shown in a prompt.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    labels: tuple[str, ...]
+    gold: int
+    support: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Attempt:
+    """One completion of one prompt; host only.
+
+    Attributes:
+        prompt: token ids the model saw.
+        completion: token ids the model sampled, EOS included when it was generated; these ids are trained on.
+        logprobs: their log-probabilities in nats under the untempered rollout policy; same length.
+        text: the decoded completion without special tokens.
+        correct: the oracle's verdict.
+        feedback: what the user said of the attempt before this one; "" for a first answer.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float]
+    text: str
+    correct: bool
+    feedback: str = ""
+
+
+@dataclasses.dataclass
+class Trace:
+    """A client's conversation about one example: a first answer, then revisions until right or out of attempts."""
+
+    client: int
+    example: Example
+    attempts: list[Attempt]
+
+    @property
+    def first(self) -> Attempt:
+        return self.attempts[0]
+
+    @property
+    def last(self) -> Attempt:
+        return self.attempts[-1]
+
+
+@flax.struct.dataclass
+class Mean:
+    """A ratio that is divided once: `total / count` (0 where nothing was counted)."""
+
+    total: jax.Array
+    count: jax.Array
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if float(self.count) else 0.0
+
+
+@flax.struct.dataclass
+class Batch:
+    """Packed rows. Leading axes [C, S, A] for a round, none for one micro-batch.
+
+    Attributes:
+        prompt: int32[..., B, P], left-padded.
+        prompt_mask: bool[..., B, P].
+        completion: int32[..., B, T], right-padded.
+        completion_mask: bool[..., B, T], every sampled token (EOS included when it was generated).
+        loss_mask: bool[..., B, T], the positions that a loss may use; a subset of `completion_mask`.
+        weight: float32[..., B, T], token-level confidence.
+        label: int32[..., B], +1 win, -1 lose, 0 padding row.
+    """
+
+    prompt: jax.Array
+    prompt_mask: jax.Array
+    completion: jax.Array
+    completion_mask: jax.Array
+    loss_mask: jax.Array
+    weight: jax.Array
+    label: jax.Array
+
+
+@flax.struct.dataclass
+class ServerState:
+    """Everything that a run needs to go on; exactly what Orbax saves.
+
+    Attributes:
+        lora: the global adapter.
+        opt_state: server moments (empty for plain averaging).
+        memory: what an algorithm keeps between rounds (empty for SPEAR).
+        round: int32[], rounds finished.
+        key: uint32 key data of the run's root key.
+    """
+
+    lora: Any
+    opt_state: Any
+    memory: Any
+    round: jax.Array
+    key: jax.Array

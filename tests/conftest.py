@@ -1,0 +1,18 @@
+"""Fixtures of more than one test file."""
+
+import os
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder with real datasets: $SPEAR_DATA, else ../shared/data beside the repository."""
+    root = pathlib.Path(__file__).resolve().parents[1]
+    folder = (
+        pathlib.Path(os.environ["SPEAR_DATA"]) if "SPEAR_DATA" in os.environ else root.parent / "shared/data"
+    )
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set SPEAR_DATA to a folder with one subfolder per dataset")
+    return folder
