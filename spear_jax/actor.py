@@ -14,6 +14,7 @@ from spear_jax.text import Renderer
 from spear_jax.types import Attempt, Example, Trace
 
 ROLLOUT = trees.purpose("rollout")
+REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
 
 
 @dataclasses.dataclass
@@ -101,6 +102,32 @@ class Actor:
             for i, prompt, completion in zip(pending, prompts, done, strict=True):
                 traces[i].attempts.append(self._attempt(traces[i].example, prompt, completion, said[i]))
             pending = [i for i in pending if not traces[i].last.correct]
+
+    def rewrite(
+        self, policy: dict, traces: list[Trace], pairs: list[tuple[int, int]], key: jax.Array
+    ) -> dict[int, Attempt | None]:
+        """Rewrites right first answers of wrong form, without feedback.
+
+        Returns: by trace number, the rewrite where it is right and well formed, None where it is not (then the trace gives
+        neither a win nor a lose). Source: SPEAR's published code, its format-fix branch.
+        """
+        chosen = [
+            i
+            for i, trace in enumerate(traces)
+            if trace.first.correct and not self.task.well_formed(trace.first.text, trace.example)
+        ]
+        prompts = [
+            self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
+            for i in chosen
+        ]
+        keys = row_keys(key, [pairs[i] for i in chosen], attempt=REWRITE)
+        done = self.sampler.generate(None, policy, prompts, keys, self.revise)
+        rewrites: dict[int, Attempt | None] = {}
+        for i, prompt, completion in zip(chosen, prompts, done, strict=True):
+            attempt = self._attempt(traces[i].example, prompt, completion, "")
+            whole = attempt.correct and self.task.well_formed(attempt.text, traces[i].example)
+            rewrites[i] = attempt if whole else None
+        return rewrites
 
     def _attempt(self, example, prompt, completion, feedback) -> Attempt:
         text = self.renderer.decode(completion.tokens)

@@ -1,11 +1,19 @@
 """How every entry point starts and ends: one JSON line as the result, one message for a user's mistake."""
 
+import argparse
 import json
+import pathlib
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from spear_jax.errors import UserError
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from spear_jax.config import flatten
+from spear_jax.errors import UserError, unknown
 
 
 def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = None) -> NoReturn:
@@ -25,3 +33,58 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
         sys.exit(2)
     print(json.dumps(result), flush=True)
     sys.exit(0)
+
+
+def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:
+    """An argument parser whose --help shows the module's docstring and examples; flags are never abbreviated."""
+    return argparse.ArgumentParser(
+        prog=f"python -m spear_jax.{program}",
+        description=doc,
+        epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict:
+    """The config of `--config=FILE[:ARG]` with its `--config.a.b=VALUE` overrides.
+
+    Args:
+        args: what the program's own parser left over.
+        default: FILE[:ARG] where --config is not given; "" makes it required.
+    Raises: UserError for an unknown flag, file, field (naming the nearest) or a value of the wrong type.
+    """
+    named = [arg for arg in args if arg.split("=")[0] == "--config"]
+    strange = [arg for arg in args if not arg.startswith("--config")]
+    if strange:
+        raise UserError(f"unknown argument {strange[0]!r}; run with --help for the flags. Config fields are --config.NAME=VALUE.")
+    if not named and not default:
+        raise UserError("no config: give --config=FILE[:ARG], for example --config=configs/quickstart.py.")
+    source = named[-1].partition("=")[2] if named else default
+    file = source.partition(":")[0]
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"no config file {file!r}; give --config=FILE[:ARG], for example --config=configs/quickstart.py.")
+    overrides = [arg for arg in args if arg.split("=")[0] != "--config"]
+    fields = flatten(_load(source, []))
+    for arg in overrides:
+        name = arg.partition("=")[0].removeprefix("--config.")
+        if "=" not in arg:
+            raise UserError(f"{arg!r} has no value; write it as --config.{name}=VALUE.")
+        if name not in fields:
+            raise unknown("config field", name, fields)
+    return _load(source, overrides)
+
+
+def _load(source: str, overrides: list[str]) -> ml_collections.ConfigDict:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+    try:
+        values(["spear_jax", f"--config={source}", *overrides])
+        return values["config"].value
+    except UserError:
+        raise
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"--config={source} {' '.join(overrides)}: {error}") from error

@@ -122,11 +122,16 @@ class Human(Feedback):
             ) from None
 
 
-FEEDBACK: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human": Human}
+def providers() -> dict[str, type[Feedback]]:
+    """The providers by name; `oracle_published` repeats the published code's leaks (A4)."""
+    from spear_jax.tasks.published import PublishedOracle  # it builds on this file
+
+    return {"oracle": Oracle, "none": Silent, "human": Human, "oracle_published": PublishedOracle}
 
 
 def get_feedback(name: str, task: Task, hint_words: int) -> Feedback:
     """Builds the provider of that name; raises UserError for an unknown one."""
-    if name not in FEEDBACK:
-        raise unknown("feedback", name, FEEDBACK)
-    return FEEDBACK[name](task, hint_words)
+    known = providers()
+    if name not in known:
+        raise unknown("feedback", name, known)
+    return known[name](task, hint_words)

@@ -171,14 +171,13 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
     make = functools.partial(Group, tokenizer)
     copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
     tasks = {
-        "lookup": make(fact.lookup, 8),
-        "direct": make(fact.direct, 8),
+        "direct": make(fact.direct, 32),
         "old facts": make(functools.partial(fact.question, old=True), 48),
-        "new facts": make(functools.partial(fact.question, old=False), 6),
+        "new facts": make(functools.partial(fact.question, old=False), 4),
         "fact revisions": make(fact.revision, 16),
-        "old reasons": make(functools.partial(reason.question, old=True), 16),
+        "old reasons": make(functools.partial(reason.question, old=True), 12),
         "new reasons": make(functools.partial(reason.question, old=False), 2),
-        "reason revisions": make(reason.revision, 8),
+        "reason revisions": make(reason.revision, 4),
     }
     return copying, tasks
 

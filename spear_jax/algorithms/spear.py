@@ -74,25 +74,22 @@ class Spear(Algorithm):
             chosen = cohort.rngs(slot, "examples").choice(len(own), size=count, replace=False)
             pairs += [(client, int(own[i])) for i in chosen]
         traces = actor.answer(policy, pairs, key)
-        if self.config.strict_format:
-            raise NotImplementedError
+        rewrites = actor.rewrite(policy, traces, pairs, key) if self.config.strict_format else {}
         actor.revise_until_right(policy, traces, pairs, key)
-        pools = {client: ([], []) for client in cohort.clients}
-        told = []
-        for trace in traces:
-            role, confidence = judge(trace)
-            told.append((trace, role, confidence))
+        pools: dict[int, tuple[list[Row], list[tuple[int, Row]]]] = {client: ([], []) for client in cohort.clients}
+        for number, trace in enumerate(traces):
             wins, loses = pools[trace.client]
-            if trace.last.correct:
-                wins.append(self._row(actor, trace, trace.last, +1, 1.0))
+            winner = rewrites[number] if number in rewrites else trace.last
+            if winner is not None and winner.correct:
+                wins.append(self._row(actor, trace, winner, +1, 1.0))
             if not trace.first.correct:
-                loses.append(self._row(actor, trace, trace.first, -1, self._confidence(trace, confidence)))
-        return self._schedule(cohort, pools, told)
+                loses.append((number, self._row(actor, trace, trace.first, -1, self._confidence(trace))))
+        return self._schedule(cohort, pools, traces)
 
-    def _confidence(self, trace: Trace, fixability: float) -> float:
+    def _confidence(self, trace: Trace) -> float:
         """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability of the first answer."""
         if self.config.confidence == "fixability":
-            return fixability
+            return 1.0 if trace.last.correct else 0.5
         return math.exp(float(np.mean(trace.first.logprobs)))
 
     def _row(self, actor: Actor, trace: Trace, attempt: Attempt, label: int, confidence: float) -> Row:
@@ -119,29 +116,33 @@ class Spear(Algorithm):
             return len(actor.renderer.tokenizer.encode(label, add_special_tokens=False))
         return actor.renderer.token_span(completion, found.start, found.end)
 
-    def _schedule(self, cohort: Cohort, pools: dict, told: list) -> Collected:
+    def _schedule(self, cohort: Cohort, pools: dict, traces: list[Trace]) -> Collected:
         """Caps the loses, draws every micro-step's rows, and weighs the clients."""
         config = self.config
-        rows, weight, active, kept = [], [], [], 0
+        rows, weight, active, kept = [], [], [], set()
         for slot, client in enumerate(cohort.clients):
             wins, loses = pools[client]
             rng = cohort.rngs(slot, "pools")
-            loses = cap_loses(loses, len(wins), config.max_lose_ratio, config.cap, rng)
-            kept += len(loses)
+            capped = cap_loses(loses, len(wins), config.max_lose_ratio, config.cap, rng)
+            kept |= {number for number, _ in capped}
+            lose_rows = [row for _, row in capped]
             active.append(bool(wins))
-            weight.append(float(len(wins)))
-            if not wins and config.skip_weight == "rollouts":
-                weight[-1] = float(sum(trace.client == client for trace, _, _ in told))
+            rollouts = sum(trace.client == client for trace in traces)
+            weight.append(float(rollouts if not wins and config.skip_weight == "rollouts" else len(wins)))
             rows.append(
                 [
                     [
-                        draw(wins, config.batch_size, rng) + draw(loses if wins else [], config.batch_size, rng)
+                        draw(wins, config.batch_size, rng) + draw(lose_rows, config.batch_size, rng)
                         for _ in range(config.accumulation)
                     ]
                     for _ in range(config.steps)
                 ]
             )
-        return Collected(rows, np.array(weight), np.array(active), told, _metrics(told, kept))
+        told = [
+            (trace, role(trace, number in kept), self._confidence(trace)) for number, trace in enumerate(traces)
+        ]
+        metrics = _metrics(traces, sum(len(wins) for wins, _ in pools.values()), len(kept))
+        return Collected(rows, np.array(weight), np.array(active), told, metrics)
 
     def counts(self, batch: Batch, logprobs: jax.Array | None) -> dict[str, jax.Array]:
         active = None if logprobs is None else losses.unlikelihood(logprobs, self.config.margin)[1]
@@ -180,12 +181,11 @@ class Spear(Algorithm):
         )
 
 
-def judge(trace: Trace) -> tuple[str, float]:
-    """A trace's role and confidence: a right first answer is a win; a fixed one gives a win and a lose (1.0); the rest a
-    lose (0.5)."""
+def role(trace: Trace, kept: bool) -> str:
+    """What the first answer of a trace became: a win, a lose, or unused (dropped by the cap)."""
     if trace.first.correct:
-        return "win", 1.0
-    return ("fixed", 1.0) if trace.last.correct else ("lose", 0.5)
+        return "win"
+    return "lose" if kept else "unused"
 
 
 def cap_loses(loses: list, wins: int, ratio: float, how: str, rng: np.random.Generator) -> list:
@@ -230,14 +230,13 @@ def lose_mask(
     return mask & ~np.isin(tokens, protected)
 
 
-def _metrics(told: list, kept: int) -> dict[str, float]:
+def _metrics(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
     """The round's rollout numbers, by the contract's names."""
-    wrong = [trace for trace, role, _ in told if role != "win"]
-    fixed = sum(trace.last.correct for trace in wrong)
+    wrong = [trace for trace in traces if not trace.first.correct]
     return {
-        "rollout/first_accuracy": 1.0 - len(wrong) / max(1, len(told)),
-        "rollout/fixed": fixed / max(1, len(wrong)),
-        "rollout/wins": float(len(told) - len(wrong) + fixed),
-        "rollout/loses": float(kept),
-        "rollout/tokens": float(sum(len(a.completion) for trace, _, _ in told for a in trace.attempts)),
+        "rollout/first_accuracy": 1.0 - len(wrong) / max(1, len(traces)),
+        "rollout/fixed": sum(trace.last.correct for trace in wrong) / max(1, len(wrong)),
+        "rollout/wins": float(wins),
+        "rollout/loses": float(loses),
+        "rollout/tokens": float(sum(len(a.completion) for trace in traces for a in trace.attempts)),
     }

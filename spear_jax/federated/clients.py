@@ -164,20 +164,18 @@ def train_cohort(
     Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C].
     """
 
-    def chunk(sums, xs):
-        batch, keys, weight, active = xs
-        update = functools.partial(local_update, algorithm, decoder, config, start, base)
-        lora, means = jax.vmap(update, in_axes=(0, 0, None))(batch, jax.random.wrap_key_data(keys), rate)
-        lora = jax.tree.map(
-            lambda new, old: jnp.where(active.reshape(-1, *[1] * old.ndim), new, old), lora, start
-        )
-        total = jax.tree.map(lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora)
-        means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
-        return (total, sums[1] + weight.sum()), means
+    def device(rate, start, base, *per_client):
+        def chunk(sums, xs):
+            batch, keys, weight, active = xs
+            update = functools.partial(local_update, algorithm, decoder, config, start, base)
+            lora, means = jax.vmap(update, in_axes=(0, 0, None))(batch, jax.random.wrap_key_data(keys), rate)
+            lora = jax.tree.map(lambda x, old: jnp.where(active.reshape(-1, *[1] * old.ndim), x, old), lora, start)
+            total = jax.tree.map(lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora)
+            means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
+            return (total, sums[1] + weight.sum()), means
 
-    def device(start_, base_, *per_client):
         split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])  # noqa: E731
-        zero = (jax.tree.map(jnp.zeros_like, start_), jnp.float32(0))
+        zero = (jax.tree.map(jnp.zeros_like, start), jnp.float32(0))
         sums, means = jax.lax.scan(chunk, zero, jax.tree.map(split, per_client))
         return jax.lax.psum(sums, "clients"), jax.tree.map(lambda x: x.reshape(-1), means)
 
@@ -185,11 +183,11 @@ def train_cohort(
     run = jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(Spec(), Spec(), clients, clients, clients, clients),
+        in_specs=(Spec(), Spec(), Spec(), clients, clients, clients, clients),
         out_specs=((Spec(), Spec()), clients),
         check_vma=False,
     )
-    (total, mass), means = run(start, base, batches, keys, weight, active)
+    (total, mass), means = run(rate, start, base, batches, keys, weight, active)
     return total, mass, means
 
 

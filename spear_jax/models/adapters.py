@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, projection_shapes
+from spear_jax.models.shards import write_safetensors
 from spear_jax.models.weights import MODULES
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,8 +36,20 @@ _UNSUPPORTED = (
     "layer_replication",
     "trainable_token_indices",
     "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
 )
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # the other schemes change the base weights
+_PLAIN_INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # the other schemes change the base weights
 
 
 def save_adapter(
@@ -61,7 +73,7 @@ def save_adapter(
         for side, stack in (("A", np.asarray(pair["a"])), ("B", np.asarray(pair["b"]))):
             for number, matrix in zip(numbers, stack, strict=True):
                 tensors[_key(number, target, side)] = np.ascontiguousarray(matrix.T)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_safetensors(folder / WEIGHTS, tensors)
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,7 +105,7 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
     `target_modules` (names, paths, patterns, "all-linear").
 
     Returns: the float32 tree, as from `init_lora`, and its settings.
-    Raises: UserError where the folder is incomplete, the kind of adapter is not plain LoRA, or it does not fit the model.
+    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not fit the model.
     """
     folder = pathlib.Path(folder)
     raw = _read_config(folder)
@@ -103,8 +115,8 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
         match = _KEY.fullmatch(name)
         if match is None or match[2] not in _TARGET_OF:
             raise UserError(
-                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer ({', '.join(MODULES.values())}); "
-                "only adapters on those are supported."
+                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer; only adapters on "
+                f"{', '.join(MODULES.values())} are supported."
             )
         found.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
     if not found:
@@ -125,7 +137,10 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
     for target in lora.targets:
         inputs, outputs = shapes[target]
         sides = {"A": (lora.rank, inputs), "B": (outputs, lora.rank)}
-        pair = {side: [_take(folder, tensors, _key(i, target, side), shape) for i in numbers] for side, shape in sides.items()}
+        pair = {
+            side: [_take(folder, tensors, _key(i, target, side), shape) for i in numbers]
+            for side, shape in sides.items()
+        }
         tree[target] = {"a": _stack(pair["A"]), "b": _stack(pair["B"])}
     return tree, lora
 
@@ -153,13 +168,15 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             raise UserError(f"{file} lacks {name!r}; export the adapter again.")
     for name in _UNSUPPORTED:
         if raw.get(name):
-            raise UserError(f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to plain LoRA.")
+            raise UserError(
+                f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to plain LoRA."
+            )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{file} sets bias={raw['bias']!r}; only 'none' is supported.")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise UserError(
-            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base weights too; convert the "
-            "adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
+            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base weights too; convert "
+            "the adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
         )
     return raw
 
@@ -167,7 +184,11 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     file = folder / WEIGHTS
     if not file.is_file():
-        old = " It holds adapter_model.bin: save it again with safe_serialization." if (folder / "adapter_model.bin").exists() else ""
+        old = (
+            " It holds adapter_model.bin: save it again with safe_serialization."
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise UserError(f"no {WEIGHTS} in {str(folder)!r}.{old}")
     try:
         with safe_open(file, framework="numpy") as reader:
@@ -181,16 +202,19 @@ def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelC
     numbers = set().union(*found.values())
     count = len(numbers)
     if max(numbers) >= model.layers:
-        raise UserError(f"{str(folder)!r} adapts layer {max(numbers)}, but the model has {model.layers}; it is of another model.")
+        raise UserError(
+            f"{str(folder)!r} adapts layer {max(numbers)}, but the model has {model.layers}; it is of another model."
+        )
     if numbers != set(range(model.layers - count, model.layers)):
         raise UserError(
-            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all layers, or the last n, are supported."
+            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all layers, or the last n, "
+            "are supported."
         )
     for target, own in found.items():
         if own != numbers:
             raise UserError(
-                f"{str(folder)!r} has no {MODULES[target]} adapter in layer {min(numbers - own)} but has one in others; every "
-                "adapted layer must have the same targets."
+                f"{str(folder)!r} has no {MODULES[target]} adapter in layer {min(numbers - own)}, unlike others; "
+                "every adapted layer must have the same targets."
             )
     return 0 if count == model.layers else count
 
@@ -201,7 +225,9 @@ def _check_named_targets(folder: pathlib.Path, raw: dict[str, Any], found: dict[
     named = raw.get("target_modules")
     for name in named if isinstance(named, list) else []:
         if name.split(".")[-1] not in held:
-            raise UserError(f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export the adapter again.")
+            raise UserError(
+                f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export the adapter again."
+            )
 
 
 def _take(folder: pathlib.Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:

@@ -68,14 +68,18 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         raise unknown("model family (config.json's model_type)", family, FAMILIES)
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for name in needed:
-        if name not in raw:
-            raise UserError(f"config.json lacks {name!r}, which every {family} model states; fetch the model again.")
+        if not isinstance(raw.get(name), int) or raw[name] < 1:
+            raise UserError(f"config.json's {name!r} is {raw.get(name)!r}, not a count; fetch the model again.")
     if raw.get("use_sliding_window"):
-        raise UserError("config.json asks for sliding-window attention, which is not supported; use a full-attention model.")
+        raise UserError("config.json asks for sliding-window attention, which is not supported; use another model.")
     if raw.get("mlp_bias") or raw.get("hidden_act", "silu") != "silu":
         raise UserError("config.json asks for MLP biases or an activation other than silu, which are not supported.")
     heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UserError(f"config.json's num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}.")
     qwen2 = family == "qwen2"
+    default_head = 128 if family == "qwen3" else raw["hidden_size"] // heads  # transformers' defaults
     theta, scaling = _rope(raw)
     return ModelConfig(
         family=family,
@@ -83,8 +87,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         width=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
         heads=heads,
-        kv_heads=raw.get("num_key_value_heads") or heads,
-        head_width=raw.get("head_dim") or raw["hidden_size"] // heads,
+        kv_heads=kv_heads,
+        head_width=raw.get("head_dim") or default_head,
         mlp_width=raw["intermediate_size"],
         norm_eps=raw.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -106,6 +110,9 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, None
     if kind != "llama3":
         raise UserError(f"config.json's rope type {kind!r} is not supported; supported: default, llama3.")
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if name not in rope:
+            raise UserError(f"config.json's llama3 RoPE scaling lacks {name!r}; fetch the model again.")
     return theta, RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

@@ -140,7 +140,8 @@ def _layer(decoder, weights, pairs, hidden, rotation, visible, cached, key):
         if f"{name}_bias" in weights:
             y = y + weights[f"{name}_bias"]
         if pairs is not None and name in pairs:
-            y = y + _low_rank(decoder.lora, pairs[name], x, None if key is None else jax.random.fold_in(key, _STREAM[name]))
+            stream = None if key is None else jax.random.fold_in(key, _STREAM[name])
+            y = y + _low_rank(decoder.lora, pairs[name], x, stream)
         return y
 
     x = _rms_norm(hidden, weights["attn_norm"], config.norm_eps)

@@ -16,11 +16,10 @@ import gguf
 import numpy as np
 
 from spear_jax.errors import UserError, unknown
-from spear_jax.models.config import ModelConfig, parse_config
+from spear_jax.models.config import FAMILIES, ModelConfig, parse_config
 from spear_jax.models.decoder import rope_frequencies
 from spear_jax.models.gguf_tokenizer import build_tokenizer, special_ids
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -58,8 +57,8 @@ def load_gguf(
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:  # what a cut-off mmap read raises
         raise UserError(f"{str(path)!r} is truncated or no GGUF file ({error}); fetch it again.") from error
     family = meta.get("general.architecture", str)
-    if family not in ARCHITECTURES:
-        raise unknown("GGUF architecture", str(family), ARCHITECTURES)
+    if family not in FAMILIES:
+        raise unknown("GGUF architecture", str(family), FAMILIES)
     raw = _raw_config(meta, family, tensors)
     config = parse_config(raw)
     return (
@@ -94,7 +93,10 @@ class _Metadata:
 
 def _raw_config(meta: _Metadata, family: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The metadata as a config.json."""
-    width, heads = meta.need(f"{family}.embedding_length", int), meta.need(f"{family}.attention.head_count", int)
+    width, heads = (
+        meta.need(f"{family}.embedding_length", int),
+        meta.need(f"{family}.attention.head_count", int),
+    )
     head_width = meta.get(f"{family}.attention.key_length", int) or width // heads
     turned = meta.get(f"{family}.rope.dimension_count", int) or head_width
     if turned != head_width:
@@ -105,7 +107,7 @@ def _raw_config(meta: _Metadata, family: str, tensors: dict[str, Any]) -> dict[s
     if "token_embd.weight" not in tensors:
         raise UserError("the GGUF has no tensor 'token_embd.weight'; fetch a whole model, not an adapter or a part.")
     raw = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family]],
         "model_type": family,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": width,
@@ -154,8 +156,8 @@ class GgufTensors:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(
-                f"{self.where!r}: tensor {name!r} is quantised as {tensor.tensor_type.name}, which is not supported; use "
-                "F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
+                f"{self.where!r}: tensor {name!r} is quantised as {tensor.tensor_type.name}, which is not supported; "
+                "use F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
             ) from error
         if self._config.family == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = _unpermute(values, self._config.heads if ".q_proj." in name else self._config.kv_heads)

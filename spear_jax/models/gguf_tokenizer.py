@@ -11,7 +11,8 @@ from spear_jax.errors import UserError, unknown
 
 # How text is cut before merging. GPT-2's own pattern is built into ByteLevel; the others differ in digits and case.
 _SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _KINDS = {
     "gpt-2": "gpt2",
@@ -35,7 +36,9 @@ class Metadata(Protocol):
 
 def special_ids(meta: Metadata) -> dict[str, int | None]:
     """bos_token_id, eos_token_id and pad_token_id, as config.json would state them."""
-    return {f"{role}_token_id": meta.get(f"tokenizer.ggml.{_ROLES[role]}_token_id", int) for role in ("bos", "eos", "pad")}
+    return {
+        f"{role}_token_id": meta.get(f"tokenizer.ggml.{_ROLES[role]}_token_id", int) for role in ("bos", "eos", "pad")
+    }
 
 
 def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
@@ -57,7 +60,10 @@ def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
     pre = meta.get("tokenizer.ggml.pre", str) or "default"
     if pre not in _KINDS:
         raise unknown("GGUF pre-tokenizer", pre, _KINDS)
-    tokenizer = _byte_level(_KINDS[pre], tokens, merges)
+    try:
+        tokenizer = _byte_level(_KINDS[pre], tokens, merges)
+    except Exception as error:  # tokenizers raises bare Exception for merges of tokens that are not there
+        raise UserError(f"the merges of {where!r} do not fit its tokens ({error}); fetch it again.") from error
     _add_tokens(tokenizer, tokens, meta.get("tokenizer.ggml.token_type", list) or [])
     roles = _role_tokens(meta, tokens, where)
     if meta.get("tokenizer.ggml.add_bos_token", bool) and "bos_token" in roles:

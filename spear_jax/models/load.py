@@ -2,7 +2,7 @@
 
 Weights never pass through torch; host memory holds at most one stacked leaf beside the tree.
 
-Source: the safetensors format (safetensors.safe_open) and Hugging Face's folder layout.
+Source: Hugging Face's folder layout.
 """
 
 import dataclasses
@@ -12,17 +12,15 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig, parse_config, read_config
 from spear_jax.models.gguf import load_gguf
-from spear_jax.models.weights import check_dtype, emit, fill, to_numpy
+from spear_jax.models.shards import INDEX, SINGLE, SafetensorsFolder, write_safetensors
+from spear_jax.models.weights import TensorSource, check_dtype, check_tensors, emit, fill, to_numpy
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-HUB_TIMEOUT = 10.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
+HUB_TIMEOUT = 5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,21 @@ class LoadedModel:
     generation_config: dict[str, Any] | None
 
 
-def load_model(source: str, dtype: str) -> LoadedModel:
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk whose names, shapes and ids were checked; fields as in LoadedModel, the tensors still unread."""
+
+    config: ModelConfig
+    tensors: TensorSource
+    raw_config: dict[str, Any]
+    source: pathlib.Path
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    generation_config: dict[str, Any] | None
+
+
+def load_model(source: str | os.PathLike, dtype: str) -> LoadedModel:
     """Loads a model.
 
     Args:
@@ -59,17 +71,27 @@ def load_model(source: str, dtype: str) -> LoadedModel:
     Raises: UserError, before anything compiles, for every way in which the files cannot make this model.
     """
     check_dtype(dtype)
+    files = open_model(source)
+    base = fill(files.config, files.tensors, dtype)
+    rest = {field.name: getattr(files, field.name) for field in dataclasses.fields(files) if field.name != "tensors"}
+    return LoadedModel(base=base, **rest)
+
+
+def open_model(source: str | os.PathLike) -> ModelFiles:
+    """Everything `load_model` checks, without reading a weight; arguments and errors as there."""
+    source = os.fspath(source)
     if source.endswith(".gguf"):
-        config, raw, generation, tokenizer, tensors = load_gguf(source)
-        path = pathlib.Path(source)
+        path = pathlib.Path(source).expanduser()
+        config, raw, generation, tokenizer, tensors = load_gguf(path)
     else:
         path = find_folder(source)
         config, raw = read_config(path)
         generation = read_generation_config(path)
         tensors = SafetensorsFolder(path)
         tokenizer = load_tokenizer(path)
+    check_tensors(config, tensors)
     eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
-    return LoadedModel(config, fill(config, tensors, dtype), raw, path, tokenizer, eos_ids, pad_id, generation)
+    return ModelFiles(config, tensors, raw, path, tokenizer, eos_ids, pad_id, generation)
 
 
 def find_folder(source: str) -> pathlib.Path:
@@ -87,83 +109,27 @@ def find_folder(source: str) -> pathlib.Path:
     return download(source)
 
 
-def download(repo: str, out: pathlib.Path | None = None) -> pathlib.Path:
-    """Takes a model's JSON, safetensors and tokenizer files from the Hub, or from its cache when it is offline.
+def download(repo: str) -> pathlib.Path:
+    """Takes a model's JSON, safetensors and tokenizer files from the Hub into its cache, or finds them there.
 
-    Args:
-        out: folder to put them in; None keeps them in the Hub's cache.
     Raises: UserError where the Hub is out of reach or does not give the model out.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(repo, local_dir=out, allow_patterns=list(HUB_FILES), etag_timeout=HUB_TIMEOUT)
+        folder = snapshot_download(repo, allow_patterns=list(HUB_FILES), etag_timeout=HUB_TIMEOUT)
     except GatedRepoError as error:
         raise UserError(f"{repo!r} is gated: accept its terms on the Hub and log in (`hf auth login`).") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"the Hub knows no model {repo!r} (or it is private); check the id.") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the network library's, the Hub's and the disk's errors have no common type
         raise UserError(
             f"{repo!r} is no local folder, is not in the Hub's cache, and the Hub cannot be reached "
             f"({str(error).splitlines()[0]}). Give a model folder or a .gguf file, or make one with "
             "`python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`."
         ) from error
     return pathlib.Path(folder)
-
-
-class SafetensorsFolder:
-    """The tensors of a folder: model.safetensors, or the shards that its index names."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.where = str(folder)
-        self._files: dict[str, Any] = {}  # tensor name -> the open file that holds it
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        index = _shard_index(folder)
-        for shard in sorted(set(index.values())) if index else [SINGLE]:
-            self._open(folder / shard)
-        for name, shard in (index or {}).items():
-            if name not in self._files:
-                raise UserError(f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it holds; fetch it again.")
-
-    def _open(self, file: pathlib.Path) -> None:
-        if not file.is_file():
-            raise UserError(f"weight file {str(file)!r} is missing; fetch the model again.")
-        try:
-            reader = safe_open(file, framework="numpy")
-        except SafetensorError as error:
-            raise UserError(f"{str(file)!r} is truncated or damaged ({error}); fetch this file again.") from error
-        for name in reader.keys():  # noqa: SIM118 (safe_open is no dict)
-            view = reader.get_slice(name)
-            if view.get_dtype() not in ("F32", "F16", "BF16"):
-                raise UserError(
-                    f"{str(file)!r}: tensor {name!r} is stored as {view.get_dtype()}; only F32, F16 and BF16 are "
-                    "supported. Use the unquantised model, or a .gguf file."
-                )
-            self._files[name], self._shapes[name] = reader, tuple(view.get_shape())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-
-def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
-    """Tensor name -> shard file, or None for a single file; a single file wins, as in transformers."""
-    if (folder / SINGLE).is_file():
-        return None
-    if not (folder / INDEX).is_file():
-        other = [file.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for file in sorted(folder.glob(pattern))]
-        here = f" It holds {', '.join(other[:3])}." if other else ""
-        raise UserError(
-            f"no {SINGLE} and no {INDEX} in {str(folder)!r}.{here} Give a folder with safetensors weights, or the path "
-            "of a .gguf file itself."
-        )
-    try:
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged ({error!r}); fetch the model again.") from error
 
 
 def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -192,7 +158,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 def end_ids(
     config: ModelConfig, raw: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str
 ) -> tuple[tuple[int, ...], int]:
-    """(eos_ids, pad_id): the union of the tokenizer's, config.json's and generation_config.json's EOS ids, in that order.
+    """(eos_ids, pad_id): the EOS ids of tokenizer, config.json and generation_config.json, in that order, once each.
 
     Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
     """
@@ -238,12 +204,20 @@ def save_model(
     for old in (*folder.glob("model*.safetensors"), folder / INDEX):
         old.unlink(missing_ok=True)
     _save_weights(folder, parse_config(raw_config), base, shard_bytes)
-    tokenizer.save_pretrained(str(folder))
+    _save_tokenizer(folder, tokenizer)
     if generation_config is not None:
         _write_json(folder / "generation_config.json", generation_config)
     kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", "quantization_config")}
     _write_json(folder / "config.json", {**kept, "dtype": base["embed"].dtype.name})
     return folder
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    if raw.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which transformers 4 does not know
+        _write_json(file, {**raw, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _save_weights(folder: pathlib.Path, config: ModelConfig, base: dict, shard_bytes: int) -> None:
@@ -261,7 +235,7 @@ def _save_weights(folder: pathlib.Path, config: ModelConfig, base: dict, shard_b
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {key: to_numpy(leaf, layer, shape) for key, shape, leaf, layer in shard}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        write_safetensors(folder / name, tensors)
         index |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

@@ -52,7 +52,8 @@ def check_lora(lora: LoraConfig, model: ModelConfig) -> None:
             raise unknown("LoRA target", target, TARGETS)
     if not 0 <= lora.last_layers <= model.layers:
         raise UserError(
-            f"lora.last_layers is {lora.last_layers}, but the model has {model.layers} layers; give 0 (all) to {model.layers}."
+            f"lora.last_layers is {lora.last_layers}, but the model has {model.layers} layers; "
+            "give 0 (all) or a number up to that."
         )
 
 

@@ -100,7 +100,7 @@ def fill(config: ModelConfig, source: TensorSource, dtype: str) -> dict:
     Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any is read.
     """
     check_dtype(dtype)
-    check_tensors(config, source)
+    check_tensors(config, source)  # reads headers only
     base: dict = {"layers": {}}
     for place in places(config):
         leaf = np.empty(place.leaf_shape, DTYPES[dtype])
@@ -139,9 +139,9 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     spare = [name for name in found.keys() - wanted.keys() if not _ignorable(name, config)]
     if spare:
         raise UserError(
-            f"{source.where} has {len(spare)} tensors that a {config.family} model with {config.layers} layers does not "
-            f"use, such as {min(spare)!r}. Use the plain model (quantised, adapter-wrapped and multimodal ones are not "
-            "supported), or check config.json."
+            f"{source.where} has {len(spare)} tensors that a {config.family} model with {config.layers} layers does "
+            f"not use, such as {min(spare)!r}. Use the plain model (not a quantised, adapter-wrapped "
+            "or multimodal one), or check config.json."
         )
 
 
@@ -150,7 +150,7 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
     return name.endswith(_BUFFERS) or (config.tied and name == "lm_head.weight")
 
 
-def emit(config: ModelConfig, base: dict) -> Iterator[tuple[str, tuple[int, ...], "jax.typing.ArrayLike", int | None]]:
+def emit(config: ModelConfig, base: dict) -> Iterator[tuple[str, tuple[int, ...], jax.Array, int | None]]:
     """Walks the tree as (Hugging Face name, its shape there, leaf, layer or None); `to_numpy` reads one of them."""
     for place in places(config):
         node = base["layers"] if place.path[0] == "layers" else base
@@ -159,7 +159,7 @@ def emit(config: ModelConfig, base: dict) -> Iterator[tuple[str, tuple[int, ...]
 
 
 def to_numpy(leaf: jax.Array, index: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a leaf on the host, contiguous, in Hugging Face's orientation (transposed where it is stacked 2-D)."""
+    """One tensor of a leaf on the host, contiguous, in Hugging Face's orientation (a layer's matrix transposed)."""
     tensor = np.asarray(leaf if index is None else leaf[index])
     tensor = tensor.T if index is not None and tensor.ndim == 2 else tensor
     assert tensor.shape == shape, (tensor.shape, shape)

@@ -84,6 +84,17 @@ class Task(abc.ABC):
     def hint(self, example: Example, words: int) -> str:
         """One hint sentence towards the right option; never the gold label, never the whole gold option."""
 
+    def generate(self, split: str) -> list[Example] | None:
+        """All examples of a split, for a procedural task; None for one that is read from rows."""
+        return None
+
+    def well_formed(self, text: str, example: Example) -> bool:
+        """Whether the completion has the asked form: the answer ends it and, where only a label is asked for, is all of it."""
+        found = self.extract(text, example)
+        if found is None or text[found.end :].strip(" .\n"):
+            return False
+        return self.scoring == "generate" or not text[: found.start].strip()
+
     def question(self, example: Example) -> str:
         """The question as asked, without the header."""
         options = "\n".join(

@@ -34,6 +34,11 @@ def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> lis
     UserError naming the row (counted from 0, in the file's order) whose content breaks the task's rules."""
     if limit < 0:
         raise UserError(f"example limit {limit} is negative; give 0 for all examples or a count.")
+    generated = task.generate(split)
+    if generated is not None:
+        if path:
+            raise UserError(f"task {task.name!r} makes its own examples, but data.path is {path!r}; leave data.path empty.")
+        return generated[: limit or None]
     rows = _numbered_rows(task, split, path)
     return [task.example(row, index) for index, row in rows[: limit or None]]
 

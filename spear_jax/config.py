@@ -1,0 +1,213 @@
+"""Every field of an experiment, its default and its range. Config files start from `default_config` and change what differs.
+
+A config is read once, when the experiment is built; `check_config` has then refused every value that could not run.
+"""
+
+import ml_collections
+
+from spear_jax.errors import UserError, unknown
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields. Locked: a new or mistyped name is refused."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.task = "facts"  # a key of spear_jax.tasks.TASKS
+    config.model = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
+    config.dtype = "float32"  # of the base: float32 or bfloat16; adapters are float32
+    config.rounds = 10
+    config.record_traces = True  # write every rollout to traces/
+
+    config.algorithm = algorithm = ml_collections.ConfigDict()
+    algorithm.name = "spear"
+    algorithm.preset = "default"  # what the switches below were set from; kept for the record
+    algorithm.win_weight = 1.0  # λ_win
+    algorithm.lose_weight = 0.1  # λ_lose
+    algorithm.margin = 0.3  # ξ: unlikelihood leaves tokens of probability <= ξ alone
+    algorithm.tail = 0  # unlikelihood touches the last N completion tokens only; 0 means all
+    algorithm.skip_math_ops = False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
+    algorithm.max_lose_ratio = 2.0  # at most this many loses per win
+    algorithm.strict_format = False  # rewrite right answers of wrong format; wins only where the rewrite is right
+    algorithm.confidence = "fixability"  # fixability (1.0 fixed, 0.5 else) or model (mean rollout probability)
+    algorithm.confidence_weighting = "per_token"  # per_token, batch_mean, per_trace, normalised
+    algorithm.ul_denominator = "masked"  # masked, or active (only p > ξ)
+    algorithm.answer_window = "span"  # span: the answer's own tokens; last: as many tokens at the end
+    algorithm.skip_weight = "zero"  # aggregation weight of a client without wins: zero, or rollouts (A2)
+    algorithm.cap = "ceil"  # rounding of max_lose_ratio * wins: ceil, or floor (A8)
+    algorithm.retokenise = False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
+
+    config.lora = lora = ml_collections.ConfigDict()
+    lora.rank = 16
+    lora.alpha = 32.0
+    lora.dropout = 0.1
+    lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    lora.last_layers = 0  # adapters in the last n layers; 0 means all
+    lora.init_from = ""  # a PEFT adapter folder to start from
+
+    config.data = data = ml_collections.ConfigDict()
+    data.path = ""  # a file or folder instead of the Hub
+    data.columns = ml_collections.ConfigDict({"question": "", "options": "", "answer": "", "hint": ""})  # task mcqa
+    data.templates = ml_collections.ConfigDict({"question": "", "revision": "", "header": "", "format": ""})
+    data.chat_template = "auto"  # auto, always, never
+    data.max_prompt_tokens = 1024
+    data.train_limit = 0  # first n training examples; 0 means all
+    data.extractor = "bounded"  # or published: upper-casing, without word boundaries (A5)
+
+    config.federation = federation = ml_collections.ConfigDict()
+    federation.num_clients = 10
+    federation.clients_per_round = 5
+    federation.sampling = "uniform"  # or weighted: by number of examples
+    federation.partition = "dirichlet"  # dirichlet, iid, by_label, quantity
+    federation.dirichlet_alpha = 1.0
+    federation.labels_per_client = 1  # by_label
+    federation.min_examples = 10  # dirichlet redraws until every client has as many
+    federation.max_examples_per_client = 0  # 0 means all
+    federation.rule = "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1)
+    federation.server_rate = 1.0
+    federation.beta1 = 0.9
+    federation.beta2 = 0.99
+    federation.tau = 5e-3
+    federation.prox = 0.0  # FedProx's μ
+    federation.clients_at_once = 0  # clients trained together on a device; 0 means all of the round's
+    federation.colliding_streams = False  # A7: client streams keyed by round + client
+
+    config.rollout = rollout = ml_collections.ConfigDict()
+    rollout.examples = 32  # per client and round
+    rollout.max_new_tokens = 64  # first answers
+    rollout.max_new_tokens_revision = 64
+    rollout.temperature = 0.8
+    rollout.top_p = 0.95
+    rollout.top_k = 0  # 0 means all
+    rollout.num_revisions = 2
+    rollout.feedback = "oracle"  # oracle, none, human, oracle_published (A4)
+    rollout.hint_words = 3
+    rollout.max_rows = 64  # rows of one generation batch
+    rollout.segment = 32  # decoding steps between compactions
+
+    config.train = train = ml_collections.ConfigDict()
+    train.steps = 5  # optimiser steps per client and round
+    train.accumulation = 1
+    train.batch_size = 16  # wins, and as many loses, of a micro-batch
+    train.rate = 5e-5
+    train.rate_min = 1e-5
+    train.warmup = True
+    train.warmup_ratio = 0.1
+    train.weight_decay = 0.0
+    train.clip = 1.0
+    train.normalize = "global"  # or micro: mean of micro-batch means
+    train.anchor_weight = 0.0
+    train.anchor_gradient = True  # False: the published anchor, without gradient (A3)
+    train.ema_decay = 0.0
+    train.remat = False  # recompute layers in the backward pass
+    train.head_chunk = 1024  # positions per LM-head block
+
+    config.eval = evaluation = ml_collections.ConfigDict()
+    evaluation.every = 5  # rounds; the first and the last are always evaluated
+    evaluation.method = "auto"  # the task's own; or choice, generate
+    evaluation.limit = 0  # first n test examples; 0 means all
+    evaluation.rows = 32  # questions in one forward pass
+    evaluation.max_new_tokens = 64
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.keep_last = 3
+    checkpoint.keep_best = 1
+    return config.lock()
+
+
+# name -> (lowest, highest, lowest allowed itself, highest allowed itself)
+_RANGES = {
+    "rounds": (1, None),
+    "algorithm.win_weight": (0, None),
+    "algorithm.lose_weight": (0, None),
+    "algorithm.margin": (0, 1),
+    "algorithm.tail": (0, None),
+    "algorithm.max_lose_ratio": (0, None),
+    "data.max_prompt_tokens": (8, None),
+    "data.train_limit": (0, None),
+    "federation.num_clients": (1, None),
+    "federation.clients_per_round": (1, None),
+    "federation.labels_per_client": (1, None),
+    "federation.min_examples": (1, None),
+    "federation.max_examples_per_client": (0, None),
+    "federation.prox": (0, None),
+    "federation.clients_at_once": (0, None),
+    "rollout.examples": (1, None),
+    "rollout.max_new_tokens": (1, None),
+    "rollout.max_new_tokens_revision": (1, None),
+    "rollout.temperature": (0, 10),
+    "rollout.top_k": (0, None),
+    "rollout.num_revisions": (0, None),
+    "rollout.hint_words": (0, None),
+    "rollout.max_rows": (1, None),
+    "rollout.segment": (1, None),
+    "train.steps": (1, None),
+    "train.accumulation": (1, None),
+    "train.batch_size": (1, None),
+    "train.rate_min": (0, None),
+    "train.warmup_ratio": (0, 1),
+    "train.weight_decay": (0, None),
+    "train.anchor_weight": (0, None),
+    "train.head_chunk": (1, None),
+    "eval.every": (1, None),
+    "eval.limit": (0, None),
+    "eval.rows": (1, None),
+    "eval.max_new_tokens": (1, None),
+    "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_best": (0, None),
+}
+_POSITIVE = ("federation.dirichlet_alpha", "rollout.top_p", "train.rate", "train.clip")
+_BELOW_ONE = ("train.ema_decay",)
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "algorithm.confidence": ("fixability", "model"),
+    "algorithm.confidence_weighting": ("per_token", "batch_mean", "per_trace", "normalised"),
+    "algorithm.ul_denominator": ("masked", "active"),
+    "algorithm.answer_window": ("span", "last"),
+    "algorithm.skip_weight": ("zero", "rollouts"),
+    "algorithm.cap": ("ceil", "floor"),
+    "data.chat_template": ("auto", "always", "never"),
+    "data.extractor": ("bounded", "published"),
+    "federation.sampling": ("uniform", "weighted"),
+    "federation.partition": ("dirichlet", "iid", "by_label", "quantity"),
+    "train.normalize": ("global", "micro"),
+    "eval.method": ("auto", "choice", "generate"),
+}
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a value out of range or not among its choices: the value, the rule, the remedy."""
+    flat = flatten(config)
+    for name, (low, high) in _RANGES.items():
+        value = flat[name]
+        if value < low or (high is not None and value > high):
+            rule = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"{name} is {value}; it must be {rule}. Set --config.{name}.")
+    for name in _POSITIVE:
+        if not flat[name] > 0:
+            raise UserError(f"{name} is {flat[name]}; it must be positive. Set --config.{name}.")
+    for name in _BELOW_ONE:
+        if not 0 <= flat[name] < 1:
+            raise UserError(f"{name} is {flat[name]}; it must lie in [0, 1). Set --config.{name}.")
+    if flat["rollout.top_p"] > 1:
+        raise UserError(f"rollout.top_p is {flat['rollout.top_p']}; it must lie in (0, 1]. Set --config.rollout.top_p.")
+    for name, known in _CHOICES.items():
+        if flat[name] not in known:
+            raise unknown(f"value of {name}:", str(flat[name]), known)
+    if flat["federation.clients_per_round"] > flat["federation.num_clients"]:
+        raise UserError(
+            f"federation.clients_per_round is {flat['federation.clients_per_round']}, but there are "
+            f"{flat['federation.num_clients']} clients; ask for at most that many, or raise federation.num_clients."
+        )
+    if flat["train.rate_min"] > flat["train.rate"]:
+        raise UserError(f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; lower it.")
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
+    """{"a.b": value} of all leaves; tuples become lists, as JSON has them."""
+    flat: dict[str, object] = {}
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat

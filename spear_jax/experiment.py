@@ -1,0 +1,292 @@
+"""From a config to everything a run needs, with every check made before anything compiles."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from spear_jax import config as configs
+from spear_jax import partition, trees
+from spear_jax.actor import Actor, Cohort
+from spear_jax.algorithms import ALGORITHMS, build_algorithm
+from spear_jax.algorithms.base import Algorithm
+from spear_jax.errors import UserError, unknown
+from spear_jax.federated import clients, server
+from spear_jax.federated.evaluate import Evaluator
+from spear_jax.feedback import get_feedback
+from spear_jax.models import adapters
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.load import LoadedModel, load_model
+from spear_jax.models.lora import LoraConfig, check_lora, init_lora
+from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.tasks import get_task
+from spear_jax.tasks.published import extract_loosely
+from spear_jax.tasks.rows import load_examples
+from spear_jax.text import Renderer
+from spear_jax.types import ServerState
+
+TINY = pathlib.Path(__file__).parent / "assets" / "tiny"
+LORA_INIT = trees.purpose("lora init")
+COHORT = trees.purpose("cohort")
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A built experiment: the frozen parts. What changes from round to round is `ServerState`.
+
+    Attributes:
+        parts: for each client, the positions of its examples in `actor.examples`.
+        prompt_length: P of training batches, the longest training prompt.
+        completion_length: T of training batches.
+        adapter: what round 1 starts from; None is a new adapter.
+    """
+
+    config: ml_collections.ConfigDict
+    model: LoadedModel
+    decoder: Decoder
+    mesh: Mesh
+    actor: Actor
+    algorithm: Algorithm
+    evaluator: Evaluator
+    parts: list[np.ndarray]
+    local: clients.LocalConfig
+    server: server.ServerConfig
+    prompt_length: int
+    completion_length: int
+    adapter: dict | None
+
+    def initial_state(self) -> ServerState:
+        """The server before round 1."""
+        key = jax.random.key(self.config.seed)
+        lora = self.adapter
+        if lora is None:
+            lora = init_lora(jax.random.fold_in(key, LORA_INIT), self.decoder.lora, self.model.config)
+        return server.init_server(self.server, lora, {}, key)
+
+    def on_devices(self, tree: Any) -> Any:
+        """A tree of host arrays on every device of the mesh."""
+        return clients.replicate(tree, self.mesh)
+
+    def cohort(self, round: int) -> Cohort:
+        """This round's clients and their host-side random streams; a function of (seed, round) alone."""
+        fed, seed = self.config.federation, self.config.seed
+        sizes = np.array([len(part) for part in self.parts], float)
+        rng = trees.path_rng(seed, COHORT, round)
+        chosen = server.sample_cohort(fed.num_clients, fed.clients_per_round, sizes, fed.sampling, rng)
+
+        def rngs(slot: int, name: str) -> np.random.Generator:
+            client = chosen[slot]
+            path = (round + client,) if fed.colliding_streams else (round, client)
+            return trees.path_rng(seed, trees.purpose(name), *path)
+
+        return Cohort(round, chosen, [self.parts[c] for c in chosen], rngs)
+
+    def rate(self, round: int) -> float:
+        train = self.config.train
+        return server.round_rate(
+            round, self.config.rounds, train.rate, train.rate_min, train.warmup_ratio, train.warmup
+        )
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+    """Builds an experiment; raises UserError for every mistake that can be known before compiling."""
+    configs.check_config(config)
+    if config.algorithm.name not in ALGORITHMS:
+        raise unknown("algorithm", config.algorithm.name, ALGORITHMS)
+    task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
+    if config.data.extractor == "published":
+        task.extract = extract_loosely
+    train_set = load_examples(task, "train", config.data.path, config.data.train_limit)
+    test_set = load_examples(task, "test", config.data.path, config.eval.limit)
+    parts = split_clients(config, train_set)
+    model = load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype)
+    decoder = Decoder(model.config, _lora_config(config, model), config.train.remat)
+    mesh = clients.make_mesh()
+    devices, place = mesh.size, functools.partial(clients.shard_rows, mesh=mesh)
+    renderer = Renderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
+    used = sorted({int(i) for part in parts for i in part})
+    prompts: list[list[int]] = [[] for _ in train_set]
+    for index in used:
+        prompts[index] = renderer.prompt(task, train_set[index])
+    sampler = Sampler(decoder, place, devices)
+    first, revise, greedy = _sampling(config, model)
+    actor = Actor(
+        task=task,
+        renderer=renderer,
+        sampler=sampler,
+        feedback=get_feedback(config.rollout.feedback, task, config.rollout.hint_words),
+        examples=train_set,
+        prompts=prompts,
+        first=first,
+        revise=revise,
+        num_revisions=config.rollout.num_revisions,
+    )
+    evaluator = Evaluator(
+        task=task,
+        renderer=renderer,
+        decoder=decoder,
+        sampler=sampler,
+        examples=test_set,
+        prompts=[renderer.prompt(task, example) for example in test_set],
+        method=task.scoring if config.eval.method == "auto" else config.eval.method,
+        sampling=greedy,
+        rows=config.eval.rows,
+        place=place,
+        devices=devices,
+    )
+    model = dataclasses.replace(model, base=clients.replicate(model.base, mesh))
+    return Experiment(
+        config=config,
+        model=model,
+        decoder=decoder,
+        mesh=mesh,
+        actor=actor,
+        algorithm=build_algorithm(config, task, model),
+        evaluator=evaluator,
+        parts=parts,
+        local=_local_config(config, devices),
+        server=_server_config(config),
+        prompt_length=-(-max(len(prompts[i]) for i in used) // 8) * 8,
+        completion_length=max(first.max_new_tokens, revise.max_new_tokens) + int(config.algorithm.retokenise),
+        adapter=_start_adapter(config, decoder),
+    )
+
+
+def split_clients(config: ml_collections.ConfigDict, examples: list) -> list[np.ndarray]:
+    """The examples of each client, as positions in the training set."""
+    fed = config.federation
+    return partition.partition(
+        np.array([example.gold for example in examples]),
+        fed.num_clients,
+        fed.partition,
+        config.seed,
+        alpha=fed.dirichlet_alpha,
+        min_size=fed.min_examples,
+        max_examples_per_client=fed.max_examples_per_client,
+        labels_per_client=fed.labels_per_client,
+    )
+
+
+def _lora_config(config: ml_collections.ConfigDict, model: LoadedModel) -> LoraConfig:
+    settings = config.lora
+    lora = LoraConfig(settings.rank, settings.alpha, settings.dropout, tuple(settings.targets), settings.last_layers)
+    check_lora(lora, model.config)
+    return lora
+
+
+def _start_adapter(config: ml_collections.ConfigDict, decoder: Decoder) -> dict | None:
+    """The adapter of lora.init_from, checked against the config's own settings."""
+    folder = config.lora.init_from
+    if not folder:
+        return None
+    tree, found = adapters.load_adapter(folder, decoder.config)
+    for name in ("rank", "alpha", "targets", "last_layers"):
+        there, wanted = getattr(found, name), getattr(decoder.lora, name)
+        if name == "targets":
+            there, wanted = tuple(sorted(there)), tuple(sorted(wanted))
+        if there != wanted:
+            raise UserError(
+                f"the adapter {folder!r} has {name} {there}, but lora.{name} is {wanted}; "
+                f"set --config.lora.{name} to the adapter's, or leave lora.init_from empty."
+            )
+    return tree
+
+
+def _prompt_limit(config: ml_collections.ConfigDict, model: LoadedModel) -> int:
+    longest = max(
+        config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision, config.eval.max_new_tokens
+    )
+    room = model.config.max_positions - longest
+    if room < 8:
+        raise UserError(
+            f"completions of {longest} tokens leave no room for prompts in the model's {model.config.max_positions} "
+            "positions; lower rollout.max_new_tokens, rollout.max_new_tokens_revision or eval.max_new_tokens."
+        )
+    return min(config.data.max_prompt_tokens, room)
+
+
+def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[SamplingConfig, ...]:
+    """How first answers, revisions and greedy evaluations are drawn."""
+    rollout = config.rollout
+    first = SamplingConfig(
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        eos_ids=model.eos_ids,
+        pad_id=model.pad_id,
+        segment=rollout.segment,
+        max_rows=rollout.max_rows,
+    )
+    revise = dataclasses.replace(first, max_new_tokens=rollout.max_new_tokens_revision)
+    greedy = dataclasses.replace(first, temperature=0.0, max_new_tokens=config.eval.max_new_tokens)
+    return first, revise, greedy
+
+
+def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.LocalConfig:
+    train, fed = config.train, config.federation
+    return clients.LocalConfig(
+        clients_at_once=fed.clients_at_once or -(-fed.clients_per_round // devices),
+        normalize=train.normalize,
+        clip=train.clip,
+        weight_decay=train.weight_decay,
+        anchor_weight=train.anchor_weight,
+        anchor_gradient=train.anchor_gradient,
+        prox=fed.prox,
+        ema_decay=train.ema_decay,
+        head_chunk=train.head_chunk,
+    )
+
+
+def _server_config(config: ml_collections.ConfigDict) -> server.ServerConfig:
+    fed = config.federation
+    settings = server.ServerConfig(fed.rule, fed.server_rate, fed.beta1, fed.beta2, fed.tau)
+    server.check_server(settings)
+    return settings
+
+
+def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -> tuple[pathlib.Path, bool]:
+    """Makes or checks the run folder.
+
+    Args: resume: "auto" goes on where a run of the same config stopped, "never" insists on a new folder, "must" on an old.
+    Returns: the folder; whether it holds an earlier run of this config.
+    Raises: UserError for a folder of another config (naming the keys that differ), or against the resume mode.
+    """
+    if resume not in ("auto", "never", "must"):
+        raise unknown("resume mode", resume, ("auto", "never", "must"))
+    folder = pathlib.Path(workdir)
+    file = folder / "config.json"
+    if file.exists():
+        if resume == "never":
+            raise UserError(f"{workdir} holds a run already; give a new --workdir, or --resume=auto to go on.")
+        old, flat = configs.flatten(read_run_config(folder)), configs.flatten(config)
+        differing = sorted(name for name in old.keys() | flat.keys() if old.get(name) != flat.get(name))
+        if differing:
+            changes = ", ".join(f"{name} ({old.get(name)} there, {flat.get(name)} now)" for name in differing)
+            raise UserError(f"{workdir} holds a run of another config; differing: {changes}. Give a new --workdir.")
+        return folder, True
+    if resume == "must":
+        raise UserError(f"--resume=must, but {workdir} holds no run; check --workdir, or use --resume=auto.")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    os.replace(temporary, file)
+    return folder, False
+
+
+def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """The resolved config of a run folder; raises UserError where there is none."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
+    try:
+        return ml_collections.ConfigDict(json.loads(file.read_text())).lock()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error

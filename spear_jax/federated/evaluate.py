@@ -1,0 +1,164 @@
+"""Accuracy on held-out examples: by the likelihood of the answer's label, or by greedy generation.
+
+When all labels of the examples share every token but the last (" A", " B", ...), one forward pass per question gives all
+labels' scores; otherwise each label's whole continuation is scored.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax.models.decoder import Decoder, head_weight, prefill
+from spear_jax.models.token_logprobs import completion_logprobs
+from spear_jax.packing import Row, pack
+from spear_jax.sampling import Sampler, SamplingConfig, length_bucket, row_bucket
+from spear_jax.tasks.base import Task
+from spear_jax.text import Renderer
+from spear_jax.types import Example
+
+METHODS = ("auto", "choice", "generate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """correct / count, and how it was found."""
+
+    correct: int
+    count: int
+    method: str
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.count
+
+    @property
+    def stderr(self) -> float:
+        """The binomial standard error sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.value * (1 - self.value) / self.count)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % score interval, which stays inside [0, 1]."""
+        z, n, p = 1.959963984540054, self.count, self.value
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """A fixed set of questions, rendered once.
+
+    Attributes:
+        prompts: token ids of each question.
+        method: "choice" or "generate".
+        sampling: greedy settings for "generate".
+        rows: questions in one forward pass.
+        place: puts an array with a leading row axis on the devices; devices: their number.
+        report: called with the number of questions finished.
+    """
+
+    task: Task
+    renderer: Renderer
+    decoder: Decoder
+    sampler: Sampler
+    examples: list[Example]
+    prompts: list[list[int]]
+    method: str
+    sampling: SamplingConfig
+    rows: int
+    place: Callable = jnp.asarray
+    devices: int = 1
+    report: Callable[[int], None] = lambda count: None
+
+    def __call__(self, policy: dict, lora: dict | None = None) -> Accuracy:
+        """Accuracy of a policy (adapter merged), or of a base with an adapter beside it."""
+        if self.method == "generate":
+            right = self._generate(policy, lora)
+        else:
+            right = np.argmax(self.choice_scores(policy, lora), axis=1) == [e.gold for e in self.examples]
+        return Accuracy(int(np.sum(right)), len(self.examples), self.method)
+
+    def _generate(self, policy, lora) -> list[bool]:
+        keys = np.zeros((len(self.prompts), 2), np.uint32)  # greedy: never read
+        done = self.sampler.generate(lora, policy, self.prompts, keys, self.sampling, self.report)
+        texts = [self.renderer.decode(completion.tokens) for completion in done]
+        return [self.task.grade(text, example) for text, example in zip(texts, self.examples, strict=True)]
+
+    def choice_scores(self, policy: dict, lora: dict | None = None) -> np.ndarray:
+        """float32[N, options]: log p(label | prompt), −inf where a question has fewer options."""
+        labels = sorted({label for example in self.examples for label in example.labels})
+        ids = {label: self.renderer.continuation(label) for label in labels}
+        shared = {tuple(tokens[:-1]) for tokens in ids.values()}
+        if len(shared) == 1:
+            return self._one_forward(policy, lora, ids, list(next(iter(shared))))
+        return self._full_continuations(policy, lora, ids)
+
+    def _one_forward(self, policy, lora, ids, prefix) -> np.ndarray:
+        prompts = [prompt + prefix for prompt in self.prompts]
+        width = max(len(example.labels) for example in self.examples)
+        scores = np.full((len(prompts), width), -np.inf, np.float32)
+        for chosen, tokens, mask in self._batches(prompts):
+            last = np.zeros((len(tokens), width), np.int32)
+            for row, index in enumerate(chosen):
+                names = self.examples[index].labels
+                last[row, : len(names)] = [ids[name][-1] for name in names]
+            found = np.asarray(_last_scores(self.decoder, lora, policy, *map(self.place, (tokens, mask, last))))
+            for row, index in enumerate(chosen):
+                count = len(self.examples[index].labels)
+                scores[index, :count] = found[row, :count]
+            self.report(len(chosen))
+        return scores
+
+    def _full_continuations(self, policy, lora, ids) -> np.ndarray:
+        width = max(len(example.labels) for example in self.examples)
+        length = max(len(tokens) for tokens in ids.values())
+        scores = np.full((len(self.prompts), width), -np.inf, np.float32)
+        pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
+        pairs.sort(key=lambda pair: -len(self.prompts[pair[0]]))
+        for begin in range(0, len(pairs), self.rows):
+            part = pairs[begin : begin + self.rows]
+            rows: list[Row | None] = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in part]
+            rows += [None] * (row_bucket(len(part), self.rows, self.devices) - len(part))
+            batch = pack(rows, length_bucket(len(self.prompts[part[0][0]])), length, self.sampling.pad_id)
+            found = np.asarray(_sequence_scores(self.decoder, lora, policy, jax.tree.map(self.place, batch)))
+            for (i, j), score in zip(part, found, strict=False):
+                scores[i, j] = score
+            self.report(sum(j == 0 for _, j in part))
+        return scores
+
+    def _row(self, index: int, tokens: list[int]) -> Row:
+        return Row(self.prompts[index], tokens, np.ones(len(tokens), bool), 1.0, 1)
+
+    def _batches(self, prompts):
+        """Left-padded batches, longest first: (indices, tokens int32[B, P], mask bool[B, P])."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for begin in range(0, len(order), self.rows):
+            chosen = order[begin : begin + self.rows]
+            width = length_bucket(len(prompts[chosen[0]]))
+            count = row_bucket(len(chosen), self.rows, self.devices)
+            tokens = np.full((count, width), self.sampling.pad_id, np.int32)
+            mask = np.zeros((count, width), bool)
+            for row, index in enumerate(chosen):
+                tokens[row, width - len(prompts[index]) :] = prompts[index]
+                mask[row, width - len(prompts[index]) :] = True
+            yield chosen, tokens, mask
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_scores(decoder, lora, base, tokens, mask, candidates):
+    """float32[B, n]: log-probabilities of candidate next tokens int32[B, n]."""
+    hidden, _ = prefill(decoder, lora, base, tokens, mask)
+    logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sequence_scores(decoder, lora, base, batch):
+    """float32[B]: summed log-probability of each completion."""
+    return completion_logprobs(decoder, lora, base, batch, 1024).sum(-1)

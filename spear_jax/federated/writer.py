@@ -1,0 +1,124 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, recorded traces, and progress on a terminal."""
+
+import gzip
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+from spear_jax.types import Trace
+
+
+class Writer:
+    """metrics.jsonl and TensorBoard of one run folder.
+
+    Args:
+        workdir: the run folder.
+        resumed: the last finished round, or None for a fresh start. Later lines (of a round that was cut short) are dropped.
+        lines: lines of finished rounds that must be there, by round; a missing one is written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resumed: int | None, line: dict[str, Any] | None = None):
+        self.file = workdir / "metrics.jsonl"
+        kept = [] if resumed is None else [x for x in read_lines(self.file) if x["round"] <= resumed]
+        if line is not None and all(x["round"] != line["round"] for x in kept):
+            kept.append(line)
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(x) + "\n" for x in kept))
+        os.replace(temporary, self.file)
+        self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=len(kept) or None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends a round's line and makes sure that it is on disk."""
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        for name, value in line.items():
+            if "/" in name:
+                self.board.add_scalar(name, value, line["round"], walltime=line["time"])
+        self.board.flush()
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line that was cut short is left out."""
+    if not file.exists():
+        return []
+    lines = []
+    for text in file.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_traces(workdir: pathlib.Path, round: int, told: list[tuple[Trace, str, float]]) -> None:
+    """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read."""
+    folder = workdir / "traces"
+    folder.mkdir(exist_ok=True)
+    target = folder / f"round_{round:05d}.jsonl.gz"
+    temporary = target.with_suffix(".tmp")
+    with gzip.open(temporary, "wt", encoding="utf-8") as out:
+        for trace, role, confidence in told:
+            out.write(json.dumps(_record(trace, role, confidence), ensure_ascii=False) + "\n")
+    os.replace(temporary, target)
+
+
+def _record(trace: Trace, role: str, confidence: float) -> dict[str, Any]:
+    example = trace.example
+    return {
+        "client": trace.client,
+        "example": example.id,
+        "prompt": example.question,
+        "options": dict(zip(example.labels, example.options, strict=True)),
+        "gold": example.labels[example.gold],
+        "y0": trace.first.text,
+        "correct": trace.first.correct,
+        "revisions": [
+            {"feedback": attempt.feedback, "text": attempt.text, "correct": attempt.correct}
+            for attempt in trace.attempts[1:]
+        ],
+        "role": role,
+        "confidence": confidence,
+    }
+
+
+class Progress:
+    """Bars with an estimate on a terminal; silent with `quiet` or where stderr is no terminal."""
+
+    def __init__(self, quiet: bool, rounds: int, done: int):
+        self.shown = not quiet and sys.stderr.isatty()
+        self.rounds = tqdm.tqdm(total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0)
+        self.stage: tqdm.tqdm | None = None
+
+    def stage_rows(self, stage: str, rows: int) -> None:
+        """Counts finished rows of a stage inside the round."""
+        if not self.shown:
+            return
+        if self.stage is None or self.stage.desc != f"  {stage}: ":
+            self.end()
+            self.stage = tqdm.tqdm(desc=f"  {stage}", unit="row", position=1, leave=False)
+        self.stage.update(rows)
+
+    def end(self) -> None:
+        if self.stage is not None:
+            self.stage.close()
+            self.stage = None
+
+    def round_done(self, line: dict[str, Any]) -> None:
+        self.end()
+        shown = {"accuracy": f"{line['eval/accuracy']:.3f}"} if "eval/accuracy" in line else {}
+        self.rounds.set_postfix(shown | {"wins": int(line["rollout/wins"])}, refresh=False)
+        self.rounds.update(1)
+
+    def close(self) -> None:
+        self.end()
+        self.rounds.close()

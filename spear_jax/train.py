@@ -1,0 +1,167 @@
+"""Runs or continues an experiment: rounds of rollout, local training and aggregation, evaluated and checkpointed.
+
+The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json and, at the end,
+summary.json and figures.
+"""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from spear_jax import analysis, cli, experiment, partition
+from spear_jax.experiment import Experiment
+from spear_jax.federated import round as rounds
+from spear_jax.federated.checkpoint import Checkpoints
+from spear_jax.federated.writer import Progress, Writer, write_traces
+from spear_jax.types import ServerState
+
+EXAMPLES = """
+    python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m spear_jax.train --config=configs/spear.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc --config.seed=43
+    python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/try --dry-run
+"""
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = cli.parser("train", __doc__, EXAMPLES)
+    parser.add_argument("--workdir", required=True, help="the run folder")
+    parser.add_argument("--resume", default="auto", help="auto (go on with a run of the same config), never, must")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, save and plot the split, train nothing")
+    args, rest = parser.parse_known_args(argv)
+    config = cli.read_config(rest)
+    built = experiment.build(config)
+    if args.dry_run:
+        return dry_run(built, args.workdir)
+    workdir, _ = experiment.open_workdir(args.workdir, config, args.resume)
+    write_split(built, workdir)
+    return train(built, workdir, args.quiet)
+
+
+def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
+    """The round loop. Returns the summary."""
+    config = built.config
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+    state = built.initial_state()
+    found = checkpoints.restore(state)
+    line = None
+    if found is not None:
+        state, line = found
+        print(f"going on after round {int(state.round)}", file=sys.stderr)
+    state = state.replace(lora=built.on_devices(state.lora), opt_state=built.on_devices(state.opt_state))
+    writer = Writer(workdir, None if found is None else int(state.round), line)
+    progress = Progress(quiet, config.rounds, int(state.round))
+    built.actor.report = progress.stage_rows
+    built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows)
+    if found is None:
+        line = {"round": 0, "time": time.time()} | evaluate(built, state)
+        writer.write(line)
+        checkpoints.save(state, line)
+    blocked = 0.0
+    while int(state.round) < config.rounds:
+        state, line, told = one_round(built, state, blocked)
+        if config.record_traces:
+            write_traces(workdir, line["round"], told)
+        writer.write(line)
+        began = time.perf_counter()
+        checkpoints.save(state, line)
+        blocked = time.perf_counter() - began
+        progress.round_done(line)
+    progress.close()
+    writer.close()
+    checkpoints.close()
+    return finish(workdir, quiet)
+
+
+def one_round(built: Experiment, state: ServerState, blocked: float) -> tuple[ServerState, dict, list]:
+    """One round and its evaluation.
+
+    Args: blocked: seconds that the previous round's checkpoint held the loop up (saving itself is asynchronous).
+    """
+    began = time.perf_counter()
+    state, metrics, told = rounds.run_round(built, state)
+    number = int(state.round)
+    if number == 2:
+        built.actor.sampler.freeze()  # from here on batches are padded into shapes that exist
+    if number % built.config.eval.every == 0 or number == built.config.rounds:
+        metrics |= evaluate(built, state)
+    metrics["time/checkpoint"] = blocked
+    metrics["time/round"] = time.perf_counter() - began
+    metrics["memory/peak_bytes"] = float(peak_bytes())
+    return state, {"round": number, "time": time.time()} | metrics, told
+
+
+def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
+    """Held-out accuracy of the global adapter, by the contract's names."""
+    began = time.perf_counter()
+    policy = rounds.merge(built.model.base, state.lora, built.decoder.lora)
+    found = built.evaluator(policy)
+    return {
+        "eval/accuracy": found.value,
+        "eval/count": float(found.count),
+        "eval/stderr": found.stderr,
+        "time/eval": time.perf_counter() - began,
+    }
+
+
+def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
+    """Saves and plots the data split into the workdir and prints what a run would be; trains nothing."""
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_split(built, folder)
+    examples = built.actor.examples
+    golds = np.array([example.gold for example in examples])
+    names = max((example.labels for example in examples), key=len)
+    for row in partition.split_table(built.parts, golds, names):
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    first = int(built.parts[0][0])
+    print(f"--- first prompt ---\n{built.model.tokenizer.decode(built.actor.prompts[first])}\n---")
+    lora = jax.eval_shape(built.initial_state).lora
+    return {
+        "workdir": workdir,
+        "train_examples": len(examples),
+        "test_examples": len(built.evaluator.examples),
+        "base_parameters": sum(x.size for x in jax.tree.leaves(built.model.base)),
+        "adapter_parameters": sum(x.size for x in jax.tree.leaves(lora)),
+        "adapter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora)),
+        "prompt_length": built.prompt_length,
+        "completion_length": built.completion_length,
+    }
+
+
+def write_split(built: Experiment, folder: pathlib.Path) -> None:
+    """split.json and split.png: which client holds which examples."""
+    examples = built.actor.examples
+    partition.save_split(built.parts, folder / "split.json")
+    golds = np.array([example.gold for example in examples])
+    names = max((example.labels for example in examples), key=len)
+    partition.plot_split(built.parts, golds, names, folder / "split.png")
+
+
+def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
+    """summary.json, accuracy.png and, unless quiet, a table."""
+    summary = analysis.summarise(workdir)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    analysis.plot_accuracy([workdir], workdir / "accuracy.png")
+    if not quiet:
+        print(analysis.round_table(workdir))
+        print(f"figure: {workdir / 'accuracy.png'}   summary: {workdir / 'summary.json'}")
+    return {"workdir": str(workdir), **summary}
+
+
+def peak_bytes() -> int:
+    """Peak memory of the first device; on a CPU, of the process."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,249 @@
+"""Models against what Hugging Face computed for the same folders (tests/make_fixtures.py), and in and out of them."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from spear_jax.errors import UserError
+from spear_jax.models.config import parse_config
+from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, prefill
+from spear_jax.models.load import end_ids, load_model, save_model
+from spear_jax.models.lora import LoraConfig, init_lora
+from spear_jax.models.weights import places
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
+NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("q",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the llama fixture to damage."""
+    return pathlib.Path(shutil.copytree(FIXTURES / "llama", tmp_path / "model"))
+
+
+def edit(folder, name="config.json", **changes):
+    raw = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(raw))
+
+
+def retensor(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def shard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        save_file({name: tensors[name] for name in index if index[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def same_tree(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_hugging_face_under_either_padding(family, side):
+    model, want = load_model(FIXTURES / family, "float32"), np.load(FIXTURES / family / "expected.npz")
+    tokens, mask = want[f"{side}_tokens"], want[f"{side}_mask"]
+    got = logits(Decoder(model.config, NO_LORA), None, model.base, tokens, mask)
+    np.testing.assert_allclose(got[mask], want[f"{side}_logits"][mask], atol=1e-4)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_steps_equal_the_full_forward(family):
+    model, want = load_model(FIXTURES / family, "float32"), np.load(FIXTURES / family / "expected.npz")
+    tokens, mask, decoder = want["left_tokens"], want["left_mask"], Decoder(model.config, NO_LORA)
+    rows = mask[:, 4]  # real tokens before position 5, so that a prompt of 5 is not empty
+    tokens, mask, full = tokens[rows], mask[rows], want["left_logits"][rows]
+    hidden, cache = prefill(decoder, None, model.base, tokens[:, :5], mask[:, :5])
+    for step in range(5, tokens.shape[1] + 1):
+        np.testing.assert_allclose(hidden @ head_weight(model.base).T, full[:, step - 1], atol=1e-4)
+        if step < tokens.shape[1]:
+            seen = jnp.asarray(mask[:, :step])
+            hidden, new = decode_step(decoder, None, model.base, tokens[:, step], cache, seen)
+            cache = jax.tree.map(lambda old, one: jnp.concatenate([old, one], axis=2), cache, new)
+
+
+def test_bfloat16_model_stays_in_bfloat16_and_close():
+    model, want = load_model(FIXTURES / "qwen3", "bfloat16"), np.load(FIXTURES / "qwen3" / "expected.npz")
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.base)} == {jnp.dtype(jnp.bfloat16)}
+    mask = want["right_mask"]
+    got = logits(Decoder(model.config, NO_LORA), None, model.base, want["right_tokens"], mask)
+    # 8 significant bits, three layers: about 2 % of the logits' spread.
+    assert np.abs(got[mask] - want["right_logits"][mask]).mean() < 0.03 * want["right_logits"][mask].std()
+
+
+def test_program_does_not_grow_with_depth():
+    def equations(layers):
+        raw = json.loads((FIXTURES / "qwen3/config.json").read_text()) | {"num_hidden_layers": layers}
+        config = parse_config(raw)
+        base = {"layers": {}}
+        for place in places(config):
+            target = base["layers"] if place.path[0] == "layers" else base
+            target[place.path[-1]] = jax.ShapeDtypeStruct(place.leaf_shape, jnp.float32)
+        lora = LoraConfig(rank=2, alpha=2.0, dropout=0.1, targets=("q", "down"), last_layers=layers // 2)
+        tree = jax.eval_shape(lambda: init_lora(jax.random.key(0), lora, config))
+        tokens, mask = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
+        run = jax.jit(lambda *args: logits(Decoder(config, lora, remat=True), *args))
+        return len(run.lower(tree, base, tokens, mask).as_text().splitlines())
+
+    assert equations(2) == equations(8)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_stored_precisions_convert_exactly_or_round_to_nearest(folder, stored):
+    retensor(folder, lambda tensors: tensors.update({k: v.astype(stored) for k, v in tensors.items()}))
+    disk = load_file(folder / "model.safetensors")
+    for dtype in ("float32", "bfloat16"):
+        base = load_model(folder, dtype).base
+        want = disk["model.layers.1.mlp.up_proj.weight"].T.astype(dtype)
+        assert base["layers"]["up"].dtype == dtype
+        np.testing.assert_array_equal(base["layers"]["up"][1], want)
+        np.testing.assert_array_equal(base["embed"], disk["model.embed_tokens.weight"].astype(dtype))
+
+
+def test_shards_give_the_same_tree_as_one_file(folder):
+    shard(folder)
+    same_tree(load_model(folder, "float32").base, load_model(FIXTURES / "llama", "float32").base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])
+def test_saved_folder_holds_the_same_tensors_as_hugging_face_wrote(family, shard_bytes, tmp_path):
+    model = load_model(FIXTURES / family, "float32")
+    args = (model.raw_config, model.tokenizer, model.generation_config)
+    save_model(tmp_path / "out", model.base, *args, shard_bytes=shard_bytes)
+    written = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        written |= load_file(file)
+        assert shard_bytes > 40_000 or file.name != "model.safetensors"
+    same_tree(written, load_file(FIXTURES / family / "model.safetensors"))
+    again = load_model(tmp_path / "out", "float32")
+    same_tree(again.base, model.base)
+    assert (again.config, again.eos_ids, again.pad_id) == (model.config, model.eos_ids, model.pad_id)
+    assert again.tokenizer("aé<|user|>b")["input_ids"] == model.tokenizer("aé<|user|>b")["input_ids"]
+
+
+def test_saved_bfloat16_folder_says_so(folder, tmp_path):
+    model = load_model(folder, "bfloat16")
+    save_model(tmp_path / "out", model.base, model.raw_config, model.tokenizer)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    same_tree(load_model(tmp_path / "out", "bfloat16").base, model.base)
+
+
+def test_saving_over_a_sharded_folder_leaves_no_old_shard(folder):
+    model = load_model(folder, "float32")
+    args = (model.base, model.raw_config, model.tokenizer)
+    save_model(folder, *args, shard_bytes=40_000)
+    save_model(folder, *args)
+    assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
+
+
+def test_known_buffers_and_tied_copies_are_let_through(folder):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    retensor(folder, change)
+    assert "head" not in load_model(folder, "float32").base
+
+
+def test_end_ids_are_the_union_with_the_tokenizers_first(folder):
+    edit(folder, eos_token_id=5)
+    edit(folder, "generation_config.json", eos_token_id=[7, 0, 5])
+    model = load_model(folder, "float32")
+    assert (model.eos_ids, model.pad_id) == ((0, 5, 7), 1)
+
+
+NAME = "model.layers.1.self_attn.q_proj.weight"
+DAMAGE = {
+    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json", "Hub id"]),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "unknown family": (lambda f: edit(f, model_type="lama"), ["'lama'", "Did you mean 'llama'"]),
+    "missing width": (lambda f: edit(f, hidden_size=None), ["hidden_size"]),
+    "uneven heads": (lambda f: edit(f, num_key_value_heads=3), ["num_key_value_heads", "3", "4"]),
+    "unknown rope": (lambda f: edit(f, rope_parameters={"rope_type": "yarn"}), ["'yarn'", "llama3"]),
+    "rope without factor": (lambda f: edit(f, rope_parameters={"rope_type": "llama3"}), ["llama3", "factor"]),
+    "sliding window": (lambda f: edit(f, use_sliding_window=True), ["sliding"]),
+    "no safetensors": (lambda f: (f / "model.safetensors").rename(f / "model.bin"), ["model.safetensors", "model.bin"]),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        ["model/model.safetensors", "truncated"],
+    ),
+    "missing shard": (
+        lambda f: (shard(f), (f / "model-00002-of-00003.safetensors").unlink()),
+        ["model-00002-of-00003.safetensors", "missing"],
+    ),
+    "index not JSON": (
+        lambda f: (shard(f), (f / "model.safetensors.index.json").write_text("[]")),
+        ["index.json", "damaged"],
+    ),
+    "missing tensor": (lambda f: retensor(f, lambda t: t.pop(NAME)), [NAME, "no tensor"]),
+    "wrong shape": (
+        lambda f: retensor(f, lambda t: t.update({NAME: np.ones((32, 16), np.float32)})),
+        [NAME, "[32, 16]", "[32, 32]"],
+    ),
+    "extra tensor": (lambda f: retensor(f, lambda t: t.update({"x.y": np.ones(2, np.float32)})), ["'x.y'"]),
+    "quantised": (lambda f: retensor(f, lambda t: t.update({NAME: np.ones((32, 32), np.int8)})), [NAME, "I8"]),
+    "untied without head": (lambda f: edit(f, tie_word_embeddings=False), ["lm_head.weight"]),
+    "no tokenizer": (
+        lambda f: ((f / "tokenizer.json").unlink(), (f / "tokenizer_config.json").unlink()),
+        ["tokenizer.json"],
+    ),
+    "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer", "cannot be read"]),
+    "no EOS": (lambda f: edit(f, "tokenizer_config.json", eos_token=None), ["no EOS", "tokenizer_config.json"]),
+    "damaged generation config": (lambda f: (f / "generation_config.json").write_text("{"), ["generation_config"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folder_is_refused_by_name(folder, damage):
+    harm, words = DAMAGE[damage]
+    harm(folder)
+    with pytest.raises(UserError) as caught:
+        load_model(folder, "float32")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_tokenizer_with_ids_beyond_the_embedding_is_refused():
+    model = load_model(FIXTURES / "llama", "float32")
+    small = parse_config(model.raw_config | {"vocab_size": 200})
+    with pytest.raises(UserError, match=r"ids up to 258.*200 rows"):
+        end_ids(small, {}, None, model.tokenizer, "here")
+
+
+def test_unknown_dtype_missing_folder_and_plain_file_are_refused(folder):
+    for source, dtype, word in (
+        (folder, "float8", "Known: bfloat16, float32"),
+        ("/nowhere/model", "float32", "no model folder"),
+        (folder / "config.json", "float32", "is a file"),
+        ("nowhere.gguf", "float32", "no GGUF file"),
+    ):
+        with pytest.raises(UserError, match=word):
+            load_model(source, dtype)
+
+
+def test_unreachable_hub_is_a_user_error_with_a_remedy(monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"nobody/nothing.*no network.*spear_jax\.fetch"):
+        load_model("nobody/nothing", "float32")
