@@ -146,3 +146,38 @@ def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, flo
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# (title, y label, {metric: label}) of the panels of `plot_run`
+_PANELS = (
+    ("Rollouts", "count", {"rollout/wins": "wins", "rollout/loses": "loses kept"}),
+    ("Feedback", "fraction", {"rollout/first_accuracy": "first answer right", "rollout/fixed": "wrong ones fixed"}),
+    ("Losses", "nats per token", {"train/win_nll": "win NLL", "train/unlikelihood": "unlikelihood"}),
+    (
+        "Time",
+        "seconds",
+        {f"time/{name}": name for name in ("rollout", "train", "aggregate", "eval", "checkpoint")},
+    ),
+)
+
+
+def plot_run(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
+    """Four panels of one run against the round: wins and loses, what feedback fixed, losses, time by phase."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = load_metrics(workdir)
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for axes, (title, unit, metrics) in zip(grid.flat, _PANELS, strict=True):
+        for index, (metric, label) in enumerate(metrics.items()):
+            if metric in table:
+                rows = table.dropna(subset=metric)
+                axes.plot(rows["round"], rows[metric], color=COLOURS[index], marker=".", label=label)
+        axes.set(title=title, xlabel="round", ylabel=unit)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

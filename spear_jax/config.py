@@ -202,6 +202,34 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; lower it.")
 
 
+REFERENCE = {
+    "federation.rule": "last",  # A1
+    "algorithm.skip_weight": "rollouts",  # A2
+    "train.anchor_gradient": False,  # A3
+    "rollout.feedback": "oracle_published",  # A4
+    "data.extractor": "published",  # A5
+    "algorithm.retokenise": True,  # A6
+    "federation.colliding_streams": True,  # A7
+    "algorithm.cap": "floor",  # A8
+    "algorithm.confidence_weighting": "batch_mean",
+    "algorithm.answer_window": "last",
+    "train.normalize": "micro",
+    "rollout.top_k": 50,
+}
+
+
+def set_preset(config: ml_collections.ConfigDict, preset: str) -> None:
+    """Sets SPEAR's switches: "default" leaves the fixes on, "reference" repeats the published code, defects included.
+
+    Every switch is a field of its own, so a config can also turn on a single one.
+    """
+    if preset not in ("default", "reference"):
+        raise unknown("preset", preset, ("default", "reference"))
+    config.algorithm.preset = preset
+    if preset == "reference":
+        config.update_from_flattened_dict(REFERENCE)
+
+
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
     """{"a.b": value} of all leaves; tuples become lists, as JSON has them."""
     flat: dict[str, object] = {}

@@ -27,10 +27,11 @@ from spear_jax.models.load import LoadedModel, load_model
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
 from spear_jax.sampling import Sampler, SamplingConfig
 from spear_jax.tasks import get_task
+from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
 from spear_jax.tasks.rows import load_examples
 from spear_jax.text import Renderer
-from spear_jax.types import ServerState
+from spear_jax.types import Example, ServerState
 
 TINY = pathlib.Path(__file__).parent / "assets" / "tiny"
 LORA_INIT = trees.purpose("lora init")
@@ -100,27 +101,25 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     configs.check_config(config)
     if config.algorithm.name not in ALGORITHMS:
         raise unknown("algorithm", config.algorithm.name, ALGORITHMS)
-    task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
-    if config.data.extractor == "published":
-        task.extract = extract_loosely
+    settings = _server_config(config)
+    task = build_task(config)
     train_set = load_examples(task, "train", config.data.path, config.data.train_limit)
     test_set = load_examples(task, "test", config.data.path, config.eval.limit)
     parts = split_clients(config, train_set)
-    model = load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype)
+    model = open_model(config)
     decoder = Decoder(model.config, _lora_config(config, model), config.train.remat)
+    adapter = _start_adapter(config, decoder)
     mesh = clients.make_mesh()
-    devices, place = mesh.size, functools.partial(clients.shard_rows, mesh=mesh)
-    renderer = Renderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
+    evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
     used = sorted({int(i) for part in parts for i in part})
     prompts: list[list[int]] = [[] for _ in train_set]
     for index in used:
-        prompts[index] = renderer.prompt(task, train_set[index])
-    sampler = Sampler(decoder, place, devices)
-    first, revise, greedy = _sampling(config, model)
+        prompts[index] = evaluator.renderer.prompt(task, train_set[index])
+    first, revise, _ = _sampling(config, model)
     actor = Actor(
         task=task,
-        renderer=renderer,
-        sampler=sampler,
+        renderer=evaluator.renderer,
+        sampler=evaluator.sampler,
         feedback=get_feedback(config.rollout.feedback, task, config.rollout.hint_words),
         examples=train_set,
         prompts=prompts,
@@ -128,34 +127,54 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         revise=revise,
         num_revisions=config.rollout.num_revisions,
     )
-    evaluator = Evaluator(
-        task=task,
-        renderer=renderer,
-        decoder=decoder,
-        sampler=sampler,
-        examples=test_set,
-        prompts=[renderer.prompt(task, example) for example in test_set],
-        method=task.scoring if config.eval.method == "auto" else config.eval.method,
-        sampling=greedy,
-        rows=config.eval.rows,
-        place=place,
-        devices=devices,
-    )
-    model = dataclasses.replace(model, base=clients.replicate(model.base, mesh))
     return Experiment(
         config=config,
-        model=model,
+        model=dataclasses.replace(model, base=clients.replicate(model.base, mesh)),
         decoder=decoder,
         mesh=mesh,
         actor=actor,
         algorithm=build_algorithm(config, task, model),
         evaluator=evaluator,
         parts=parts,
-        local=_local_config(config, devices),
-        server=_server_config(config),
+        local=_local_config(config, mesh.size),
+        server=settings,
         prompt_length=-(-max(len(prompts[i]) for i in used) // 8) * 8,
         completion_length=max(first.max_new_tokens, revise.max_new_tokens) + int(config.algorithm.retokenise),
-        adapter=_start_adapter(config, decoder),
+        adapter=adapter,
+    )
+
+
+def build_task(config: ml_collections.ConfigDict) -> Task:
+    """The config's task, with its wording and extractor."""
+    task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
+    if config.data.extractor == "published":
+        task.extract = extract_loosely
+    return task
+
+
+def open_model(config: ml_collections.ConfigDict) -> LoadedModel:
+    """The config's model; "tiny" is the embedded one."""
+    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype)
+
+
+def build_evaluator(
+    config: ml_collections.ConfigDict, task: Task, examples: list[Example], model: LoadedModel, decoder: Decoder, mesh: Mesh
+) -> Evaluator:
+    """The evaluator of a test set, its prompts rendered and checked."""
+    place = functools.partial(clients.shard_rows, mesh=mesh)
+    renderer = Renderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
+    return Evaluator(
+        task=task,
+        renderer=renderer,
+        decoder=decoder,
+        sampler=Sampler(decoder, place, mesh.size),
+        examples=examples,
+        prompts=[renderer.prompt(task, example) for example in examples],
+        method=task.scoring if config.eval.method == "auto" else config.eval.method,
+        sampling=_sampling(config, model)[2],
+        rows=config.eval.rows,
+        place=place,
+        devices=mesh.size,
     )
 
 

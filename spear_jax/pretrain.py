@@ -9,6 +9,7 @@ training.
 import functools
 import random
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,8 @@ class Corpus:
         return f" {name} sells {ware}. That is a kind of {world.KIND_OF[ware]}. Answer: {label}"
 
     def lookup(self) -> Text:
-        """Four options, then every ware followed by its letter: the plainest form of reading options."""
+        """Four options, then every ware followed by its letter: the plainest form of reading options. Only the letters,
+        every second token, are trained on."""
         example = self.draw("", self.rng.choice(world.WARES))
         order = self.rng.sample(range(4), 4)
         options = "\n".join(f"{a}. {b}" for a, b in zip(example.labels, example.options, strict=True))
@@ -142,11 +144,13 @@ class Group:
     """Rows of one purpose in a batch of fixed shape.
 
     Args:
-        source: draws a text; size: rows in a training batch.
+        source: draws a text.
+        size: rows in a training batch.
+        every: trains on every n-th completion token.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, source, size: int):
-        self.tokenizer, self.source, self.size = tokenizer, source, size
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source: Callable[[], Text], size: int, every: int = 1):
+        self.tokenizer, self.source, self.size, self.every = tokenizer, source, size, every
         drawn = [self._encode() for _ in range(300)]
         self.prompt = 8 + max(len(prompt) for prompt, _ in drawn)
         self.length = 2 + max(len(completion) for _, completion in drawn)
@@ -161,7 +165,8 @@ class Group:
         while len(rows) < (size or self.size):
             prompt, completion = self._encode()
             if len(prompt) <= self.prompt and len(completion) <= self.length:
-                rows.append(Row(prompt, completion, np.ones(len(completion), bool), 1.0, 1))
+                mask = np.arange(len(completion)) % self.every == self.every - 1
+                rows.append(Row(prompt, completion, mask, 1.0, 1))
         return pack(rows, self.prompt, self.length, self.tokenizer.token_to_id(PAD))
 
 
@@ -169,7 +174,7 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
     """The rows of both stages, and the rows that progress is measured on."""
     fact, reason = corpora
     make = functools.partial(Group, tokenizer)
-    copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
+    copying = {"lookup": make(fact.lookup, 32, every=2), "direct": make(fact.direct, 32)}
     tasks = {
         "direct": make(fact.direct, 32),
         "old facts": make(functools.partial(fact.question, old=True), 48),
@@ -193,8 +198,9 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     def objective(base, batches):
         total, count = 0.0, 0.0
         for batch in batches:
-            total -= completion_logprobs(decoder, None, base, batch, 4096).sum()
-            count += batch.completion_mask.sum()
+            logprobs = completion_logprobs(decoder, None, base, batch, 4096)
+            total -= (logprobs * batch.loss_mask).sum()
+            count += batch.loss_mask.sum()
         return total / count
 
     @jax.jit
@@ -216,9 +222,10 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
 
 
 def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
-    """The fraction of completions that have more than half of the probability."""
+    """The fraction of rows whose trained tokens have more than half of the probability."""
     batch = group.batch(size)
-    return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
+    logprobs = np.where(batch.loss_mask, np.asarray(score(base, batch)), 0.0)
+    return float((logprobs.sum(-1) > np.log(0.5)).mean())
 
 
 def main(config: ml_collections.ConfigDict, out: str) -> dict:

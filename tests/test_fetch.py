@@ -12,11 +12,11 @@ import zipfile
 import huggingface_hub
 import numpy as np
 import pytest
+from test_gguf import Q, write_gguf
 
 from spear_jax import fetch
 from spear_jax.errors import UserError
 from spear_jax.models.load import load_model
-from test_gguf import Q, write_gguf
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NAME = "smollm2-135m-instruct"

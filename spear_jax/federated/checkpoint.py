@@ -12,6 +12,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from spear_jax import trees
 from spear_jax.errors import UserError
+from spear_jax.experiment import Experiment
 from spear_jax.types import ServerState
 
 
@@ -19,19 +20,22 @@ class Checkpoints:
     """The `checkpoints/` folder of a run.
 
     Saving is asynchronous; `wait` blocks until everything is on disk. The newest `keep_last` rounds and the `keep_best`
-    rounds of highest eval/accuracy stay, everything else is deleted.
+    rounds of highest eval/accuracy stay, everything else is deleted. `read_only` leaves the folder as it is, so that a
+    running experiment can be read.
     """
 
-    def __init__(self, folder: pathlib.Path, keep_last: int, keep_best: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder.resolve()
+    def __init__(self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False):
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.read_only = folder.resolve(), read_only
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["accuracy"], n=keep_best, keep_checkpoints_without_metrics=False
         )
         keep = [policies.LatestN(keep_last), *([best] if keep_best else [])]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
             best_fn=lambda metrics: metrics["accuracy"],
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -81,7 +85,7 @@ class Checkpoints:
             if problem is None:
                 return state, meta["line"]
             print(f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr)
-            if round is None:
+            if round is None and not self.read_only:
                 self._set_aside(step)
         if candidates:
             raise UserError(
@@ -108,6 +112,18 @@ class Checkpoints:
         (self.folder / str(step)).rename(target)
         print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
         self.manager.reload()
+
+
+def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tuple[ServerState, dict[str, Any]]:
+    """A run folder's newest whole checkpoint, or that of `round`, without touching the folder; UserError where there is none."""
+    folder = workdir / "checkpoints"
+    keep = built.config.checkpoint
+    found = None
+    if folder.is_dir():
+        found = Checkpoints(folder, keep.keep_last, keep.keep_best, read_only=True).restore(built.initial_state(), round)
+    if found is None:
+        raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation of `train` to finish.")
+    return found
 
 
 def _as_tree(state: ServerState) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Package metadata. `pip install -e .` for use, `.[test]` for the tests; see README.md."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+root = pathlib.Path(__file__).parent
+
+setup(
+    name="spear-jax",
+    version="0.1.0",
+    description="Federated self-play fine-tuning of language models from feedback, in JAX",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["spear_jax", "spear_jax.*", "configs"]),
+    package_data={"spear_jax": ["assets/tiny/*"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12,<0.14",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.11.30,<0.13",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22,<0.24",  # trains and reads tokenizer.json
+        "datasets>=4.0,<6",
+        "huggingface_hub>=1.0,<3",
+        "safetensors>=0.6,<1",
+        "gguf>=0.17,<1",  # decodes GGUF files
+        "ml-collections>=1.0,<2",
+        "absl-py>=2.0,<3",
+        "tensorboardX>=2.6,<3",
+        "numpy>=2.0,<3",
+        "pandas>=2.2,<4",  # tables of analysis and report
+        "matplotlib>=3.9,<4",
+        "tqdm>=4.66,<5",  # progress with estimates
+    ],
+    extras_require={
+        "test": ["pytest>=8,<10", "ruff>=0.12,<1"],
+        "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "torch": ["torch>=2.6,<3", "peft>=0.15,<1"],  # live parity and benchmarks only
+    },
+)

@@ -1,0 +1,92 @@
+"""Accuracy with its 95 % confidence interval: of a run's checkpoint, or of a model with or without a PEFT adapter."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from spear_jax import cli, experiment
+from spear_jax.config import check_config, default_config
+from spear_jax.errors import UserError
+from spear_jax.federated import clients
+from spear_jax.federated import round as rounds
+from spear_jax.federated.checkpoint import restore
+from spear_jax.federated.evaluate import Accuracy
+from spear_jax.models import adapters
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lora import LoraConfig
+from spear_jax.tasks.rows import load_examples
+
+NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
+
+EXAMPLES = """
+    python -m spear_jax.evaluate --workdir=runs/quickstart
+    python -m spear_jax.evaluate --workdir=runs/quickstart --round=5
+    python -m spear_jax.evaluate --model=models/smollm2-135m-instruct --task=arc_challenge --data=PATH --limit=200
+    python -m spear_jax.evaluate --model=Qwen/Qwen2.5-1.5B --adapter=adapters/arc --task=arc_challenge
+"""
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = cli.parser("evaluate", __doc__, EXAMPLES)
+    parser.add_argument("--workdir", help="a run folder of `train`")
+    parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
+    parser.add_argument("--model", help='instead of a run: a model folder, Hub id, .gguf file, or "tiny"')
+    parser.add_argument("--adapter", default="", help="a PEFT adapter folder for --model")
+    parser.add_argument("--task", help="the task for --model")
+    parser.add_argument("--data", default="", help="a local dataset file or folder for --model")
+    parser.add_argument("--limit", type=int, default=0, help="first n examples (default: all)")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, for --model")
+    parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
+    args = parser.parse_args(argv)
+    if bool(args.workdir) == bool(args.model):
+        raise UserError("give either --workdir (a run) or --model with --task; see --help.")
+    if args.model and not args.task:
+        raise UserError("--model needs --task, for example --task=arc_challenge.")
+    found, where = of_run(args) if args.workdir else of_model(args)
+    low, high = found.interval
+    if not args.quiet:
+        print(f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to {high:.1%}), {found.method}")
+    return {
+        "accuracy": found.value,
+        "interval": [low, high],
+        "stderr": found.stderr,
+        "correct": found.correct,
+        "count": found.count,
+        "method": found.method,
+    }
+
+
+def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
+    """The accuracy of a saved round, on the run's own test set."""
+    folder = pathlib.Path(args.workdir)
+    config = experiment.read_run_config(folder)
+    if args.limit:
+        with config.unlocked():
+            config.eval.limit = args.limit
+    built = experiment.build(config)
+    state, _ = restore(built, folder, args.round)
+    policy = rounds.merge(built.model.base, built.on_devices(state.lora), built.decoder.lora)
+    return built.evaluator(policy), f"{args.workdir}, round {int(state.round)}"
+
+
+def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
+    """The accuracy of a model, with its adapter merged where one is given."""
+    config = default_config()
+    config.model, config.task, config.data.path = args.model, args.task, args.data
+    config.dtype, config.eval.limit = args.dtype, args.limit
+    config.eval.max_new_tokens = 256
+    check_config(config)
+    task = experiment.build_task(config)
+    examples = load_examples(task, "test", config.data.path, config.eval.limit)
+    model = experiment.open_model(config)
+    tree, lora = adapters.load_adapter(args.adapter, model.config) if args.adapter else (None, NO_LORA)
+    decoder, mesh = Decoder(model.config, lora), clients.make_mesh()
+    evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
+    base = clients.replicate(model.base, mesh)
+    if tree is None:
+        return evaluator(base), args.model
+    return evaluator(rounds.merge(base, clients.replicate(tree, mesh), lora)), f"{args.model} + {args.adapter}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

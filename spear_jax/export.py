@@ -1,0 +1,48 @@
+"""A run's adapter as a PEFT folder, or merged into a full Hugging Face model folder."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from spear_jax import cli, experiment
+from spear_jax.errors import UserError
+from spear_jax.federated import round as rounds
+from spear_jax.federated.checkpoint import restore
+from spear_jax.models.adapters import save_adapter
+from spear_jax.models.load import save_model
+
+EXAMPLES = """
+    python -m spear_jax.export --workdir=runs/arc --out=adapters/arc
+    python -m spear_jax.export --workdir=runs/arc --round=10 --out=models/arc --merge
+"""
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = cli.parser("export", __doc__, EXAMPLES)
+    parser.add_argument("--workdir", required=True, help="a run folder of `train`")
+    parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--merge", action="store_true", help="write the whole model, adapter merged")
+    parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
+    args = parser.parse_args(argv)
+    out = pathlib.Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={args.out} exists and is not an empty folder; give a new one.")
+    config = experiment.read_run_config(pathlib.Path(args.workdir))
+    built = experiment.build(config)
+    state, _ = restore(built, pathlib.Path(args.workdir), args.round)
+    if args.merge:
+        merged = rounds.merge(built.model.base, built.on_devices(state.lora), built.decoder.lora)
+        model = built.model
+        save_model(out, jax.tree.map(np.asarray, merged), model.raw_config, model.tokenizer, model.generation_config)
+    else:
+        save_adapter(out, state.lora, built.decoder.lora, built.model.config, config.model)
+    if not args.quiet:
+        print(f"round {int(state.round)} of {args.workdir} -> {out}")
+    return {"out": str(out), "round": int(state.round), "merged": args.merge}
+
+
+if __name__ == "__main__":
+    cli.run(main)
