@@ -68,9 +68,7 @@ class Actor:
         """
         prompts = [self.prompts[index] for _, index in pairs]
         keys = row_keys(key, pairs, attempt=0)
-        done = self.sampler.generate(
-            None, policy, prompts, keys, self.first, lambda rows: self.report("rollout", rows)
-        )
+        done = self.sampler.generate(None, policy, prompts, keys, self.first, lambda rows: self.report("rollout", rows))
         traces = []
         for (client, index), prompt, completion in zip(pairs, prompts, done, strict=True):
             example = self.examples[index]

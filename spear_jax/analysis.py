@@ -125,14 +125,20 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
         colour = COLOURS[index % len(COLOURS)]
         table = load_metrics(workdir)
         held = table.dropna(subset="eval/accuracy")
-        low, high = zip(*(wilson(p, n) for p, n in zip(held["eval/accuracy"], held["eval/count"], strict=True)), strict=True)
+        low, high = zip(
+            *(wilson(p, n) for p, n in zip(held["eval/accuracy"], held["eval/count"], strict=True)), strict=True
+        )
         label = pathlib.Path(workdir).name if len(workdirs) > 1 else "held-out"
         axes.plot(held["round"], held["eval/accuracy"], color=colour, marker="o", markersize=4, label=label)
         axes.fill_between(held["round"], low, high, color=colour, alpha=0.2, linewidth=0)
         if len(workdirs) == 1 and "rollout/first_accuracy" in table:
             rolled = table.dropna(subset="rollout/first_accuracy")
             axes.plot(
-                rolled["round"], rolled["rollout/first_accuracy"], color=COLOURS[1], linewidth=1, label="first answers, sampled"
+                rolled["round"],
+                rolled["rollout/first_accuracy"],
+                color=COLOURS[1],
+                linewidth=1,
+                label="first answers, sampled",
             )
     axes.set(xlabel="round", ylabel="accuracy (band: 95 % interval)", ylim=(0, 1), title="Accuracy against round")
     axes.grid(alpha=0.3)

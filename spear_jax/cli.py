@@ -57,13 +57,17 @@ def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict
     named = [arg for arg in args if arg.split("=")[0] == "--config"]
     strange = [arg for arg in args if not arg.startswith("--config")]
     if strange:
-        raise UserError(f"unknown argument {strange[0]!r}; run with --help for the flags. Config fields are --config.NAME=VALUE.")
+        raise UserError(
+            f"unknown argument {strange[0]!r}; run with --help for the flags. Config fields are --config.NAME=VALUE."
+        )
     if not named and not default:
         raise UserError("no config: give --config=FILE[:ARG], for example --config=configs/quickstart.py.")
     source = named[-1].partition("=")[2] if named else default
     file = source.partition(":")[0]
     if not pathlib.Path(file).is_file():
-        raise UserError(f"no config file {file!r}; give --config=FILE[:ARG], for example --config=configs/quickstart.py.")
+        raise UserError(
+            f"no config file {file!r}; give --config=FILE[:ARG], for example --config=configs/quickstart.py."
+        )
     overrides = [arg for arg in args if arg.split("=")[0] != "--config"]
     fields = flatten(_load(source, []))
     for arg in overrides:
@@ -76,10 +80,10 @@ def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict
 
 
 def _load(source: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+    values, argv = flags.FlagValues(), ["spear_jax", f"--config={source}", *overrides]
+    config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        values(["spear_jax", f"--config={source}", *overrides])
+        values(argv)
         return values["config"].value
     except UserError:
         raise

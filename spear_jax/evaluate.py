@@ -45,7 +45,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     found, where = of_run(args) if args.workdir else of_model(args)
     low, high = found.interval
     if not args.quiet:
-        print(f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to {high:.1%}), {found.method}")
+        print(
+            f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to {high:.1%}), {found.method}"
+        )
     return {
         "accuracy": found.value,
         "interval": [low, high],

@@ -96,8 +96,9 @@ class Experiment:
         )
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-    """Builds an experiment; raises UserError for every mistake that can be known before compiling."""
+def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
+    """Builds an experiment on the given devices (all by default); raises UserError for every mistake that can be known
+    before compiling."""
     configs.check_config(config)
     if config.algorithm.name not in ALGORITHMS:
         raise unknown("algorithm", config.algorithm.name, ALGORITHMS)
@@ -109,7 +110,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     model = open_model(config)
     decoder = Decoder(model.config, _lora_config(config, model), config.train.remat)
     adapter = _start_adapter(config, decoder)
-    mesh = clients.make_mesh()
+    mesh = clients.make_mesh(devices)
     evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
     used = sorted({int(i) for part in parts for i in part})
     prompts: list[list[int]] = [[] for _ in train_set]
@@ -158,7 +159,12 @@ def open_model(config: ml_collections.ConfigDict) -> LoadedModel:
 
 
 def build_evaluator(
-    config: ml_collections.ConfigDict, task: Task, examples: list[Example], model: LoadedModel, decoder: Decoder, mesh: Mesh
+    config: ml_collections.ConfigDict,
+    task: Task,
+    examples: list[Example],
+    model: LoadedModel,
+    decoder: Decoder,
+    mesh: Mesh,
 ) -> Evaluator:
     """The evaluator of a test set, its prompts rendered and checked."""
     place = functools.partial(clients.shard_rows, mesh=mesh)
@@ -219,9 +225,7 @@ def _start_adapter(config: ml_collections.ConfigDict, decoder: Decoder) -> dict 
 
 
 def _prompt_limit(config: ml_collections.ConfigDict, model: LoadedModel) -> int:
-    longest = max(
-        config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision, config.eval.max_new_tokens
-    )
+    longest = max(config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision, config.eval.max_new_tokens)
     room = model.config.max_positions - longest
     if room < 8:
         raise UserError(

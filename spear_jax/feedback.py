@@ -38,9 +38,7 @@ class Feedback(abc.ABC):
 
     def __init__(self, task: Task, hint_words: int):
         if hint_words < 0:
-            raise UserError(
-                f"hint_words {hint_words} is negative; give 0 for hints without words of the option."
-            )
+            raise UserError(f"hint_words {hint_words} is negative; give 0 for hints without words of the option.")
         self.task = task
         self.hint_words = hint_words
 

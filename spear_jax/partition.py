@@ -84,20 +84,14 @@ def _check(
             "least one. Use fewer clients or more data."
         )
     if not (np.isfinite(alpha) and alpha > 0):
-        raise UserError(
-            f"partition alpha {alpha} must be positive and finite; 1.0 is the paper's, 0.1 is uneven."
-        )
+        raise UserError(f"partition alpha {alpha} must be positive and finite; 1.0 is the paper's, 0.1 is uneven.")
     if min_size < 1:
         raise UserError(f"partition min_size {min_size} must be at least 1.")
     if max_examples_per_client < 0:
-        raise UserError(
-            f"max_examples_per_client {max_examples_per_client} is negative; give 0 for no limit."
-        )
+        raise UserError(f"max_examples_per_client {max_examples_per_client} is negative; give 0 for no limit.")
 
 
-def _dirichlet(
-    groups: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator
-) -> list[np.ndarray]:
+def _dirichlet(groups: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
     """One draw: for each group g, p_g ~ Dirichlet(alpha, ..., alpha) over clients; its shuffled examples
     are cut at floor(n_g * cumsum(p_g))."""
     pieces: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
@@ -110,9 +104,7 @@ def _dirichlet(
     return [np.concatenate(piece) for piece in pieces]
 
 
-def _redraw(
-    draw: Callable[[], list[np.ndarray]], min_size: int, num_clients: int, alpha: float
-) -> list[np.ndarray]:
+def _redraw(draw: Callable[[], list[np.ndarray]], min_size: int, num_clients: int, alpha: float) -> list[np.ndarray]:
     """Draws until every client has `min_size` examples, x0.7 per failure."""
     limit = float(min_size)
     for _ in range(MAX_DRAWS):
@@ -132,9 +124,7 @@ def _by_label(
     """Deals labels round robin, `labels_per_client` to each client; shares each label's examples equally."""
     kinds = rng.permutation(np.unique(labels))
     if not 1 <= labels_per_client <= len(kinds):
-        raise UserError(
-            f"labels_per_client {labels_per_client} must be 1 to {len(kinds)}, the labels in the data."
-        )
+        raise UserError(f"labels_per_client {labels_per_client} must be 1 to {len(kinds)}, the labels in the data.")
     if num_clients * labels_per_client < len(kinds):
         raise UserError(
             f"{num_clients} clients with {labels_per_client} labels each leave some of the {len(kinds)} "
@@ -201,9 +191,7 @@ def load_split(path: str | pathlib.Path, num_examples: int) -> list[np.ndarray]:
             "data that the split was made for."
         )
     if len(np.unique(held)) != held.size:
-        raise UserError(
-            f"split file '{path}' gives an example to two clients; each may go to one. Make it anew."
-        )
+        raise UserError(f"split file '{path}' gives an example to two clients; each may go to one. Make it anew.")
     return parts
 
 

@@ -10,6 +10,7 @@ import functools
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ import optax
 import tokenizers
 import transformers
 
-from spear_jax import cli
 from spear_jax.feedback import Request, get_feedback
 from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder
@@ -228,7 +228,20 @@ def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
     return float((logprobs.sum(-1) > np.log(0.5)).mean())
 
 
-def main(config: ml_collections.ConfigDict, out: str) -> dict:
+EXAMPLES = """
+    python -m spear_jax.pretrain --config=configs/pretrain.py --out=models/tiny
+    python -m spear_jax.pretrain --config=configs/pretrain.py --config.steps=200 --out=models/try
+"""
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    parser = cli.parser("pretrain", __doc__, EXAMPLES)
+    parser.add_argument("--out", required=True, help="the model folder to write")
+    args, rest = parser.parse_known_args(argv)
+    return pretrain(cli.read_config(rest, default="configs/pretrain.py"), args.out)
+
+
+def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
     """Trains and writes the model folder; returns a summary."""
     began = time.time()
     corpora = [Corpus(facts.Facts(), config.seed), Corpus(reasoned.Reasoned(), config.seed)]
@@ -249,5 +262,13 @@ def main(config: ml_collections.ConfigDict, out: str) -> dict:
     final = {name: accuracy(score, base, group, 512) for name, group in tasks.items()}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     save_model(out, jax.tree.map(lambda x: np.asarray(x, np.float16), base), raw, fast)
-    return {"out": out, "parameters": sum(x.size for x in jax.tree.leaves(base)), "accuracy": final,
-            "seconds": round(time.time() - began, 1)}
+    return {
+        "out": out,
+        "parameters": sum(x.size for x in jax.tree.leaves(base)),
+        "accuracy": final,
+        "seconds": round(time.time() - began, 1),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -82,7 +82,7 @@ def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     if top_p < 1.0:
         probs = jnp.where(keep, probs, 0.0)
         probs = probs / probs.sum(-1, keepdims=True)
-        mass = lambda at_least: jnp.where(at_least, probs, 0.0).sum(-1) >= top_p  # noqa: E731
+        mass = lambda at_least: jnp.where(at_least, probs, 0.0).sum(-1) >= top_p
         keep &= probs >= _largest_threshold(probs, mass)
     return keep
 
@@ -155,9 +155,7 @@ def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, u
         cache = jax.tree.map(
             lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2), state["cache"], new
         )
-        seen = jax.lax.dynamic_update_slice_in_dim(
-            state["cache_mask"], jnp.ones((token.shape[0], 1), bool), at, axis=1
-        )
+        seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], jnp.ones((token.shape[0], 1), bool), at, axis=1)
         state = {**state, "cache": cache, "cache_mask": seen}
         return _emit(config, state, _head(base, hidden), step), step + 1
 
@@ -267,9 +265,7 @@ class Sampler:
         while True:
             until = min(step + config.segment, config.max_new_tokens)
             if step < until:
-                state, reached = _advance(
-                    self.decoder, config, lora, base, state, jnp.int32(step), jnp.int32(until)
-                )
+                state, reached = _advance(self.decoder, config, lora, base, state, jnp.int32(step), jnp.int32(until))
                 step = int(reached)
             live = np.asarray(state["live"])
             over = step >= config.max_new_tokens or not live.any()

@@ -24,7 +24,9 @@ class Renderer:
         if chat not in CHAT_MODES:
             raise UserError(f"data.chat_template is {chat!r}; it must be one of {', '.join(CHAT_MODES)}.")
         if chat == "always" and not tokenizer.chat_template:
-            raise UserError("data.chat_template is 'always', but the tokenizer has no chat template; set 'auto' or 'never'.")
+            raise UserError(
+                "data.chat_template is 'always', but the tokenizer has no chat template; set 'auto' or 'never'."
+            )
         self.tokenizer, self.limit = tokenizer, limit
         self.chat = chat != "never" and bool(tokenizer.chat_template)
 

@@ -33,7 +33,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="the run folder")
     parser.add_argument("--resume", default="auto", help="auto (go on with a run of the same config), never, must")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, save and plot the split, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, save and plot the split, train nothing"
+    )
     args, rest = parser.parse_known_args(argv)
     config = cli.read_config(rest)
     built = experiment.build(config)

@@ -1,7 +1,10 @@
-"""Fixtures of more than one test file."""
+"""Fixtures of more than one test file, and eight virtual CPU devices for all of them."""
 
 import os
 import pathlib
+
+# Before anything imports JAX.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import pytest
 
@@ -10,9 +13,7 @@ import pytest
 def data_dir() -> pathlib.Path:
     """The folder with real datasets: $SPEAR_DATA, else ../shared/data beside the repository."""
     root = pathlib.Path(__file__).resolve().parents[1]
-    folder = (
-        pathlib.Path(os.environ["SPEAR_DATA"]) if "SPEAR_DATA" in os.environ else root.parent / "shared/data"
-    )
+    folder = pathlib.Path(os.environ["SPEAR_DATA"]) if "SPEAR_DATA" in os.environ else root.parent / "shared/data"
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SPEAR_DATA to a folder with one subfolder per dataset")
     return folder

@@ -90,9 +90,7 @@ def test_oracle_says_wrong_states_the_format_and_hints():
 def test_oracle_has_nothing_to_say_on_a_right_answer():
     # A4: a first-match grader and a last-match one disagree on such texts; here there is one.
     oracle = get_feedback("oracle", get_task("arc_easy"), 3)
-    texts = oracle(
-        [Request(EXAMPLE, "B at first. Answer: A", 1), Request(EXAMPLE, "A total of 3. Answer: C", 2)]
-    )
+    texts = oracle([Request(EXAMPLE, "B at first. Answer: A", 1), Request(EXAMPLE, "A total of 3. Answer: C", 2)])
     assert texts[0] is None
     assert "wrong" in texts[1]
 

@@ -46,10 +46,7 @@ def test_math_hint_gives_opening_lines_without_the_result():
         "Add 1.",
     )
     example = letter_example("1200", "5", "6", "7", gold=0, support=lines)
-    assert (
-        task.hint(example, 10)
-        == "This is how it can begin: Let x be the sum. Half of it is 600. We halve 600."
-    )
+    assert task.hint(example, 10) == "This is how it can begin: Let x be the sum. Half of it is 600. We halve 600."
 
 
 def test_math_hint_is_cut_at_300_characters_after_a_word():

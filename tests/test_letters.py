@@ -87,9 +87,7 @@ def test_yes_or_no_is_read_in_any_case(text, label):
     assert text[found.start : found.end].lower() == label
 
 
-@pytest.mark.parametrize(
-    "text", ["Nobody knows.", "Answer: none", "Answer: yesterday", "No one knows", "Fins."]
-)
+@pytest.mark.parametrize("text", ["Nobody knows.", "Answer: none", "Answer: yesterday", "No one knows", "Fins."])
 def test_part_of_a_word_is_not_yes_or_no(text):
     assert extract_word(text, ("yes", "no")) is None
 

@@ -118,9 +118,7 @@ def test_round_rate_vector_holds():
 @pytest.mark.parametrize("how", ["ceil", "floor"])
 def test_lose_cap_vector_holds_for_whole_ratios(how):
     inputs = VECTORS["lose_cap"]["inputs"]
-    for wins, loses, kept in zip(
-        inputs["wins"], inputs["loses"], VECTORS["lose_cap"]["expected"]["kept"], strict=True
-    ):
+    for wins, loses, kept in zip(inputs["wins"], inputs["loses"], VECTORS["lose_cap"]["expected"]["kept"], strict=True):
         rng = np.random.default_rng(0)
         found = cap_loses(list(range(loses)), wins, inputs["max_lose_ratio"], how, rng)
         assert len(found) == kept and len(set(found)) == kept
@@ -138,7 +136,14 @@ def test_empty_masks_give_zero_loss_and_zero_gradient():
         lambda lp: run_sft(lp, zeros, "token_mean"),
         *(
             functools.partial(
-                run_unlikelihood, mask=zeros, conf=jnp.ones(2), margin=0.3, eps=1e-8, p_max=1 - 1e-7, conf_weighting=w, denom=d
+                run_unlikelihood,
+                mask=zeros,
+                conf=jnp.ones(2),
+                margin=0.3,
+                eps=1e-8,
+                p_max=1 - 1e-7,
+                conf_weighting=w,
+                denom=d,
             )
             for w in losses.WEIGHTINGS
             for d in losses.DENOMINATORS

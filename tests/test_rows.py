@@ -89,9 +89,7 @@ def test_unreachable_hub_names_the_local_option(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(
-        UserError, match=r"(?s)Rowan/hellaswag.*no route.*config\.data\.path.*validation\.parquet"
-    ):
+    with pytest.raises(UserError, match=r"(?s)Rowan/hellaswag.*no route.*config\.data\.path.*validation\.parquet"):
         load_rows(get_task("hellaswag"), "test")
     with pytest.raises(UserError, match=r"'mcqa' has no Hub dataset.*config\.data\.path"):
         load_rows(get_task("mcqa"), "test")
@@ -136,9 +134,7 @@ def _fails_as_empty(task, split, path):
 def test_missing_column_is_named_with_those_there(tmp_path):
     row = {key: value for key, value in ARC_ROW.items() if key != "answerKey"}
     write_jsonl(tmp_path / "train.jsonl", [row])
-    with pytest.raises(
-        UserError, match=r"column 'answerKey' is missing.*Columns there: id, question, choices\."
-    ):
+    with pytest.raises(UserError, match=r"column 'answerKey' is missing.*Columns there: id, question, choices\."):
         load_rows(get_task("arc_challenge"), "train", str(tmp_path))
 
 

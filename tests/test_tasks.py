@@ -138,9 +138,7 @@ def test_prompts_show_question_and_options_and_stay_short(name):
         for label, option in zip(example.labels, example.options, strict=True):
             assert f"\n{label}. {option}\n" in asked
     revised = task.revision(example, " {old} answer\n", "Feedback {here}.")
-    blocks = [
-        revised.index(block) for block in (asked, "{old} answer", "Feedback {here}.", task.templates.format)
-    ]
+    blocks = [revised.index(block) for block in (asked, "{old} answer", "Feedback {here}.", task.templates.format)]
     assert blocks == sorted(blocks)
     fixed = task.templates.revision.replace("{", " ").replace("}", " ").split()
     assert len(fixed) < 60

@@ -7,7 +7,8 @@ Departures of preset `default` (preset `reference` undoes each; every switch sta
     1. A1 clients are averaged from copies (federation.rule; `last` repeats the published code's aliasing).
     2. A2 a client without wins has weight 0 (skip_weight; `rollouts` gives it its number of rollouts).
     3. A3 the anchor has a gradient (train.anchor_gradient).
-    4. A4, A5 one bounded, case-sensitive extractor grades and gives feedback, and hints never leak (data.published_text).
+    4. A4, A5 one bounded, case-sensitive extractor grades and gives feedback (data.extractor), and hints never leak
+       (rollout.feedback).
     5. A6 the sampled ids are trained on, EOS only where it was generated (retokenise).
     6. A7 random streams are paths that never collide (federation.colliding_streams).
     7. A8 the lose cap rounds up (cap).
@@ -79,7 +80,7 @@ class Spear(Algorithm):
         pools: dict[int, tuple[list[Row], list[tuple[int, Row]]]] = {client: ([], []) for client in cohort.clients}
         for number, trace in enumerate(traces):
             wins, loses = pools[trace.client]
-            winner = rewrites[number] if number in rewrites else trace.last
+            winner = rewrites.get(number, trace.last)
             if winner is not None and winner.correct:
                 wins.append(self._row(actor, trace, winner, +1, 1.0))
             if not trace.first.correct:
@@ -102,7 +103,12 @@ class Spear(Algorithm):
         if label < 0:
             window = self._answer_tokens(actor, trace, attempt.text, completion) if actor.task.answer_only else None
             mask = lose_mask(
-                np.asarray([completion]), mask[None], self.config.eos_ids, self.config.tail, self.config.protected_ids, window
+                np.asarray([completion]),
+                mask[None],
+                self.config.eos_ids,
+                self.config.tail,
+                self.config.protected_ids,
+                window,
             )[0]
         return Row(trace.first.prompt, completion, mask, confidence, label)
 
@@ -138,9 +144,7 @@ class Spear(Algorithm):
                     for _ in range(config.steps)
                 ]
             )
-        told = [
-            (trace, role(trace, number in kept), self._confidence(trace)) for number, trace in enumerate(traces)
-        ]
+        told = [(trace, role(trace, number in kept), self._confidence(trace)) for number, trace in enumerate(traces)]
         metrics = _metrics(traces, sum(len(wins) for wins, _ in pools.values()), len(kept))
         return Collected(rows, np.array(weight), np.array(active), told, metrics)
 

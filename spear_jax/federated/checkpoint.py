@@ -44,7 +44,7 @@ class Checkpoints:
         """Starts saving a round; `line` is its line of metrics.jsonl."""
         tree = _as_tree(state)
         step = int(tree["round"])
-        accuracy = line["eval/accuracy"] if "eval/accuracy" in line else None
+        accuracy = line.get("eval/accuracy")
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -120,7 +120,9 @@ def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tupl
     keep = built.config.checkpoint
     found = None
     if folder.is_dir():
-        found = Checkpoints(folder, keep.keep_last, keep.keep_best, read_only=True).restore(built.initial_state(), round)
+        found = Checkpoints(folder, keep.keep_last, keep.keep_best, read_only=True).restore(
+            built.initial_state(), round
+        )
     if found is None:
         raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation of `train` to finish.")
     return found

@@ -72,9 +72,7 @@ def local_update(
     and round, steps with a non-finite gradient norm skipped).
     """
     # The rate multiplies the finished update, decay included, so that it can change between rounds without compiling.
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay)
-    )
+    optimiser = optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay))
     dropout = decoder.lora.dropout > 0.0
 
     def logprobs(lora, batch, at):
@@ -88,7 +86,7 @@ def local_update(
 
         def micro(grads, xs):
             batch, at, count = xs
-            objective = lambda lora: algorithm.loss(batch, logprobs(lora, batch, at), count)  # noqa: E731
+            objective = lambda lora: algorithm.loss(batch, logprobs(lora, batch, at), count)
             (loss, means), new = jax.value_and_grad(objective, has_aux=True)(lora)
             return jax.tree.map(jnp.add, grads, new), (loss, means)
 
@@ -97,7 +95,9 @@ def local_update(
         grads = jax.tree.map(jnp.add, grads, extra_grads)
         norm = trees.global_norm(grads)
         finite = jnp.isfinite(norm)
-        updates, moved = optimiser.update(trees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads)), opt_state, lora)
+        updates, moved = optimiser.update(
+            trees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads)), opt_state, lora
+        )
         stepped = optax.apply_updates(lora, jax.tree.map(lambda u: rate * u, updates))
         lora, opt_state = trees.where(finite, (stepped, moved), (lora, opt_state))
         one = jnp.float32(1)
@@ -174,7 +174,7 @@ def train_cohort(
             means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
             return (total, sums[1] + weight.sum()), means
 
-        split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])  # noqa: E731
+        split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
         zero = (jax.tree.map(jnp.zeros_like, start), jnp.float32(0))
         sums, means = jax.lax.scan(chunk, zero, jax.tree.map(split, per_client))
         return jax.lax.psum(sums, "clients"), jax.tree.map(lambda x: x.reshape(-1), means)

@@ -31,7 +31,9 @@ def _train(algorithm, decoder, local, mesh, start, base, batches, keys, weight, 
 _aggregate = jax.jit(server.aggregate, static_argnums=0)
 
 
-def run_round(experiment: Experiment, state: ServerState) -> tuple[ServerState, dict[str, float], list[tuple[Trace, str, float]]]:
+def run_round(
+    experiment: Experiment, state: ServerState
+) -> tuple[ServerState, dict[str, float], list[tuple[Trace, str, float]]]:
     """Runs the next round.
 
     Returns: the new state; the round's metrics by the contract's names; the recorded traces.

@@ -31,9 +31,7 @@ _FIELDS = {
 }
 
 
-def get_task(
-    name: str, templates: Mapping[str, str] | None = None, columns: Mapping[str, str] | None = None
-) -> Task:
+def get_task(name: str, templates: Mapping[str, str] | None = None, columns: Mapping[str, str] | None = None) -> Task:
     """Builds a task.
 
     Args:
@@ -60,9 +58,7 @@ def _check_template(key: str, text: str) -> None:
     if key not in known:
         raise unknown("template", key, known)
     if key == "header" and text != text.rstrip():
-        raise UserError(
-            f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'."
-        )
+        raise UserError(f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'.")
     if key not in _FIELDS:
         return
     fields, needed = _FIELDS[key]

@@ -19,8 +19,7 @@ class ArcChallenge(Task):
     hub = ("allenai/ai2_arc", "ARC-Challenge")
     columns = ("id", "question", "choices", "answerKey")
     templates = Templates(
-        question="Science question: {question}\n\n{options}\n\n"
-        "Pick the best option and reply with its letter only.",
+        question="Science question: {question}\n\n{options}\n\nPick the best option and reply with its letter only.",
         revision=REVISION,
         header="Answer:",
         format="Reply with the letter of your option and nothing else.",
@@ -29,9 +28,7 @@ class ArcChallenge(Task):
     def example(self, row: dict, index: int) -> Example:
         choices, key = row["choices"], row_text(row, "answerKey", index)
         if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
-            raise row_error(
-                index, f"column 'choices' holds {choices!r}, but lists 'text' and 'label' are needed"
-            )
+            raise row_error(index, f"column 'choices' holds {choices!r}, but lists 'text' and 'label' are needed")
         options = row_options(choices["text"], index, "choices")
         names = [str(name) for name in choices["label"]]
         if len(names) != len(options):

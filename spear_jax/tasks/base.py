@@ -97,9 +97,7 @@ class Task(abc.ABC):
 
     def question(self, example: Example) -> str:
         """The question as asked, without the header."""
-        options = "\n".join(
-            f"{label}. {text}" for label, text in zip(example.labels, example.options, strict=True)
-        )
+        options = "\n".join(f"{label}. {text}" for label, text in zip(example.labels, example.options, strict=True))
         return self.templates.question.format(question=example.question, options=options)
 
     def revision(self, example: Example, answer: str, feedback: str) -> str:

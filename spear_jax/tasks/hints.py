@@ -49,9 +49,7 @@ def option_hint(example: Example, words: int, nudge: str) -> str:
     return f'Look for the option that says "{opening}". {nudge}' if opening else nudge
 
 
-def clean_lines(
-    lines: Iterable[str], says_answer: Callable[[str], bool], limit: int, chars: int
-) -> list[str]:
+def clean_lines(lines: Iterable[str], says_answer: Callable[[str], bool], limit: int, chars: int) -> list[str]:
     """The first `limit` lines left after each sentence that says the answer is dropped; a line without final
     punctuation gets a full stop, so that lines can be joined.
 

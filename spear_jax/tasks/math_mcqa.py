@@ -72,12 +72,7 @@ class MathMcqa(Task):
         """Up to three opening solution lines (300 characters), else the gold option's opening words."""
 
         def says_answer(text: str) -> bool:
-            return (
-                r"\boxed" in text
-                or r"\fbox" in text
-                or self.leaks(text, example)
-                or names_label(text, example)
-            )
+            return r"\boxed" in text or r"\fbox" in text or self.leaks(text, example) or names_label(text, example)
 
         lines = clean_lines(example.support, says_answer, limit=3, chars=300)
         if lines:
@@ -98,9 +93,7 @@ def _numbers(text: str) -> set[float]:
     """The magnitudes of all numbers in a text, in digits or as words up to ten."""
     digits = re.findall(r"\d+(?:\.\d+)?|\.\d+", re.sub(r"(?<=\d)(?:,|\{,\}|\\!)+(?=\d{3})", "", text))
     words = set(re.findall(r"[a-z]+", text.lower()))
-    return {float(number) for number in digits} | {
-        float(_COUNTS.index(word)) for word in words & set(_COUNTS)
-    }
+    return {float(number) for number in digits} | {float(_COUNTS.index(word)) for word in words & set(_COUNTS)}
 
 
 def _is_number(text: str) -> bool:

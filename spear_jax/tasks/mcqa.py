@@ -72,9 +72,7 @@ class Mcqa(Task):
             return self.leaks(text, example) or names_label(text, example)
 
         lines = clean_lines(example.support, says_answer, limit=3, chars=300)
-        return " ".join(lines) or option_hint(
-            example, words, "Read the question once more and compare the options."
-        )
+        return " ".join(lines) or option_hint(example, words, "Read the question once more and compare the options.")
 
 
 def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
@@ -82,16 +80,12 @@ def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(options):
             return answer
-        raise row_error(
-            index, f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})"
-        )
+        raise row_error(index, f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})")
     text, labels = str(answer).strip(), letter_labels(len(options))
     found = {i for i, option in enumerate(options) if option == text}
     found |= {labels.index(text)} if text in labels else set()
     if len(found) > 1:
         raise row_error(index, f"answer {text!r} fits more than one option (as text or as letter)")
     if not found:
-        raise row_error(
-            index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option"
-        )
+        raise row_error(index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option")
     return found.pop()

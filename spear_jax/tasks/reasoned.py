@@ -70,9 +70,7 @@ def make_example(id: str, phrasing: str, name: str, ware: str, truth: bool, rng:
     kind = world.KIND_OF[ware]
     asked = kind if truth else rng.choice([other for other in world.KINDS if other != kind])
     facts = (f"{name} sells {ware}.", f"That is a kind of {kind}.")
-    return Example(
-        id, phrasing.format(name=name, kind=asked), ("yes", "no"), ("yes", "no"), int(not truth), facts
-    )
+    return Example(id, phrasing.format(name=name, kind=asked), ("yes", "no"), ("yes", "no"), int(not truth), facts)
 
 
 def solution(example: Example) -> str:

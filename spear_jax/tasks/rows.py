@@ -37,7 +37,9 @@ def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> lis
     generated = task.generate(split)
     if generated is not None:
         if path:
-            raise UserError(f"task {task.name!r} makes its own examples, but data.path is {path!r}; leave data.path empty.")
+            raise UserError(
+                f"task {task.name!r} makes its own examples, but data.path is {path!r}; leave data.path empty."
+            )
         return generated[: limit or None]
     rows = _numbered_rows(task, split, path)
     return [task.example(row, index) for index, row in rows[: limit or None]]
@@ -80,9 +82,7 @@ def _numbered_rows(task: Task, split: str, path: str) -> list[tuple[int, dict]]:
     if shared:
         rows = [(i, row) for i, row in rows if (zlib.crc32(str(i).encode()) % 5 == 0) == (split == "test")]
     if not rows:
-        remedy = (
-            "Give a larger file, or a folder with one file per split." if shared else "Give a file with rows."
-        )
+        remedy = "Give a larger file, or a folder with one file per split." if shared else "Give a file with rows."
         raise UserError(f"split {split!r} of {where} is empty; a split needs at least one row. {remedy}")
     return rows
 
@@ -137,9 +137,7 @@ def _read_files(files: list[pathlib.Path]):
         ".json": table.from_json,
     }
     if all(file.stat().st_size == 0 for file in files):
-        raise UserError(
-            f"data file '{files[0]}' is empty; a split needs at least one row. Give a file with rows."
-        )
+        raise UserError(f"data file '{files[0]}' is empty; a split needs at least one row. Give a file with rows.")
     try:
         return read[suffix]([str(file) for file in files])
     except Exception as error:  # the reader's errors have no common type
@@ -152,9 +150,7 @@ def _read_files(files: list[pathlib.Path]):
 def _read_hub(task: Task, split: str):
     """Loads a split from the Hub (or its cache) as a `datasets.Dataset`."""
     if task.hub is None:
-        raise UserError(
-            f"task {task.name!r} has no Hub dataset; give a local file or folder in config.data.path."
-        )
+        raise UserError(f"task {task.name!r} has no Hub dataset; give a local file or folder in config.data.path.")
     import datasets  # here, not above: it takes seconds to import, and embedded tasks do without it
 
     try:

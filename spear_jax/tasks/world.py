@@ -35,10 +35,8 @@ PHRASINGS = (
 )
 TRAIN_PHRASINGS, TEST_PHRASINGS = PHRASINGS[:8], PHRASINGS[8:]
 
-_SYLLABLES = (
-    "bel bra cor dra dun fen gar hol jin kas kel lor lum mar mir nor ost pan pel quo ral rin sel shu tam tor ul vel vor "
-    "wen yar zel"
-).split()
+_SYLLABLES = """bel bra cor dra dun fen gar hol jin kas kel lor lum mar mir nor ost pan pel quo
+ral rin sel shu tam tor ul vel vor wen yar zel""".split()
 
 
 def _names(count: int) -> tuple[str, ...]:

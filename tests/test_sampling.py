@@ -1,0 +1,156 @@
+"""Generation: filters against numpy, batching invariances, stopping, and buckets."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spear_jax import sampling, trees
+from spear_jax.models.decoder import Decoder, logits
+from spear_jax.models.load import load_model
+from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
+from spear_jax.sampling import Sampler, SamplingConfig
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(str(FIXTURES / "llama"), "float32")
+
+
+@pytest.fixture(scope="module")
+def decoder(model):
+    return Decoder(model.config, LORA)
+
+
+def settings(**changes):
+    defaults = dict(
+        max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(-1,), pad_id=0, segment=4, max_rows=16
+    )
+    return SamplingConfig(**(defaults | changes))
+
+
+def make_prompts(model, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, model.config.vocab_size, rng.integers(2, 40)).tolist() for _ in range(count)]
+
+
+def make_keys(count):
+    return np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5), count)))
+
+
+def numpy_keep(row, top_k, top_p):
+    """Top-k and nucleus by sorting, in float64."""
+    p = np.exp(row - row.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    kept = order[: top_k or len(p)]
+    q = p[kept] / p[kept].sum()
+    enough = int(np.searchsorted(np.cumsum(q), top_p)) + 1 if top_p < 1 else len(kept)
+    return set(kept[:enough].tolist())
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)])
+def test_filters_keep_what_sorting_keeps(top_k, top_p):
+    rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
+    kept = np.asarray(sampling.keep_mask(jnp.asarray(rows), top_k, top_p))
+    for row, mask in zip(rows.astype(np.float64), kept, strict=True):
+        assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
+
+
+def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_tempered_distribution():
+    row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    config = settings(temperature=0.5, top_k=3)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    tokens, logprobs = sampling.draw(jnp.repeat(row, 4000, 0), keys, jnp.int32(0), config)
+    # p^2 over the three kept: 0.25, 0.09, 0.0225 of 0.3625
+    want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
+    found = np.bincount(np.asarray(tokens), minlength=4) / 4000
+    np.testing.assert_allclose(found, want, atol=4 * np.sqrt(0.25 / 4000))
+    np.testing.assert_allclose(logprobs, np.asarray(row)[0][np.asarray(tokens)], atol=1e-5)  # untempered
+
+
+def test_rows_batched_together_equal_rows_one_by_one(model, decoder):
+    prompts, keys = make_prompts(model, 11), make_keys(11)
+    together = Sampler(decoder).generate(None, model.base, prompts, keys, settings())
+    for i in range(11):
+        alone = Sampler(decoder).generate(None, model.base, prompts[i : i + 1], keys[i : i + 1], settings())[0]
+        assert alone.tokens == together[i].tokens
+        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+
+
+def test_greedy_equals_the_argmax_of_full_forwards(model, decoder):
+    prompt = make_prompts(model, 1)[0]
+    found = Sampler(decoder).generate(
+        None, model.base, [prompt], make_keys(1), settings(temperature=0.0, max_new_tokens=6)
+    )[0]
+    ids = list(prompt)
+    for token, logprob in zip(found.tokens, found.logprobs, strict=True):
+        row = logits(decoder, None, model.base, jnp.array([ids]), jnp.ones((1, len(ids)), bool))[0, -1]
+        assert token == int(jnp.argmax(row))
+        assert logprob == pytest.approx(float(jax.nn.log_softmax(row)[token]), abs=1e-4)
+        ids.append(token)
+
+
+def test_generation_stops_at_any_eos_and_keeps_it(model, decoder):
+    prompts, keys = make_prompts(model, 8), make_keys(8)
+    free = Sampler(decoder).generate(None, model.base, prompts, keys, settings())
+    stops = (free[0].tokens[3], free[1].tokens[5])
+    stopped = Sampler(decoder).generate(None, model.base, prompts, keys, settings(eos_ids=stops))
+    for long, short in zip(free, stopped, strict=True):
+        first = next((i for i, token in enumerate(long.tokens) if token in stops), len(long.tokens) - 1)
+        assert short.tokens == long.tokens[: first + 1]
+
+
+def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
+    prompts, keys = make_prompts(model, 16), make_keys(16)
+    config = settings(max_new_tokens=24, segment=2)
+    free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
+    stops = tuple({c.tokens[1] for c in free[:14]})  # most rows stop at once
+    rows = []
+    original = sampling._advance
+    monkeypatch.setattr(sampling, "_advance", lambda *a: rows.append(a[4]["live"].shape[0]) or original(*a))
+    Sampler(decoder).generate(None, model.base, prompts, keys, settings(max_new_tokens=24, segment=2, eos_ids=stops))
+    assert rows[0] == 16 and rows[-1] == 4
+
+
+def test_an_adapter_beside_the_base_generates_what_the_merged_weights_generate(model, decoder):
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    prompts, keys = make_prompts(model, 5), make_keys(5)
+    beside = Sampler(decoder).generate(lora, model.base, prompts, keys, settings())
+    merged = Sampler(decoder).generate(None, merge_lora(model.base, lora, LORA), prompts, keys, settings())
+    assert [c.tokens for c in beside] == [c.tokens for c in merged]
+
+
+def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
+    sampler = Sampler(decoder)
+    sampler.generate(None, model.base, make_prompts(model, 16), make_keys(16), settings())
+    sampler.freeze()
+    before = sampling._start._cache_size(), sampling._advance._cache_size()
+    for seed in (1, 2, 3):
+        short = [p[:20] for p in make_prompts(model, 5 + seed, seed)]
+        sampler.generate(None, model.base, short, make_keys(len(short)), settings())
+    assert (sampling._start._cache_size(), sampling._advance._cache_size()) == before
+
+
+def test_buckets_hold_what_they_are_asked_to_hold():
+    for length in range(1, 3000, 7):
+        bucket = sampling.length_bucket(length)
+        assert bucket >= length and (length <= 16 or bucket < 1.5 * length)
+    assert len({sampling.length_bucket(n) for n in range(1, 2048)}) < 30
+    for rows in range(1, 65):
+        assert sampling.row_bucket(rows, 64) >= rows
+        assert sampling.row_bucket(rows, 64, 8) % 8 == 0
+
+
+def test_paths_of_keys_do_not_collide_where_the_published_sum_does():
+    key = jax.random.key(0)
+    data = {
+        tuple(np.asarray(jax.random.key_data(trees.path_key(key, r, c))).tolist()) for r in range(12) for c in range(12)
+    }
+    assert len(data) == 144

@@ -1,0 +1,267 @@
+"""Whole runs of `train` as a user starts them: the run folder, resuming, killing, and no silent recompilation."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from spear_jax import analysis, experiment, sampling, train
+from spear_jax import evaluate as evaluate_command
+from spear_jax import export as export_command
+from spear_jax import report as report_command
+from spear_jax.errors import UserError
+from spear_jax.federated import evaluate as evaluation
+from spear_jax.federated import round as rounds
+from spear_jax.federated.checkpoint import Checkpoints, restore
+from spear_jax.models import adapters
+from spear_jax.trees import digest
+
+SMALL = {
+    "rounds": 4,
+    "federation.clients_per_round": 2,
+    "rollout.examples": 8,
+    "rollout.max_rows": 16,
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "eval.every": 2,
+    "eval.limit": 40,
+    "eval.rows": 40,
+    "federation.rule": "fedadam",
+    "federation.server_rate": 0.1,
+    "lora.rank": 2,
+}
+FLAGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
+
+
+def command(workdir, *more):
+    return [
+        sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
+        *FLAGS, *more,
+    ]  # fmt: skip
+
+
+def environment():
+    """One CPU device, as a user has it, and a shared compilation cache, which keeps six processes affordable."""
+    cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
+    return os.environ | {
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run(workdir, *more):
+    done = subprocess.run(command(workdir, *more), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(workdir)
+    return workdir, done
+
+
+def final_state(workdir):
+    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    state, line = restore(built, workdir, None)
+    assert line["round"] == int(state.round)
+    return digest((state.lora, state.opt_state)), int(state.round)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    workdir, done = finished
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "accuracy.png",
+        "split.json",
+        "split.png",
+        "tensorboard",
+    ):
+        assert (workdir / name).exists(), name
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rounds"] == 4 and set(result["eval"]) == {"first", "best", "last"}
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+    last = lines(workdir)[-1]
+    for name in (
+        "eval/accuracy", "eval/count", "eval/stderr", "rollout/first_accuracy", "rollout/fixed", "rollout/wins", "rollout/loses",
+        "rollout/tokens", "train/loss", "train/win_nll", "train/unlikelihood", "train/grad_norm", "train/skipped_steps",
+        "round/clients", "round/clients_without_wins", "round/bytes_up", "round/bytes_down", "round/update_norm", "time/rollout",
+        "time/train", "time/aggregate", "time/eval", "time/checkpoint", "time/round", "memory/peak_bytes",
+    ):  # fmt: skip
+        assert np.isfinite(last[name]), name
+    assert [("eval/accuracy" in line) for line in lines(workdir)] == [True, False, True, False, True]
+
+
+def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
+    workdir, _ = finished
+    for line in lines(workdir)[1:]:
+        traces = analysis.load_traces(workdir, line["round"])
+        assert len(traces) == 16
+        assert {"client", "example", "prompt", "y0", "revisions", "role", "confidence"} <= set(traces[0])
+        assert sum(t["role"] == "lose" for t in traces) == line["rollout/loses"]
+        right = sum(t["correct"] or (t["revisions"] and t["revisions"][-1]["correct"]) for t in traces)
+        assert right == line["rollout/wins"]
+        assert all(r["feedback"] for t in traces for r in t["revisions"])
+
+
+def test_bytes_count_float32_adapters_of_the_clients(finished):
+    workdir, _ = finished
+    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(built.initial_state().lora))
+    for line in lines(workdir)[1:]:
+        assert line["round/bytes_down"] == 2 * size
+        assert line["round/bytes_up"] == (2 - line["round/clients_without_wins"]) * size
+
+
+def test_running_again_repeats_nothing(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    state = final_state(workdir)
+    run(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before and final_state(workdir) == state
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_path, seed):
+    whole, _ = finished
+    workdir, rng = tmp_path / "killed", random.Random(seed)
+    kills = 0
+    while kills < 2:
+        process = subprocess.Popen(
+            command(workdir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.time() + 240
+        # Wait for some progress first, so that the moments fall into rounds and not into imports.
+        wanted = len(lines(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        while time.time() < deadline and process.poll() is None:
+            if (workdir / "metrics.jsonl").exists() and len(
+                (workdir / "metrics.jsonl").read_text().splitlines()
+            ) > wanted:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills
+    run(workdir)
+    assert final_state(workdir) == final_state(whole)
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+    drop = lambda line: {k: v for k, v in line.items() if not k.startswith(("time", "memory"))}
+    assert [drop(line) for line in lines(workdir)] == [drop(line) for line in lines(whole)]
+
+
+def corrupt(folder):
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_size > 200 and "state" in str(file):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            file.write_bytes(bytes(data))
+
+
+def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    whole, _ = finished
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    corrupt(workdir / "checkpoints" / "4")
+    done = run(workdir)
+    assert "checkpoint of round 4 is corrupt" in done.stderr and "going on after round 3" in done.stderr
+    assert final_state(workdir) == final_state(whole)
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+
+
+def test_only_corrupt_checkpoints_are_a_user_error(finished, tmp_path):
+    workdir = tmp_path / "ruined"
+    shutil.copytree(finished[0], workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        corrupt(folder)
+    done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and "no whole checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_last_and_the_best_rounds_are_kept(tmp_path):
+    built = experiment.build(quickstart.get_config(), jax.devices()[:1])
+    state = built.initial_state()
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
+    for number, accuracy in enumerate([0.1, 0.9, None, 0.3, None, 0.2]):
+        line = {"round": number} | ({} if accuracy is None else {"eval/accuracy": accuracy})
+        checkpoints.save(state.replace(round=np.int32(number)), line)
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "c", 2, 1, read_only=True).rounds() == [1, 4, 5]
+
+
+def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
+    workdir, _ = finished
+    accuracy = evaluate_command.main([f"--workdir={workdir}", "--quiet"])
+    assert accuracy["accuracy"] == lines(workdir)[-1]["eval/accuracy"]
+    low, high = accuracy["interval"]
+    assert low < accuracy["accuracy"] < high
+    export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
+    export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}", "--merge", "--quiet"])
+    beside = evaluate_command.main(
+        ["--model=tiny", f"--adapter={tmp_path / 'adapter'}", "--task=facts", "--limit=40", "--quiet"]
+    )
+    merged = evaluate_command.main([f"--model={tmp_path / 'model'}", "--task=facts", "--limit=40", "--quiet"])
+    assert beside["correct"] == merged["correct"] == accuracy["correct"]
+    with pytest.raises(UserError, match="not an empty folder"):
+        export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}"])
+    found = report_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'report'}", "--quiet"])
+    assert all((tmp_path / "report" / name).stat().st_size > 0 for name in found["files"])
+    with pytest.raises(UserError, match="saved rounds"):
+        evaluate_command.main([f"--workdir={workdir}", "--round=77"])
+
+
+def test_the_exported_adapter_is_the_servers(finished, tmp_path):
+    workdir, _ = finished
+    export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
+    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    tree, _ = adapters.load_adapter(tmp_path / "adapter", built.model.config)
+    assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
+
+
+@pytest.mark.parametrize("task", ["facts", "reasoned"])
+def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
+    config = quickstart.get_config(task)
+    config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.rule": "fedavg"})
+    built = experiment.build(config, jax.devices()[:1])
+    programs = (
+        sampling._start, sampling._advance, sampling._take, rounds._train, rounds._aggregate, rounds.merge,
+        evaluation._last_scores, evaluation._sequence_scores,
+    )  # fmt: skip
+    state = built.initial_state()
+    sizes = []
+    for _ in range(5):
+        state, _, _ = train.one_round(built, state, 0.0)
+        sizes.append([program._cache_size() for program in programs])
+    assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
+    embed = built.model.base["embed"]
+    copies = [x for x in jax.live_arrays() if x.shape == embed.shape and x.dtype == embed.dtype and x is not embed]
+    assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
+
+
+def test_dry_run_shows_the_split_and_trains_nothing(tmp_path, capsys):
+    found = train.main(["--config=configs/quickstart.py", f"--workdir={tmp_path / 'dry'}", "--dry-run"])
+    assert sorted(file.name for file in (tmp_path / "dry").iterdir()) == ["split.json", "split.png"]
+    assert found["adapter_bytes"] == 4 * found["adapter_parameters"] and found["train_examples"] > 500
+    assert "first prompt" in capsys.readouterr().out
