@@ -17,7 +17,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.layers = 4
     config.vocab_size = 2048  # upper bound of the tokenizer's size
     config.rate = 2e-3  # peak learning rate, cosine decay after 100 warm-up steps
-    config.copy_steps = 700  # steps on looking options up, before the tasks come in
-    config.steps = 3000  # all steps
+    config.copy_steps = 600  # steps on looking options up, before the tasks come in
+    config.steps = 2000  # all steps
+    config.start_from = ""  # a folder of an earlier pretraining to go on from
     config.log_every = 100
     return config.lock()

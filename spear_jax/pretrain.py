@@ -20,10 +20,11 @@ import optax
 import tokenizers
 import transformers
 
+from spear_jax import cli
 from spear_jax.feedback import Request, get_feedback
 from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder
-from spear_jax.models.load import save_model
+from spear_jax.models.load import load_model, save_model
 from spear_jax.models.lora import LoraConfig, projection_shapes
 from spear_jax.models.token_logprobs import completion_logprobs
 from spear_jax.packing import Row, pack
@@ -76,8 +77,7 @@ class Corpus:
         return f" {name} sells {ware}. That is a kind of {world.KIND_OF[ware]}. Answer: {label}"
 
     def lookup(self) -> Text:
-        """Four options, then every ware followed by its letter: the plainest form of reading options. Only the letters,
-        every second token, are trained on."""
+        """Four options, then every ware followed by its letter: the plainest form of reading options."""
         example = self.draw("", self.rng.choice(world.WARES))
         order = self.rng.sample(range(4), 4)
         options = "\n".join(f"{a}. {b}" for a, b in zip(example.labels, example.options, strict=True))
@@ -146,11 +146,10 @@ class Group:
     Args:
         source: draws a text.
         size: rows in a training batch.
-        every: trains on every n-th completion token.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, source: Callable[[], Text], size: int, every: int = 1):
-        self.tokenizer, self.source, self.size, self.every = tokenizer, source, size, every
+    def __init__(self, tokenizer: tokenizers.Tokenizer, source: Callable[[], Text], size: int):
+        self.tokenizer, self.source, self.size = tokenizer, source, size
         drawn = [self._encode() for _ in range(300)]
         self.prompt = 8 + max(len(prompt) for prompt, _ in drawn)
         self.length = 2 + max(len(completion) for _, completion in drawn)
@@ -165,8 +164,7 @@ class Group:
         while len(rows) < (size or self.size):
             prompt, completion = self._encode()
             if len(prompt) <= self.prompt and len(completion) <= self.length:
-                mask = np.arange(len(completion)) % self.every == self.every - 1
-                rows.append(Row(prompt, completion, mask, 1.0, 1))
+                rows.append(Row(prompt, completion, np.ones(len(completion), bool), 1.0, 1))
         return pack(rows, self.prompt, self.length, self.tokenizer.token_to_id(PAD))
 
 
@@ -174,15 +172,16 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
     """The rows of both stages, and the rows that progress is measured on."""
     fact, reason = corpora
     make = functools.partial(Group, tokenizer)
-    copying = {"lookup": make(fact.lookup, 32, every=2), "direct": make(fact.direct, 32)}
+    copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
     tasks = {
-        "direct": make(fact.direct, 32),
+        "lookup": make(fact.lookup, 8),
+        "direct": make(fact.direct, 16),
         "old facts": make(functools.partial(fact.question, old=True), 48),
-        "new facts": make(functools.partial(fact.question, old=False), 4),
-        "fact revisions": make(fact.revision, 16),
-        "old reasons": make(functools.partial(reason.question, old=True), 12),
+        "new facts": make(functools.partial(fact.question, old=False), 6),
+        "fact revisions": make(fact.revision, 20),
+        "old reasons": make(functools.partial(reason.question, old=True), 16),
         "new reasons": make(functools.partial(reason.question, old=False), 2),
-        "reason revisions": make(reason.revision, 4),
+        "reason revisions": make(reason.revision, 8),
     }
     return copying, tasks
 
@@ -191,7 +190,8 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every` steps. Returns the base."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, 100, config.steps, 0.05 * config.rate)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
-    base = init_base(jax.random.key(config.seed), decoder.config)
+    base = load_model(config.start_from, "float32").base if config.start_from else None
+    base = base or init_base(jax.random.key(config.seed), decoder.config)
     state = optimiser.init(base)
     score = jax.jit(lambda base, batch: completion_logprobs(decoder, None, base, batch, 4096))
 
@@ -199,8 +199,8 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
         total, count = 0.0, 0.0
         for batch in batches:
             logprobs = completion_logprobs(decoder, None, base, batch, 4096)
-            total -= (logprobs * batch.loss_mask).sum()
-            count += batch.loss_mask.sum()
+            total -= logprobs.sum()
+            count += batch.completion_mask.sum()
         return total / count
 
     @jax.jit
@@ -224,8 +224,7 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
 def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
     """The fraction of rows whose trained tokens have more than half of the probability."""
     batch = group.batch(size)
-    logprobs = np.where(batch.loss_mask, np.asarray(score(base, batch)), 0.0)
-    return float((logprobs.sum(-1) > np.log(0.5)).mean())
+    return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
 
 
 EXAMPLES = """

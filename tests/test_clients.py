@@ -94,7 +94,7 @@ def plain_step_loss(model, decoder, lora, batch: Batch):
     """One optimiser step's loss in plain arithmetic over full logits; batch has a leading [A]."""
     win_total = win_count = lose_total = lose_count = 0.0
     for a in range(A):
-        one = jax.tree.map(lambda x: x[a], batch)
+        one = jax.tree.map(lambda x, a=a: x[a], batch)
         tokens = jnp.concatenate([one.prompt, one.completion], 1)
         mask = jnp.concatenate([one.prompt_mask, one.completion_mask], 1)
         all_logprobs = jax.nn.log_softmax(logits(decoder, lora, model.base, tokens, mask))[:, P - 1 : -1]
@@ -263,9 +263,6 @@ def test_the_base_enters_every_product_unbatched_however_many_clients_run(model,
     ).as_text()  # fmt: skip
     layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size
     assert f"tensor<{vocab}x{width}xf32>" in text
-    for copies in (
-        f"tensor<{C}x{vocab}x{width}xf32>",
-        f"tensor<{C}x{layers}x{width}x",
-        f"tensor<{C}x{width}x{model.config.mlp_width}xf32>",
-    ):
-        assert copies not in text
+    mlp = model.config.mlp_width
+    for copies in (f"{C}x{vocab}x{width}", f"{C}x{layers}x{width}x{mlp}", f"{C}x{width}x{mlp}"):
+        assert f"tensor<{copies}xf32>" not in text
