@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import pathlib
 import sys
 import textwrap
@@ -25,6 +26,7 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
         main: takes the arguments after the program's name.
         argv: those arguments; None reads the command line.
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax remarks on every save; our own output is enough
     try:
         result = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:

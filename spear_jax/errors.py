@@ -16,4 +16,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.")
+    listed = f" Known: {', '.join(known)}." if len(known) <= 16 or not near else ""
+    return UserError(f"unknown {kind} {name!r}.{guess}{listed}")

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spear_jax import config as configs
-from spear_jax import partition, trees
+from spear_jax import memory, partition, trees
 from spear_jax.actor import Actor, Cohort
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
@@ -117,6 +117,11 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     for index in used:
         prompts[index] = evaluator.renderer.prompt(task, train_set[index])
     first, revise, _ = _sampling(config, model)
+    prompt_length = -(-max(len(prompts[i]) for i in used) // 8) * 8
+    completion_length = max(first.max_new_tokens, revise.max_new_tokens) + int(config.algorithm.retokenise)
+    algorithm = build_algorithm(config, task, model)
+    local = _local_config(config, mesh.size)
+    _check_memory(local, decoder, algorithm.rows_per_step(), prompt_length + completion_length)
     actor = Actor(
         task=task,
         renderer=evaluator.renderer,
@@ -134,13 +139,13 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         decoder=decoder,
         mesh=mesh,
         actor=actor,
-        algorithm=build_algorithm(config, task, model),
+        algorithm=algorithm,
         evaluator=evaluator,
         parts=parts,
-        local=_local_config(config, mesh.size),
+        local=local,
         server=settings,
-        prompt_length=-(-max(len(prompts[i]) for i in used) // 8) * 8,
-        completion_length=max(first.max_new_tokens, revise.max_new_tokens) + int(config.algorithm.retokenise),
+        prompt_length=prompt_length,
+        completion_length=completion_length,
         adapter=adapter,
     )
 
@@ -266,6 +271,14 @@ def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.Lo
         ema_decay=train.ema_decay,
         head_chunk=train.head_chunk,
     )
+
+
+def _check_memory(local: clients.LocalConfig, decoder: Decoder, rows: int, length: int) -> None:
+    """Raises UserError where the clients that train together cannot fit."""
+    lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
+    adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
+    each = memory.bytes_per_client(decoder.config, rows, length, local.head_chunk, adapter, decoder.remat)
+    memory.check_memory(local.clients_at_once, each, memory.device_bytes())
 
 
 def _server_config(config: ml_collections.ConfigDict) -> server.ServerConfig:

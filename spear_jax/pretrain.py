@@ -244,7 +244,10 @@ def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
     """Trains and writes the model folder; returns a summary."""
     began = time.time()
     corpora = [Corpus(facts.Facts(), config.seed), Corpus(reasoned.Reasoned(), config.seed)]
-    tokenizer = build_tokenizer(corpora, vocab=config.vocab_size)
+    if config.start_from:
+        tokenizer = tokenizers.Tokenizer.from_file(f"{config.start_from}/tokenizer.json")
+    else:
+        tokenizer = build_tokenizer(corpora, vocab=config.vocab_size)
     raw = {
         **RAW_CONFIG,
         "vocab_size": tokenizer.get_vocab_size(),

@@ -265,3 +265,15 @@ def test_dry_run_shows_the_split_and_trains_nothing(tmp_path, capsys):
     assert sorted(file.name for file in (tmp_path / "dry").iterdir()) == ["split.json", "split.png"]
     assert found["adapter_bytes"] == 4 * found["adapter_parameters"] and found["train_examples"] > 500
     assert "first prompt" in capsys.readouterr().out
+
+
+def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORKDIR", str(finished[0]))
+    notebook = json.loads((pathlib.Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb").read_text())
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert (tmp_path / "accuracy.png").stat().st_size > 0
+    assert "user:" in capsys.readouterr().out

@@ -124,10 +124,26 @@ def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
     )
 
 
+def _is_empty(file: pathlib.Path) -> bool:
+    """Whether a file has no bytes, or is a parquet file without rows (which the reader refuses with an error of its own)."""
+    if file.stat().st_size == 0:
+        return True
+    if file.suffix != ".parquet":
+        return False
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows == 0
+    except pyarrow.ArrowInvalid:
+        return False  # not a parquet file: the reader says so
+
+
 def _read_files(files: list[pathlib.Path]):
     """Reads files of one kind into a `datasets.Dataset`."""
     import datasets  # here, not above: it takes seconds to import, and embedded tasks do without it
 
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by our own error
     suffix = files[0].suffix
     table = datasets.Dataset
     read = {
@@ -136,7 +152,7 @@ def _read_files(files: list[pathlib.Path]):
         ".jsonl": table.from_json,
         ".json": table.from_json,
     }
-    if all(file.stat().st_size == 0 for file in files):
+    if all(_is_empty(file) for file in files):
         raise UserError(f"data file '{files[0]}' is empty; a split needs at least one row. Give a file with rows.")
     try:
         return read[suffix]([str(file) for file in files])

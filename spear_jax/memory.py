@@ -1,0 +1,50 @@
+"""How much memory a round needs, estimated before anything compiles."""
+
+import os
+
+import jax
+
+from spear_jax.errors import UserError
+from spear_jax.models.config import ModelConfig
+
+
+def bytes_per_client(model: ModelConfig, rows: int, length: int, head_chunk: int, adapter: int, remat: bool) -> int:
+    """An estimate of what one client's local step holds, in bytes, besides the base.
+
+    Activations kept for the backward pass (float32): with `remat` one residual [rows, length, D] a layer, else about
+    10 D + 4 F values a token and layer and two score matrices a head; one block of logits; the adapter with gradient, update
+    and two moments.
+    """
+    tokens = rows * length
+    kept = model.width if remat else 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
+    inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length if remat else 0
+    activations = 4 * tokens * (model.layers * kept + inside)
+    logits = 2 * 4 * min(head_chunk, tokens) * model.vocab_size
+    return activations + logits + 5 * adapter
+
+
+def device_bytes() -> int | None:
+    """Memory of one device, in bytes; on a CPU what the machine has free. None where it cannot be known."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
+    """Raises UserError where `clients_at_once` clients of `each` bytes exceed `free`, naming the value that would fit."""
+    if free is None or clients_at_once * each <= free:
+        return
+    fits = free // each
+    advice = (
+        f"Set --config.federation.clients_at_once={fits}, which would fit."
+        if fits
+        else "Not even one client fits: lower train.batch_size (raise train.accumulation), or set train.remat=True."
+    )
+    raise UserError(
+        f"{clients_at_once} clients at once need about {clients_at_once * each / 1e9:.1f} GB for local training, but "
+        f"{free / 1e9:.1f} GB are free. {advice}"
+    )
