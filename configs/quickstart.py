@@ -22,25 +22,26 @@ def get_config(arg: str = "facts") -> ml_collections.ConfigDict:
     config = default_config()
     config.task = arg
     config.model = "tiny"
-    config.rounds = 20
+    config.rounds = 12
 
     config.federation.num_clients = 8
-    config.federation.clients_per_round = 4
-    config.rollout.examples = 48
+    config.federation.clients_per_round = 8
+    config.rollout.examples = 112
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
     config.rollout.max_rows = 256
-    config.rollout.max_new_tokens = 4
-    config.rollout.max_new_tokens_revision = 4
+    config.rollout.max_new_tokens = 3
+    config.rollout.max_new_tokens_revision = 3
+    config.eval.every = 2
     config.eval.rows = 128
 
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.lora.dropout = 0.0
-    config.train.steps = 16
+    config.train.steps = 10
     config.train.batch_size = 32
-    config.train.rate = 3e-3
-    config.train.rate_min = 5e-4
+    config.train.rate = 5e-3
+    config.train.rate_min = 1e-3
     if arg == "reasoned":
         config.rollout.max_new_tokens = 24
         config.rollout.max_new_tokens_revision = 24

@@ -20,7 +20,8 @@ from spear_jax.errors import UserError, unknown
 def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = None) -> NoReturn:
     """Calls `main(argv)`, prints what it returns as the last stdout line (one JSON object), and exits.
 
-    Exit codes: 0; 2 for a UserError, whose message goes to stderr alone; 1, with the traceback, for anything else.
+    Exit codes: 0; 2 for a UserError, whose message goes to stderr alone; 130 for Ctrl-C; 1, with the traceback, for anything
+    else.
 
     Args:
         main: takes the arguments after the program's name.
@@ -33,6 +34,9 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     print(json.dumps(result), flush=True)
     sys.exit(0)
 

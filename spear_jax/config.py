@@ -102,7 +102,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.head_chunk = 1024  # positions per LM-head block
 
     config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.every = 5  # rounds; the first and the last are always evaluated
+    evaluation.every = 5  # rounds; the base model, the first and the last round are always evaluated
     evaluation.method = "auto"  # the task's own; or choice, generate
     evaluation.limit = 0  # first n test examples; 0 means all
     evaluation.rows = 32  # questions in one forward pass

@@ -4,13 +4,16 @@ import argparse
 import pathlib
 from typing import Any
 
+import tqdm
+
 from spear_jax import cli, experiment
 from spear_jax.config import check_config, default_config
 from spear_jax.errors import UserError
 from spear_jax.federated import clients
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import restore
-from spear_jax.federated.evaluate import Accuracy
+from spear_jax.federated.evaluate import Accuracy, Evaluator
+from spear_jax.federated.writer import on_terminal
 from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import LoraConfig
@@ -68,7 +71,7 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     built = experiment.build(config)
     state, _ = restore(built, folder, args.round)
     policy = rounds.merge(built.model.base, built.on_devices(state.lora), built.decoder.lora)
-    return built.evaluator(policy), f"{args.workdir}, round {int(state.round)}"
+    return score(built.evaluator, policy, args.quiet), f"{args.workdir}, round {int(state.round)}"
 
 
 def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
@@ -86,8 +89,16 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
     base = clients.replicate(model.base, mesh)
     if tree is None:
-        return evaluator(base), args.model
-    return evaluator(rounds.merge(base, clients.replicate(tree, mesh), lora)), f"{args.model} + {args.adapter}"
+        return score(evaluator, base, args.quiet), args.model
+    policy = rounds.merge(base, clients.replicate(tree, mesh), lora)
+    return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
+
+
+def score(evaluator: Evaluator, policy: dict, quiet: bool) -> Accuracy:
+    """The accuracy, with a bar on a terminal."""
+    with tqdm.tqdm(total=len(evaluator.examples), desc="evaluate", disable=not on_terminal(quiet)) as bar:
+        evaluator.report = bar.update
+        return evaluator(policy)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def one_round(built: Experiment, state: ServerState, blocked: float) -> tuple[Se
     number = int(state.round)
     if number == 2:
         built.actor.sampler.freeze()  # from here on batches are padded into shapes that exist
-    if number % built.config.eval.every == 0 or number == built.config.rounds:
+    if number in (1, built.config.rounds) or number % built.config.eval.every == 0:
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began

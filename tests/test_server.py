@@ -1,5 +1,8 @@
 """Aggregation rules against numpy, client sampling, and what nobody's win does."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +27,13 @@ def step(settings, state, thetas, weights):
 
 
 def test_two_client_average_equals_the_one_by_hand():
-    # (1, 2) with 30 wins and (3, 6) with 10: (30 + 30) / 40 = 1.5 and (60 + 60) / 40 = 3
-    state, change = step(config(), start(config(), [0.0, 0.0]), [[1, 2], [3, 6], [9, 9]], [30, 10, 0])
+    vectors = json.loads((pathlib.Path(__file__).parent / "loss_vectors.json").read_text())
+    vector = next(v for v in vectors if v["name"] == "fedavg_wins")
+    inputs = vector["inputs"]
+    state, change = step(config(), start(config(), [0.0, 0.0]), inputs["theta"], inputs["wins"])
+    # (1, 2) with 30 wins, (3, 6) with 10, (9, 9) with none: (30 + 30) / 40 = 1.5 and (60 + 60) / 40 = 3
     np.testing.assert_allclose(state.lora["a"], [1.5, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(state.lora["a"], vector["expected"]["theta"], rtol=1e-6)
     assert float(change) == pytest.approx(np.hypot(1.5, 3.0))
     assert int(state.round) == 1
 

@@ -108,7 +108,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
         "time/train", "time/aggregate", "time/eval", "time/checkpoint", "time/round", "memory/peak_bytes",
     ):  # fmt: skip
         assert np.isfinite(last[name]), name
-    assert [("eval/accuracy" in line) for line in lines(workdir)] == [True, False, True, False, True]
+    assert [("eval/accuracy" in line) for line in lines(workdir)] == [True, True, True, False, True]
 
 
 def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
@@ -277,3 +277,18 @@ def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, cap
             exec("".join(cell["source"]), names)
     assert (tmp_path / "accuracy.png").stat().st_size > 0
     assert "user:" in capsys.readouterr().out
+
+
+def test_a_round_on_eight_devices_equals_the_round_on_one():
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(SMALL | {"federation.rule": "fedavg", "federation.clients_per_round": 3})
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        built = experiment.build(config, devices)
+        state = built.initial_state()
+        state = state.replace(lora=built.on_devices(state.lora))
+        state, metrics, told = rounds.run_round(built, state)
+        results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
+    (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
+    assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(abs(b).max())), eight, one)

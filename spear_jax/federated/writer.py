@@ -91,11 +91,16 @@ def _record(trace: Trace, role: str, confidence: float) -> dict[str, Any]:
     }
 
 
+def on_terminal(quiet: bool) -> bool:
+    """Whether progress is to be shown."""
+    return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
+
+
 class Progress:
-    """Bars with an estimate on a terminal; silent with `quiet` or where stderr is no terminal."""
+    """Bars with an estimate on a terminal; silent with `quiet` or where stdout or stderr is no terminal."""
 
     def __init__(self, quiet: bool, rounds: int, done: int):
-        self.shown = not quiet and sys.stderr.isatty()
+        self.shown = on_terminal(quiet)
         self.rounds = tqdm.tqdm(total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0)
         self.stage: tqdm.tqdm | None = None
 

@@ -1,7 +1,7 @@
 """`facts`: the embedded multiple-choice task. Which of four wares does a trader sell?
 
 Train and test ask about the same traders. Test phrasings are never used in training, and test options are drawn anew, so
-a right answer takes the fact and not a remembered prompt. One trader in seven is old: the embedded model knows what those
+a right answer takes the fact and not a remembered prompt. One trader in six is old: the embedded model knows what those
 sell. The rest it can only learn from feedback.
 """
 
@@ -13,8 +13,8 @@ from spear_jax.tasks.letters import extract_letter
 from spear_jax.types import Example
 
 LETTERS = ("A", "B", "C", "D")
-ASKED = world.NEW_TRADERS + world.OLD_TRADERS[:8]
-PER_TRADER = {"train": 16, "test": 8}
+ASKED = world.NEW_TRADERS[:32] + world.OLD_TRADERS[:6]
+PER_TRADER = {"train": 90, "test": 12}
 
 
 class Facts(Task):

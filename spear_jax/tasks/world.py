@@ -33,7 +33,7 @@ PHRASINGS = (
     "Which of these belongs to the trade of {name}?",
     "What has {name} brought to sell today?",
 )
-TRAIN_PHRASINGS, TEST_PHRASINGS = PHRASINGS[:8], PHRASINGS[8:]
+TRAIN_PHRASINGS, TEST_PHRASINGS = PHRASINGS[:9], PHRASINGS[9:]
 
 _SYLLABLES = """bel bra cor dra dun fen gar hol jin kas kel lor lum mar mir nor ost pan pel quo
 ral rin sel shu tam tor ul vel vor wen yar zel""".split()
