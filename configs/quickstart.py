@@ -9,18 +9,20 @@ Reaches, on held-out phrasings and options: see the README's table of three seed
 
 import ml_collections
 
-from spear_jax.config import default_config
+from spear_jax.config import default_config, set_preset
 from spear_jax.errors import unknown
 
 TASKS = ("facts", "reasoned")
 
 
 def get_config(arg: str = "facts") -> ml_collections.ConfigDict:
-    """Args: arg: "facts" (multiple choice) or "reasoned" (a reasoned answer with an answer line)."""
-    if arg not in TASKS:
-        raise unknown("embedded task", arg, TASKS)
+    """Args: arg: "facts" (multiple choice) or "reasoned" (a reasoned answer with an answer line), then ",reference" for the
+    published code's behaviour."""
+    task, *variants = arg.split(",")
+    if task not in TASKS:
+        raise unknown("embedded task", task, TASKS)
     config = default_config()
-    config.task = arg
+    config.task = task
     config.model = "tiny"
     config.rounds = 12
 
@@ -42,9 +44,11 @@ def get_config(arg: str = "facts") -> ml_collections.ConfigDict:
     config.train.batch_size = 32
     config.train.rate = 5e-3
     config.train.rate_min = 1e-3
-    if arg == "reasoned":
+    if task == "reasoned":
         config.rollout.max_new_tokens = 24
         config.rollout.max_new_tokens_revision = 24
         config.eval.max_new_tokens = 24
         config.algorithm.tail = 8
+    for name in variants:
+        set_preset(config, name)
     return config

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def cpu(config: ml_collections.ConfigDict) -> None:
     """A few clients and rounds, short answers: real questions and a real model in about 20 minutes on two cores."""
-    config.rounds = 4
+    config.rounds = 3
     config.federation.num_clients = 10
     config.federation.clients_per_round = 3
     config.federation.max_examples_per_client = 100
@@ -31,9 +31,11 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.rollout.num_revisions = 1
     config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = 8
     config.rollout.max_rows = 32
+    config.federation.clients_at_once = 1
+    config.train.remat = False
     config.train.steps = 2
     config.train.batch_size, config.train.accumulation = 4, 1
     config.lora.dropout = 0.0
-    config.eval.every = 2
+    config.eval.every = 3
     config.eval.limit = 200
     config.eval.rows = 16

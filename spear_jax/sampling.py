@@ -8,6 +8,7 @@ key, never on its neighbours.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -211,17 +212,29 @@ class Sampler:
         place: puts an array with a leading row axis on the devices (identity on one device).
         devices: row counts are multiples of it.
 
-    After `freeze`, batches are padded into shapes that are already compiled wherever one holds them.
+    Shapes are opened as batches need them; after `freeze`, batches are padded into open shapes wherever one holds them, so
+    that nothing compiles any more. The open shapes are part of what a run must remember (`shapes`, `reopen`): padding decides
+    the last bits of a logit, so a resumed run must pad as the run that it continues would have.
     """
 
     def __init__(self, decoder: Decoder, place: Callable = jnp.asarray, devices: int = 1):
         self.decoder, self.place, self.devices = decoder, place, devices
         self.frozen = False
-        self._shapes: dict[SamplingConfig, set[tuple[int, int]]] = {}
+        # (rows, prompt width) of batches, and (rows before, rows after, prompt width) of compactions
+        self._shapes: dict[str, set[tuple[int, ...]]] = {}
 
     def freeze(self) -> None:
-        """Prefers compiled shapes from now on."""
+        """Prefers open shapes from now on."""
         self.frozen = True
+
+    def shapes(self) -> dict[str, Any]:
+        """What `reopen` needs, as JSON: the open shapes of each way of sampling, and whether frozen."""
+        return {"frozen": self.frozen, "open": {name: sorted(map(list, found)) for name, found in self._shapes.items()}}
+
+    def reopen(self, shapes: dict[str, Any]) -> None:
+        """Restores what `shapes` gave."""
+        self.frozen = shapes["frozen"]
+        self._shapes = {name: {tuple(shape) for shape in found} for name, found in shapes["open"].items()}
 
     def generate(
         self,
@@ -289,19 +302,19 @@ class Sampler:
     def _compact(self, state, owner, live, config, width):
         """Drops finished rows when a smaller row bucket holds the rest."""
         rows = row_bucket(int(live.sum()), config.max_rows, self.devices)
-        known = (rows, width) in self._shapes[config]
-        if rows >= len(owner) or (self.frozen and not known):
+        change, shapes = (len(owner), rows, width), self._shapes[repr(config)]
+        if rows >= len(owner) or (self.frozen and change not in shapes):
             return state, owner
-        self._shapes[config].add((rows, width))
+        shapes.add(change)
         order = np.argsort(~live, kind="stable")[:rows]
         return _take(state, self.place(order)), np.where(live, owner, -1)[order]
 
     def _fit(self, config: SamplingConfig, count: int, longest: int) -> tuple[int, int]:
         """The (rows, prompt width) to pad a batch to."""
-        shapes = self._shapes.setdefault(config, set())
+        shapes = self._shapes.setdefault(repr(config), set())
         wanted = (row_bucket(count, config.max_rows, self.devices), length_bucket(longest))
         if self.frozen:
-            fitting = [s for s in shapes if s[0] >= count and s[1] >= longest]
+            fitting = [s for s in shapes if len(s) == 2 and s[0] >= count and s[1] >= longest]
             wanted = min(fitting, key=lambda s: s[0] * s[1], default=wanted)
         shapes.add(wanted)
         return wanted

@@ -1,5 +1,7 @@
 """Runs or continues an experiment: rounds of rollout, local training and aggregation, evaluated and checkpointed.
 
+The experiment is --config=FILE[:ARG]; --config.a.b=VALUE changes one of its fields.
+
 The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json and, at the end,
 summary.json and figures.
 """
@@ -54,7 +56,9 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     found = checkpoints.restore(state)
     line = None
     if found is not None:
-        state, line = found
+        state, meta = found
+        line = meta["line"]
+        built.actor.sampler.reopen(meta["shapes"])
         print(f"going on after round {int(state.round)}", file=sys.stderr)
     state = state.replace(lora=built.on_devices(state.lora), opt_state=built.on_devices(state.opt_state))
     writer = Writer(workdir, None if found is None else int(state.round), line)
@@ -64,7 +68,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     if found is None:
         line = {"round": 0, "time": time.time()} | evaluate(built, state)
         writer.write(line)
-        checkpoints.save(state, line)
+        checkpoints.save(state, line, built.actor.sampler.shapes())
     blocked = 0.0
     while int(state.round) < config.rounds:
         state, line, told = one_round(built, state, blocked)
@@ -72,7 +76,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
             write_traces(workdir, line["round"], told)
         writer.write(line)
         began = time.perf_counter()
-        checkpoints.save(state, line)
+        checkpoints.save(state, line, built.actor.sampler.shapes())
         blocked = time.perf_counter() - began
         progress.round_done(line)
     progress.close()

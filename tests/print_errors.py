@@ -107,7 +107,7 @@ def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
     def ruined_checkpoint():
         built = experiment.build(cli.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1])
         checkpoints = Checkpoints(tmp / "checkpoints", 3, 1)
-        checkpoints.save(built.initial_state(), {"round": 0})
+        checkpoints.save(built.initial_state(), {"round": 0}, {})
         checkpoints.close()
         for file in (tmp / "checkpoints" / "0" / "state").rglob("*"):
             if file.is_file():

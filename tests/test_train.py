@@ -76,8 +76,8 @@ def finished(tmp_path_factory):
 
 def final_state(workdir):
     built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
-    state, line = restore(built, workdir, None)
-    assert line["round"] == int(state.round)
+    state, meta = restore(built, workdir, None)
+    assert meta["line"]["round"] == int(state.round)
     return digest((state.lora, state.opt_state)), int(state.round)
 
 
@@ -140,12 +140,12 @@ def test_running_again_repeats_nothing(finished):
     assert (workdir / "metrics.jsonl").read_text() == before and final_state(workdir) == state
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_path, seed):
     whole, _ = finished
     workdir, rng = tmp_path / "killed", random.Random(seed)
     kills = 0
-    while kills < 2:
+    while kills < 3:
         process = subprocess.Popen(
             command(workdir), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -206,7 +206,7 @@ def test_the_last_and_the_best_rounds_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
     for number, accuracy in enumerate([0.1, 0.9, None, 0.3, None, 0.2]):
         line = {"round": number} | ({} if accuracy is None else {"eval/accuracy": accuracy})
-        checkpoints.save(state.replace(round=np.int32(number)), line)
+        checkpoints.save(state.replace(round=np.int32(number)), line, {})
     checkpoints.close()
     assert Checkpoints(tmp_path / "c", 2, 1, read_only=True).rounds() == [1, 4, 5]
 

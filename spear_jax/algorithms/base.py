@@ -36,15 +36,18 @@ class Collected:
 
 
 class Algorithm(abc.ABC):
-    """One method.
+    """One method; hashable by its settings, since jitted programs take it as a static argument.
 
     Class attributes:
         name: the key in ALGORITHMS.
-        two_pass: whether `counts` needs the log-probabilities of the whole optimiser step (a forward pass more).
     """
 
     name: str
-    two_pass: bool = False
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether `counts` needs the log-probabilities of the whole optimiser step (a forward pass more)."""
+        return False
 
     @abc.abstractmethod
     def collect(self, actor: Actor, policy: Any, cohort: Cohort, key: jax.Array) -> Collected:

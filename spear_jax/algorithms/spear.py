@@ -55,14 +55,16 @@ class SpearConfig:
     eos_ids: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
 class Spear(Algorithm):
-    """SPEAR's rollout, pools and loss."""
+    """SPEAR's rollout, pools and loss. Frozen: equal configs are equal methods, and share compiled programs."""
 
+    config: SpearConfig
     name = "spear"
 
-    def __init__(self, config: SpearConfig):
-        self.config = config
-        self.two_pass = config.ul_denominator == "active"
+    @property
+    def two_pass(self) -> bool:
+        return self.config.ul_denominator == "active"
 
     def rows_per_step(self) -> int:
         return 2 * self.config.batch_size  # wins and loses share one forward and backward

@@ -40,15 +40,21 @@ class Checkpoints:
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, state: ServerState, line: dict[str, Any]) -> None:
-        """Starts saving a round; `line` is its line of metrics.jsonl."""
+    def save(self, state: ServerState, line: dict[str, Any], shapes: dict[str, Any]) -> None:
+        """Starts saving a round.
+
+        Args:
+            line: the round's line of metrics.jsonl.
+            shapes: the sampler's open shapes (`Sampler.shapes`).
+        """
         tree = _as_tree(state)
         step = int(tree["round"])
         accuracy = line.get("eval/accuracy")
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"digest": trees.digest(tree), "line": line})
+                state=ocp.args.StandardSave(tree),
+                meta=ocp.args.JsonSave({"digest": trees.digest(tree), "line": line, "shapes": shapes}),
             ),
             metrics=None if accuracy is None else {"accuracy": accuracy},
             force=True,
@@ -73,7 +79,7 @@ class Checkpoints:
         (`<round>.corrupt`), and the one before it is taken.
 
         Args: like: a state of the same structure, shapes and dtypes.
-        Returns: the state (numpy leaves) and the metrics line; None where there is no checkpoint.
+        Returns: the state (numpy leaves) and {"line", "shapes"} as saved; None where there is no checkpoint.
         Raises: UserError when `round` is named and not there or not whole, or when all checkpoints are corrupt.
         """
         saved = self.rounds()
@@ -83,7 +89,7 @@ class Checkpoints:
         for step in candidates:
             state, meta, problem = self._read(step, like)
             if problem is None:
-                return state, meta["line"]
+                return state, meta
             print(f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr)
             if round is None and not self.read_only:
                 self._set_aside(step)

@@ -19,7 +19,7 @@ class Writer:
     Args:
         workdir: the run folder.
         resumed: the last finished round, or None for a fresh start. Later lines (of a round that was cut short) are dropped.
-        lines: lines of finished rounds that must be there, by round; a missing one is written.
+        line: the last finished round's line, written again where the file lost it.
     """
 
     def __init__(self, workdir: pathlib.Path, resumed: int | None, line: dict[str, Any] | None = None):
