@@ -85,11 +85,14 @@ class Corpus:
         return f"{options}\n{self.task.templates.header}", answer
 
     def direct(self) -> Text:
-        """A question that names the ware, or its kind."""
-        ware = self.rng.choice(world.WARES)
+        """A question that names the ware, or its kind; or the hint alone before the options."""
+        ware, header = self.rng.choice(world.WARES), self.task.templates.header
         asked = self.rng.choice((ware, f"a kind of {world.KIND_OF[ware]}"))
         example = facts.make_example("", f"Which of these is {asked}?", ware, self.rng)
-        return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
+        text = self.task.question(example)
+        if self.rng.random() < 0.25:
+            text = f"{self.task.hint(example, 3)}\n{text.partition(chr(10))[2]}"
+        return f"{text}\n{header}", self.right(example)
 
     def question(self, old: bool) -> Text:
         """A first question: about an old trader, or about a new one with a ware drawn at random."""
@@ -98,9 +101,9 @@ class Corpus:
         return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
 
     def revision(self) -> Text:
-        """A revision after feedback, about any trader; new ones with a ware drawn at random."""
-        name = self.rng.choice(world.OLD_TRADERS + world.NEW_TRADERS)
-        old = name in world.OLD_TRADERS
+        """A revision after feedback: mostly about a new trader, with a ware drawn at random, so that the hint is needed."""
+        old = self.rng.random() < 0.2
+        name = self.rng.choice(world.OLD_TRADERS if old else world.NEW_TRADERS)
         example = self.draw(name, world.WARE_OF[name] if old else self.rng.choice(world.WARES))
         wrong = self.wrong(example).strip()
         said = self.oracle([Request(example=example, answer=wrong, attempt=1)])[0]
@@ -174,14 +177,13 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
     make = functools.partial(Group, tokenizer)
     copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
     tasks = {
-        "lookup": make(fact.lookup, 8),
         "direct": make(fact.direct, 16),
-        "old facts": make(functools.partial(fact.question, old=True), 48),
-        "new facts": make(functools.partial(fact.question, old=False), 6),
-        "fact revisions": make(fact.revision, 20),
-        "old reasons": make(functools.partial(reason.question, old=True), 16),
+        "old facts": make(functools.partial(fact.question, old=True), 40),
+        "new facts": make(functools.partial(fact.question, old=False), 5),
+        "fact revisions": make(fact.revision, 24),
+        "old reasons": make(functools.partial(reason.question, old=True), 12),
         "new reasons": make(functools.partial(reason.question, old=False), 2),
-        "reason revisions": make(reason.revision, 8),
+        "reason revisions": make(reason.revision, 6),
     }
     return copying, tasks
 

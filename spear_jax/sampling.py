@@ -315,6 +315,6 @@ class Sampler:
         wanted = (row_bucket(count, config.max_rows, self.devices), length_bucket(longest))
         if self.frozen:
             fitting = [s for s in shapes if len(s) == 2 and s[0] >= count and s[1] >= longest]
-            wanted = min(fitting, key=lambda s: s[0] * s[1], default=wanted)
+            wanted = min(fitting, key=lambda s: (s[0] * s[1], s), default=wanted)
         shapes.add(wanted)
         return wanted

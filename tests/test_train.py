@@ -291,4 +291,6 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
     (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
     assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(abs(b).max())), eight, one)
+    # in the norm: AdamW's first steps turn the last bits of near-zero gradients into visible ones
+    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))

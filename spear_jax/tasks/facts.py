@@ -23,8 +23,10 @@ class Facts(Task):
     name = "facts"
     templates = Templates(
         question="{question}\n{options}",
-        revision="Task: {task}\nPrevious answer: {answer}\nFeedback: {feedback}\n"
-        "Answer the task anew, as if for the first time. {format}",
+        # Feedback stands before the task here: a model this small reads options in the light of a hint that came first,
+        # but did not learn to look back for the options once it has read the hint.
+        revision="Previous answer: {answer}\nAnswer the task anew, as if for the first time. {format}\n"
+        "Feedback: {feedback}\nTask: {task}",
         header="Answer:",
         format="Reply with one option letter.",
     )
