@@ -14,6 +14,17 @@ from spear_jax.errors import UserError
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
+def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut short, is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
     """metrics.jsonl as a table with one row a round and the metric names as columns; a round in writing is left out.
 
@@ -22,12 +33,7 @@ def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
     file = pathlib.Path(workdir) / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{workdir} holds no metrics.jsonl; give the --workdir of a `train` command.")
-    rows = []
-    for text in file.read_text().splitlines():
-        try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    rows = read_lines(file)
     if not rows:
         raise UserError(f"{file} is empty so far; wait for the first evaluation to finish.")
     return pd.DataFrame(rows)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spear_jax.analysis import wilson
 from spear_jax.models.decoder import Decoder, head_weight, prefill
 from spear_jax.models.token_logprobs import completion_logprobs
 from spear_jax.packing import Row, pack
@@ -43,11 +44,8 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % score interval, which stays inside [0, 1]."""
-        z, n, p = 1.959963984540054, self.count, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        """Wilson's 95 % score interval."""
+        return wilson(self.value, self.count)
 
 
 @dataclasses.dataclass

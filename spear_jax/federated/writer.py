@@ -10,6 +10,7 @@ from typing import Any
 import tensorboardX
 import tqdm
 
+from spear_jax.analysis import read_lines
 from spear_jax.types import Trace
 
 
@@ -45,19 +46,6 @@ class Writer:
 
     def close(self) -> None:
         self.board.close()
-
-
-def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line that was cut short is left out."""
-    if not file.exists():
-        return []
-    lines = []
-    for text in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def write_traces(workdir: pathlib.Path, round: int, told: list[tuple[Trace, str, float]]) -> None:
