@@ -6,7 +6,7 @@ from typing import Any
 
 import tqdm
 
-from spear_jax import cli, experiment
+from spear_jax import cli, experiment, run_folder
 from spear_jax.config import check_config, default_config
 from spear_jax.errors import UserError
 from spear_jax.federated import clients
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     """The accuracy of a saved round, on the run's own test set."""
     folder = pathlib.Path(args.workdir)
-    config = experiment.read_run_config(folder)
+    config = run_folder.read_run_config(folder)
     if args.limit:
         with config.unlocked():
             config.eval.limit = args.limit

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from typing import Any
 
@@ -286,43 +284,3 @@ def _server_config(config: ml_collections.ConfigDict) -> server.ServerConfig:
     settings = server.ServerConfig(fed.rule, fed.server_rate, fed.beta1, fed.beta2, fed.tau)
     server.check_server(settings)
     return settings
-
-
-def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -> tuple[pathlib.Path, bool]:
-    """Makes or checks the run folder.
-
-    Args: resume: "auto" goes on where a run of the same config stopped, "never" insists on a new folder, "must" on an old.
-    Returns: the folder; whether it holds an earlier run of this config.
-    Raises: UserError for a folder of another config (naming the keys that differ), or against the resume mode.
-    """
-    if resume not in ("auto", "never", "must"):
-        raise unknown("resume mode", resume, ("auto", "never", "must"))
-    folder = pathlib.Path(workdir)
-    file = folder / "config.json"
-    if file.exists():
-        if resume == "never":
-            raise UserError(f"{workdir} holds a run already; give a new --workdir, or --resume=auto to go on.")
-        old, flat = configs.flatten(read_run_config(folder)), configs.flatten(config)
-        differing = sorted(name for name in old.keys() | flat.keys() if old.get(name) != flat.get(name))
-        if differing:
-            changes = ", ".join(f"{name} ({old.get(name)} there, {flat.get(name)} now)" for name in differing)
-            raise UserError(f"{workdir} holds a run of another config; differing: {changes}. Give a new --workdir.")
-        return folder, True
-    if resume == "must":
-        raise UserError(f"--resume=must, but {workdir} holds no run; check --workdir, or use --resume=auto.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    os.replace(temporary, file)
-    return folder, False
-
-
-def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """The resolved config of a run folder; raises UserError where there is none."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
-    try:
-        return ml_collections.ConfigDict(json.loads(file.read_text())).lock()
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error

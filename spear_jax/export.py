@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import cli, experiment
+from spear_jax import cli, experiment, run_folder
 from spear_jax.errors import UserError
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import restore
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     out = pathlib.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={args.out} exists and is not an empty folder; give a new one.")
-    config = experiment.read_run_config(pathlib.Path(args.workdir))
+    config = run_folder.read_run_config(pathlib.Path(args.workdir))
     built = experiment.build(config)
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
     if args.merge:

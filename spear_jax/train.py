@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import analysis, cli, experiment, partition
+from spear_jax import analysis, cli, experiment, partition, run_folder
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     built = experiment.build(config)
     if args.dry_run:
         return dry_run(built, args.workdir)
-    workdir, _ = experiment.open_workdir(args.workdir, config, args.resume)
+    workdir, _ = run_folder.open_workdir(args.workdir, config, args.resume)
     write_split(built, workdir)
     return train(built, workdir, args.quiet)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
-from spear_jax import cli, experiment
+from spear_jax import cli, experiment, run_folder
 from spear_jax.errors import UserError
 from spear_jax.federated.checkpoint import Checkpoints
 from spear_jax.models.adapters import save_adapter
@@ -101,8 +101,8 @@ def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
 
     def foreign_workdir():
         config = cli.read_config(["--config=configs/quickstart.py", "--config.seed=1"])
-        experiment.open_workdir(str(tmp / "run"), config, "auto")
-        experiment.open_workdir(str(tmp / "run"), cli.read_config(["--config=configs/quickstart.py"]), "auto")
+        run_folder.open_workdir(str(tmp / "run"), config, "auto")
+        run_folder.open_workdir(str(tmp / "run"), cli.read_config(["--config=configs/quickstart.py"]), "auto")
 
     def ruined_checkpoint():
         built = experiment.build(cli.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1])

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import quickstart, spear
-from spear_jax import cli, experiment
+from spear_jax import cli, experiment, memory, run_folder
 from spear_jax.config import REFERENCE, check_config, default_config, flatten, set_preset
 from spear_jax.errors import UserError
 from spear_jax.models.adapters import save_adapter
@@ -141,21 +141,21 @@ def test_reference_preset_sets_every_switch_and_each_stands_alone():
 
 
 def test_a_workdir_of_another_config_names_the_differing_keys(tmp_path):
-    experiment.open_workdir(str(tmp_path / "run"), embedded(), "auto")
-    assert experiment.open_workdir(str(tmp_path / "run"), embedded(), "auto")[1]
+    run_folder.open_workdir(str(tmp_path / "run"), embedded(), "auto")
+    assert run_folder.open_workdir(str(tmp_path / "run"), embedded(), "auto")[1]
     with pytest.raises(UserError, match=r"differing: seed \(0 there, 1 now\)"):
-        experiment.open_workdir(str(tmp_path / "run"), embedded(seed=1), "auto")
+        run_folder.open_workdir(str(tmp_path / "run"), embedded(seed=1), "auto")
     with pytest.raises(UserError, match="holds a run already"):
-        experiment.open_workdir(str(tmp_path / "run"), embedded(), "never")
+        run_folder.open_workdir(str(tmp_path / "run"), embedded(), "never")
     with pytest.raises(UserError, match="holds no run"):
-        experiment.open_workdir(str(tmp_path / "none"), embedded(), "must")
+        run_folder.open_workdir(str(tmp_path / "none"), embedded(), "must")
 
 
 def test_run_folder_keeps_the_resolved_config(tmp_path):
     config = embedded(seed=3)
-    folder, _ = experiment.open_workdir(str(tmp_path / "run"), config, "auto")
+    folder, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")
     assert json.loads((folder / "config.json").read_text())["seed"] == 3
-    assert flatten(experiment.read_run_config(folder)) == flatten(config)
+    assert flatten(run_folder.read_run_config(folder)) == flatten(config)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
@@ -207,3 +207,12 @@ def test_a_users_mistake_exits_with_two_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip() == "error: rollout.top_p is 2.0; it must lie in (0, 1]. Set --config.rollout.top_p."
     assert not (tmp_path / "x").exists()
+
+
+def test_too_many_clients_at_once_names_the_number_that_fits():
+    with pytest.raises(UserError, match="clients_at_once=3, which would fit"):
+        memory.check_memory(8, 3_000_000_000, 10_000_000_000)
+    with pytest.raises(UserError, match="Not even one client fits"):
+        memory.check_memory(1, 3_000_000_000, 1_000_000_000)
+    memory.check_memory(3, 3_000_000_000, 10_000_000_000)
+    memory.check_memory(3, 3_000_000_000, None)

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
     ("errors", "types", "trees", "losses", "analysis", "config"),
-    ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory"),
+    ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory", "run_folder"),
     ("actor", "algorithms"),
     ("federated", "experiment"),
     ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor"),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax import analysis, experiment, sampling, train
+from spear_jax import analysis, experiment, run_folder, sampling, train
 from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
@@ -75,7 +75,7 @@ def finished(tmp_path_factory):
 
 
 def final_state(workdir):
-    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     state, meta = restore(built, workdir, None)
     assert meta["line"]["round"] == int(state.round)
     return digest((state.lora, state.opt_state)), int(state.round)
@@ -125,7 +125,7 @@ def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
 
 def test_bytes_count_float32_adapters_of_the_clients(finished):
     workdir, _ = finished
-    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(built.initial_state().lora))
     for line in lines(workdir)[1:]:
         assert line["round/bytes_down"] == 2 * size
@@ -235,7 +235,7 @@ def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
 def test_the_exported_adapter_is_the_servers(finished, tmp_path):
     workdir, _ = finished
     export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
-    built = experiment.build(experiment.read_run_config(workdir), jax.devices()[:1])
+    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     tree, _ = adapters.load_adapter(tmp_path / "adapter", built.model.config)
     assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
 
