@@ -22,6 +22,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "transformers>=5.0,<6",
+        "jinja2>=3.1,<4",  # renders chat templates
         "tokenizers>=0.22,<0.24",  # trains and reads tokenizer.json
         "datasets>=4.0,<6",
         "huggingface_hub>=1.0,<3",
