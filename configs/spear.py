@@ -36,7 +36,10 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 2
     config.train.batch_size, config.train.accumulation = 4, 1
     config.lora.dropout = 0.0
-    config.train.rate, config.train.rate_min = 5e-4, 1e-4  # 16 optimiser steps in all: the published rate would not show
+    config.train.rate, config.train.rate_min = (
+        5e-4,
+        1e-4,
+    )  # 16 optimiser steps in all: the published rate would not show
     config.eval.every = 4
     config.eval.limit = 200
     config.eval.rows = 16

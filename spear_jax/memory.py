@@ -1,11 +1,13 @@
 """How much memory a round needs, estimated before anything compiles."""
 
-import os
+import pathlib
 
 import jax
 
 from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig
+
+MEMINFO = pathlib.Path("/proc/meminfo")
 
 
 def bytes_per_client(model: ModelConfig, rows: int, length: int, head_chunk: int, adapter: int, remat: bool) -> int:
@@ -24,14 +26,15 @@ def bytes_per_client(model: ModelConfig, rows: int, length: int, head_chunk: int
 
 
 def device_bytes() -> int | None:
-    """Memory of one device, in bytes; on a CPU what the machine has free. None where it cannot be known."""
+    """Memory that is free on one device, in bytes; on a CPU what Linux calls available. None where it cannot be known."""
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+    if not MEMINFO.exists():
         return None
+    # MemAvailable and not MemFree: a file cache gives its pages back.
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
