@@ -8,13 +8,33 @@ import numpy as np
 
 from spear_jax import trees
 from spear_jax.feedback import Feedback, Request
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.packing import Row
+from spear_jax.sampling import Completion, Sampler, SamplingConfig
 from spear_jax.tasks.base import Task
 from spear_jax.text import Renderer
-from spear_jax.types import Attempt, Example, Trace
+from spear_jax.types import Attempt, Example, Tally, Trace
 
 ROLLOUT = trees.purpose("rollout")
 REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
+SAMPLE_BITS = 21  # of a key path's last step, those below hold the attempt, those above the sample number
+
+
+Ask = tuple[int, int, int]  # (client, position in the training set, sample number)
+
+
+@dataclasses.dataclass
+class Policy:
+    """Weights that answer: one adapter merged into the base for everybody, or every client's own beside it.
+
+    Attributes:
+        base: decoder parameters.
+        lora: None where merged; else adapters stacked behind the layer axis, leaves [L, C, ...].
+        slots: {client: its place on the stacked axis}.
+    """
+
+    base: dict
+    lora: dict | None = None
+    slots: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -44,6 +64,11 @@ class Actor:
         first: how first answers are sampled.
         revise: how revisions are sampled.
         num_revisions: attempts after a wrong first answer.
+        merge: lora -> Policy with that adapter merged into the base.
+        scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without gradient.
+        responses, rejected: token ids of each training example's gold and dispreferred completion; empty lists where the
+            method does not train on them.
+        tally: tokens so far in this round.
         report: called with (stage, rows finished).
     """
 
@@ -56,35 +81,37 @@ class Actor:
     first: SamplingConfig
     revise: SamplingConfig
     num_revisions: int
+    merge: Callable[[dict], Policy] | None = None
+    scorer: Callable[[Policy, list[Row]], list[np.ndarray]] | None = None
+    responses: list[list[int]] = dataclasses.field(default_factory=list)
+    rejected: list[list[int]] = dataclasses.field(default_factory=list)
+    tally: Tally = dataclasses.field(default_factory=Tally)
     report: Callable[[str, int], None] = lambda stage, rows: None
 
-    def answer(self, policy: dict, pairs: list[tuple[int, int]], key: jax.Array) -> list[Trace]:
+    def answer(self, policy: Policy, asks: list[Ask], key: jax.Array) -> list[Trace]:
         """First answers of all clients in one batch.
 
-        Args:
-            policy: base weights with the round's adapter merged in.
-            pairs: (client, example index).
-            key: the round's key; row keys are its path (client, example, attempt 0).
+        Args: key: the round's key; row keys are its path (client, example, attempt 0 of the sample).
         """
-        prompts = [self.prompts[index] for _, index in pairs]
-        keys = row_keys(key, pairs, attempt=0)
-        done = self.sampler.generate(None, policy, prompts, keys, self.first, lambda rows: self.report("rollout", rows))
+        prompts = [self.prompts[index] for _, index, _ in asks]
+        done = self._generate(policy, prompts, asks, key, 0, self.first, "rollout")
         traces = []
-        for (client, index), prompt, completion in zip(pairs, prompts, done, strict=True):
+        for (client, index, _), prompt, completion in zip(asks, prompts, done, strict=True):
             example = self.examples[index]
             attempt = self._attempt(example, prompt, completion, "")
             traces.append(Trace(client, example, [attempt]))
         return traces
 
     def revise_until_right(
-        self, policy: dict, traces: list[Trace], pairs: list[tuple[int, int]], key: jax.Array
+        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array, limit: int | None = None
     ) -> None:
         """Revises wrong answers after feedback, all pending ones of an attempt in one batch; extends the traces in place.
 
+        Args: limit: attempts; None means `num_revisions`.
         Source: SPEAR (arXiv 2605.07977), rollout step 3: feedback is always on the latest answer.
         """
         pending = [i for i, trace in enumerate(traces) if not trace.last.correct]
-        for number in range(1, self.num_revisions + 1):
+        for number in range(1, (self.num_revisions if limit is None else limit) + 1):
             requests = [Request(traces[i].example, traces[i].last.text, number) for i in pending]
             said = dict(zip(pending, self.feedback(requests), strict=True))
             pending = [i for i in pending if said[i] is not None]
@@ -93,16 +120,13 @@ class Actor:
             prompts = [
                 self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i]) for i in pending
             ]
-            keys = row_keys(key, [pairs[i] for i in pending], attempt=number)
-            done = self.sampler.generate(
-                None, policy, prompts, keys, self.revise, lambda rows: self.report("revision", rows)
-            )
+            done = self._generate(policy, prompts, [asks[i] for i in pending], key, number, self.revise, "revision")
             for i, prompt, completion in zip(pending, prompts, done, strict=True):
                 traces[i].attempts.append(self._attempt(traces[i].example, prompt, completion, said[i]))
             pending = [i for i in pending if not traces[i].last.correct]
 
     def rewrite(
-        self, policy: dict, traces: list[Trace], pairs: list[tuple[int, int]], key: jax.Array
+        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array
     ) -> dict[int, Attempt | None]:
         """Rewrites right first answers of wrong form, without feedback.
 
@@ -118,8 +142,7 @@ class Actor:
             self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
             for i in chosen
         ]
-        keys = row_keys(key, [pairs[i] for i in chosen], attempt=REWRITE)
-        done = self.sampler.generate(None, policy, prompts, keys, self.revise)
+        done = self._generate(policy, prompts, [asks[i] for i in chosen], key, REWRITE, self.revise, "rewrite")
         rewrites: dict[int, Attempt | None] = {}
         for i, prompt, completion in zip(chosen, prompts, done, strict=True):
             attempt = self._attempt(traces[i].example, prompt, completion, "")
@@ -127,24 +150,39 @@ class Actor:
             rewrites[i] = attempt if whole else None
         return rewrites
 
+    def score(self, policy: Policy, rows: list[Row]) -> list[np.ndarray]:
+        """float32[len(completion)] a row: log-probabilities of its completion, without gradient and untempered."""
+        self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
+        return self.scorer(policy, rows)
+
+    def _generate(self, policy, prompts, asks, key, attempt, config, stage) -> list[Completion]:
+        if not prompts:
+            return []
+        keys = row_keys(key, asks, attempt)
+        owners = np.array([policy.slots[client] for client, _, _ in asks], np.int32) if policy.slots else None
+        report = lambda rows: self.report(stage, rows)
+        done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, report, owners)
+        self.tally.prompt += sum(map(len, prompts))
+        self.tally.generated += sum(len(completion.tokens) for completion in done)
+        return done
+
     def _attempt(self, example, prompt, completion, feedback) -> Attempt:
         text = self.renderer.decode(completion.tokens)
         correct = self.task.grade(text, example)
         return Attempt(prompt, completion.tokens, completion.logprobs, text, correct, feedback)
 
 
-def row_keys(key: jax.Array, pairs: list[tuple[int, int]], attempt: int) -> np.ndarray:
-    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, attempt) below the round's key."""
-    if not pairs:
-        return np.zeros((0, 2), np.uint32)
+def row_keys(key: jax.Array, asks: list[Ask], attempt: int) -> np.ndarray:
+    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and attempt) below the round's."""
     # Padded to a power of two, so that the number of pending rows does not cause a compilation.
-    size = 1 << (len(pairs) - 1).bit_length()
-    padded = np.zeros((size, 2), np.uint32)
-    padded[: len(pairs)] = pairs
-    return np.asarray(_row_keys(key, padded, attempt))[: len(pairs)]
+    size = 1 << (len(asks) - 1).bit_length()
+    padded = np.zeros((size, 3), np.uint32)
+    padded[: len(asks)] = asks
+    padded[:, 2] = (padded[:, 2] << SAMPLE_BITS) + attempt
+    return np.asarray(_row_keys(key, padded))[: len(asks)]
 
 
 @jax.jit
-def _row_keys(key, pairs, attempt):
-    path = jax.vmap(lambda pair: trees.path_key(key, ROLLOUT, pair[0], pair[1], attempt))
-    return jax.random.key_data(path(pairs))
+def _row_keys(key, asks):
+    path = jax.vmap(lambda ask: trees.path_key(key, ROLLOUT, ask[0], ask[1], ask[2]))
+    return jax.random.key_data(path(asks))

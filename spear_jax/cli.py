@@ -16,12 +16,14 @@ from ml_collections import config_flags
 from spear_jax.config import flatten
 from spear_jax.errors import UserError, unknown
 
+FIELDS = "Config fields are --config.NAME=VALUE."
+
 
 def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = None) -> NoReturn:
     """Calls `main(argv)`, prints what it returns as the last stdout line (one JSON object), and exits.
 
     Exit codes: 0; 2 for a UserError, whose message goes to stderr alone; 130 for Ctrl-C; 1, with the traceback, for anything
-    else.
+    else, and for a result whose "failed" names parts that failed while others went on.
 
     Args:
         main: takes the arguments after the program's name.
@@ -38,7 +40,7 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     print(json.dumps(result), flush=True)
-    sys.exit(0)
+    sys.exit(1 if "failed" in result and result["failed"] else 0)
 
 
 def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:
@@ -63,9 +65,7 @@ def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict
     named = [arg for arg in args if arg.split("=")[0] == "--config"]
     strange = [arg for arg in args if not arg.startswith("--config")]
     if strange:
-        raise UserError(
-            f"unknown argument {strange[0]!r}; run with --help for the flags. Config fields are --config.NAME=VALUE."
-        )
+        raise UserError(f"unknown argument {strange[0]!r}; run with --help for the flags. {FIELDS}")
     if not named and not default:
         raise UserError("no config: give --config=FILE[:ARG], for example --config=configs/quickstart.py.")
     source = named[-1].partition("=")[2] if named else default
@@ -74,19 +74,34 @@ def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict
         raise UserError(
             f"no config file {file!r}; give --config=FILE[:ARG], for example --config=configs/quickstart.py."
         )
-    overrides = [arg for arg in args if arg.split("=")[0] != "--config"]
-    fields = flatten(_load(source, []))
+    return apply_overrides(_load(source), [arg for arg in args if arg.split("=")[0] != "--config"])
+
+
+def apply_overrides(config: ml_collections.ConfigDict, overrides: list[str]) -> ml_collections.ConfigDict:
+    """Sets the fields that --config.a.b=VALUE arguments name, in place, and returns the config.
+
+    Raises: UserError for an argument of another form, an unknown field (naming the nearest) or a value of the wrong type.
+    """
+    fields = flatten(config)
     for arg in overrides:
         name = arg.partition("=")[0].removeprefix("--config.")
+        if not arg.startswith("--config."):
+            raise UserError(f"unknown argument {arg!r}; run with --help for the flags. {FIELDS}")
         if "=" not in arg:
             raise UserError(f"{arg!r} has no value; write it as --config.{name}=VALUE.")
         if name not in fields:
             raise unknown("config field", name, fields)
-    return _load(source, overrides)
+    values, argv = flags.FlagValues(), ["spear_jax", *overrides]
+    config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(overrides)}: {error}") from error
+    return config
 
 
-def _load(source: str, overrides: list[str]) -> ml_collections.ConfigDict:
-    values, argv = flags.FlagValues(), ["spear_jax", f"--config={source}", *overrides]
+def _load(source: str) -> ml_collections.ConfigDict:
+    values, argv = flags.FlagValues(), ["spear_jax", f"--config={source}"]
     config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values, sys_argv=argv)
     try:
         values(argv)
@@ -97,4 +112,4 @@ def _load(source: str, overrides: list[str]) -> ml_collections.ConfigDict:
         cause = error.__cause__ or error.__context__
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"--config={source} {' '.join(overrides)}: {error}") from error
+        raise UserError(f"--config={source}: {error}") from error

@@ -5,7 +5,11 @@ A config is read once, when the experiment is built; `check_config` has then ref
 
 import ml_collections
 
+from spear_jax import settings
+from spear_jax.algorithms import ALGORITHMS
 from spear_jax.errors import UserError, unknown
+
+COLUMNS = ("question", "options", "answer", "hint", "prompt", "response", "chosen", "rejected")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -19,22 +23,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.record_traces = True  # write every rollout to traces/
 
     config.algorithm = algorithm = ml_collections.ConfigDict()
-    algorithm.name = "spear"
-    algorithm.preset = "default"  # what the switches below were set from; kept for the record
-    algorithm.win_weight = 1.0  # λ_win
-    algorithm.lose_weight = 0.1  # λ_lose
-    algorithm.margin = 0.3  # ξ: unlikelihood leaves tokens of probability <= ξ alone
-    algorithm.tail = 0  # unlikelihood touches the last N completion tokens only; 0 means all
-    algorithm.skip_math_ops = False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
-    algorithm.max_lose_ratio = 2.0  # at most this many loses per win
-    algorithm.strict_format = False  # rewrite right answers of wrong format; wins only where the rewrite is right
-    algorithm.confidence = "fixability"  # fixability (1.0 fixed, 0.5 else) or model (mean rollout probability)
-    algorithm.confidence_weighting = "per_token"  # per_token, batch_mean, per_trace, normalised
-    algorithm.ul_denominator = "masked"  # masked, or active (only p > ξ)
-    algorithm.answer_window = "span"  # span: the answer's own tokens; last: as many tokens at the end
-    algorithm.skip_weight = "zero"  # aggregation weight of a client without wins: zero, or rollouts (A2)
-    algorithm.cap = "ceil"  # rounding of max_lose_ratio * wins: ceil, or floor (A8)
-    algorithm.retokenise = False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
+    algorithm.name = "spear"  # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
+    algorithm.preset = "default"  # what the method's switches were set from; kept for the record
+    for name, method in ALGORITHMS.items():
+        config[name] = ml_collections.ConfigDict(settings.defaults(method.Settings))
+
+    config.budget = budget = ml_collections.ConfigDict()  # a run ends after the round that reaches it; 0 means no limit
+    budget.tokens = 0  # generated tokens
+    budget.seconds = 0  # of rounds, without evaluation and checkpoints
 
     config.lora = lora = ml_collections.ConfigDict()
     lora.rank = 16
@@ -46,10 +42,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.path = ""  # a file or folder instead of the Hub
-    data.columns = ml_collections.ConfigDict({"question": "", "options": "", "answer": "", "hint": ""})  # task mcqa
+    data.columns = ml_collections.ConfigDict(dict.fromkeys(COLUMNS, ""))  # of tasks mcqa, pairs, preferences
     data.templates = ml_collections.ConfigDict({"question": "", "revision": "", "header": "", "format": ""})
     data.chat_template = "auto"  # auto, always, never
     data.max_prompt_tokens = 1024
+    data.max_response_tokens = 256  # gold responses are cut there, then without an EOS
     data.train_limit = 0  # first n training examples; 0 means all
     data.extractor = "bounded"  # or published: upper-casing, without word boundaries (A5)
 
@@ -62,7 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
     federation.labels_per_client = 1  # by_label
     federation.min_examples = 10  # dirichlet redraws until every client has as many
     federation.max_examples_per_client = 0  # 0 means all
-    federation.rule = "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1)
+    federation.aggregation = "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1), local (none)
     federation.server_rate = 1.0
     federation.beta1 = 0.9
     federation.beta2 = 0.99
@@ -87,7 +84,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5  # optimiser steps per client and round
     train.accumulation = 1
-    train.batch_size = 16  # wins, and as many loses, of a micro-batch
+    train.batch_size = 16  # of a micro-batch: wins and as many loses, pairs, or prompts, as the method says
     train.rate = 5e-5
     train.rate_min = 1e-5
     train.warmup = True
@@ -117,12 +114,10 @@ def default_config() -> ml_collections.ConfigDict:
 # name -> (lowest, highest, lowest allowed itself, highest allowed itself)
 _RANGES = {
     "rounds": (1, None),
-    "algorithm.win_weight": (0, None),
-    "algorithm.lose_weight": (0, None),
-    "algorithm.margin": (0, 1),
-    "algorithm.tail": (0, None),
-    "algorithm.max_lose_ratio": (0, None),
+    "budget.tokens": (0, None),
+    "budget.seconds": (0, None),
     "data.max_prompt_tokens": (8, None),
+    "data.max_response_tokens": (1, None),
     "data.train_limit": (0, None),
     "federation.num_clients": (1, None),
     "federation.clients_per_round": (1, None),
@@ -159,18 +154,12 @@ _POSITIVE = ("federation.dirichlet_alpha", "rollout.top_p", "train.rate", "train
 _BELOW_ONE = ("train.ema_decay",)
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "algorithm.confidence": ("fixability", "model"),
-    "algorithm.confidence_weighting": ("per_token", "batch_mean", "per_trace", "normalised"),
-    "algorithm.ul_denominator": ("masked", "active"),
-    "algorithm.answer_window": ("span", "last"),
-    "algorithm.skip_weight": ("zero", "rollouts"),
-    "algorithm.cap": ("ceil", "floor"),
     "data.chat_template": ("auto", "always", "never"),
     "data.extractor": ("bounded", "published"),
     "federation.sampling": ("uniform", "weighted"),
     "federation.partition": ("dirichlet", "iid", "by_label", "quantity"),
     "train.normalize": ("global", "micro"),
-    "eval.method": ("auto", "choice", "generate"),
+    "eval.method": ("auto", "choice", "generate", "likelihood"),
 }
 
 
@@ -198,36 +187,26 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"federation.clients_per_round is {flat['federation.clients_per_round']}, but there are "
             f"{flat['federation.num_clients']} clients; ask for at most that many, or raise federation.num_clients."
         )
+    for name, method in ALGORITHMS.items():
+        settings.check_fields(method.Settings, config[name].to_dict(), name)
     if flat["train.rate_min"] > flat["train.rate"]:
         raise UserError(f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; lower it.")
 
 
-REFERENCE = {
-    "federation.rule": "last",  # A1
-    "algorithm.skip_weight": "rollouts",  # A2
-    "train.anchor_gradient": False,  # A3
-    "rollout.feedback": "oracle_published",  # A4
-    "data.extractor": "published",  # A5
-    "algorithm.retokenise": True,  # A6
-    "federation.colliding_streams": True,  # A7
-    "algorithm.cap": "floor",  # A8
-    "algorithm.confidence_weighting": "batch_mean",
-    "algorithm.answer_window": "last",
-    "train.normalize": "micro",
-    "rollout.top_k": 50,
-}
-
-
 def set_preset(config: ml_collections.ConfigDict, preset: str) -> None:
-    """Sets SPEAR's switches: "default" leaves the fixes on, "reference" repeats the published code, defects included.
+    """Sets the switches of the config's method: "default" leaves the fixes on, "reference" repeats its published code.
 
     Every switch is a field of its own, so a config can also turn on a single one.
     """
+    name = config.algorithm.name
     if preset not in ("default", "reference"):
         raise unknown("preset", preset, ("default", "reference"))
     config.algorithm.preset = preset
     if preset == "reference":
-        config.update_from_flattened_dict(REFERENCE)
+        if not ALGORITHMS[name].reference:
+            known = ", ".join(name for name, method in ALGORITHMS.items() if method.reference)
+            raise UserError(f"method {name!r} has no preset 'reference'; those with one: {known}.")
+        config.update_from_flattened_dict(dict(ALGORITHMS[name].reference))
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:

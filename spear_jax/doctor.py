@@ -57,7 +57,7 @@ def self_test() -> dict[str, float]:
     seconds["evaluate"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     state = built.initial_state()
-    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)))
+    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), rounds.Spent())
     seconds["round"] = round(time.perf_counter() - began, 2)
     return seconds
 

@@ -1,6 +1,7 @@
 """Accuracy with its 95 % confidence interval: of a run's checkpoint, or of a model with or without a PEFT adapter."""
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -10,13 +11,12 @@ from spear_jax import cli, experiment, run_folder
 from spear_jax.config import check_config, default_config
 from spear_jax.errors import UserError
 from spear_jax.federated import clients
-from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import restore
 from spear_jax.federated.evaluate import Accuracy, Evaluator
 from spear_jax.federated.writer import on_terminal
 from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder
-from spear_jax.models.lora import LoraConfig
+from spear_jax.models.lora import LoraConfig, merge
 from spear_jax.tasks.rows import load_examples
 
 NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
@@ -70,8 +70,12 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
             config.eval.limit = args.limit
     built = experiment.build(config)
     state, _ = restore(built, folder, args.round)
-    policy = rounds.merge(built.model.base, built.on_devices(state.lora), built.decoder.lora)
-    return score(built.evaluator, policy, args.quiet), f"{args.workdir}, round {int(state.round)}"
+    where = f"{args.workdir}, round {int(state.round)}"
+    found = [score(built.evaluator, policy.base, args.quiet) for policy in built.policies(state.lora)]
+    if len(found) == 1:
+        return found[0], where
+    mean = round(sum(one.correct for one in found) / len(found))  # local-only: the mean over the clients' adapters
+    return dataclasses.replace(found[0], correct=mean), f"{where}, mean of {len(found)} clients' adapters"
 
 
 def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
@@ -90,7 +94,7 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     base = clients.replicate(model.base, mesh)
     if tree is None:
         return score(evaluator, base, args.quiet), args.model
-    policy = rounds.merge(base, clients.replicate(tree, mesh), lora)
+    policy = merge(base, clients.replicate(tree, mesh), lora)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 

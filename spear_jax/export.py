@@ -8,7 +8,6 @@ import numpy as np
 
 from spear_jax import cli, experiment, run_folder
 from spear_jax.errors import UserError
-from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import restore
 from spear_jax.models.adapters import save_adapter
 from spear_jax.models.load import save_model
@@ -24,6 +23,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="a run folder of `train`")
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
     parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--client", type=int, help="whose adapter, of a run with federation.aggregation=local")
     parser.add_argument("--merge", action="store_true", help="write the whole model, adapter merged")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
@@ -33,15 +33,30 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = run_folder.read_run_config(pathlib.Path(args.workdir))
     built = experiment.build(config)
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
+    lora = _chosen(built, state.lora, args.client)
     if args.merge:
-        merged = rounds.merge(built.model.base, built.on_devices(state.lora), built.decoder.lora)
+        merged = built.actor.merge(lora).base
         model = built.model
         save_model(out, jax.tree.map(np.asarray, merged), model.raw_config, model.tokenizer, model.generation_config)
     else:
-        save_adapter(out, state.lora, built.decoder.lora, built.model.config, config.model)
+        save_adapter(out, lora, built.decoder.lora, built.model.config, config.model)
     if not args.quiet:
         print(f"round {int(state.round)} of {args.workdir} -> {out}")
     return {"out": str(out), "round": int(state.round), "merged": args.merge}
+
+
+def _chosen(built: experiment.Experiment, lora: dict, client: int | None) -> dict:
+    """The global adapter, or one client's of a local-only run."""
+    if built.server.rule != "local":
+        if client is not None:
+            raise UserError(f"--client={client}, but the run has one global adapter; leave --client out.")
+        return lora
+    count = built.config.federation.num_clients
+    if client is None or not 0 <= client < count:
+        raise UserError(
+            f"a local-only run has an adapter for each client; give --client=0 to {count - 1}, not {client}."
+        )
+    return jax.tree.map(lambda x: x[client], lora)
 
 
 if __name__ == "__main__":

@@ -96,3 +96,41 @@ def anchor(theta: dict, reference: dict) -> jax.Array:
 def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
     """total / count, and 0 with a finite gradient where nothing was counted."""
     return total / jnp.maximum(1e-12, count)
+
+
+def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
+    """The k3 estimate of KL(π ‖ π_ref) under samples of π, elementwise: e^δ − δ − 1, δ = lp_ref − lp.
+
+    Source: Schulman, "Approximating KL divergence"; as used by GRPO (arXiv 2402.03300).
+    """
+    delta = reference - logprobs
+    return jnp.exp(delta) - delta - 1.0
+
+
+def published_k3(new: jax.Array, reference: jax.Array) -> jax.Array:
+    """e^d − 1 − d, d = clamp(new − ref, ±5): the orientation of the GRPO and RLTF-SD published with SPEAR."""
+    d = jnp.clip(new - reference, -5.0, 5.0)
+    return jnp.exp(d) - 1.0 - d
+
+
+def sequence_sum(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+    """s_i = Σ_t m lp, float[..., B]."""
+    return (logprobs * mask).sum(-1)
+
+
+def sequence_mean(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+    """s̄_i = s_i / max(1, Σ_t m), float[..., B]."""
+    return sequence_sum(logprobs, mask) / jnp.maximum(1, mask.sum(-1))
+
+
+def pair_loss(margin: jax.Array, kind: str, smoothing: float = 0.0) -> jax.Array:
+    """The loss of a preferred-minus-dispreferred margin z, elementwise.
+
+    sigmoid  (1 − e) sp(−z) + e sp(z), sp(z) = log(1 + e^z), e the label smoothing
+    hinge    max(0, 1 − z)
+
+    Source: DPO (arXiv 2305.18290), conservative DPO (Mitchell 2023), SLiC (arXiv 2305.10425), SPIN (arXiv 2401.01335).
+    """
+    if kind == "hinge":
+        return jax.nn.relu(1.0 - margin)
+    return (1.0 - smoothing) * jax.nn.softplus(-margin) + smoothing * jax.nn.softplus(margin)

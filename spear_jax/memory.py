@@ -6,6 +6,8 @@ import jax
 
 from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig
+from spear_jax.models.lora import projection_shapes
+from spear_jax.types import Tally
 
 MEMINFO = pathlib.Path("/proc/meminfo")
 
@@ -23,6 +25,23 @@ def bytes_per_client(model: ModelConfig, rows: int, length: int, head_chunk: int
     activations = 4 * tokens * (model.layers * kept + inside)
     logits = 2 * 4 * min(head_chunk, tokens) * model.vocab_size
     return activations + logits + 5 * adapter
+
+
+def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
+    """An estimate of a round's useful floating-point operations: 2 a token and a weight of the projections and the head.
+
+    Attention's own products and the adapters' are left out; the head is counted for generated tokens and, as an upper bound,
+    for every trained token.
+
+    Args:
+        tally: tokens that rollouts read, scored and generated.
+        trained: real tokens of training rows, each times its passes over the weights (2 forward, 2 backward, since the base
+            is frozen; 2 more for each further forward pass), that is, operations a weight.
+    """
+    layers = model.layers * sum(i * o for i, o in projection_shapes(model).values())
+    head = model.width * model.vocab_size
+    forward = 2.0 * (tally.prompt + tally.scored + tally.generated) * layers + 2.0 * tally.generated * head
+    return forward + trained * (layers + head)
 
 
 def device_bytes() -> int | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from spear_jax.types import Batch
@@ -15,8 +16,9 @@ class Row:
         prompt: token ids the completion is scored under.
         completion: the sampled token ids, EOS included when it was generated.
         loss_mask: bool[len(completion)], the positions that a loss may use.
-        weight: the trace's confidence.
-        label: +1 win, -1 lose.
+        weight: the trace's confidence, or the example's weight.
+        label: +1 win (or real), -1 lose (or synthetic); a method may use further kinds.
+        advantage: of the completion.
     """
 
     prompt: list[int]
@@ -24,6 +26,7 @@ class Row:
     loss_mask: np.ndarray
     weight: float
     label: int
+    advantage: float = 0.0
 
 
 def pack(rows: list[Row | None], prompt_length: int, length: int, pad_id: int) -> Batch:
@@ -42,6 +45,7 @@ def pack(rows: list[Row | None], prompt_length: int, length: int, pad_id: int) -
         completion_mask=np.zeros((size, length), bool),
         loss_mask=np.zeros((size, length), bool),
         weight=np.zeros((size, length), np.float32),
+        advantage=np.zeros(size, np.float32),
         label=np.zeros(size, np.int32),
     )
     for index, row in enumerate(rows):
@@ -54,6 +58,7 @@ def pack(rows: list[Row | None], prompt_length: int, length: int, pad_id: int) -
         batch.completion_mask[index, :end] = True
         batch.loss_mask[index, :end] = row.loss_mask
         batch.weight[index] = row.weight
+        batch.advantage[index] = row.advantage
         batch.label[index] = row.label
     return batch
 
@@ -63,7 +68,7 @@ def stack(batches: list, axes: int) -> Batch:
     if axes == 0:
         return batches
     inner = [stack(batch, axes - 1) for batch in batches]
-    return Batch(**{f.name: np.stack([getattr(b, f.name) for b in inner]) for f in dataclasses.fields(Batch)})
+    return jax.tree.map(lambda *parts: np.stack(parts), *inner)
 
 
 def draw(pool: list, count: int, rng: np.random.Generator) -> list:

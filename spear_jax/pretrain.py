@@ -26,7 +26,7 @@ from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.load import load_model, save_model
 from spear_jax.models.lora import LoraConfig, projection_shapes
-from spear_jax.models.token_logprobs import completion_logprobs
+from spear_jax.models.token_logprobs import Scorer
 from spear_jax.packing import Row, pack
 from spear_jax.tasks import facts, reasoned, world
 from spear_jax.tasks.base import Task
@@ -195,12 +195,12 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     base = load_model(config.start_from, "float32").base if config.start_from else None
     base = base or init_base(jax.random.key(config.seed), decoder.config)
     state = optimiser.init(base)
-    score = jax.jit(lambda base, batch: completion_logprobs(decoder, None, base, batch, 4096))
+    score = jax.jit(lambda base, batch: Scorer(decoder, base, 4096).logprobs(None, batch))
 
     def objective(base, batches):
         total, count = 0.0, 0.0
         for batch in batches:
-            logprobs = completion_logprobs(decoder, None, base, batch, 4096)
+            logprobs = Scorer(decoder, base, 4096).logprobs(None, batch)
             total -= logprobs.sum()
             count += batch.completion_mask.sum()
         return total / count
@@ -262,7 +262,7 @@ def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
     decoder = Decoder(parse_config(raw), LoraConfig(1, 1.0, 0.0, ("q",)))
     copying, tasks = make_groups(tokenizer, corpora)
     base = train(config, decoder, copying, tasks)
-    score = jax.jit(lambda base, batch: completion_logprobs(decoder, None, base, batch, 4096))
+    score = jax.jit(lambda base, batch: Scorer(decoder, base, 4096).logprobs(None, batch))
     final = {name: accuracy(score, base, group, 512) for name, group in tasks.items()}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     save_model(out, jax.tree.map(lambda x: np.asarray(x, np.float16), base), raw, fast)

@@ -120,13 +120,14 @@ def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingCo
     return token, picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def start(decoder: Decoder, config: SamplingConfig, capacity: int, lora, base, prompt, mask, keys, live):
+def start(decoder: Decoder, config: SamplingConfig, capacity: int, lora, base, prompt, mask, keys, live, owner=None):
     """Prefills a batch and draws its first tokens.
 
-    Args: prompt int32[B, P], mask bool[B, P]; keys [B]; live bool[B], false for padding rows.
+    Args: prompt int32[B, P], mask bool[B, P]; keys [B]; live bool[B], false for padding rows; owner None, or int32[B],
+        each row's adapter where `lora` stacks several.
     Returns: the decoding state, a dict of arrays with leading axis B (caches: [L, B, P + capacity, N, K]).
     """
-    hidden, (keys_cache, values_cache) = prefill(decoder, lora, base, prompt, mask)
+    hidden, (keys_cache, values_cache) = prefill(decoder, lora, base, prompt, mask, owner)
     rows = prompt.shape[0]
     room = ((0, 0), (0, 0), (0, capacity), (0, 0), (0, 0))
     state = {
@@ -137,6 +138,8 @@ def start(decoder: Decoder, config: SamplingConfig, capacity: int, lora, base, p
         "live": live,
         "keys": keys,
     }
+    if owner is not None:
+        state["owner"] = owner
     return _emit(config, state, _head(base, hidden), jnp.int32(0))
 
 
@@ -151,7 +154,7 @@ def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, u
     def body(carry):
         state, step = carry
         token = jax.lax.dynamic_index_in_dim(state["tokens"], step - 1, axis=1, keepdims=False)
-        hidden, new = decode_step(decoder, lora, base, token, state["cache"], state["cache_mask"])
+        hidden, new = decode_step(decoder, lora, base, token, state["cache"], state["cache_mask"], state.get("owner"))
         at = width + step - 1
         cache = jax.tree.map(
             lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2), state["cache"], new
@@ -183,9 +186,9 @@ def _emit(config, state, logits, step):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(decoder, config, capacity, lora, base, prompt, mask, keys, live):
+def _start(decoder, config, capacity, lora, base, prompt, mask, keys, live, owner):
     keys = jax.random.wrap_key_data(keys)
-    state = start(decoder, config, capacity, lora, base, prompt, mask, keys, live)
+    state = start(decoder, config, capacity, lora, base, prompt, mask, keys, live, owner)
     return {**state, "keys": jax.random.key_data(state["keys"])}
 
 
@@ -244,6 +247,7 @@ class Sampler:
         keys: np.ndarray,
         config: SamplingConfig,
         report: Callable[[int], None] = lambda rows: None,
+        owners: np.ndarray | None = None,
     ) -> list[Completion]:
         """Completes every prompt.
 
@@ -252,16 +256,17 @@ class Sampler:
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
             report: called with the number of rows that have finished since the last call.
+            owners: int32[N], each prompt's adapter where `lora` stacks several behind the layer axis ([L, C, ...]).
         Returns: one Completion a prompt, in their order.
         """
         done: list[Completion | None] = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for begin in range(0, len(order), config.max_rows):
             chosen = order[begin : begin + config.max_rows]
-            self._batch(lora, base, prompts, keys, chosen, config, done, report)
+            self._batch(lora, base, prompts, keys, chosen, config, done, report, owners)
         return done
 
-    def _batch(self, lora, base, prompts, keys, chosen, config, done, report) -> None:
+    def _batch(self, lora, base, prompts, keys, chosen, config, done, report, owners) -> None:
         rows, width = self._fit(config, len(chosen), max(len(prompts[i]) for i in chosen))
         tokens = np.full((rows, width), config.pad_id, np.int32)
         mask = np.zeros((rows, width), bool)
@@ -272,7 +277,11 @@ class Sampler:
             row_keys[row] = keys[index]
         live = np.arange(rows) < len(chosen)
         owner = np.array([*chosen, *[-1] * (rows - len(chosen))])
-        inputs = [self.place(x) for x in (tokens, mask, row_keys, live)]
+        adapters = None
+        if owners is not None:
+            adapters = np.zeros(rows, np.int32)
+            adapters[: len(chosen)] = owners[chosen]
+        inputs = jax.tree.map(self.place, (tokens, mask, row_keys, live, adapters))
         state = _start(self.decoder, config, config.max_new_tokens, lora, base, *inputs)
         step = 1
         while True:

@@ -28,6 +28,7 @@ class Renderer:
                 "data.chat_template is 'always', but the tokenizer has no chat template; set 'auto' or 'never'."
             )
         self.tokenizer, self.limit = tokenizer, limit
+        self.revision_limit = limit  # lower where training rows leave less room for revision prompts
         self.chat = chat != "never" and bool(tokenizer.chat_template)
 
     def prompt(self, task: Task, example: Example) -> list[int]:
@@ -45,10 +46,61 @@ class Renderer:
         answer = answer.strip()
         while True:
             ids = self._encode(task.revision(example, answer, feedback), task.templates.header)
-            if len(ids) <= self.limit or not answer:
-                return ids[-self.limit :]
-            keep = max(0, len(answer) - 4 * (len(ids) - self.limit))
+            limit = self.revision_limit
+            if len(ids) <= limit or not answer:
+                return ids[-limit:]
+            keep = max(0, len(answer) - 4 * (len(ids) - limit))
             answer = answer[:keep]
+
+    def privileged(self, task: Task, example: Example) -> list[int]:
+        """Token ids of the teacher's privileged prompt. Its start, before the question, is cut where it would be too long.
+
+        Raises: UserError where even the rest exceeds the limit.
+        """
+        text, question = task.privileged(example), task.question(example)
+        spare = text.rindex(question)  # characters before the question
+        while True:
+            ids = self._encode(text, task.templates.header)
+            excess = len(ids) - self.limit
+            if excess <= 0:
+                return ids
+            if not spare:
+                raise UserError(
+                    f"example {example.id!r} has a privileged prompt of {len(ids)} tokens, over the limit of {self.limit}, "
+                    "and nothing before its question to cut. Raise data.max_prompt_tokens, or shorten data.templates."
+                )
+            cut = min(spare, excess * max(1, len(text) // len(ids)))
+            text, spare = text[cut:], spare - cut
+
+    def response(self, task: Task, example: Example, limit: int) -> tuple[list[int], bool]:
+        """Token ids of the gold response as it follows the header, and one EOS.
+
+        Args: limit: the longest completion in tokens, EOS included.
+        Returns: the ids; and whether they were cut to `limit`, which leaves no EOS.
+        Raises: UserError for a response with EOS inside.
+        """
+        return self._completion(task.response(example), example, limit)
+
+    def rejected(self, task: Task, example: Example, limit: int) -> tuple[list[int], bool]:
+        """As `response`, for the dispreferred completion; raises UserError where the example has none."""
+        if not example.rejected:
+            raise UserError(
+                f"example {example.id!r} of task {task.name!r} has no rejected response; only task 'preferences' has them."
+            )
+        return self._completion(example.rejected, example, limit)
+
+    def _completion(self, text: str, example: Example, limit: int) -> tuple[list[int], bool]:
+        eos = self.tokenizer.eos_token_id
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        while ids and ids[-1] == eos:  # written out in the data; exactly one is added here
+            ids.pop()
+        if eos in ids:
+            raise UserError(
+                f"example {example.id!r} has the end mark {self.tokenizer.eos_token!r} inside a response, where no "
+                "generation would go on; delete it from the data."
+            )
+        ids.append(eos)
+        return ids[:limit], len(ids) > limit
 
     def decode(self, ids: list[int]) -> str:
         """The text of a completion, special tokens left out, otherwise exactly as generated."""

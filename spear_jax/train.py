@@ -7,6 +7,7 @@ summary.json and figures.
 """
 
 import json
+import math
 import pathlib
 import resource
 import sys
@@ -70,8 +71,8 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         writer.write(line)
         checkpoints.save(state, line, built.actor.sampler.shapes())
     blocked = 0.0
-    while int(state.round) < config.rounds:
-        state, line, told = one_round(built, state, blocked)
+    while not over(built, state, line):
+        state, line, told = one_round(built, state, blocked, rounds.Spent.read(line))
         if config.record_traces:
             write_traces(workdir, line["round"], told)
         writer.write(line)
@@ -85,17 +86,28 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     return finish(workdir, quiet)
 
 
-def one_round(built: Experiment, state: ServerState, blocked: float) -> tuple[ServerState, dict, list]:
+def over(built: Experiment, state: ServerState, line: dict[str, Any]) -> bool:
+    """Whether the run is done: all its rounds, or its budget (config.budget) reached by the last one."""
+    budget, spent = built.config.budget, rounds.Spent.read(line)
+    reached = (budget.tokens and spent.tokens >= budget.tokens) or (budget.seconds and spent.seconds >= budget.seconds)
+    return bool(reached) or int(state.round) >= built.config.rounds
+
+
+def one_round(
+    built: Experiment, state: ServerState, blocked: float, spent: rounds.Spent
+) -> tuple[ServerState, dict, list]:
     """One round and its evaluation.
 
-    Args: blocked: seconds that the previous round's checkpoint held the loop up (saving itself is asynchronous).
+    Args:
+        blocked: seconds that the previous round's checkpoint held the loop up (saving itself is asynchronous).
+        spent: what the run has used before this round.
     """
     began = time.perf_counter()
-    state, metrics, told = rounds.run_round(built, state)
+    state, metrics, told = rounds.run_round(built, state, spent)
     number = int(state.round)
     if number == 2:
         built.actor.sampler.freeze()  # from here on batches are padded into shapes that exist
-    if number in (1, built.config.rounds) or number % built.config.eval.every == 0:
+    if number == 1 or number % built.config.eval.every == 0 or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began
@@ -104,16 +116,19 @@ def one_round(built: Experiment, state: ServerState, blocked: float) -> tuple[Se
 
 
 def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
-    """Held-out accuracy of the global adapter, by the contract's names."""
+    """Held-out accuracy of the global adapter, by the contract's names; of local adapters the mean over clients."""
     began = time.perf_counter()
-    policy = rounds.merge(built.model.base, state.lora, built.decoder.lora)
-    found = built.evaluator(policy)
-    return {
-        "eval/accuracy": found.value,
-        "eval/count": float(found.count),
-        "eval/stderr": found.stderr,
+    found = [built.evaluator(policy.base) for policy in built.policies(state.lora)]
+    accuracy, count = float(np.mean([one.value for one in found])), found[0].count
+    metrics = {
+        "eval/accuracy": accuracy,
+        "eval/count": float(count),
+        "eval/stderr": math.sqrt(accuracy * (1 - accuracy) / count),
         "time/eval": time.perf_counter() - began,
     }
+    if found[0].nll is not None:
+        metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
+    return metrics
 
 
 def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
     write_split(built, folder)
     examples = built.actor.examples
     golds = np.array([example.gold for example in examples])
-    names = max((example.labels for example in examples), key=len)
+    names = _label_names(examples)
     for row in partition.split_table(built.parts, golds, names):
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     first = int(built.parts[0][0])
@@ -141,12 +156,18 @@ def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
     }
 
 
+def _label_names(examples: list) -> tuple[str, ...]:
+    """The labels by which a split is told apart; one name for all where answers are no choice among options."""
+    names = max((example.labels for example in examples), key=len)
+    return names if len(names) > 1 else ("all",)
+
+
 def write_split(built: Experiment, folder: pathlib.Path) -> None:
     """split.json and split.png: which client holds which examples."""
     examples = built.actor.examples
     partition.save_split(built.parts, folder / "split.json")
     golds = np.array([example.gold for example in examples])
-    names = max((example.labels for example in examples), key=len)
+    names = _label_names(examples)
     partition.plot_split(built.parts, golds, names, folder / "split.png")
 
 

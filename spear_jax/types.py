@@ -1,7 +1,7 @@
 """The nouns of the project: what travels between host and device, and the letters of its shapes.
 
 Dimension key
-    C clients · S local steps · A accumulation steps · B batch rows · P prompt tokens · T completion tokens
+    C clients · S local steps · A accumulation steps · B batch rows · J reference adapters · P prompt tokens · T completion tokens
     V vocabulary · D model width · H heads · N key/value heads · K head width · F mlp width · R rank · L layers
 """
 
@@ -14,15 +14,17 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question with labelled options; host only.
+    """One question, with labelled options where its task has them; host only.
 
     Attributes:
         id: unique within its split.
         question: the text that is asked, without options.
-        options: the option texts, in the order shown.
+        options: the option texts, in the order shown; () for a task without options.
         labels: how an answer names each option ("A", "B", ... or "yes", "no"); same length as `options`.
-        gold: index of the right option.
+        gold: index of the right option; 0 for a task without options.
         support: text that a feedback provider may hint from (solution lines, facts, a category); never shown in a prompt.
+        response: the gold completion's text as it follows the header; "" where the task derives it.
+        rejected: the dispreferred completion of a preference row, likewise; "" elsewhere.
     """
 
     id: str
@@ -31,6 +33,8 @@ class Example:
     labels: tuple[str, ...]
     gold: int
     support: tuple[str, ...] = ()
+    response: str = ""
+    rejected: str = ""
 
 
 @dataclasses.dataclass
@@ -71,6 +75,18 @@ class Trace:
         return self.attempts[-1]
 
 
+@dataclasses.dataclass
+class Tally:
+    """Tokens since the last reading: read as prompts, scored by a frozen policy, and generated."""
+
+    prompt: int = 0
+    scored: int = 0
+    generated: int = 0
+
+    def clear(self) -> None:
+        self.prompt = self.scored = self.generated = 0
+
+
 @flax.struct.dataclass
 class Mean:
     """A ratio that is divided once: `total / count` (0 where nothing was counted)."""
@@ -95,8 +111,11 @@ class Batch:
         completion: int32[..., B, T], right-padded.
         completion_mask: bool[..., B, T], every sampled token (EOS included when it was generated).
         loss_mask: bool[..., B, T], the positions that a loss may use; a subset of `completion_mask`.
-        weight: float32[..., B, T], token-level confidence.
-        label: int32[..., B], +1 win, -1 lose, 0 padding row.
+        weight: float32[..., B, T], token-level confidence, or an example's weight.
+        advantage: float32[..., B], of the completion.
+        label: int32[..., B], +1 win (or real), -1 lose (or synthetic), 0 padding row; a method may use further kinds.
+        reference: float32[..., B, J, T], log-probabilities under each reference adapter; filled in by local training.
+        old: float32[..., B, T], under the adapter that the phase started from; filled in by local training.
     """
 
     prompt: jax.Array
@@ -105,7 +124,23 @@ class Batch:
     completion_mask: jax.Array
     loss_mask: jax.Array
     weight: jax.Array
+    advantage: jax.Array
     label: jax.Array
+    reference: jax.Array | None = None
+    old: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class ClientState:
+    """One client in the middle of a round (or a cohort of them, with a leading axis C).
+
+    Attributes:
+        lora: its adapter.
+        opt_state: its optimiser's moments.
+    """
+
+    lora: Any
+    opt_state: Any
 
 
 @flax.struct.dataclass
@@ -115,7 +150,7 @@ class ServerState:
     Attributes:
         lora: the global adapter.
         opt_state: server moments (empty for plain averaging).
-        memory: what an algorithm keeps between rounds (empty for SPEAR).
+        memory: what an algorithm keeps between rounds, numpy arrays (empty for SPEAR).
         round: int32[], rounds finished.
         key: uint32 key data of the run's root key.
     """

@@ -128,7 +128,7 @@ def cases(tmp: pathlib.Path) -> Iterator[Case]:
         ("mistyped key", "federation.num_client=4"),
         ("more clients than examples", "federation.num_clients=10000"),
         ("prompt over the limit", "data.max_prompt_tokens=20"),
-        ("max_lose_ratio out of range", "algorithm.max_lose_ratio=-1.0"),
+        ("max_lose_ratio out of range", "spear.max_lose_ratio=-1.0"),
         ("dirichlet_alpha out of range", "federation.dirichlet_alpha=0.0"),
         ("temperature out of range", "rollout.temperature=-1.0"),
         ("not enough memory", "federation.clients_at_once=4 train.batch_size=400000000"),

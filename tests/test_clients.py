@@ -10,12 +10,14 @@ import optax
 import pytest
 
 from spear_jax import losses, packing
-from spear_jax.algorithms.spear import Spear, SpearConfig
+from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.federated import clients
 from spear_jax.federated.clients import LocalConfig
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
+from spear_jax.models.token_logprobs import Scorer
 from spear_jax.packing import Row
 from spear_jax.types import Batch
 
@@ -23,14 +25,10 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
 
 
-def spear_config(**changes):
-    defaults = dict(
-        rollouts=4, batch_size=B, steps=S, accumulation=A, win_weight=1.0, lose_weight=0.5, margin=0.001, tail=0,
-        max_lose_ratio=2.0, strict_format=False, confidence="fixability", confidence_weighting="per_token",
-        ul_denominator="masked", answer_window="span", skip_weight="zero", cap="ceil", retokenise=False,
-        protected_ids=(), eos_ids=(2,),
-    )  # fmt: skip
-    return SpearConfig(**(defaults | changes))
+def spear(batch_size=B, accumulation=A, **changes):
+    settings = SpearSettings(lose_weight=0.5, margin=0.001)
+    shell = Shell(4, S, accumulation, batch_size, T, 1.0, (2,))
+    return Spear(dataclasses.replace(settings, **changes), shell)
 
 
 def local_config(**changes):
@@ -73,10 +71,22 @@ def batches(model):
     return packing.stack([[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)], 3)
 
 
-def run(model, lora, batches, decoder=None, algorithm=None, local=None, devices=1, active=None, weight=None):
+def run(
+    model,
+    lora,
+    batches,
+    decoder=None,
+    algorithm=None,
+    local=None,
+    devices=1,
+    active=None,
+    weight=None,
+    references=(),
+    numbers=None,
+):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
-    algorithm = algorithm or Spear(spear_config())
+    algorithm = algorithm or spear()
     mesh = clients.make_mesh(jax.devices()[:devices])
     size = clients.padded_clients(C, local.clients_at_once, devices)
     pad = lambda x: np.concatenate([np.asarray(x), np.zeros((size - C, *x.shape[1:]), x.dtype)])
@@ -84,10 +94,10 @@ def run(model, lora, batches, decoder=None, algorithm=None, local=None, devices=
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
     batches = jax.tree.map(pad, batches)
-    train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3))
-    base, start = clients.replicate((model.base, lora), mesh)
+    train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = clients.shard_rows((batches, pad(keys), pad(weight), pad(active)), mesh)
-    return train(algorithm, decoder, local, mesh, start, base, *arrays, jnp.float32(1e-2))
+    shared = clients.replicate(clients.Shared(lora, model.base, references, numbers or {}, jnp.float32(1e-2)), mesh)
+    return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
 
 
 def plain_step_loss(model, decoder, lora, batch: Batch):
@@ -154,7 +164,7 @@ def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, 
 
 def test_one_step_of_four_rows_equals_two_micro_batches_of_two(model, lora, batches):
     merged = jax.tree.map(lambda x: x.reshape(C, S, 1, A * x.shape[3], *x.shape[4:]), batches)
-    once = run(model, lora, merged, algorithm=Spear(spear_config(batch_size=A * B, accumulation=1)))
+    once = run(model, lora, merged, algorithm=spear(batch_size=A * B, accumulation=1))
     twice = run(model, lora, batches)
     close(twice[0], once[0])
 
@@ -162,23 +172,23 @@ def test_one_step_of_four_rows_equals_two_micro_batches_of_two(model, lora, batc
 def test_active_denominator_is_exact_under_accumulation(model, lora, batches):
     settings = dict(ul_denominator="active", margin=0.004)
     merged = jax.tree.map(lambda x: x.reshape(C, S, 1, A * x.shape[3], *x.shape[4:]), batches)
-    once = run(model, lora, merged, algorithm=Spear(spear_config(batch_size=A * B, accumulation=1, **settings)))
-    twice = run(model, lora, batches, algorithm=Spear(spear_config(**settings)))
+    once = run(model, lora, merged, algorithm=spear(batch_size=A * B, accumulation=1, **settings))
+    twice = run(model, lora, batches, algorithm=spear(**settings))
     close(twice[0], once[0])
-    masked = run(model, lora, batches, algorithm=Spear(spear_config(margin=0.004)))
+    masked = run(model, lora, batches, algorithm=spear(margin=0.004))
     assert not np.allclose(masked[0]["q"]["b"], twice[0]["q"]["b"], atol=1e-7)
 
 
 def test_micro_normalisation_is_the_mean_of_micro_batch_means(model, lora, batches):
-    decoder, algorithm = make_decoder(model), Spear(spear_config())
+    decoder, algorithm = make_decoder(model), spear()
     step = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), batches)
-    counts = clients._counts(algorithm, "micro", step, None, None)
+    counts = clients._counts(algorithm, "micro", step, None, None, {})
     each = []
     for a in range(A):
         one = jax.tree.map(lambda x, a=a: x[a], step)
-        lp = clients.completion_logprobs(decoder, lora, model.base, one, 16)
-        own = algorithm.loss(one, lp, algorithm.counts(one, None))[0]
-        shared = algorithm.loss(one, lp, jax.tree.map(lambda c, a=a: c[a], counts))[0]
+        lp = Scorer(decoder, model.base, 16).logprobs(lora, one)
+        own = algorithm.loss(one, lp, algorithm.counts(one, None, {}), {})[0]
+        shared = algorithm.loss(one, lp, jax.tree.map(lambda c, a=a: c[a], counts), {})[0]
         each.append((float(own), float(shared)))
     assert sum(shared for _, shared in each) == pytest.approx(sum(own for own, _ in each) / A, rel=1e-6)
 
@@ -248,7 +258,7 @@ def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, 
     one = jax.tree.map(lambda x: jnp.asarray(x[0, 0, 0]), batches)
 
     def objective(lora, chunk):
-        return losses.nll(clients.completion_logprobs(decoder, lora, model.base, one, chunk), one.loss_mask).total
+        return losses.nll(Scorer(decoder, model.base, chunk).logprobs(lora, one), one.loss_mask).total
 
     oracle = jax.grad(objective)(lora, 10_000)
     for chunk in (1, 7, 20):
@@ -257,9 +267,10 @@ def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, 
 
 def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, batches):
     decoder = make_decoder(model)
-    text = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3)).lower(
-        Spear(spear_config()), decoder, local_config(clients_at_once=C), clients.make_mesh(jax.devices()[:1]), lora, model.base,
-        batches, np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool), jnp.float32(1e-2),
+    shared = clients.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
+    text = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
+        spear(), decoder, local_config(clients_at_once=C), clients.make_mesh(jax.devices()[:1]), False, shared, None,
+        batches, np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
     ).as_text()  # fmt: skip
     layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size
     assert f"tensor<{vocab}x{width}xf32>" in text

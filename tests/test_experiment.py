@@ -38,13 +38,13 @@ BAD_VALUES = {
     "rollout.temperature": -0.1,
     "rollout.top_p": 0.0,
     "rollout.max_new_tokens": 0,
-    "algorithm.max_lose_ratio": -1.0,
-    "algorithm.margin": 1.5,
-    "algorithm.confidence_weighting": "per_tokn",
+    "spear.max_lose_ratio": -1.0,
+    "spear.margin": 1.5,
+    "spear.confidence_weighting": "per_tokn",
     "federation.dirichlet_alpha": 0.0,
     "federation.clients_per_round": 9,
     "federation.num_clients": 10_000,
-    "federation.rule": "fedadm",
+    "federation.aggregation": "fedadm",
     "federation.beta1": 1.0,
     "federation.prox": -1.0,
     "federation.partition": "by_lable",
@@ -81,7 +81,7 @@ def test_a_bad_value_stops_before_compiling_with_a_message_that_names_it(name):
 
 @pytest.mark.parametrize(
     "name, near",
-    [("federation.num_client", "federation.num_clients"), ("sed", "seed"), ("algorithm.marign", "algorithm.margin")],
+    [("federation.num_client", "federation.num_clients"), ("sed", "seed"), ("spear.marign", "spear.margin")],
 )
 def test_a_mistyped_field_names_the_nearest_one(name, near):
     with pytest.raises(UserError, match=f"Did you mean '{near}'"):
@@ -125,7 +125,7 @@ def test_every_paper_config_is_valid_and_keeps_the_published_numbers(task, model
     if not variant:
         # batch x accumulation is 16 everywhere in the published table
         assert config.train.batch_size * config.train.accumulation == 16
-        assert config.rollout.temperature == 0.8 and config.algorithm.margin == 0.3
+        assert config.rollout.temperature == 0.8 and config.spear.margin == 0.3
 
 
 def test_reference_preset_sets_every_switch_and_each_stands_alone():

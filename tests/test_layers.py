@@ -9,11 +9,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
-    ("errors", "types", "trees", "losses", "analysis", "config"),
-    ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory", "run_folder"),
-    ("actor", "algorithms"),
-    ("federated", "experiment"),
-    ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor"),
+    ("errors", "types", "trees", "losses", "analysis", "grids", "settings"),
+    ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory"),
+    ("actor", "algorithms", "config", "run_folder"),
+    ("federated", "casting", "experiment"),
+    ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor", "compare"),
 ]
 # The run's console wrapper is used by entry points alone.
 

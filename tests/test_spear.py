@@ -8,7 +8,8 @@ import pytest
 
 from configs import quickstart
 from spear_jax import experiment, trees
-from spear_jax.algorithms.spear import Spear
+from spear_jax.algorithms.conversation import Conversation
+from spear_jax.algorithms.spear import protected_ids
 from spear_jax.federated import round as rounds
 
 DEVICES = slice(0, 1)
@@ -25,8 +26,8 @@ def build(task="facts", **changes):
 def collect(built, round=1):
     state = built.initial_state()
     key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
-    policy = rounds.merge(built.model.base, state.lora, built.decoder.lora)
-    return built.algorithm.collect(built.actor, policy, built.cohort(round), key)
+    policy = built.actor.merge(state.lora)
+    return built.algorithm.collect(built.actor, policy, built.cohort(round), state.memory, key, 0)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
     built, got = facts
     state = built.initial_state()
     key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    policy = rounds.merge(built.model.base, state.lora, built.decoder.lora)
+    policy = built.actor.merge(state.lora)
     cohort = built.cohort(1)
     for slot in range(3):
         alone = dataclasses.replace(
@@ -108,7 +109,7 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
             indices=cohort.indices[slot : slot + 1],
             rngs=lambda s, name, slot=slot: cohort.rngs(slot, name),
         )
-        one = built.algorithm.collect(built.actor, policy, alone, key)
+        one = built.algorithm.collect(built.actor, policy, alone, {}, key, 0)
         together = [t for t, _, _ in got.traces if t.client == cohort.clients[slot]]
         for (left, _, _), right in zip(one.traces, together, strict=True):
             assert left.example.id == right.example.id
@@ -122,10 +123,11 @@ def test_clients_without_wins_weigh_nothing_and_as_published_their_rollouts(fact
         dataclasses.replace(t, attempts=[dataclasses.replace(a, correct=False) for a in t.attempts])
         for t, _, _ in got.traces
     ]
-    pools = {client: ([], []) for client in cohort.clients}
+    asks = [(t.client, 0, 0) for t in losing]
     for setting, weight in (("zero", 0.0), ("rollouts", 12.0)):
-        algorithm = Spear(dataclasses.replace(built.algorithm.config, skip_weight=setting))
-        empty = algorithm._schedule(cohort, pools, losing)
+        settings = dataclasses.replace(built.algorithm.settings, skip_weight=setting)
+        algorithm = dataclasses.replace(built.algorithm, settings=settings)
+        empty = algorithm.pools(built.actor, cohort, Conversation(losing, asks, {}))
         assert empty.weight.tolist() == [weight] * 3 and not empty.active.any()
         assert all(row is None for step in empty.rows[0] for micro in step for row in micro)
 
@@ -137,7 +139,7 @@ def test_a_client_with_fewer_examples_than_asked_uses_all_it_has():
 
 
 def test_published_retokenisation_closes_every_completion_with_eos():
-    built = build(**{"algorithm.retokenise": True, "rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})
+    built = build(**{"spear.retokenise": True, "rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})
     rows = [row for slot in range(3) for row in rows_of(collect(built), slot)]
     eos = built.model.eos_ids[0]
     assert rows and all(row.completion[-1] == eos and len(row.completion) >= 2 for row in rows)
@@ -148,7 +150,7 @@ def test_published_retokenisation_closes_every_completion_with_eos():
 def test_reasoned_loses_keep_a_tail_window_without_protected_ids():
     built = build("reasoned")
     got = collect(built)
-    protected = set(built.algorithm.config.protected_ids)
+    protected = set(protected_ids(built.actor, math_ops=False))
     marker = built.model.tokenizer.encode(" Answer:", add_special_tokens=False)
     assert set(marker) <= protected
     loses = [row for slot in range(3) for row in rows_of(got, slot) if row.label < 0]
@@ -161,7 +163,7 @@ def test_reasoned_loses_keep_a_tail_window_without_protected_ids():
 
 
 def test_strict_format_trains_on_rewrites_that_are_right_and_well_formed():
-    built = build(**{"algorithm.strict_format": True})
+    built = build(**{"spear.strict_format": True})
     # every right first answer is declared ill-formed once, so that the branch runs
     seen = set()
     original = built.actor.task.well_formed

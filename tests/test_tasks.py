@@ -42,7 +42,13 @@ ROWS = {
     "hellaswag": HELLASWAG_ROW,
     "math_mcqa": MATH_ROW,
     "strategy_qa": STRATEGY_ROW,
+    "gsm8k": {"question": "What is 2 + 3 in dollars?", "answer": "We add <<2+3=5>>5.\n#### 5"},
     "mcqa": {"question": "What is light?", "options": ["wave", "stone"], "answer": 0},
+    "ultrachat": {
+        "messages": [{"role": "user", "content": "What is light?"}, {"role": "assistant", "content": "A wave."}]
+    },
+    "pairs": {"prompt": "What is light?", "response": "A wave."},
+    "preferences": {"prompt": "What is light?", "chosen": "A wave.", "rejected": "A stone."},
 }
 
 
@@ -134,7 +140,7 @@ def test_prompts_show_question_and_options_and_stay_short(name):
     example = task.example(ROWS[name], 0)
     asked = task.question(example)
     assert example.question in asked
-    if name != "strategy_qa":
+    if "{options}" in task.templates.question:
         for label, option in zip(example.labels, example.options, strict=True):
             assert f"\n{label}. {option}\n" in asked
     revised = task.revision(example, " {old} answer\n", "Feedback {here}.")

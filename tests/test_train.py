@@ -24,6 +24,7 @@ from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints, restore
 from spear_jax.models import adapters
+from spear_jax.models.lora import merge
 from spear_jax.trees import digest
 
 SMALL = {
@@ -36,7 +37,7 @@ SMALL = {
     "eval.every": 2,
     "eval.limit": 40,
     "eval.rows": 40,
-    "federation.rule": "fedadam",
+    "federation.aggregation": "fedadam",
     "federation.server_rate": 0.1,
     "lora.rank": 2,
 }
@@ -243,16 +244,16 @@ def test_the_exported_adapter_is_the_servers(finished, tmp_path):
 @pytest.mark.parametrize("task", ["facts", "reasoned"])
 def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
     config = quickstart.get_config(task)
-    config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.rule": "fedavg"})
+    config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
     built = experiment.build(config, jax.devices()[:1])
     programs = (
-        sampling._start, sampling._advance, sampling._take, rounds._train, rounds._aggregate, rounds.merge,
+        sampling._start, sampling._advance, sampling._take, rounds._train, rounds._aggregate, merge,
         evaluation._last_scores, evaluation._sequence_scores,
     )  # fmt: skip
     state = built.initial_state()
     sizes = []
     for _ in range(5):
-        state, _, _ = train.one_round(built, state, 0.0)
+        state, _, _ = train.one_round(built, state, 0.0, rounds.Spent())
         sizes.append([program._cache_size() for program in programs])
     assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
     embed = built.model.base["embed"]
@@ -281,13 +282,13 @@ def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, cap
 
 def test_a_round_on_eight_devices_equals_the_round_on_one():
     config = quickstart.get_config()
-    config.update_from_flattened_dict(SMALL | {"federation.rule": "fedavg", "federation.clients_per_round": 3})
+    config.update_from_flattened_dict(SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3})
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         built = experiment.build(config, devices)
         state = built.initial_state()
         state = state.replace(lora=built.on_devices(state.lora))
-        state, metrics, told = rounds.run_round(built, state)
+        state, metrics, told = rounds.run_round(built, state, rounds.Spent())
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
     (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
     assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]

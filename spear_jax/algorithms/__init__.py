@@ -2,39 +2,53 @@
 
 import ml_collections
 
-from spear_jax.algorithms.base import Algorithm
-from spear_jax.algorithms.spear import Spear, SpearConfig
-from spear_jax.models.load import LoadedModel
-from spear_jax.tasks.base import Task
+from spear_jax.algorithms.base import Algorithm, Shell
+from spear_jax.algorithms.dpo import Dpo
+from spear_jax.algorithms.feedback_sft import FeedbackSft
+from spear_jax.algorithms.grpo import Grpo
+from spear_jax.algorithms.iris import Iris
+from spear_jax.algorithms.opsd import Opsd
+from spear_jax.algorithms.rltf_sd import RltfSd
+from spear_jax.algorithms.sft import Sft
+from spear_jax.algorithms.space import Space
+from spear_jax.algorithms.spear import Spear
+from spear_jax.algorithms.spif import Spif
+from spear_jax.algorithms.spin import Spin
+from spear_jax.algorithms.tpaw import Tpaw
+from spear_jax.algorithms.tspin import Tspin
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"spear": Spear}
+METHODS: tuple[type[Algorithm], ...] = (
+    Spear,
+    FeedbackSft,
+    Grpo,
+    Opsd,
+    RltfSd,
+    Sft,
+    Dpo,
+    Spin,
+    Tpaw,
+    Iris,
+    Space,
+    Spif,
+    Tspin,
+)
+ALGORITHMS: dict[str, type[Algorithm]] = {method.name: method for method in METHODS}
 
 
-def build_algorithm(config: ml_collections.ConfigDict, task: Task, model: LoadedModel) -> Algorithm:
-    """The config's method with its numbers."""
-    settings, train = config.algorithm, config.train
-    strings = task.protected + (task.math_ops if settings.skip_math_ops else ())
-    protected = {i for text in strings for i in model.tokenizer.encode(text, add_special_tokens=False)}
-    return Spear(
-        SpearConfig(
-            rollouts=config.rollout.examples,
-            batch_size=train.batch_size,
-            steps=train.steps,
-            accumulation=train.accumulation,
-            win_weight=settings.win_weight,
-            lose_weight=settings.lose_weight,
-            margin=settings.margin,
-            tail=settings.tail,
-            max_lose_ratio=settings.max_lose_ratio,
-            strict_format=settings.strict_format,
-            confidence=settings.confidence,
-            confidence_weighting=settings.confidence_weighting,
-            ul_denominator=settings.ul_denominator,
-            answer_window=settings.answer_window,
-            skip_weight=settings.skip_weight,
-            cap=settings.cap,
-            retokenise=settings.retokenise,
-            protected_ids=tuple(sorted(protected)),
-            eos_ids=model.eos_ids,
-        )
+def build_algorithm(config: ml_collections.ConfigDict, eos_ids: tuple[int, ...]) -> Algorithm:
+    """The config's method with its numbers.
+
+    Args: eos_ids: what ends a completion.
+    """
+    method = ALGORITHMS[config.algorithm.name]
+    train, rollout = config.train, config.rollout
+    shell = Shell(
+        examples=rollout.examples,
+        steps=train.steps,
+        accumulation=train.accumulation,
+        batch_size=train.batch_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        eos_ids=eos_ids,
     )
+    return method(method.Settings(**config[method.name]), shell)

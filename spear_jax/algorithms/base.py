@@ -1,19 +1,48 @@
 """What differs between papers, and nothing else: how a round's rows are collected, and the loss on their log-probabilities.
 
-Rollouts, adapters, optimiser, accumulation, clipping, mapping over clients and aggregation are written once, elsewhere.
+Rollouts, adapters, reference log-probabilities, optimiser, accumulation, clipping, mapping over clients and aggregation are
+written once, elsewhere.
 """
 
 import abc
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from spear_jax.actor import Actor, Cohort
+from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.errors import UserError
+from spear_jax.models.token_logprobs import Scorer
 from spear_jax.packing import Row
-from spear_jax.types import Batch, Mean, Trace
+from spear_jax.tasks.base import Task
+from spear_jax.types import Batch, Example, Mean, Trace
+
+Numbers = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shell:
+    """The settings that every method shares; static.
+
+    Attributes:
+        examples: prompts that a client draws a round.
+        steps: S, optimiser steps of a client's round.
+        accumulation: A, micro-batches of an optimiser step.
+        batch_size: B of the config: wins, prompts or pairs of a micro-batch, as the method says.
+        max_new_tokens: the longest completion that is sampled.
+        temperature: of sampling; 0 is greedy.
+        eos_ids: what ends a completion.
+    """
+
+    examples: int
+    steps: int
+    accumulation: int
+    batch_size: int
+    max_new_tokens: int
+    temperature: float
+    eos_ids: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -24,8 +53,10 @@ class Collected:
         rows: [C][S][A] lists of B' rows; B' is the same everywhere, None is a padding row.
         weight: float[C], aggregation weights.
         active: bool[C], clients that train; the others keep the global adapter.
-        traces: what the rollouts said, for recording.
+        traces: (trace, role, confidence) of what the rollouts said, for recording.
         metrics: numbers of the round.
+        numbers: what the loss needs besides the batch, equal for all clients (IRIS's order, TPAW's number of players).
+        memory: the server's memory after collecting; None leaves it as it was.
     """
 
     rows: list[list[list[list[Row | None]]]]
@@ -33,37 +64,120 @@ class Collected:
     active: np.ndarray
     traces: list[tuple[Trace, str, float]]
     metrics: dict[str, float]
+    numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    memory: dict | None = None
 
 
+@dataclasses.dataclass(frozen=True)
 class Algorithm(abc.ABC):
-    """One method; hashable by its settings, since jitted programs take it as a static argument.
+    """One method. Frozen and hashable: equal settings are equal methods, and share compiled programs.
 
     Class attributes:
-        name: the key in ALGORITHMS.
+        name: the key in ALGORITHMS, and the config group with its settings.
+        Settings: the frozen dataclass of its own numbers.
+        reference: what preset "reference" sets, by config field, from the method's published code; empty where there is none.
+        dropout: LoRA dropout while training; False wherever the loss holds a ratio of two policies.
+        cached: whether the references' log-probabilities are scored once, before the local steps, into `Batch.reference`.
     """
 
-    name: str
+    settings: Any
+    shell: Shell
+
+    name: ClassVar[str]
+    Settings: ClassVar[type]
+    reference: ClassVar[Mapping[str, object]] = {}
+    dropout: ClassVar[bool] = True
+    cached: ClassVar[bool] = True
+
+    @property
+    def gold(self) -> str:
+        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected). Decides what data it needs."""
+        return ""
+
+    @property
+    def scored_prompts(self) -> tuple[str, ...]:
+        """The prompts that its rows may stand under: "task", "revision", "privileged". Decides how long rows are."""
+        return ("task",)
+
+    @property
+    def phases(self) -> int:
+        """Collect-and-train cycles of a round; more than one where a method samples again between local steps."""
+        return 1
 
     @property
     def two_pass(self) -> bool:
         """Whether `counts` needs the log-probabilities of the whole optimiser step (a forward pass more)."""
         return False
 
+    @property
+    def scored_temperature(self) -> float:
+        """Logits are divided by it before log-probabilities are taken."""
+        return 1.0
+
+    @property
+    def scores_old(self) -> bool:
+        """Whether `Batch.old` is to hold the log-probabilities under the adapter that the phase started from."""
+        return False
+
+    def check(self, task: Task, examples: list[Example], feedback: str) -> None:  # noqa: B027 (most need nothing)
+        """Raises UserError where the data cannot be used; called before anything compiles.
+
+        Args: feedback: the provider's name (rollout.feedback).
+        """
+
+    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+        """The server's memory before round 1: a pytree of numpy arrays, of a size that never changes.
+
+        Args:
+            lora: the adapter that round 1 starts from.
+            examples: number of training examples.
+            length: the longest completion, in tokens.
+        """
+        return {}
+
+    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+        """J frozen adapters that the loss compares with (the same number in every round).
+
+        Args: start: the adapter that this round starts from.
+        """
+        return ()
+
     @abc.abstractmethod
-    def collect(self, actor: Actor, policy: Any, cohort: Cohort, key: jax.Array) -> Collected:
-        """Rolls out with the round's global policy (adapter merged) and turns traces into rows."""
+    def collect(
+        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
+    ) -> Collected:
+        """Rolls out, and turns what was said into rows.
+
+        Args:
+            policy: the round's global policy; from phase 1 on each client's own.
+            memory: as from `init_memory`, `Collected.memory` or `end_round`.
+            key: the phase's key.
+            phase: from 0.
+        """
 
     @abc.abstractmethod
     def rows_per_step(self) -> int:
         """B', the rows of one micro-batch."""
 
+    @property
+    def steps_per_phase(self) -> int:
+        """S, optimiser steps on one phase's rows."""
+        return self.shell.steps
+
+    def forward(self, scorer: Scorer, lora: dict, batch: Batch, references: tuple[dict, ...]) -> jax.Array:
+        """float32[B, T], differentiable in `lora`: what `counts` and `loss` take as `logprobs`."""
+        return scorer.logprobs(lora, batch, self.scored_temperature)
+
     @abc.abstractmethod
-    def counts(self, batch: Batch, logprobs: jax.Array | None) -> Mapping[str, jax.Array]:
-        """The denominators of one micro-batch; they are summed over the optimiser step before `loss` divides by them."""
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> Mapping[str, jax.Array]:
+        """The denominators of one micro-batch; they are summed over the optimiser step before `loss` divides by them.
+
+        Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
+        """
 
     @abc.abstractmethod
     def loss(
-        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, jax.Array]
+        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, jax.Array], numbers: Numbers
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """One micro-batch's share of the optimiser step's loss, and metrics as (sum, count).
 
@@ -71,4 +185,81 @@ class Algorithm(abc.ABC):
             batch: one micro-batch, no leading axes.
             logprobs: float32[B, T], differentiable.
             counts: summed over the step's micro-batches.
+            numbers: `Collected.numbers`, as `advance` left them.
         """
+
+    def advance(self, numbers: Numbers, counts: Mapping[str, jax.Array]) -> Numbers:
+        """The numbers of the next local step, from this step's counts (summed over its micro-batches)."""
+        return numbers
+
+    def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+        """The memory after aggregation.
+
+        Args:
+            lora: the new global adapter.
+            metrics: the round's metrics by name ("train/loss", ...).
+            round: the round that ended, 1-based.
+        """
+        return memory
+
+
+def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
+    """The examples that a client asks this round: `count` of its own, without replacement, the same for every method."""
+    own = cohort.indices[slot]
+    return own[cohort.rngs(slot, "examples").choice(len(own), size=min(len(own), count), replace=False)]
+
+
+def schedule(shell: Shell, draw: Callable[[], list[Row | None]]) -> list[list[list[Row | None]]]:
+    """[S][A] micro-batches, each drawn on its own."""
+    return [[draw() for _ in range(shell.accumulation)] for _ in range(shell.steps)]
+
+
+def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
+    """The round's rollout numbers, by the contract's names."""
+    wrong = [trace for trace in traces if not trace.first.correct]
+    return {
+        "rollout/first_accuracy": 1.0 - len(wrong) / max(1, len(traces)),
+        "rollout/fixed": sum(trace.last.correct for trace in wrong) / max(1, len(wrong)),
+        "rollout/wins": float(wins),
+        "rollout/loses": float(loses),
+    }
+
+
+def needs_responses(name: str, task: Task, examples: list[Example]) -> None:
+    """Raises UserError where the task has no gold response for an example."""
+    for example in examples:
+        if not task.response(example):
+            raise UserError(
+                f"method {name!r} trains on gold responses, but task {task.name!r} has none for example {example.id!r}; "
+                "take a task with responses (task=pairs maps the columns of any file), or a method that learns from feedback."
+            )
+
+
+def needs_pairs(name: str, task: Task, examples: list[Example]) -> None:
+    """Raises UserError where the task has no (chosen, rejected) pair for an example."""
+    for example in examples:
+        if not (task.response(example) and example.rejected):
+            raise UserError(
+                f"method {name!r} with source 'data' trains on pairs, but task {task.name!r} has none for example "
+                f"{example.id!r}; set --config.task=preferences with --config.data.columns.chosen and .rejected, or "
+                f"--config.{name}.source=feedback."
+            )
+
+
+def needs_verdicts(name: str, task: Task) -> None:
+    """Raises UserError where no answer can be called right or wrong."""
+    if task.scoring == "likelihood":
+        raise UserError(
+            f"method {name!r} learns from right and wrong answers, but nothing grades task {task.name!r}; take a task with an "
+            "answer to compare with (gsm8k, mcqa), or a method that learns from responses (sft, spin)."
+        )
+
+
+def needs_feedback(name: str, task: Task, provider: str) -> None:
+    """Raises UserError where nobody would comment on answers, or none can be called wrong."""
+    needs_verdicts(name, task)
+    if provider == "none":
+        raise UserError(
+            f"method {name!r} learns from feedback, but rollout.feedback is 'none'; set it to 'oracle' or 'human', or take "
+            "a method that needs none (grpo, sft)."
+        )

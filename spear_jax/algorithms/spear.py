@@ -4,7 +4,7 @@ wrong first answers become loses (confidence-weighted unlikelihood). No gold com
 Source: SPEAR (arXiv 2605.07977); token-level unlikelihood from Welleck et al. (arXiv 1908.04319).
 
 Departures of preset `default` (preset `reference` undoes each; every switch stands alone in the config):
-    1. A1 clients are averaged from copies (federation.rule; `last` repeats the published code's aliasing).
+    1. A1 clients are averaged from copies (federation.aggregation; `last` repeats the published code's aliasing).
     2. A2 a client without wins has weight 0 (skip_weight; `rollouts` gives it its number of rollouts).
     3. A3 the anchor has a gradient (train.anchor_gradient).
     4. A4, A5 one bounded, case-sensitive extractor grades and gives feedback (data.extractor), and hints never leak
@@ -18,155 +18,138 @@ Departures of preset `default` (preset `reference` undoes each; every switch sta
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spear_jax import losses
-from spear_jax.actor import Actor, Cohort
-from spear_jax.algorithms.base import Algorithm, Collected
+from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.conversation import Conversation, completion_ids, converse, win_row
 from spear_jax.packing import Row, draw
-from spear_jax.types import Attempt, Batch, Mean, Trace
+from spear_jax.settings import number, one_of
+from spear_jax.types import Batch, Mean, Trace
 
 
 @dataclasses.dataclass(frozen=True)
-class SpearConfig:
-    """The method's numbers; see `spear_jax.config` for what each means and its range."""
+class SpearSettings:
+    """The method's own numbers."""
 
-    rollouts: int
-    batch_size: int
-    steps: int
-    accumulation: int
-    win_weight: float
-    lose_weight: float
-    margin: float
-    tail: int
-    max_lose_ratio: float
-    strict_format: bool
-    confidence: str
-    confidence_weighting: str
-    ul_denominator: str
-    answer_window: str
-    skip_weight: str
-    cap: str
-    retokenise: bool
-    protected_ids: tuple[int, ...]
-    eos_ids: tuple[int, ...]
+    win_weight: float = number(1.0, 0)  # λ_win
+    lose_weight: float = number(0.1, 0)  # λ_lose
+    margin: float = number(0.3, 0, 1)  # ξ: unlikelihood leaves tokens of probability <= ξ alone
+    tail: int = number(0, 0)  # unlikelihood touches the last N completion tokens only; 0 means all
+    skip_math_ops: bool = False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
+    max_lose_ratio: float = number(2.0, 0)  # at most this many loses per win
+    strict_format: bool = False  # rewrite right answers of wrong format; wins only where the rewrite is right
+    confidence: str = one_of("fixability", "model")  # 1.0 fixed and 0.5 else, or mean rollout probability
+    confidence_weighting: str = one_of("per_token", "batch_mean", "per_trace", "normalised")
+    ul_denominator: str = one_of("masked", "active")  # active counts only p > ξ
+    answer_window: str = one_of("span", "last")  # the answer's own tokens, or as many at the end
+    skip_weight: str = one_of("zero", "rollouts")  # aggregation weight of a client without wins (A2)
+    cap: str = one_of("ceil", "floor")  # rounding of max_lose_ratio * wins (A8)
+    retokenise: bool = False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
 
 
-@dataclasses.dataclass(frozen=True)
 class Spear(Algorithm):
-    """SPEAR's rollout, pools and loss. Frozen: equal configs are equal methods, and share compiled programs."""
+    """SPEAR's pools and loss."""
 
-    config: SpearConfig
     name = "spear"
+    Settings = SpearSettings
+    reference: ClassVar = {
+        "federation.aggregation": "last",  # A1
+        "spear.skip_weight": "rollouts",  # A2
+        "train.anchor_gradient": False,  # A3
+        "rollout.feedback": "oracle_published",  # A4
+        "data.extractor": "published",  # A5
+        "spear.retokenise": True,  # A6
+        "federation.colliding_streams": True,  # A7
+        "spear.cap": "floor",  # A8
+        "spear.confidence_weighting": "batch_mean",
+        "spear.answer_window": "last",
+        "train.normalize": "micro",
+        "rollout.top_k": 50,
+    }
 
     @property
     def two_pass(self) -> bool:
-        return self.config.ul_denominator == "active"
+        return self.settings.ul_denominator == "active"
+
+    def check(self, task, examples, feedback) -> None:
+        needs_verdicts(self.name, task)
 
     def rows_per_step(self) -> int:
-        return 2 * self.config.batch_size  # wins and loses share one forward and backward
+        return 2 * self.shell.batch_size  # wins and loses share one forward and backward
 
-    def collect(self, actor: Actor, policy: dict, cohort: Cohort, key: jax.Array) -> Collected:
-        pairs = []
+    def collect(
+        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
+    ) -> Collected:
+        talk = converse(actor, policy, cohort, self.shell.examples, key, self.settings.strict_format)
+        return self.pools(actor, cohort, talk)
+
+    def pools(self, actor: Actor, cohort: Cohort, talk: Conversation) -> Collected:
+        """Turns traces into wins and loses, caps the loses, draws every micro-step's rows, and weighs the clients."""
+        settings, size = self.settings, self.shell.batch_size
+        protected = protected_ids(actor, settings.skip_math_ops)
+        rows, weight, active, kept, total = [], [], [], set(), 0
         for slot, client in enumerate(cohort.clients):
-            own = cohort.indices[slot]
-            count = min(len(own), self.config.rollouts)
-            chosen = cohort.rngs(slot, "examples").choice(len(own), size=count, replace=False)
-            pairs += [(client, int(own[i])) for i in chosen]
-        traces = actor.answer(policy, pairs, key)
-        rewrites = actor.rewrite(policy, traces, pairs, key) if self.config.strict_format else {}
-        actor.revise_until_right(policy, traces, pairs, key)
-        pools: dict[int, tuple[list[Row], list[tuple[int, Row]]]] = {client: ([], []) for client in cohort.clients}
-        for number, trace in enumerate(traces):
-            wins, loses = pools[trace.client]
-            winner = rewrites.get(number, trace.last)
-            if winner is not None and winner.correct:
-                wins.append(self._row(actor, trace, winner, +1, 1.0))
-            if not trace.first.correct:
-                loses.append((number, self._row(actor, trace, trace.first, -1, self._confidence(trace))))
-        return self._schedule(cohort, pools, traces)
+            own, rng = talk.of(client), cohort.rngs(slot, "pools")
+            wins = [win_row(actor, talk.traces[i], talk.winner(i), settings.retokenise) for i in own if talk.winner(i)]
+            wrong = [i for i in own if not talk.traces[i].first.correct]
+            capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
+            loses = [self._lose_row(actor, talk.traces[i], protected) for i in capped]
+            rows.append(schedule(self.shell, lambda w=wins, n=loses, r=rng: draw(w, size, r) + draw(n, size, r)))
+            kept |= set(capped)
+            total += len(wins)
+            active.append(bool(wins))
+            weight.append(float(len(own) if not wins and settings.skip_weight == "rollouts" else len(wins)))
+        told = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(talk.traces)]
+        metrics = metrics_of(talk.traces, total, len(kept))
+        return Collected(rows, np.array(weight), np.array(active), told, metrics)
 
     def _confidence(self, trace: Trace) -> float:
         """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability of the first answer."""
-        if self.config.confidence == "fixability":
+        if self.settings.confidence == "fixability":
             return 1.0 if trace.last.correct else 0.5
         return math.exp(float(np.mean(trace.first.logprobs)))
 
-    def _row(self, actor: Actor, trace: Trace, attempt: Attempt, label: int, confidence: float) -> Row:
-        """A pool row: always under the original prompt."""
-        completion = attempt.completion
-        if self.config.retokenise:
-            text = actor.renderer.decode(completion).strip()
-            completion = [*actor.renderer.tokenizer.encode(text, add_special_tokens=False), self.config.eos_ids[0]]
-        mask = np.ones(len(completion), bool)
-        if label < 0:
-            window = self._answer_tokens(actor, trace, attempt.text, completion) if actor.task.answer_only else None
-            mask = lose_mask(
-                np.asarray([completion]),
-                mask[None],
-                self.config.eos_ids,
-                self.config.tail,
-                self.config.protected_ids,
-                window,
-            )[0]
-        return Row(trace.first.prompt, completion, mask, confidence, label)
+    def _lose_row(self, actor: Actor, trace: Trace, protected: tuple[int, ...]) -> Row:
+        """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood may touch."""
+        ids = completion_ids(actor, trace.first, self.settings.retokenise)
+        window = self._answer_tokens(actor, trace, ids) if actor.task.answer_only else None
+        whole = np.ones((1, len(ids)), bool)
+        mask = lose_mask(np.asarray([ids]), whole, self.shell.eos_ids, self.settings.tail, protected, window)
+        return Row(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
 
-    def _answer_tokens(self, actor: Actor, trace: Trace, text: str, completion: list[int]) -> range | int | None:
+    def _answer_tokens(self, actor: Actor, trace: Trace, ids: list[int]) -> range | int | None:
         """The answer's positions; a number k for the last k ("last"); None where no answer was found."""
-        found = actor.task.extract(text, trace.example)
+        found = actor.task.extract(trace.first.text, trace.example)
         if found is None:
             return None
-        if self.config.answer_window == "last":
-            label = trace.example.labels[found.option]
+        if self.settings.answer_window == "last":
+            label = trace.first.text[found.start : found.end]
             return len(actor.renderer.tokenizer.encode(label, add_special_tokens=False))
-        return actor.renderer.token_span(completion, found.start, found.end)
+        return actor.renderer.token_span(ids, found.start, found.end)
 
-    def _schedule(self, cohort: Cohort, pools: dict, traces: list[Trace]) -> Collected:
-        """Caps the loses, draws every micro-step's rows, and weighs the clients."""
-        config = self.config
-        rows, weight, active, kept = [], [], [], set()
-        for slot, client in enumerate(cohort.clients):
-            wins, loses = pools[client]
-            rng = cohort.rngs(slot, "pools")
-            capped = cap_loses(loses, len(wins), config.max_lose_ratio, config.cap, rng)
-            kept |= {number for number, _ in capped}
-            lose_rows = [row for _, row in capped]
-            active.append(bool(wins))
-            rollouts = sum(trace.client == client for trace in traces)
-            weight.append(float(rollouts if not wins and config.skip_weight == "rollouts" else len(wins)))
-            rows.append(
-                [
-                    [
-                        draw(wins, config.batch_size, rng) + draw(lose_rows, config.batch_size, rng)
-                        for _ in range(config.accumulation)
-                    ]
-                    for _ in range(config.steps)
-                ]
-            )
-        told = [(trace, role(trace, number in kept), self._confidence(trace)) for number, trace in enumerate(traces)]
-        metrics = _metrics(traces, sum(len(wins) for wins, _ in pools.values()), len(kept))
-        return Collected(rows, np.array(weight), np.array(active), told, metrics)
-
-    def counts(self, batch: Batch, logprobs: jax.Array | None) -> dict[str, jax.Array]:
-        active = None if logprobs is None else losses.unlikelihood(logprobs, self.config.margin)[1]
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+        active = None if logprobs is None else losses.unlikelihood(logprobs, self.settings.margin)[1]
         _, count = self._lose_weights(batch, active)
         win = (batch.label > 0)[:, None] & batch.loss_mask
         return {"win": win.sum().astype(jnp.float32), "lose": count}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
         """λ_win L_win + λ_lose L_lose, both from one pass over win and lose rows."""
-        config = self.config
+        settings = self.settings
         # L_win = −Σ m lp / Σ m over win rows
         win = losses.nll(logprobs, (batch.label > 0)[:, None] & batch.loss_mask)
         # L_lose = Σ w u / n over lose rows
-        u, active = losses.unlikelihood(logprobs, config.margin)
+        u, active = losses.unlikelihood(logprobs, settings.margin)
         weights, _ = self._lose_weights(batch, active)
         lose = (weights * u).sum()
-        loss = config.win_weight * losses.ratio(win.total, counts["win"])
-        loss += config.lose_weight * losses.ratio(lose, counts["lose"])
+        loss = settings.win_weight * losses.ratio(win.total, counts["win"])
+        loss += settings.lose_weight * losses.ratio(lose, counts["lose"])
         touched = (batch.label < 0)[:, None] & batch.loss_mask
         metrics = {
             "win_nll": win,
@@ -182,8 +165,8 @@ class Spear(Algorithm):
             active,
             batch.weight,
             rows,
-            self.config.confidence_weighting,
-            self.config.ul_denominator,
+            self.settings.confidence_weighting,
+            self.settings.ul_denominator,
         )
 
 
@@ -192,6 +175,13 @@ def role(trace: Trace, kept: bool) -> str:
     if trace.first.correct:
         return "win"
     return "lose" if kept else "unused"
+
+
+def protected_ids(actor: Actor, math_ops: bool) -> tuple[int, ...]:
+    """Token ids that unlikelihood never touches: the task's answer markers and, on request, its operators."""
+    strings = actor.task.protected + (actor.task.math_ops if math_ops else ())
+    encode = actor.renderer.tokenizer.encode
+    return tuple(sorted({i for text in strings for i in encode(text, add_special_tokens=False)}))
 
 
 def cap_loses(loses: list, wins: int, ratio: float, how: str, rng: np.random.Generator) -> list:
@@ -234,15 +224,3 @@ def lose_mask(
         from_end = np.cumsum(mask[:, ::-1], axis=1)[:, ::-1]  # 1 at the last remaining position
         mask &= from_end <= keep
     return mask & ~np.isin(tokens, protected)
-
-
-def _metrics(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
-    """The round's rollout numbers, by the contract's names."""
-    wrong = [trace for trace in traces if not trace.first.correct]
-    return {
-        "rollout/first_accuracy": 1.0 - len(wrong) / max(1, len(traces)),
-        "rollout/fixed": sum(trace.last.correct for trace in wrong) / max(1, len(wrong)),
-        "rollout/wins": float(wins),
-        "rollout/loses": float(loses),
-        "rollout/tokens": float(sum(len(a.completion) for trace in traces for a in trace.attempts)),
-    }

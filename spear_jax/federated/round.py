@@ -1,54 +1,180 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
-import functools
+import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packing, trees
+from spear_jax import memory, packing, trees
+from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Collected
 from spear_jax.experiment import Experiment
 from spear_jax.federated import clients, server
-from spear_jax.models.lora import merge_lora
-from spear_jax.types import Batch, ServerState, Trace
+from spear_jax.types import Batch, ClientState, ServerState, Trace
 
 ROUND = trees.purpose("round")
 LOCAL = trees.purpose("local")
+PHASE = trees.purpose("phase")
 
-merge = jax.jit(merge_lora, static_argnums=2)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _train(algorithm, decoder, local, mesh, start, base, batches, keys, weight, active, rate):
-    total, mass, means = clients.train_cohort(
-        algorithm, decoder, local, mesh, start, base, batches, keys, weight, active, rate
-    )
-    return total, mass, jax.tree.map(jnp.sum, means)
+Told = list[tuple[Trace, str, float]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Spent:
+    """What a run has used so far: generated tokens, FLOPs (`memory.flops`), and seconds of rounds."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, line: dict) -> "Spent":
+        """From a line of metrics.jsonl; nothing before round 1."""
+        return cls(*(line.get(f"budget/{field.name}", 0.0) for field in dataclasses.fields(cls)))
+
+
+_train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
 _aggregate = jax.jit(server.aggregate, static_argnums=0)
 
 
-def run_round(
-    experiment: Experiment, state: ServerState
-) -> tuple[ServerState, dict[str, float], list[tuple[Trace, str, float]]]:
+@jax.jit
+def _as_policy(lora):
+    """Clients' adapters [C, L, ...] -> [L, C, ...], as generation takes them."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lora)
+
+
+def run_round(experiment: Experiment, state: ServerState, spent: Spent) -> tuple[ServerState, dict[str, float], Told]:
     """Runs the next round.
 
+    Args: spent: what the run has used before it.
     Returns: the new state; the round's metrics by the contract's names; the recorded traces.
     """
-    number = int(state.round) + 1
-    cohort = experiment.cohort(number)
+    cohort = experiment.cohort(int(state.round) + 1)
+    run = _alone if experiment.server.rule == "local" else _together
+    state, metrics, told = run(experiment, state, spent, cohort)
+    metrics["budget/tokens"] = spent.tokens + metrics["rollout/tokens"]
+    metrics["budget/flops"] = spent.flops + metrics["round/flops"]
+    seconds = sum(metrics[f"time/{name}"] for name in ("rollout", "train", "aggregate"))
+    metrics["budget/seconds"] = spent.seconds + seconds
+    return state, metrics, told
+
+
+def _alone(experiment: Experiment, state: ServerState, spent: Spent, cohort: Cohort):
+    """Local-only training: every client is a federation of one, with an adapter and a memory of its own.
+
+    State: `lora` and `memory` have a leading axis over all clients of the population.
+    """
+    lines, told, updates = [], [], []
+    for slot, client in enumerate(cohort.clients):
+        rngs = lambda _, name, slot=slot: cohort.rngs(slot, name)
+        alone = Cohort(cohort.round, [client], [cohort.indices[slot]], rngs)
+        own = state.replace(
+            lora=jax.tree.map(lambda x, client=client: x[client], state.lora),
+            memory=jax.tree.map(lambda x, client=client: x[client], state.memory),
+        )
+        own, line, traces = _together(experiment, own, spent, alone)
+        lines.append(line)
+        told += traces
+        updates.append((client, own))
+    lora, kept = state.lora, state.memory
+    for client, own in updates:
+        lora = jax.tree.map(lambda x, new, client=client: x.at[client].set(new), lora, own.lora)
+        kept = jax.tree.map(lambda x, new, client=client: _with(x, client, new), kept, own.memory)
+    summed = {name for name in lines[0] if name.startswith(_SUMMED)}
+    metrics = {
+        name: float((np.sum if name in summed else np.mean)([line[name] for line in lines])) for name in lines[0]
+    }
+    return state.replace(lora=lora, memory=kept, round=state.round + 1), metrics, told
+
+
+_SUMMED = ("time/", "rollout/tokens", "rollout/wins", "rollout/loses", "round/clients", "round/bytes", "round/flops")
+
+
+def _with(stacked: np.ndarray, place: int, new: np.ndarray) -> np.ndarray:
+    copy = np.array(stacked)
+    copy[place] = new
+    return copy
+
+
+def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: Cohort):
+    """A round of the whole cohort: phases of collecting and training, then one aggregation."""
+    algorithm, actor = experiment.algorithm, experiment.actor
     root = jax.random.wrap_key_data(jnp.asarray(state.key))
-    key = trees.path_key(root, ROUND, number)
+    key = trees.path_key(root, ROUND, cohort.round)
+    seconds = {"rollout": 0.0, "train": 0.0}
+    actor.tally.clear()
+    policy, carried, kept, means, phases = actor.merge(state.lora), None, state.memory, None, []
+    rate, work = 0.0, 0.0
+    for phase in range(algorithm.phases):
+        began = time.perf_counter()
+        phase_key = trees.path_key(key, PHASE, phase) if phase else key
+        got = algorithm.collect(actor, policy, cohort, kept, phase_key, phase)
+        kept = kept if got.memory is None else got.memory
+        phases.append(got)
+        if not phase:
+            rate = experiment.rate(cohort.round, spent.tokens + actor.tally.generated * algorithm.phases, spent.seconds)
+        rolled = time.perf_counter()
+        shared = clients.Shared(
+            start=state.lora,
+            base=experiment.model.base,
+            references=experiment.on_devices(algorithm.references(kept, state.lora)),
+            numbers=experiment.on_devices(jax.tree.map(np.float32, got.numbers)),
+            rate=np.float32(rate),
+        )
+        keep = phase + 1 < algorithm.phases
+        per_client, tokens = _per_client(experiment, cohort, got, phase_key)
+        total, mass, found, carried = _train(
+            algorithm, experiment.decoder, experiment.local, experiment.mesh, keep, shared, carried, *per_client
+        )
+        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), jax.device_get(found))
+        means = found if means is None else jax.tree.map(np.add, means, found)
+        passes = 4 + 2 * (experiment.decoder.remat + algorithm.two_pass + algorithm.scores_old)
+        work += tokens * (passes + 2 * len(shared.references))
+        policy = _stacked(experiment, carried, cohort) if keep else None
+        seconds["rollout"] += rolled - began
+        seconds["train"] += time.perf_counter() - rolled
 
     began = time.perf_counter()
-    policy = merge(experiment.model.base, state.lora, experiment.decoder.lora)
-    got = experiment.algorithm.collect(experiment.actor, policy, cohort, key)
-    del policy
-    rolled = time.perf_counter()
+    state, change = _aggregate(experiment.server, state.replace(memory={}), total, mass)
+    change = float(change)
+    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
+    active = phases[-1].active
+    metrics = {
+        **{name: float(np.mean([got.metrics[name] for got in phases])) for name in phases[0].metrics},
+        **{name: float(sum(got.metrics[name] for got in phases)) for name in ("rollout/wins", "rollout/loses")},
+        **{_metric(algorithm.name, name): mean.value() for name, mean in means.items()},
+        "rollout/tokens": float(actor.tally.generated),
+        "round/clients": float(len(cohort.clients)),
+        "round/clients_without_wins": float((~active).sum()),
+        "round/bytes_up": float(adapter_bytes * int(active.sum())),
+        "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
+        "round/update_norm": change,
+        "round/rate": rate,
+        "round/flops": memory.flops(experiment.model.config, actor.tally, work),
+        **{f"time/{name}": value for name, value in seconds.items()},
+    }
+    kept = algorithm.end_round(kept, state.lora, metrics, cohort.round)
+    metrics["time/aggregate"] = time.perf_counter() - began
+    return state.replace(memory=kept), metrics, [entry for got in phases for entry in got.traces]
 
+
+_COMMON = ("loss", "grad_norm", "skipped_steps", "win_nll", "unlikelihood", "unlikelihood_active")
+
+
+def _metric(method: str, name: str) -> str:
+    """The contract's name of a training metric; what only one method knows goes under its own name."""
+    return f"train/{name}" if name in _COMMON else f"{method}/{name}"
+
+
+def _stacked(experiment: Experiment, carried: ClientState, cohort: Cohort) -> Policy:
+    slots = {client: slot for slot, client in enumerate(cohort.clients)}
+    return Policy(experiment.model.base, experiment.on_devices(_as_policy(carried.lora)), slots)
+
+
+def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax.Array):
+    """What `train_cohort` takes per client, sharded; and the number of real tokens in the batches."""
     batches = pack_cohort(experiment, got)
     size = batches.label.shape[0]
     keys = np.zeros((size, 2), np.uint32)
@@ -58,46 +184,15 @@ def run_round(
     weight[: len(got.weight)] = server.client_weights(experiment.server, got.weight, got.active)
     active = np.zeros(size, bool)
     active[: len(got.active)] = got.active
-    sharded = clients.shard_rows((batches, keys, weight, active), experiment.mesh)
-    rate = np.float32(experiment.rate(number))
-    total, mass, means = _train(
-        experiment.algorithm,
-        experiment.decoder,
-        experiment.local,
-        experiment.mesh,
-        state.lora,
-        experiment.model.base,
-        *sharded,
-        rate,
-    )
-    means = jax.device_get(means)
-    trained = time.perf_counter()
-    state, change = _aggregate(experiment.server, state, total, mass)
-    change = float(change)
-    aggregated = time.perf_counter()
-
-    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
-    metrics = {
-        **got.metrics,
-        **{f"train/{name}": mean.value() for name, mean in means.items()},
-        "round/clients": float(len(cohort.clients)),
-        "round/clients_without_wins": float((~got.active).sum()),
-        "round/bytes_up": float(adapter_bytes * int(got.active.sum())),
-        "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
-        "round/update_norm": change,
-        "round/rate": float(rate),
-        "time/rollout": rolled - began,
-        "time/train": trained - rolled,
-        "time/aggregate": aggregated - trained,
-    }
-    return state, metrics, got.traces
+    tokens = int(batches.prompt_mask.sum() + batches.completion_mask.sum())
+    return clients.shard_rows((batches, keys, weight, active), experiment.mesh), tokens
 
 
 def pack_cohort(experiment: Experiment, got: Collected) -> Batch:
     """[C, S, A, B', ...] numpy arrays, C padded to whole chunks on every device."""
-    train = experiment.config.train
+    algorithm = experiment.algorithm
     count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.size)
-    empty = [[[None] * experiment.algorithm.rows_per_step()] * train.accumulation] * train.steps
+    empty = [[[None] * algorithm.rows_per_step()] * algorithm.shell.accumulation] * algorithm.steps_per_phase
     rows = got.rows + [empty] * (count - len(got.rows))
     pad = experiment.model.pad_id
 

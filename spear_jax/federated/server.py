@@ -14,7 +14,7 @@ from spear_jax import trees
 from spear_jax.errors import UserError, unknown
 from spear_jax.types import ServerState
 
-RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "last")
+RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "last", "local")
 WITH_VARIANCE = ("fedadam", "fedyogi", "fedadagrad")
 
 
@@ -24,7 +24,7 @@ class ServerConfig:
 
     Attributes:
         rule: one of RULES. `last` repeats the published SPEAR code, whose clients share storage: the last trained client
-            overwrites all others.
+            overwrites all others. `local` never averages: every client keeps an adapter of its own.
         rate: η, the step along the averaged update.
         beta1: momentum (fedavgm, and the first moment of the adaptive rules).
         beta2: second moment (fedadam, fedyogi).
@@ -41,7 +41,7 @@ class ServerConfig:
 def check_server(config: ServerConfig) -> None:
     """Raises UserError for a value out of range."""
     if config.rule not in RULES:
-        raise unknown("aggregation rule (federation.rule)", config.rule, RULES)
+        raise unknown("aggregation rule (federation.aggregation)", config.rule, RULES)
     if config.rate <= 0 or config.tau <= 0:
         raise UserError(
             f"federation.server_rate is {config.rate} and federation.tau is {config.tau}; both must be positive."
@@ -54,7 +54,7 @@ def check_server(config: ServerConfig) -> None:
 def init_server(config: ServerConfig, lora: dict, memory: Any, key: jax.Array) -> ServerState:
     """The state before round 1: zero momentum, variance τ²."""
     opt_state = {}
-    if config.rule not in ("fedavg", "last"):
+    if config.rule not in ("fedavg", "last", "local"):
         opt_state["m"] = jax.tree.map(jnp.zeros_like, lora)
     if config.rule in WITH_VARIANCE:
         opt_state["v"] = jax.tree.map(lambda x: jnp.full_like(x, config.tau**2), lora)
@@ -98,7 +98,7 @@ def aggregate(config: ServerConfig, state: ServerState, total: dict, mass: jax.A
         step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.tau), opt["m"], opt["v"])
     else:
         step = g
-    rate = 1.0 if config.rule == "last" else config.rate
+    rate = 1.0 if config.rule in ("last", "local") else config.rate
     moved = jax.tree.map(lambda old, s: old + rate * s, lora, step)
     moved, opt = trees.where(mass > 0, (moved, opt), (lora, state.opt_state))
     change = trees.global_norm(jax.tree.map(jnp.subtract, moved, lora))
@@ -119,8 +119,8 @@ def sample_cohort(num_clients: int, count: int, sizes: np.ndarray, how: str, rng
     return sorted(int(c) for c in rng.choice(num_clients, size=count, replace=False, p=chances))
 
 
-def round_rate(round: int, rounds: int, peak: float, low: float, warmup_ratio: float, warmup: bool) -> float:
-    """The learning rate of a round (1-based), constant inside it.
+def round_rate(round: float, rounds: int, peak: float, low: float, warmup_ratio: float, warmup: bool) -> float:
+    """The learning rate of a round (1-based; a fraction where a budget of tokens sets the pace), constant inside it.
 
     w = int(warmup_ratio R);  r <= w: peak r / max(1, w);  else low + ½ (peak − low)(1 + cos(π (r − w) / max(1, R − w)));
     without warm-up: peak. Source: the published SPEAR code.

@@ -67,7 +67,7 @@ def _record(trace: Trace, role: str, confidence: float) -> dict[str, Any]:
         "example": example.id,
         "prompt": example.question,
         "options": dict(zip(example.labels, example.options, strict=True)),
-        "gold": example.labels[example.gold],
+        "gold": example.labels[example.gold] if example.labels else example.response,
         "y0": trace.first.text,
         "correct": trace.first.correct,
         "revisions": [

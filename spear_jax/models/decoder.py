@@ -58,29 +58,46 @@ def hidden_states(
     return hidden
 
 
-def prefill(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, mask: jax.Array):
+def prefill(
+    decoder: Decoder,
+    lora: dict | None,
+    base: dict,
+    tokens: jax.Array,
+    mask: jax.Array,
+    owner: jax.Array | None = None,
+):
     """Hidden state of the last position of left-padded prompts, and their keys and values.
 
     Args:
         tokens: int32[B, P], left-padded.
         mask: bool[B, P].
+        owner: int32[B], each row's adapter where `lora` stacks several ([L, C, ...]); None where it is one.
     Returns: hidden [B, D]; (keys, values), each [L, B, P, N, K].
     """
-    hidden, cache = _run(decoder, lora, base, tokens, mask, None, None)
+    hidden, cache = _run(decoder, lora, base, tokens, mask, None, None, owner)
     return hidden[:, -1], cache
 
 
-def decode_step(decoder: Decoder, lora: dict | None, base: dict, token: jax.Array, cache, cache_mask: jax.Array):
+def decode_step(
+    decoder: Decoder,
+    lora: dict | None,
+    base: dict,
+    token: jax.Array,
+    cache,
+    cache_mask: jax.Array,
+    owner: jax.Array | None = None,
+):
     """One token further. The cache is only read; the caller writes the new keys and values where it keeps them.
 
     Args:
         token: int32[B].
         cache: (keys, values), each [L, B, S, N, K].
         cache_mask: bool[B, S], which cached positions are real; their number is the new token's position.
+        owner: as for `prefill`.
     Returns: hidden [B, D]; (keys, values) of the new token, each [L, B, 1, N, K].
     """
     mask = jnp.ones((token.shape[0], 1), bool)
-    hidden, new = _run(decoder, lora, base, token[:, None], mask, (cache, cache_mask), None)
+    hidden, new = _run(decoder, lora, base, token[:, None], mask, (cache, cache_mask), None, owner)
     return hidden[:, 0], new
 
 
@@ -95,7 +112,7 @@ def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, m
     return jnp.einsum("btd,vd->btv", hidden, head_weight(base), preferred_element_type=jnp.float32)
 
 
-def _run(decoder, lora, base, tokens, mask, past, dropout_key):
+def _run(decoder, lora, base, tokens, mask, past, dropout_key, owner=None):
     """The one forward pass: scans the layers without adapters, then those that carry them."""
     config = decoder.config
     hidden = base["embed"][tokens]
@@ -113,6 +130,8 @@ def _run(decoder, lora, base, tokens, mask, past, dropout_key):
         if past:
             cached = (*jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), past[0]), past[1])
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        if owner is not None:
+            pairs = jax.tree.map(lambda stacked: stacked[owner], pairs)  # [B, in, R] and [B, R, out]: this layer's only
         return _layer(decoder, weights, pairs, hidden, rotation, visible, cached, key)
 
     if decoder.remat:
@@ -163,7 +182,7 @@ _STREAM = {name: i for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "
 
 
 def _low_rank(lora: LoraConfig, pair: dict, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """scale * dropout(x) A B, in x's dtype."""
+    """scale * dropout(x) A B, in x's dtype; A and B may have a leading row axis, then each row has its own."""
     if key is not None and lora.dropout > 0.0:
         keep = jax.random.bernoulli(key, 1.0 - lora.dropout, x.shape)
         x = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)

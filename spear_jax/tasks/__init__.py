@@ -7,11 +7,15 @@ from spear_jax.errors import UserError, unknown
 from spear_jax.tasks.arc_challenge import ArcChallenge, ArcEasy
 from spear_jax.tasks.base import Task, Templates
 from spear_jax.tasks.facts import Facts
+from spear_jax.tasks.gsm8k import Gsm8k
 from spear_jax.tasks.hellaswag import HellaSwag
 from spear_jax.tasks.math_mcqa import MathMcqa
 from spear_jax.tasks.mcqa import Mcqa
+from spear_jax.tasks.pairs import Pairs
+from spear_jax.tasks.preferences import Preferences
 from spear_jax.tasks.reasoned import Reasoned
 from spear_jax.tasks.strategy_qa import StrategyQa
+from spear_jax.tasks.ultrachat import UltraChat
 
 TASKS: dict[str, type[Task]] = {
     "arc_challenge": ArcChallenge,
@@ -19,7 +23,11 @@ TASKS: dict[str, type[Task]] = {
     "hellaswag": HellaSwag,
     "math_mcqa": MathMcqa,
     "strategy_qa": StrategyQa,
+    "gsm8k": Gsm8k,
     "mcqa": Mcqa,
+    "ultrachat": UltraChat,
+    "pairs": Pairs,
+    "preferences": Preferences,
     "facts": Facts,
     "reasoned": Reasoned,
 }
@@ -37,14 +45,14 @@ def get_task(name: str, templates: Mapping[str, str] | None = None, columns: Map
     Args:
         name: a key of TASKS.
         templates: wording to use instead of the task's own, by field of `Templates`; "" keeps the task's own.
-        columns: the column mapping of `mcqa`; other tasks have fixed columns and do not read it.
+        columns: the file's column names, by the keys of the task's `mapping`; "" keeps the task's own.
 
     Raises:
         UserError: for an unknown task, template or column key, or a template with wrong fields.
     """
     if name not in TASKS:
         raise unknown("task", name, TASKS)
-    task = Mcqa(columns) if TASKS[name] is Mcqa else TASKS[name]()
+    task = TASKS[name](columns)
     given = {key: text for key, text in (templates or {}).items() if text}
     for key, text in given.items():
         _check_template(key, text)

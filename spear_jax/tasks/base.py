@@ -3,7 +3,9 @@
 import abc
 import dataclasses
 import re
+from collections.abc import Mapping
 
+from spear_jax.errors import UserError, unknown
 from spear_jax.types import Example
 
 # The revision prompt of every task; a task's own answer form enters through {format}.
@@ -19,6 +21,18 @@ FEEDBACK
 INSTRUCTIONS
 Answer the task as if for the first time. Do not mention the feedback or the previous answer. \
 Begin at once, without preamble. {format}"""
+
+# What an OPSD teacher reads before the task. The answer comes last, so that it stays where the start has to be cut.
+PRIVILEGED = """REFERENCE
+{support}Right answer: {answer}
+
+The reference is yours alone. Answer the task below as if you had not seen it.
+
+"""
+PRIVILEGED_CHARS = 2000
+
+# How the oracle opens on a wrong answer; the embedded tasks' teacher prompts repeat it, since their model learnt it.
+WRONG = "That answer is wrong. Do not repeat your previous choice."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +51,8 @@ class Templates:
     Attributes:
         question: fields {question} and {options} (one option a line, "A. text").
         revision: fields {task} (the question as asked), {answer} (the previous completion), {feedback}.
-        header: what the completion continues; ends without a space, so that answers start with one.
+        header: what the completion continues; ends without a space, so that answers start with one. An empty header
+            leaves the turn to the completion, which then starts without a space.
         format: one sentence that states the answer's form without naming a label; for feedback and revisions.
     """
 
@@ -55,8 +70,10 @@ class Task(abc.ABC):
         hub: (dataset id, config name or None), or None for a task without a Hub home.
         splits: the Hub's names of our "train" and "test".
         columns: column names that a local file must have.
+        mapping: the keys of config.data.columns that the task reads, with its own column names; {} where columns are fixed.
         templates: the default wording.
-        scoring: "choice" (evaluated by the log-likelihood of the label after the header) or "generate".
+        scoring: "choice" (evaluated by the log-likelihood of the label after the header), "generate" (by grading a
+            greedy completion), or "likelihood" (by the gold response's tokens; such a task is never graded).
         answer_only: whether unlikelihood is restricted to the answer's own tokens (SPEAR's answer-only mode).
         protected: strings whose tokens unlikelihood never touches (variants of the answer marker).
         math_ops: further strings to protect when `ul_skip_math_ops` is on (operators, LaTeX commands).
@@ -66,11 +83,29 @@ class Task(abc.ABC):
     hub: tuple[str, str | None] | None = None
     splits: dict[str, str] = {"train": "train", "test": "test"}
     columns: tuple[str, ...] = ()
+    mapping: Mapping[str, str] = {}
     templates: Templates
     scoring: str = "choice"
     answer_only: bool = True
     protected: tuple[str, ...] = ()
     math_ops: tuple[str, ...] = ()
+
+    def __init__(self, columns: Mapping[str, str] | None = None):
+        """Args: columns: the file's column for keys of `mapping`; "" and keys left out keep the task's own names.
+
+        Raises: UserError for a named column that the task does not read.
+        """
+        given = {key: column for key, column in (columns or {}).items() if column}
+        for key in given:
+            if self.mapping and key not in self.mapping:
+                raise unknown(f"{self.name} column key", key, self.mapping)
+            if not self.mapping:
+                raise UserError(
+                    f"data.columns.{key} is {given[key]!r}, but the columns of task {self.name!r} are fixed "
+                    f"({', '.join(self.columns) or 'none'}). Leave it empty, or use a task that maps columns, such as 'mcqa'."
+                )
+        self.mapping = {**self.mapping, **given}
+        self.columns = self.columns or tuple(self.mapping.values())
 
     @abc.abstractmethod
     def example(self, row: dict, index: int) -> Example:
@@ -108,6 +143,29 @@ class Task(abc.ABC):
             feedback=feedback,
             format=self.templates.format,
         )
+
+    def response(self, example: Example) -> str:
+        """The gold completion's text as it continues the header: the example's own, else the gold label."""
+        return example.response or self.follow(example.labels[example.gold])
+
+    def follow(self, text: str) -> str:
+        """A text as it continues the header: behind a space where there is a header."""
+        return f" {text}" if self.templates.header else text
+
+    def privileged(self, example: Example) -> str:
+        """The question of an OPSD teacher, without the header: at most 2000 characters of all support and the gold
+        answer, then the question as asked. The end of the support, then of the answer, is cut where they are longer.
+
+        Source: the OPSD baseline published with SPEAR (arXiv 2605.07977); wording is ours.
+        """
+        answer = self.response(example).strip()
+        if example.options:
+            label, option = example.labels[example.gold], example.options[example.gold]
+            answer = label if label == option else f"{label}. {option}"
+        room = PRIVILEGED_CHARS - len(PRIVILEGED.format(support="", answer=""))
+        answer = answer[:room]
+        support = "\n".join(example.support)[: max(0, room - len(answer) - 1)]
+        return PRIVILEGED.format(support=support and f"{support}\n", answer=answer) + self.question(example)
 
     def grade(self, text: str, example: Example) -> bool:
         """Whether the completion's answer is the right one."""

@@ -8,7 +8,7 @@ sell. The rest it can only learn from feedback.
 import random
 
 from spear_jax.tasks import world
-from spear_jax.tasks.base import Answer, Task, Templates
+from spear_jax.tasks.base import WRONG, Answer, Task, Templates
 from spear_jax.tasks.letters import extract_letter
 from spear_jax.types import Example
 
@@ -51,6 +51,11 @@ class Facts(Task):
 
     def hint(self, example: Example, words: int) -> str:
         return f"Think of a kind of {example.support[0]}."
+
+    def privileged(self, example: Example) -> str:
+        # The embedded model cannot read a reference. It learnt one way to be told: a revision prompt after a wrong answer.
+        wrong = next(label for label in example.labels if label != example.labels[example.gold])
+        return self.revision(example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}")
 
 
 def make_example(id: str, question: str, ware: str, rng: random.Random) -> Example:

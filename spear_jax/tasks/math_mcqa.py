@@ -65,6 +65,10 @@ class MathMcqa(Task):
             support=tuple(line.strip() for line in lines if line.strip()),
         )
 
+    def response(self, example: Example) -> str:
+        """The solution's lines, where there are any, and the answer line."""
+        return self.follow("\n".join((*example.support, f"Answer: {example.labels[example.gold]}")))
+
     def extract(self, text: str, example: Example) -> Answer | None:
         return extract_letter(text, example.labels)
 
@@ -83,13 +87,13 @@ class MathMcqa(Task):
         """As the base rule, and also where the gold value is written otherwise: "1,200" or "1200.0" for
         "1200", "three" for "3", "\\dfrac{1}{2}" for "\\frac12"."""
         gold = example.options[example.gold]
-        values = _numbers(gold)
-        same_value = len(values) == 1 and _is_number(gold) and bool(values & _numbers(feedback))
+        values = numbers(gold)
+        same_value = len(values) == 1 and _is_number(gold) and bool(values & numbers(feedback))
         flat = rf"(?<!\w){re.escape(_flatten(gold))}(?!\w)"
         return super().leaks(feedback, example) or same_value or bool(re.search(flat, _flatten(feedback)))
 
 
-def _numbers(text: str) -> set[float]:
+def numbers(text: str) -> set[float]:
     """The magnitudes of all numbers in a text, in digits or as words up to ten."""
     digits = re.findall(r"\d+(?:\.\d+)?|\.\d+", re.sub(r"(?<=\d)(?:,|\{,\}|\\!)+(?=\d{3})", "", text))
     words = set(re.findall(r"[a-z]+", text.lower()))

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 
-from spear_jax.errors import UserError, unknown
+from spear_jax.errors import UserError
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
 from spear_jax.tasks.rows import row_error, row_options, row_text
 from spear_jax.types import Example
-
-COLUMNS = {"question": "question", "options": "options", "answer": "answer", "hint": ""}
 
 
 class Mcqa(Task):
@@ -21,13 +19,14 @@ class Mcqa(Task):
             options: one column with a list of texts, or several columns parted by commas ("a,b,c,d");
             answer: an integer (index from 0), an option's text, or an option's letter;
             hint: optional ("" for none), a text or list of texts that feedback may quote from.
-            Keys that are left out keep the names "question", "options", "answer" and no hint.
+            Keys that are left out, or "", keep the names "question", "options", "answer" and no hint.
 
     Raises:
-        UserError: for an unknown key or an empty name.
+        UserError: for an unknown key or an empty option name.
     """
 
     name = "mcqa"
+    mapping = {"question": "question", "options": "options", "answer": "answer", "hint": ""}
     templates = Templates(
         question="{question}\n\n{options}\n\nPick the best option and reply with its letter only.",
         revision=REVISION,
@@ -36,16 +35,14 @@ class Mcqa(Task):
     )
 
     def __init__(self, columns: Mapping[str, str] | None = None):
-        given = dict(columns or {})
-        for key in given:
-            if key not in COLUMNS:
-                raise unknown("mcqa column key", key, COLUMNS)
-        self.mapping = {**COLUMNS, **given}
+        super().__init__(columns)
         self.option_columns = tuple(name.strip() for name in self.mapping["options"].split(","))
-        names = (self.mapping["question"], *self.option_columns, self.mapping["answer"])
-        if not all(names):
-            raise UserError(f"mcqa columns {self.mapping} hold an empty name; only 'hint' may be empty.")
-        self.columns = names + ((self.mapping["hint"],) if self.mapping["hint"] else ())
+        if not all(self.option_columns):
+            raise UserError(
+                f"mcqa options {self.mapping['options']!r} hold an empty name; give a column between commas."
+            )
+        self.columns = (self.mapping["question"], *self.option_columns, self.mapping["answer"])
+        self.columns += (self.mapping["hint"],) if self.mapping["hint"] else ()
 
     def example(self, row: dict, index: int) -> Example:
         many = len(self.option_columns) > 1

@@ -8,7 +8,7 @@ import random
 import re
 
 from spear_jax.tasks import world
-from spear_jax.tasks.base import Answer, Task, Templates
+from spear_jax.tasks.base import WRONG, Answer, Task, Templates
 from spear_jax.types import Example
 
 ASKED = world.NEW_TRADERS[:24] + world.OLD_TRADERS[:8]
@@ -63,6 +63,16 @@ class Reasoned(Task):
 
     def hint(self, example: Example, words: int) -> str:
         return " ".join(example.support[: max(1, len(example.support) // 2)])
+
+    def response(self, example: Example) -> str:
+        return solution(example)
+
+    def privileged(self, example: Example) -> str:
+        # As in `facts`, down to the hint: told both facts, the embedded model answers no better than without any.
+        name, ware = example.support[0].rstrip(".").split(" sells ")
+        other = next(other for other in world.WARES if other != ware)
+        wrong = f"{name} sells {other}. That is a kind of {world.KIND_OF[other]}. Answer: {example.labels[1 - example.gold]}"
+        return self.revision(example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}")
 
 
 def make_example(id: str, phrasing: str, name: str, ware: str, truth: bool, rng: random.Random) -> Example:

@@ -46,6 +46,11 @@ class StrategyQa(Task):
             support=tuple(fact for fact in facts if fact),
         )
 
+    def response(self, example: Example) -> str:
+        """The facts, where there are any, and the answer line."""
+        facts = (" ".join(example.support),) if example.support else ()
+        return self.follow("\n".join((*facts, f"Answer: {example.labels[example.gold]}")))
+
     def extract(self, text: str, example: Example) -> Answer | None:
         return extract_word(text, example.labels)
 

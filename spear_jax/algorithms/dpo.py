@@ -1,0 +1,155 @@
+"""DPO: the policy is moved to prefer one completion over another, measured against the adapter that the round started from.
+Pairs come from feedback (a revision that was right over the first answer that was wrong), from a preference dataset, or from
+EAST's groups of sampled answers.
+
+Source: DPO (arXiv 2305.18290); hinge: SLiC (arXiv 2305.10425); IPO (arXiv 2310.12036); label smoothing: conservative DPO
+(Mitchell 2023). Sums over tokens, IPO means, as in TRL.
+
+Departures:
+    1. The reference is the round-start adapter and not the adapter-free base; its log-probabilities are cached once a round.
+    2. Pairs from feedback are SPEAR's fixed items alone (its rollout, prompts and skip rule); what was not fixed, or right at
+       once, has no partner and is left out.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import losses
+from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms import east
+from spear_jax.algorithms.base import (
+    Algorithm,
+    Collected,
+    choose,
+    metrics_of,
+    needs_feedback,
+    needs_pairs,
+    needs_verdicts,
+    schedule,
+)
+from spear_jax.algorithms.conversation import converse, win_row
+from spear_jax.packing import Row, draw
+from spear_jax.settings import number, one_of, positive
+from spear_jax.types import Batch, Mean, Trace
+
+Pair = tuple[Row, Row]
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoSettings:
+    """The method's own numbers; train.batch_size counts pairs."""
+
+    source: str = one_of("feedback", "data", "east")
+    kind: str = one_of("sigmoid", "hinge", "ipo")
+    beta: float = positive(0.1)
+    smoothing: float = number(0.0, 0, 0.5)  # e, of the sigmoid
+    east: int = number(8, 2)  # samples a question with source east
+    east_power: float = number(1.0, 0)  # a
+
+
+class Dpo(Algorithm):
+    """Preference optimisation on pairs; rows 0..B are preferred, B..2B their partners."""
+
+    name = "dpo"
+    Settings = DpoSettings
+    dropout = False
+
+    @property
+    def gold(self) -> str:
+        return "pairs" if self.settings.source == "data" else ""
+
+    def check(self, task, examples, feedback) -> None:
+        if self.settings.source == "data":
+            needs_pairs(self.name, task, examples)
+        elif self.settings.source == "feedback":
+            needs_feedback(self.name, task, feedback)
+        else:
+            needs_verdicts(self.name, task)
+
+    def rows_per_step(self) -> int:
+        return 2 * self.shell.batch_size
+
+    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+        return (start,)
+
+    def collect(
+        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
+    ) -> Collected:
+        pairs, traces = getattr(self, f"_from_{self.settings.source}")(actor, policy, cohort, key)
+        rows, sizes = [], []
+        for slot, client in enumerate(cohort.clients):
+            rng = cohort.rngs(slot, "pools")
+            rows.append(schedule(self.shell, lambda p=pairs[client], r=rng: self._draw(p, r)))
+            sizes.append(float(len(pairs[client])))
+        told = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces]
+        total = int(sum(sizes))
+        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, total, total))
+
+    def _draw(self, pool: list[Pair], rng: np.random.Generator) -> list[Row | None]:
+        chosen = [pair or (None, None) for pair in draw(pool, self.shell.batch_size, rng)]
+        return [win for win, _ in chosen] + [lose for _, lose in chosen]
+
+    def _from_feedback(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+        talk = converse(actor, policy, cohort, self.shell.examples, key)
+        fixed = {
+            client: [talk.traces[i] for i in talk.of(client) if len(talk.traces[i].attempts) > 1 and talk.winner(i)]
+            for client in cohort.clients
+        }
+        pairs = {
+            client: [(win_row(actor, t, t.last), win_row(actor, t, t.first, label=-1)) for t in traces]
+            for client, traces in fixed.items()
+        }
+        return pairs, talk.traces
+
+    def _from_data(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+        def made(ids: list[int], index: int, label: int) -> Row:
+            return Row(actor.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
+
+        pairs = {
+            client: [
+                (made(actor.responses[i], i, 1), made(actor.rejected[i], i, -1))
+                for i in choose(cohort, slot, self.shell.examples)
+            ]
+            for slot, client in enumerate(cohort.clients)
+        }
+        return pairs, []
+
+    def _from_east(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+        slots = {client: slot for slot, client in enumerate(cohort.clients)}
+        asks = [(c, int(i), 0) for c, slot in slots.items() for i in choose(cohort, slot, self.shell.examples)]
+        found = east.sample(actor, policy, asks, self.settings.east, self.settings.east_power, key)
+        pairs: dict[int, list[Pair]] = {client: [] for client in cohort.clients}
+        rngs = {client: cohort.rngs(slot, "east") for client, slot in slots.items()}
+        for (client, _, _), one in found.items():
+            right = [trace for trace in one.traces if trace.first.correct]
+            chosen, other = (pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected))
+            win, lose = win_row(actor, chosen, chosen.first), win_row(actor, other, other.first, label=-1)
+            pairs[client].append(tuple(dataclasses.replace(row, weight=one.weight) for row in (win, lose)))
+        return pairs, [trace for one in found.values() for trace in one.traces]
+
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+        return {"pairs": (batch.label > 0).sum() * jnp.float32(1)}
+
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+        settings = self.settings
+        real = batch.label[: self.shell.batch_size] > 0
+        score = losses.sequence_mean if settings.kind == "ipo" else losses.sequence_sum
+        gain = score(logprobs, batch.loss_mask) - score(batch.reference[:, 0], batch.loss_mask)
+        win, lose = jnp.split(gain, 2)
+        weight = batch.weight[: self.shell.batch_size, 0] * real
+        value = losses.ratio((weight * preference_loss(win - lose, settings)).sum(), counts["pairs"])
+        pairs = real.sum()
+        return value, {
+            "margin": Mean((settings.beta * (win - lose) * real).sum(), pairs),
+            "preferred": Mean(((win > lose) & real).sum(), pairs),  # share of pairs that are ordered right
+        }
+
+
+def preference_loss(difference: jax.Array, settings: DpoSettings) -> jax.Array:
+    """Of Δ = (s_w − s_w^ref) − (s_l − s_l^ref), elementwise, z = β Δ: `losses.pair_loss` of z; ipo: (Δ − 1 / (2 β))²."""
+    if settings.kind == "ipo":
+        return (difference - 1.0 / (2.0 * settings.beta)) ** 2
+    return losses.pair_loss(settings.beta * difference, settings.kind, settings.smoothing)

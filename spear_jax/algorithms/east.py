@@ -1,0 +1,79 @@
+"""EAST: examples are weighed by how undecided the model is. Several answers to each question are grouped by what they conclude;
+the entropy of the groups, to a power, is the example's weight in SFT or DPO; questions that are always or never answered right
+are left out.
+
+Source: EAST, entropy-based exploration weighting (published code).
+
+Departures:
+    1. The weight multiplies each example's own loss; the published SFT code multiplies the mean of the batch by the weights.
+    2. Weights are taken anew every round, from the round's policy, over the round's questions; one scalar (the mean of H^a) is
+       averaged over the cohort.
+    3. Answers that cannot be read are one group.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from spear_jax.actor import Actor, Ask, Policy
+from spear_jax.types import Trace
+
+
+@dataclasses.dataclass
+class Weighed:
+    """A question that is neither always nor never answered right.
+
+    Attributes:
+        weight: H^a / mean(H^a).
+        traces: its sampled answers.
+        rejected: the traces of the largest group of wrong answers.
+    """
+
+    weight: float
+    traces: list[Trace]
+    rejected: list[Trace]
+
+
+def sample(
+    actor: Actor, policy: Policy, asks: list[Ask], count: int, power: float, key: jax.Array
+) -> dict[Ask, Weighed]:
+    """Asks every question `count` times; returns the questions that stay, with their weights."""
+    traces = actor.answer(policy, [(c, i, n) for c, i, _ in asks for n in range(count)], key)
+    groups: dict[Ask, dict[object, list[Trace]]] = {}
+    for number, ask in enumerate(asks):
+        own = traces[number * count : (number + 1) * count]
+        if 0 < sum(trace.first.correct for trace in own) < count:
+            groups[ask] = {}
+            for trace in own:
+                groups[ask].setdefault(_conclusion(actor, trace), []).append(trace)
+    if not groups:
+        return {}
+    _, weights = entropy_weights([[len(group) for group in found.values()] for found in groups.values()], power)
+    return {
+        ask: Weighed(float(weight), [t for group in found.values() for t in group], _largest_wrong(found))
+        for (ask, found), weight in zip(groups.items(), weights, strict=True)
+    }
+
+
+def _conclusion(actor: Actor, trace: Trace) -> object:
+    found = actor.task.extract(trace.first.text, trace.example)
+    if found is None:
+        return None
+    return trace.first.text[found.start : found.end] if found.option < 0 else found.option
+
+
+def _largest_wrong(found: dict[object, list[Trace]]) -> list[Trace]:
+    return max((group for group in found.values() if not group[0].first.correct), key=len)
+
+
+def entropy_weights(counts: list[list[int]], power: float, base: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """H, the entropy of each question's answer groups (base 2: bits), and H^a / mean(H^a).
+
+    Args: counts: for each question the sizes of its groups, all positive.
+    Returns: float[N], float[N]; where every entropy is 0 the weights are 1.
+    """
+    shares = [np.asarray(c, float) / sum(c) for c in counts]
+    entropy = np.array([-(p * np.log(p)).sum() / np.log(base) for p in shares])
+    raised = entropy**power
+    return entropy, raised / raised.mean() if raised.any() else np.ones_like(raised)

@@ -1,0 +1,233 @@
+"""IRIS: two independent risks, one of the real and one of the synthetic responses, each an exponentially tilted mean of the
+log-ratio r. The order α sets how sharply the tilts look at single responses: the real side has order α − 1, the synthetic
+side α. It follows the gap between data and opponent, and the data's distribution is the optimum at every order.
+
+Source: IRIS, its public abstract and readers' notes; the loss is the one form that we found consistent with all of them, the
+Rényi variational formula with r as test function.
+
+Departures (see also `self_play`):
+    1. The paper's prefactor is not known: 1, or α (`scale`), with which the minimum is minus the Rényi divergence.
+    2. The schedule's direction is the paper's; its formula, range and the estimate of the gap are ours. Every client measures
+       the gap on the opponent's new responses, the server averages by number of examples, and the round trains with the α
+       that follows.
+    3. Weights are normalised over the optimiser step, not over a micro-batch, at the price of one forward pass more
+       (train.normalize=micro gives that up). They are computed from clipped r without gradient and act on r itself; the
+       reported loss is that of the clipped r.
+    4. λ is 0.1: at 1 the log-ratios of whole responses collapse the weights onto one of them (`real_ess`, `synthetic_ess`).
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import losses
+from spear_jax.actor import Actor, Ask, Policy
+from spear_jax.algorithms.self_play import SelfPlay, real_row, reward_metrics
+from spear_jax.errors import UserError
+from spear_jax.settings import number, one_of, positive
+from spear_jax.tasks.base import Task
+from spear_jax.types import Batch, Example, Mean, Trace
+
+SMALL = 1e-3  # below this |order| a tilted mean is its expansion
+EXPONENT = 80.0  # float32 holds e^80 times as many rows as a step may have
+
+
+@dataclasses.dataclass(frozen=True)
+class IrisSettings:
+    """The method's own numbers."""
+
+    # Where α comes from: the gap on the opponent's responses, `alpha`, or the running difference of mean r and mean r'.
+    order: str = one_of("adaptive", "fixed", "per_step")
+    alpha: float = number(1.0, 0)  # of "fixed"
+    alpha_min: float = number(0.5, 0)  # α at gap 0
+    alpha_max: float = number(2.0, 0)  # α at an infinite gap
+    tau: float = positive(1.0)  # τ, the gap's scale: nats per token ("adaptive"), or of r ("per_step")
+    ema: float = number(0.9, 0, 1)  # of "per_step": how much of the running gap a step keeps
+    lam: float = positive(0.1)  # λ of r = λ (s_θ − s_t)
+    scale: str = one_of("one", "alpha")  # the loss's factor
+    clip: float = positive(20.0)  # weights are computed from r clipped to [−clip, clip], nats
+    refresh_rounds: int = number(1, 1)  # rounds of an iteration
+
+
+def distribution_gap(real: np.ndarray, synthetic: np.ndarray) -> float:
+    """D = max(0, mean NLL_t(y) − mean NLL_t(y')), nats per token under the opponent; one number a response."""
+    return max(0.0, float(np.mean(real) - np.mean(synthetic)))
+
+
+def adaptive_order(gap: jax.Array, low: float, high: float, tau: float) -> jax.Array:
+    """α = α_min + (α_max − α_min)(1 − e^{−D/τ})."""
+    return low + (high - low) * (1.0 - jnp.exp(-gap / tau))
+
+
+def tilt_sums(reward: jax.Array, valid: jax.Array, order: jax.Array, clip: float) -> dict[str, jax.Array]:
+    """What a tilted mean needs to know of a whole step; adds over micro-batches.
+
+    Args: reward: float[...]; valid: bool[...]; order: float[], d.
+    Returns: Σ e^{d z}, Σ z, Σ z², n, of z = sg clip(r).
+    """
+    z = _clipped(reward, clip)
+    held = {"weight": jnp.exp(order * z), "total": z, "square": z**2, "count": jnp.ones_like(z)}
+    return {name: jnp.where(valid, x, 0.0).sum() for name, x in held.items()}
+
+
+def tilted_mean(
+    reward: jax.Array, valid: jax.Array, order: jax.Array, sums: Mapping[str, jax.Array], clip: float
+) -> tuple[jax.Array, jax.Array]:
+    """M_d(r) = (1/d) log mean e^{d r}, and mean r + (d/2) var r where |d| < SMALL: this micro-batch's share of it.
+
+    The gradient with respect to r_i is w_i = softmax_i(d z) over the whole step, whatever the shares.
+
+    Args: sums: `tilt_sums` of the whole step.
+    Returns: float[]; w, float[...].
+    """
+    z, count = _clipped(reward, clip), sums["count"]
+    small = jnp.abs(order) < SMALL
+    mean = losses.ratio(sums["total"], count)
+    mass = jnp.where(count > 0, sums["weight"], 1.0)
+    # w = e^{d z} / Σ e^{d z}, or (1 + d (z − mean z)) / n
+    weight = jnp.where(small, losses.ratio(1.0 + order * (z - mean), count), jnp.exp(order * z) / mass)
+    weight = jnp.where(valid, weight, 0.0)
+    tilted = jnp.log(mass / jnp.maximum(1, count)) / jnp.where(small, 1.0, order)
+    value = jnp.where(small, mean + order / 2 * (losses.ratio(sums["square"], count) - mean**2), tilted)
+    share = losses.ratio(valid.sum(), count) * value
+    return share + (weight * (reward - jax.lax.stop_gradient(reward))).sum(), weight
+
+
+def iris_loss(
+    real: jax.Array, synthetic: jax.Array, valid: tuple, alpha: jax.Array, sums: Mapping[str, Mapping], clip: float
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """L_α = M_α(r') − M_{α−1}(r): this micro-batch's share of it.
+
+    Args:
+        real, synthetic: float[...], r of either side; valid: bool, of either side.
+        sums: `iris_sums` of the whole step.
+    Returns: float[]; the weights w of either side.
+    """
+    low, real_weight = tilted_mean(real, valid[0], alpha - 1, sums["real"], clip)
+    high, synthetic_weight = tilted_mean(synthetic, valid[1], alpha, sums["synthetic"], clip)
+    return high - low, (real_weight, synthetic_weight)
+
+
+def iris_sums(
+    real: jax.Array, synthetic: jax.Array, valid: tuple, alpha: jax.Array, clip: float
+) -> dict[str, dict[str, jax.Array]]:
+    """`tilt_sums` of both sides; arguments as `iris_loss`."""
+    return {
+        "real": tilt_sums(real, valid[0], alpha - 1, clip),
+        "synthetic": tilt_sums(synthetic, valid[1], alpha, clip),
+    }
+
+
+def _clipped(reward: jax.Array, clip: float) -> jax.Array:
+    return jnp.clip(jax.lax.stop_gradient(reward), -clip, clip)
+
+
+class Iris(SelfPlay):
+    """IRIS; real and synthetic rows are not paired. Memory beside the shell's: `gap`, float32[], the last measured D."""
+
+    name = "iris"
+    Settings = IrisSettings
+
+    @property
+    def two_pass(self) -> bool:
+        return True
+
+    def check(self, task: Task, examples: list[Example], feedback: str) -> None:
+        super().check(task, examples, feedback)
+        config, rows = self.settings, self.shell.batch_size * self.shell.accumulation
+        if rows < 2:
+            raise UserError(
+                f"iris has {rows} real response in an optimiser step, where its order has no effect; it needs at least 2. "
+                "Set --config.train.batch_size or --config.train.accumulation (16 in all is enough)."
+            )
+        if rows < 16:
+            print(
+                f"warning: iris weighs {rows} responses a side; estimates are biased below about 16.", file=sys.stderr
+            )
+        if config.alpha_min > config.alpha_max:
+            raise UserError(
+                f"iris.alpha_min is {config.alpha_min}, above iris.alpha_max {config.alpha_max}; set --config.iris.alpha_min."
+            )
+        orders = (config.alpha,) if config.order == "fixed" else (config.alpha_min, config.alpha_max)
+        if config.scale == "alpha" and min(orders) == 0:
+            raise UserError(
+                "iris.scale is 'alpha' and the order can be 0, where the loss vanishes. Set --config.iris.scale=one."
+            )
+        steepest = max(max(abs(alpha), abs(alpha - 1)) for alpha in orders)
+        if steepest * config.clip > EXPONENT:
+            raise UserError(
+                f"iris.clip is {config.clip} and the order reaches {max(orders)}: weights up to e^{steepest * config.clip:g} "
+                f"overflow; their exponent may be {EXPONENT:g}. Set --config.iris.clip={EXPONENT / steepest:g} or lower."
+            )
+
+    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+        return super().init_memory(lora, examples, length) | {"gap": np.zeros((), np.float32)}
+
+    def measure(self, actor: Actor, author: Policy, told: list[tuple[Ask, Trace]], memory: dict) -> dict:
+        """D of each client on the opponent, averaged by its number of examples."""
+        if self.settings.order != "adaptive":
+            return {}
+        scored = actor.score(author, [real_row(actor, index) for (_, index, _), _ in told])
+        clients: dict[int, list[tuple[float, float]]] = {}
+        for ((client, _, _), trace), real in zip(told, scored, strict=True):
+            clients.setdefault(client, []).append((-np.mean(real), -np.mean(trace.first.logprobs)))
+        gaps = [distribution_gap(*np.transpose(pairs)) for pairs in clients.values()]
+        return {"gap": np.asarray(np.average(gaps, weights=[len(p) for p in clients.values()]), np.float32)}
+
+    def numbers(self, memory: dict, now: int) -> dict[str, np.ndarray]:
+        """ "per_step": the running gap, 0 where a round begins. Else α, float32[]."""
+        config = self.settings
+        if config.order == "per_step":
+            return {"gap": np.zeros((), np.float32)}
+        if config.order == "fixed":
+            return {"alpha": np.asarray(config.alpha, np.float32)}
+        return {"alpha": np.asarray(self._schedule(memory["gap"]), np.float32)}
+
+    def _schedule(self, gap: jax.Array) -> jax.Array:
+        return adaptive_order(gap, self.settings.alpha_min, self.settings.alpha_max, self.settings.tau)
+
+    def _alpha(self, numbers) -> jax.Array:
+        return self._schedule(jnp.maximum(0, numbers["gap"])) if "gap" in numbers else numbers["alpha"]
+
+    def counts(self, batch: Batch, logprobs: jax.Array, numbers) -> dict[str, dict[str, jax.Array]]:
+        real, synthetic = self.rewards(batch, logprobs)[0]
+        return iris_sums(real, synthetic, self.valid(batch), self._alpha(numbers), self.settings.clip)
+
+    def advance(self, numbers, counts):
+        """gap ← e gap + (1 − e)(mean r − mean r')."""
+        if "gap" not in numbers:
+            return numbers
+        mean = {side: losses.ratio(sums["total"], sums["count"]) for side, sums in counts.items()}
+        ema = self.settings.ema
+        return {"gap": ema * numbers["gap"] + (1 - ema) * (mean["real"] - mean["synthetic"])}
+
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+        (real, synthetic), valid, alpha = self.rewards(batch, logprobs)[0], self.valid(batch), self._alpha(numbers)
+        loss, weights = iris_loss(real, synthetic, valid, alpha, counts, self.settings.clip)
+        loss *= alpha if self.settings.scale == "alpha" else 1.0
+        metrics = reward_metrics(real, synthetic[None], valid) | {
+            "alpha": Mean(jnp.asarray(alpha, jnp.float32), jnp.float32(1)),
+            "real_ess": _ess(weights[0], valid[0], counts["real"]["count"]),
+            "synthetic_ess": _ess(weights[1], valid[1], counts["synthetic"]["count"]),
+        }
+        return loss, metrics
+
+    def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+        for side in ("real", "synthetic"):
+            share = metrics[f"{self.name}/{side}_ess"]
+            if 0 < share < 0.1:
+                print(
+                    f"warning: iris's {side} weights of round {round} rest on {share:.0%} of the responses; "
+                    "a lower --config.iris.lam or --config.iris.alpha_max spreads them.",
+                    file=sys.stderr,
+                )
+        return super().end_round(memory, lora, metrics, round)
+
+
+def _ess(weight: jax.Array, valid: jax.Array, count: jax.Array) -> Mean:
+    """Effective share of the step's n responses, 1 / (n Σ w²): over steps its harmonic mean, exact as a ratio of sums."""
+    return Mean(losses.ratio(valid.sum(), count), count * (weight**2).sum())

@@ -1,0 +1,155 @@
+"""RLTF-SD, reinforcement learning from text feedback with self-distillation: each prompt is answered several times, every wrong
+answer is revised once after feedback, and both turns are rewarded. Policy gradients train the first answer under the task and
+the revision under its feedback prompt; distillation trains the *revision under the task's own prompt*, weighted by how much
+better it is than first answers are on average.
+
+Source: RLTF-SD as published with SPEAR (arXiv 2605.07977).
+
+Departures:
+    1. The KL estimate is k3 of KL(π ‖ π_ref), δ = ref − new, unclamped; preset `reference` repeats the published orientation.
+    2. The paper's one "RL coefficient (Self Distillation) 0.1" is read as sd_weight 0.1 with rl_weight 1; the other reading is
+       sd_weight 1 with rl_weight 0.1.
+    3. LoRA dropout is off, since the loss holds ratios to the reference.
+    4. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at 0.8.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import losses
+from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms.base import Algorithm, Collected, choose, metrics_of, needs_feedback, schedule
+from spear_jax.packing import Row, draw
+from spear_jax.settings import number, one_of
+from spear_jax.types import Attempt, Batch, Mean, Trace
+
+FIRST, REVISED, DISTILLED = 1, 2, 3  # the kinds of rows, in `Batch.label`
+
+
+@dataclasses.dataclass(frozen=True)
+class RltfSdSettings:
+    """The method's own numbers; train.batch_size counts samples, each of which is three rows."""
+
+    samples: int = number(4, 2)  # N answers a prompt; rollout.examples // N prompts a client
+    discount: float = number(1.0, 0)  # γ
+    sd_weight: float = number(0.1, 0)  # c_SD
+    rl_weight: float = number(1.0, 0)  # c_RL
+    kl_weight: float = number(0.02, 0)  # β
+    kl: str = one_of("k3", "published")
+    scores: str = one_of("mean", "sum")  # s̄ as published, or s
+    drop_terminated_turn1: bool = False  # leave the second turn of answers that were right at once out of the RL term
+
+
+class RltfSd(Algorithm):
+    """Two-turn policy gradients and distillation of revisions."""
+
+    name = "rltf_sd"
+    Settings = RltfSdSettings
+    dropout = False
+    reference: ClassVar = {"rltf_sd.kl": "published", "train.normalize": "micro", "rollout.top_k": 50}
+
+    @property
+    def scored_prompts(self) -> tuple[str, ...]:
+        return ("task", "revision")
+
+    def check(self, task, examples, feedback) -> None:
+        needs_feedback(self.name, task, feedback)
+
+    def rows_per_step(self) -> int:
+        return 3 * self.shell.batch_size
+
+    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+        return (start,) if self.settings.kl_weight else ()
+
+    def collect(
+        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
+    ) -> Collected:
+        count = self.settings.samples
+        prompts = max(1, self.shell.examples // count)
+        asks = [
+            (client, int(i), n)
+            for slot, client in enumerate(cohort.clients)
+            for i in choose(cohort, slot, prompts)
+            for n in range(count)
+        ]
+        traces = actor.answer(policy, asks, key)
+        actor.revise_until_right(policy, traces, asks, key, limit=1)
+        # an answer that was right at once ends the conversation: the second turn repeats the first
+        r0, r1 = (np.array([float(x(t).correct) for t in traces]).reshape(-1, count) for x in (_first, _last))
+        found = [a.reshape(-1) for a in advantages(r0, r1, self.settings.discount)]
+        rows, sizes = [], []
+        for slot, client in enumerate(cohort.clients):
+            pool = [self._rows(t, *(float(a[i]) for a in found)) for i, t in enumerate(traces) if t.client == client]
+            rng = cohort.rngs(slot, "pools")
+            rows.append(schedule(self.shell, lambda p=pool, r=rng: _by_kind(draw(p, self.shell.batch_size, r))))
+            sizes.append(float(len(pool)))
+        told = [(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
+        metrics = metrics_of(traces, int(r1.sum()), int((1 - r1).sum()))
+        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics)
+
+    def _rows(self, trace: Trace, a_sd: float, a_0: float, a_1: float) -> tuple[Row, Row | None, Row]:
+        first, last = trace.first, trace.last
+        ended = len(trace.attempts) == 1 and self.settings.drop_terminated_turn1
+        return (
+            _row(first.prompt, first, FIRST, a_0),
+            None if ended else _row(last.prompt, last, REVISED, a_1),
+            _row(first.prompt, last, DISTILLED, a_sd),
+        )
+
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+        kinds = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
+        return {name: (batch.label == kind).sum() * jnp.float32(1) for name, kind in kinds.items()}
+
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+        settings, label = self.settings, batch.label
+        score = losses.sequence_mean if settings.scores == "mean" else losses.sequence_sum
+        new = score(logprobs, batch.loss_mask)
+        held = score(batch.reference[:, 0], batch.loss_mask) if settings.kl_weight else jax.lax.stop_gradient(new)
+        rl = policy_loss(new, held, batch.advantage, settings.kl_weight, settings.kl)
+        sd = -batch.advantage * new
+        part = lambda each, kind, name: losses.ratio((each * (label == kind)).sum(), counts[name])
+        first, revised = part(rl, FIRST, "first"), part(rl, REVISED, "revised")
+        distilled = part(sd, DISTILLED, "distilled")
+        turns = (label == FIRST) | (label == REVISED)
+        return settings.sd_weight * distilled + settings.rl_weight * (first + revised), {
+            "distillation": Mean((sd * (label == DISTILLED)).sum(), (label == DISTILLED).sum()),
+            "policy": Mean((rl * turns).sum(), turns.sum()),
+        }
+
+
+def _first(trace: Trace) -> Attempt:
+    return trace.first
+
+
+def _last(trace: Trace) -> Attempt:
+    return trace.last
+
+
+def _row(prompt: list[int], attempt: Attempt, kind: int, advantage: float) -> Row:
+    ids = attempt.completion
+    return Row(prompt, ids, np.ones(len(ids), bool), 1.0, kind, advantage)
+
+
+def _by_kind(samples: list) -> list[Row | None]:
+    samples = [one or (None, None, None) for one in samples]
+    return [one[kind] for kind in range(3) for one in samples]
+
+
+def advantages(r0: np.ndarray, r1: np.ndarray, discount: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A_SD = r1 − mean(r0), A_0 = R − mean(R), A_1 = r1 − mean(r1), R = r0 + γ r1; means over the group, no std.
+
+    Args: r0, r1: float[prompts, N], rewards of the two turns.
+    """
+    mean = lambda x: x.mean(-1, keepdims=True)
+    both = r0 + discount * r1
+    return r1 - mean(r0), both - mean(both), r1 - mean(r1)
+
+
+def policy_loss(new: jax.Array, held: jax.Array, advantage: jax.Array, kl_weight: float, kl: str) -> jax.Array:
+    """−A s̄ + β k, elementwise. Args: new, held: float[B], scores under policy and reference."""
+    estimate = losses.published_k3 if kl == "published" else losses.k3
+    return -advantage * new + kl_weight * estimate(new, jax.lax.stop_gradient(held))

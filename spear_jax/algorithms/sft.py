@@ -1,0 +1,101 @@
+"""SFT: maximum likelihood of gold responses, on the same clients, steps and server as every other method. It sees what the
+feedback methods never do, so it is a privileged upper reference and not a like-for-like baseline.
+
+Source: ordinary supervised fine-tuning; EAST's weights (`east` > 0) as in `spear_jax.algorithms.east`.
+
+Departures:
+    1. With `east`, the weight multiplies each example's own loss; the published EAST code multiplies the mean of the batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import losses
+from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms import east
+from spear_jax.algorithms.base import (
+    Algorithm,
+    Collected,
+    choose,
+    metrics_of,
+    needs_responses,
+    needs_verdicts,
+    schedule,
+)
+from spear_jax.packing import Row, draw
+from spear_jax.settings import number, one_of
+from spear_jax.types import Batch, Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSettings:
+    """The method's own numbers."""
+
+    reduction: str = one_of("token_mean", "seq_mean")
+    east: int = number(0, 0)  # samples a question for EAST's entropy weights; 0 weighs all examples alike
+    east_power: float = number(1.0, 0)  # a
+
+
+class Sft(Algorithm):
+    """Maximum likelihood of gold responses."""
+
+    name = "sft"
+    Settings = SftSettings
+
+    @property
+    def gold(self) -> str:
+        return "responses"
+
+    def check(self, task, examples, feedback) -> None:
+        needs_responses(self.name, task, examples)
+        if self.settings.east:
+            needs_verdicts(f"{self.name} with east", task)
+
+    def rows_per_step(self) -> int:
+        return self.shell.batch_size
+
+    def collect(
+        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
+    ) -> Collected:
+        asks = [
+            (client, int(i), 0)
+            for slot, client in enumerate(cohort.clients)
+            for i in choose(cohort, slot, self.shell.examples)
+        ]
+        weights, traces = {ask: 1.0 for ask in asks}, []
+        if self.settings.east:
+            found = east.sample(actor, policy, asks, self.settings.east, self.settings.east_power, key)
+            weights, traces = (
+                {ask: one.weight for ask, one in found.items()},
+                [t for o in found.values() for t in o.traces],
+            )
+        rows, sizes = [], []
+        for slot, client in enumerate(cohort.clients):
+            pool = [row(actor, i, w) for (c, i, _), w in weights.items() if c == client]
+            rng = cohort.rngs(slot, "pools")
+            rows.append(schedule(self.shell, lambda p=pool, r=rng: draw(p, self.shell.batch_size, r)))
+            sizes.append(float(len(pool)))
+        told = [(trace, "unused", 1.0) for trace in traces]
+        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, int(sum(sizes)), 0))
+
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+        one = jnp.float32(1)
+        return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label > 0).sum() * one}
+
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+        """−Σ w m lp / Σ m, or the mean over rows of w times the row's token mean."""
+        weight, mask = batch.weight[:, 0], batch.loss_mask
+        if self.settings.reduction == "token_mean":
+            value = losses.ratio(losses.nll(weight[:, None] * logprobs, mask).total, counts["tokens"])
+        else:
+            value = losses.ratio(losses.sequence_nll(weight[:, None] * logprobs, mask).total, counts["rows"])
+        return value, {"win_nll": losses.nll(logprobs, mask)}
+
+
+def row(actor: Actor, index: int, weight: float) -> Row:
+    """A gold response under its prompt."""
+    ids = actor.responses[index]
+    return Row(actor.prompts[index], ids, np.ones(len(ids), bool), weight, 1)

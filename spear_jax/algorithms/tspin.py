@@ -1,0 +1,99 @@
+"""T-SPIN: self-play without a reference, on triplets. The policy prefers the gold response y to its latest own response y',
+and y' to y0, its very first response to the prompt, which never changes. Since nothing anchors the scores, no second policy
+is ever evaluated.
+
+Source: triplet-based self-play fine-tuning (T-SPIN), equation from readers' notes.
+
+Departures (see also `self_play`):
+    1. α, β and the optimiser are not in our sources: 0.1, 1, and the shell's AdamW.
+    2. In iteration 0 there is no later response yet: y0 is reused as y', and the second term is constant.
+    3. A prompt's y0 is made when the prompt is first drawn, by the stored initial adapter.
+    4. Scores are sums of log-probabilities, which favours short answers: watch `tspin/real_length` and
+       `tspin/synthetic_length`. With π = p the gradient is not zero, so early stopping is part of the method.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import losses
+from spear_jax.actor import Actor, Policy
+from spear_jax.algorithms.self_play import Item, SelfPlay, real_row, reward_metrics
+from spear_jax.settings import number, positive
+from spear_jax.types import Batch, Mean
+
+
+@dataclasses.dataclass(frozen=True)
+class TspinSettings:
+    """The method's own numbers."""
+
+    alpha: float = positive(0.1)  # α: scale of the score differences
+    beta: float = number(1.0, 0)  # β: weight of the second comparison, y' above y0
+    refresh_rounds: int = number(1, 1)  # rounds of an iteration
+
+
+def tspin_loss(real: jax.Array, synthetic: jax.Array, first: jax.Array, alpha: float, beta: float) -> jax.Array:
+    """sp(−α (s(y) − s(y'))) + β sp(−α (s(y') − s(y0))), elementwise.
+
+    Args: real, synthetic, first: float[...], summed log-probabilities of y, y' and y0.
+    """
+    latest = losses.pair_loss(alpha * (real - synthetic), "sigmoid")
+    return latest + beta * losses.pair_loss(alpha * (synthetic - first), "sigmoid")
+
+
+class Tspin(SelfPlay):
+    """T-SPIN; a micro-batch is B rows y (label +1), then their y' (-1), then their y0 (-2).
+
+    Memory beside the shell's: `initial`, the adapter that answers y0. The store has two places a prompt: y0, and the latest y'.
+    """
+
+    name = "tspin"
+    Settings = TspinSettings
+
+    @property
+    def kept(self) -> int:
+        return 2
+
+    @property
+    def kinds(self) -> int:
+        return 3
+
+    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+        return super().init_memory(lora, examples, length) | {"initial": jax.tree.map(np.array, lora)}
+
+    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+        return ()
+
+    def place(self, when: int) -> int:
+        """0 for the first response, 1 for every later one."""
+        return min(when, 1)
+
+    def sets(self, now: int) -> tuple[int, ...]:
+        return (0, now) if now else (0,)
+
+    def author(self, actor: Actor, policy: Policy, memory: dict, round: int, when: int) -> Policy:
+        if when == 0 and self.iteration(round) > 0:
+            return actor.merge(memory["initial"])
+        return super().author(actor, policy, memory, round, when)
+
+    def items(self, actor: Actor, memory: dict, index: int, now: int) -> Iterator[Item]:
+        """The one triplet of an example."""
+        latest = self.synthetic(actor, memory, index, now, -1)
+        yield (real_row(actor, index), *latest, *self.synthetic(actor, memory, index, 0, -2))
+
+    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+        config, valid = self.settings, self.valid(batch)
+        scores = self.by_kind(losses.sequence_sum(logprobs, batch.loss_mask))
+        real, synthetic, first = scores
+        each = tspin_loss(real, synthetic, first, config.alpha, config.beta)
+        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), counts["real"])
+        lengths = self.by_kind(batch.loss_mask.sum(-1))
+        metrics = reward_metrics(config.alpha * real, config.alpha * synthetic[None], valid[:2])
+        metrics |= {
+            "real_length": Mean(lengths[0].sum(), valid[0].sum()),
+            "synthetic_length": Mean(lengths[1].sum(), valid[1].sum()),
+        }
+        return loss, metrics

@@ -1,0 +1,79 @@
+"""What the tasks without a right answer share: a gold response to each prompt, and cells that may hold conversations."""
+
+from typing import Any
+
+from spear_jax.tasks.base import REVISION, Answer, Task, Templates
+from spear_jax.tasks.rows import row_error, row_text
+from spear_jax.types import Example
+
+
+class Ungraded(Task):
+    """A prompt and its gold response, for SFT, DPO and self-play; nothing to extract, so nothing is graded.
+
+    The header is empty: with a chat template the response is the whole assistant's turn, as it will be in use. For a model
+    without one, set data.templates.header to a mark such as "Response:".
+    """
+
+    templates = Templates(
+        question="{question}",
+        revision=REVISION,
+        header="",
+        format="Reply to the request and add nothing else.",
+    )
+    scoring = "likelihood"
+    answer_only = False
+
+    def extract(self, text: str, example: Example) -> Answer | None:
+        return None
+
+    def hint(self, example: Example, words: int) -> str:
+        return "Read the request once more and reply to all of it."
+
+    def leaks(self, feedback: str, example: Example) -> bool:
+        """Whether a feedback text holds the whole gold response."""
+        return " ".join(example.response.split()) in " ".join(feedback.split())
+
+    def ask(self, index: int, prompt: str, response: str, rejected: str | None = None) -> Example:
+        """The example of a row's texts; raises UserError for an empty one."""
+        for name, text in (("prompt", prompt), ("response", response), ("rejected response", rejected)):
+            if text == "":
+                raise row_error(index, f"the {name} is empty, but a text is needed there")
+        response, rejected = self.follow(response), self.follow(rejected) if rejected else ""
+        return Example(str(index), prompt, (), (), 0, response=response, rejected=rejected)
+
+
+def row_prompt(row: dict, column: str, index: int) -> str:
+    """A cell's prompt: its text, or the only user message of a conversation; raises UserError where there is none."""
+    if not isinstance(row[column], (list, tuple, dict)):
+        return row_text(row, column, index)
+    turns = row_turns(row, column, index)
+    if [role for role, _ in turns] != ["user"]:
+        raise row_error(
+            index,
+            f"column {column!r} holds messages of {', '.join(role for role, _ in turns)}, but a prompt is a text or one "
+            "message of a user (write a longer conversation as one text)",
+        )
+    return turns[0][1]
+
+
+def row_reply(row: dict, column: str, index: int) -> str:
+    """A cell's response: its text, or the last assistant message of a conversation; raises UserError where there is none."""
+    if not isinstance(row[column], (list, tuple, dict)):
+        return row_text(row, column, index)
+    replies = [text for role, text in row_turns(row, column, index) if role == "assistant"]
+    if not replies:
+        raise row_error(index, f"column {column!r} has no message of an assistant")
+    return replies[-1]
+
+
+def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
+    """A cell's conversation as (role, stripped text) pairs; raises UserError unless it is a list of messages."""
+    turns: Any = row[column]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise row_error(index, f"column {column!r} holds {turns!r}, but a list of messages is needed there")
+    for number, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise row_error(
+                index, f"message {number} in column {column!r} lacks 'role' or 'content', or has no text there"
+            )
+    return [(turn["role"], turn["content"].strip()) for turn in turns]

@@ -1,0 +1,117 @@
+"""Worker processes that share the cores: each starts fresh, tells what it has done as it goes, and ends with its parent."""
+
+import collections
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import connection
+from typing import Any
+
+Items = dict[Any, Any]
+
+
+def ask(work: Callable[[Any], Any], question: Any) -> Any:
+    """work(question) in a process of its own, which has all the cores; raises RuntimeError where that ends without answer."""
+    process, receiver = _start(_answer, (work, question), 0, 1)
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"a process ended with code {process.exitcode}; the cause is above") from None
+    finally:
+        process.terminate()
+
+
+def run(
+    work: Callable[[str, Items], Iterable[tuple[Any, str]]], tasks: list[tuple[str, Items]], jobs: int
+) -> Iterator[tuple[str, Any, str]]:
+    """Runs the tasks, each in a process of its own, `jobs` at a time, and yields (task, item, error) as items end.
+
+    A process that dies fails the item it was at; the task's other items get a new one. Leaving the loop ends the processes.
+
+    Args:
+        work: takes a task's name and items; yields each item's key, in order, with "" or what went wrong.
+        tasks: names and items; a task without items is left out.
+        jobs: processes at a time; each has its own share of the cores.
+    """
+    waiting = collections.deque((name, dict(items)) for name, items in tasks if items)
+    running: dict[connection.Connection, tuple[multiprocessing.Process, int, str, Items]] = {}
+    free = list(range(jobs))[::-1]
+    try:
+        while waiting or running:
+            while waiting and free:
+                slot, (name, items) = free.pop(), waiting.popleft()
+                process, receiver = _start(_tell, (work, name, items), slot, jobs)
+                running[receiver] = (process, slot, name, items)
+            for receiver in connection.wait(list(running)):
+                process, slot, name, items = running[receiver]
+                try:
+                    key, error = receiver.recv()
+                except EOFError:  # it has ended: done, or killed in the middle of an item
+                    process.join()
+                    del running[receiver]
+                    free.append(slot)
+                    if not items:
+                        continue
+                    key, error = next(iter(items)), f"its process ended with code {process.exitcode}"
+                    waiting.extendleft([(name, items)] if len(items) > 1 else [])
+                del items[key]
+                yield name, key, error
+    finally:
+        for process, *_ in running.values():
+            process.terminate()
+
+
+def _start(
+    target: Callable, args: tuple, slot: int, jobs: int
+) -> tuple[multiprocessing.Process, connection.Connection]:
+    """Starts target(sender, *args); what it sends comes out of the connection, which ends with the process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(sender, *args), daemon=True)
+    with _inherited(slot, jobs):
+        process.start()
+    sender.close()
+    return process, receiver
+
+
+@contextlib.contextmanager
+def _inherited(slot: int, jobs: int) -> Iterator[None]:
+    """What a process that starts in this block inherits: its share of the cores, and deafness to Ctrl-C, which is its parent's.
+
+    Inherited, both hold before the process imports anything, so that its thread pools have the share's size.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if cores:
+            os.sched_setaffinity(0, cores[slot % len(cores) :: jobs])
+        yield
+    finally:
+        if cores:
+            os.sched_setaffinity(0, cores)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _answer(sender: connection.Connection, work: Callable[[Any], Any], question: Any) -> None:
+    _end_with_parent()
+    sender.send(work(question))
+
+
+def _tell(sender: connection.Connection, work: Callable, name: str, items: Items) -> None:
+    _end_with_parent()
+    for told in work(name, items):
+        sender.send(told)
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent has ended, however that came about: no two may write to one folder."""
+
+    def watch() -> None:
+        connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
