@@ -77,6 +77,8 @@ def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> No
             config.train.batch_size, config.train.accumulation = prompts, accumulation
         else:
             config.train.batch_size = 16
+    if method in ("spin", "tpaw", "iris", "space", "spif", "tspin"):
+        config.rollout.temperature = config.rollout.top_p = 1.0  # synthetic responses are the opponent's own
     if method == "rltf_sd":
         if task in ("math_mcqa", "strategy_qa", "gsm8k"):
             config.rltf_sd.samples = 2

@@ -68,7 +68,7 @@ def prompt_length(algorithm: Algorithm, actor: Actor, used: list[int]) -> int:
         said = [None] * len(examples) if quiet else actor.feedback([Request(e, "", 1) for e in examples])
         for example, text in zip(examples, said, strict=True):
             ids = actor.renderer.revision(actor.task, example, "", text or "x" * 400)
-            longest = max(longest, len(ids) + actor.first.max_new_tokens + 16)
+            longest = max(longest, len(ids) + actor.first.max_new_tokens)
         longest = min(longest, actor.renderer.limit)
         actor.renderer.revision_limit = longest
     return -(-longest // 8) * 8

@@ -242,7 +242,8 @@ def _plot_curves(axes: Any, folder: Folder, table: pd.DataFrame, kind: str, styl
         axes.plot(x, mean, label=label, markersize=4, markevery=max(1, len(x) // 6), linewidth=1.4, **style)
         axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
     axes.axhline(table["before"].mean(), color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training")
-    axes.set(xlabel=unit, ylabel="held-out accuracy", title="Mean over seeds (band: 95 % t interval)")
+    axes.set(xlabel=unit, ylabel="held-out accuracy")
+    axes.set_title("Mean over seeds (band: 95 % t interval)", fontsize=10)
     axes.set_xlim(left=0)
     axes.set_ylim(*_limits(table))
     axes.grid(alpha=0.3)
@@ -264,7 +265,8 @@ def _plot_final(axes: Any, folder: Folder, table: pd.DataFrame, styles: dict) ->
     axes.set_yticks(list(places.values()), list(places))
     axes.set_ylim(0.4, len(table) + 0.6)
     axes.set_xlim(*_limits(table))
-    axes.set(xlabel="held-out accuracy after training", title="Final (bar: 95 % t interval, small: single seeds)")
+    axes.set(xlabel="held-out accuracy after training")
+    axes.set_title("Final mean (bar: 95 % t interval; small: seeds)", fontsize=10)
     axes.grid(alpha=0.3, axis="x")
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from configs import quickstart, spear
 from spear_jax import cli, experiment, memory, run_folder
-from spear_jax.config import REFERENCE, check_config, default_config, flatten, set_preset
+from spear_jax.algorithms.spear import Spear
+from spear_jax.config import check_config, default_config, flatten, set_preset
 from spear_jax.errors import UserError
 from spear_jax.models.adapters import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora
@@ -133,8 +134,8 @@ def test_reference_preset_sets_every_switch_and_each_stands_alone():
     set_preset(reference, "reference")
     before, after = flatten(plain), flatten(reference)
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == set(REFERENCE) | {"algorithm.preset"}
-    for name, value in REFERENCE.items():
+    assert changed == set(Spear.reference) | {"algorithm.preset"}
+    for name, value in Spear.reference.items():
         alone = default_config()
         alone.update_from_flattened_dict({name: value})
         check_config(alone)

@@ -13,7 +13,7 @@ LAYERS = [
     ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory"),
     ("actor", "algorithms", "config", "run_folder"),
     ("federated", "casting", "experiment"),
-    ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor", "compare"),
+    ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor", "compare", "workers"),
 ]
 # The run's console wrapper is used by entry points alone.
 

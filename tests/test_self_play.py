@@ -740,7 +740,7 @@ def test_examples_without_a_gold_response_are_refused_by_name(method):
     algorithm = build(method)
     assert algorithm.gold == "responses" and not algorithm.dropout
     algorithm.check(FakeTask(), GOOD, "none")
-    with pytest.raises(UserError, match="'b' of task fake has no gold response"):
+    with pytest.raises(UserError, match="trains on gold responses, but task 'fake' has none for example 'b'"):
         algorithm.check(FakeTask(), [*GOOD, FakeExample("b", " ")], "none")
 
 

@@ -169,15 +169,15 @@ class Algorithm(abc.ABC):
         return scorer.logprobs(lora, batch, self.scored_temperature)
 
     @abc.abstractmethod
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> Mapping[str, jax.Array]:
-        """The denominators of one micro-batch; they are summed over the optimiser step before `loss` divides by them.
+    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> Mapping[str, Any]:
+        """The denominators of one micro-batch, a tree of scalars that are summed over the optimiser step before `loss` divides.
 
         Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
         """
 
     @abc.abstractmethod
     def loss(
-        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, jax.Array], numbers: Numbers
+        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, Any], numbers: Numbers
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """One micro-batch's share of the optimiser step's loss, and metrics as (sum, count).
 
@@ -188,7 +188,7 @@ class Algorithm(abc.ABC):
             numbers: `Collected.numbers`, as `advance` left them.
         """
 
-    def advance(self, numbers: Numbers, counts: Mapping[str, jax.Array]) -> Numbers:
+    def advance(self, numbers: Numbers, counts: Mapping[str, Any]) -> Numbers:
         """The numbers of the next local step, from this step's counts (summed over its micro-batches)."""
         return numbers
 
@@ -228,7 +228,7 @@ def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
 def needs_responses(name: str, task: Task, examples: list[Example]) -> None:
     """Raises UserError where the task has no gold response for an example."""
     for example in examples:
-        if not task.response(example):
+        if not task.response(example).strip():
             raise UserError(
                 f"method {name!r} trains on gold responses, but task {task.name!r} has none for example {example.id!r}; "
                 "take a task with responses (task=pairs maps the columns of any file), or a method that learns from feedback."
@@ -238,7 +238,7 @@ def needs_responses(name: str, task: Task, examples: list[Example]) -> None:
 def needs_pairs(name: str, task: Task, examples: list[Example]) -> None:
     """Raises UserError where the task has no (chosen, rejected) pair for an example."""
     for example in examples:
-        if not (task.response(example) and example.rejected):
+        if not (task.response(example).strip() and example.rejected.strip()):
             raise UserError(
                 f"method {name!r} with source 'data' trains on pairs, but task {task.name!r} has none for example "
                 f"{example.id!r}; set --config.task=preferences with --config.data.columns.chosen and .rejected, or "

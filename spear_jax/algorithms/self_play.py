@@ -23,8 +23,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Ask, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, Numbers, choose, metrics_of, schedule
-from spear_jax.errors import UserError
+from spear_jax.algorithms.base import Algorithm, Collected, Numbers, choose, metrics_of, needs_responses, schedule
 from spear_jax.packing import Row, draw
 from spear_jax.tasks.base import Task
 from spear_jax.types import Batch, Example, Mean, Trace
@@ -98,13 +97,7 @@ class SelfPlay(Algorithm, abc.ABC):
         return (round - 1) // self.settings.refresh_rounds
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:
-        for example in examples:
-            if not task.response(example).strip():
-                raise UserError(
-                    f"example {example.id!r} of task {task.name} has no gold response; {self.name} learns to tell gold "
-                    "responses from the model's own. Leave such examples out of the data, or use a method without gold "
-                    "responses (--config=configs/spear.py)."
-                )
+        needs_responses(self.name, task, examples)
 
     # Memory
 

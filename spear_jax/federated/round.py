@@ -105,7 +105,8 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
     key = trees.path_key(root, ROUND, cohort.round)
     seconds = {"rollout": 0.0, "train": 0.0}
     actor.tally.clear()
-    policy, carried, kept, means, phases = actor.merge(state.lora), None, state.memory, None, []
+    start = experiment.on_devices(state.lora)  # always placed alike, or the programs would compile again
+    policy, carried, kept, means, phases = actor.merge(start), None, state.memory, None, []
     rate, work = 0.0, 0.0
     for phase in range(algorithm.phases):
         began = time.perf_counter()
@@ -113,13 +114,14 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         got = algorithm.collect(actor, policy, cohort, kept, phase_key, phase)
         kept = kept if got.memory is None else got.memory
         phases.append(got)
+        policy = None  # the merged weights are not needed while training
         if not phase:
             rate = experiment.rate(cohort.round, spent.tokens + actor.tally.generated * algorithm.phases, spent.seconds)
         rolled = time.perf_counter()
         shared = clients.Shared(
-            start=state.lora,
+            start=start,
             base=experiment.model.base,
-            references=experiment.on_devices(algorithm.references(kept, state.lora)),
+            references=experiment.on_devices(algorithm.references(kept, start)),
             numbers=experiment.on_devices(jax.tree.map(np.float32, got.numbers)),
             rate=np.float32(rate),
         )
@@ -132,12 +134,13 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         means = found if means is None else jax.tree.map(np.add, means, found)
         passes = 4 + 2 * (experiment.decoder.remat + algorithm.two_pass + algorithm.scores_old)
         work += tokens * (passes + 2 * len(shared.references))
-        policy = _stacked(experiment, carried, cohort) if keep else None
+        if keep:
+            policy = _stacked(experiment, carried, cohort)
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
 
     began = time.perf_counter()
-    state, change = _aggregate(experiment.server, state.replace(memory={}), total, mass)
+    state, change = _aggregate(experiment.server, state.replace(lora=start, memory={}), total, mass)
     change = float(change)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active = phases[-1].active
