@@ -70,6 +70,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     seeds, budget = read_seeds(args.seeds), read_budget(args.budget)
     entries = read_entries(args, seeds, budget, overrides)
     folder = pathlib.Path(args.workdir)
+    # every label has a process of its own, and most of their programs are the same
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder.resolve() / "compiled"))
     same = {"task": args.task, "budget": budget, "overrides": overrides}
     known = check_folder(folder, same, entries)
     cells = [(entry.label, seed, folder / entry.label / f"seed{seed}") for entry in entries for seed in seeds]

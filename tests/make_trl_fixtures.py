@@ -6,8 +6,8 @@ gradient accumulation and the backward pass) or, for advantages, out of `GRPOTra
 
 What is supplied: the policy and DPO's reference are `Given`, a module that hands out fixed float64 log-probabilities where a
 language model would compute them (as TRL's fused LM head does: 0 where a label is -100); GRPO's sampled batch (ids, masks,
-advantages, old and reference log-probabilities, num_items_in_batch) stands in the trainer's own buffer, as in the second of
-two iterations on one sampling, so that nothing is sampled; for advantages the tiny model samples, and the rewards are given.
+advantages, old and reference log-probabilities, num_items_in_batch) stands in the trainer's own buffer, so that nothing is
+sampled; for advantages the tiny model samples, and the rewards are given.
 
 trl.json: {"versions", "dpo": {arrays, "cases"}, "grpo": {arrays, "cases"}, "advantages": {"rewards", group, batch, none}}.
 A case holds TRL's settings, the rows (DPO: pairs) of a micro-batch, and per optimiser step its loss and the gradient with
@@ -41,18 +41,27 @@ DPO = {  # name: (settings, pairs of a micro-batch)
 }
 
 GRPO_LENGTHS = [5, 3, 1, 4, 2, 5, 0, 3]
-CLIP = {"epsilon": 0.2, "epsilon_high": 0.28}
+PLAIN = {"num_iterations": 2, "use_bias_correction_kl": False}  # TRL's default is True; two cases have it
+CLIP = {"epsilon": 0.2, "epsilon_high": 0.28, **PLAIN}
+DAPO = {"loss_type": "dapo", "beta": 0.3, **CLIP}
+CISPO = {"loss_type": "cispo", "epsilon_high": 1.2, **PLAIN}
+SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence", **CLIP}
+# with one iteration on one sampling TRL keeps no old log-probabilities: they are the policy's own
+OWN, CORRECTED = {"num_iterations": 1}, {"use_bias_correction_kl": True}
 GRPO = {  # name: (settings, rows of a micro-batch)
     **{
         f"{kind}{' with a reference' if beta else ''}": ({"loss_type": kind, "beta": beta, **CLIP}, 4)
         for kind in ("grpo", "bnpo", "dapo", "dr_grpo")
         for beta in (0.0, 0.3)
     },
-    "cispo": ({"loss_type": "cispo", "beta": 0.0, "epsilon_high": 1.2}, 4),
-    "cispo with a reference": ({"loss_type": "cispo", "beta": 0.3, "epsilon_high": 1.2}, 4),
-    "sequence": ({"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.0, **CLIP}, 4),
-    "sequence with a reference": ({"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.3, **CLIP}, 4),
-    "dapo, two steps on one sampling": ({"loss_type": "dapo", "beta": 0.3, **CLIP}, 2),
+    "cispo": ({**CISPO, "beta": 0.0}, 4),
+    "cispo with a reference": ({**CISPO, "beta": 0.3}, 4),
+    "sequence": ({**SEQUENCE, "beta": 0.0}, 4),
+    "sequence with a reference": ({**SEQUENCE, "beta": 0.3}, 4),
+    "dapo on its own samples": ({**DAPO, **OWN}, 4),
+    "dapo with a reference and corrected KL": ({**DAPO, **CORRECTED}, 4),
+    "dapo on its own samples with corrected KL": ({**DAPO, **OWN, **CORRECTED}, 4),
+    "dapo, two steps on one sampling": (DAPO, 2),
 }
 LONGEST = 7  # max_completion_length, which only dr_grpo reads
 
@@ -65,15 +74,15 @@ def lengths_mask(lengths) -> np.ndarray:
 
 def dpo_arrays() -> dict[str, np.ndarray]:
     """logprobs, reference float64[2, pairs, T] and mask; chosen first. Margins of both signs and on both sides of 1."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(3)
     mask = lengths_mask(DPO_LENGTHS)
     logprobs = rng.uniform(-4.0, -0.05, mask.shape).round(6)
     return {"logprobs": logprobs, "reference": (logprobs + rng.normal(0, 1.2, mask.shape)).round(6), "mask": mask}
 
 
 def grpo_arrays() -> dict[str, np.ndarray]:
-    """logprobs, old, reference float64[rows, T], mask, advantage. Ratios on both sides of the clip for both signs."""
-    rng = np.random.default_rng(8)
+    """logprobs, old, reference float64[rows, T], mask, advantage. Ratios, and sequences' too, beyond the clip on both sides."""
+    rng = np.random.default_rng(172)
     mask = lengths_mask(GRPO_LENGTHS)
     logprobs = rng.uniform(-4.0, -0.05, mask.shape).round(6)
     return {
@@ -109,9 +118,8 @@ def prompts(rows) -> torch.Tensor:
     return torch.stack([torch.as_tensor(rows), torch.ones(len(rows), dtype=torch.long)], 1)
 
 
-def common(folder: str, size: int) -> dict:
+def common(size: int) -> dict:
     return {
-        "output_dir": folder,
         "per_device_train_batch_size": size,
         "use_cpu": True,
         "bf16": False,
@@ -151,7 +159,7 @@ def run_dpo(settings: dict, size: int) -> list[dict]:
         )
     with tempfile.TemporaryDirectory() as folder:
         model = str(FOLDER / "llama")
-        args = trl.DPOConfig(**common(folder, size), **settings)
+        args = trl.DPOConfig(output_dir=folder, **common(size), **settings)
         data = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
         trainer = trl.DPOTrainer(model, args=args, train_dataset=data)
         trainer.ref_model = reference
@@ -159,7 +167,7 @@ def run_dpo(settings: dict, size: int) -> list[dict]:
 
 
 def grpo_trainer(folder: str, rewards, **settings):
-    args = trl.GRPOConfig(max_completion_length=LONGEST, **settings)
+    args = trl.GRPOConfig(output_dir=folder, max_completion_length=LONGEST, **settings)
     data = datasets.Dataset.from_dict({"prompt": ["a"] * 8})
     return trl.GRPOTrainer(str(FOLDER / "llama"), rewards, args, train_dataset=data)
 
@@ -170,8 +178,8 @@ def run_grpo(settings: dict, size: int) -> list[dict]:
     policy, mask = Given(arrays["logprobs"].numpy()), arrays["mask"].long()
     count = len(mask) // size
     with tempfile.TemporaryDirectory() as folder:
-        own = common(folder, size) | {"gradient_accumulation_steps": ACCUMULATION, "steps_per_generation": count}
-        trainer = grpo_trainer(folder, lambda **_: [], **own, **settings, num_generations=2, num_iterations=2)
+        own = common(size) | {"gradient_accumulation_steps": ACCUMULATION, "steps_per_generation": count}
+        trainer = grpo_trainer(folder, lambda **_: [], **own, **settings, num_generations=2)
         rows = [torch.arange(len(mask))[start : start + size] for start in range(0, len(mask), size)]
         trainer._buffered_inputs = [
             {
@@ -181,12 +189,12 @@ def run_grpo(settings: dict, size: int) -> list[dict]:
                 "completion_mask": mask[index],
                 "advantages": arrays["advantage"][index],
                 "num_items_in_batch": mask.sum(),
-                "old_per_token_logps": arrays["old"][index],
+                "old_per_token_logps": arrays["old"][index] if settings["num_iterations"] > 1 else None,
                 "ref_per_token_logps": arrays["reference"][index],
             }
             for index in rows
         ]
-        trainer._step = count  # the second iteration begins, on what is buffered
+        trainer.num_iterations, trainer._step = 2, count  # as at a second iteration: the buffer is used again
         return run_steps(trainer, policy, [{}] * count, ACCUMULATION)
 
 
@@ -194,7 +202,7 @@ def run_advantages(scaling: str) -> list[list[float]]:
     """float32[groups, G] of REWARDS, by what scores sampled completions."""
     flat = [reward for group in REWARDS for reward in group]
     with tempfile.TemporaryDirectory() as folder:
-        own = common(folder, len(flat)) | {"num_generations": len(REWARDS[0]), "scale_rewards": scaling}
+        own = common(len(flat)) | {"num_generations": len(REWARDS[0]), "scale_rewards": scaling}
         trainer = grpo_trainer(folder, lambda **_: flat, **own)
         trainer.model.train()
         scored = trainer._generate_and_score_completions([{"prompt": "a"}] * len(flat))
