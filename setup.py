@@ -8,7 +8,7 @@ root = pathlib.Path(__file__).parent
 
 setup(
     name="spear-jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Federated self-play fine-tuning of language models from feedback, in JAX",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -40,6 +40,6 @@ setup(
         "test": ["pytest>=8,<10", "ruff>=0.12,<1"],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        "torch": ["torch>=2.6,<3", "peft>=0.15,<1"],  # live parity and benchmarks only
+        "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2"],  # live parity and benchmarks only
     },
 )

@@ -257,7 +257,7 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1):  # noqa: 
 def test_accumulation_and_chunking_change_nothing(model, lora, name, settings):  # noqa: F811
     whole, means = trained(model, lora, name, (1, 16), settings)
     assert np.isfinite(means["loss"].total).all() and float(means["grad_norm"].total.sum()) > 0
-    for shape, at_once in (((4, 4), 1), ((16, 1), 1), ((4, 4), 3)):
+    for shape, at_once in (((4, 4), 3), ((16, 1), 1)):
         close(trained(model, lora, name, shape, settings, at_once)[0], whole)
 
 
@@ -276,7 +276,7 @@ def test_a_batch_without_rows_trains_nothing(model, lora, name):  # noqa: F811
         counts = algorithm.counts(batch, jax.lax.stop_gradient(lp), numbers)
         return algorithm.loss(batch, lp, counts, numbers)[0]
 
-    found, grads = jax.value_and_grad(value)(lora)
+    found, grads = jax.jit(jax.value_and_grad(value))(lora)
     assert float(found) == 0.0
     for leaf in jax.tree.leaves(grads):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))

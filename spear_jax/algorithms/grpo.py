@@ -15,6 +15,9 @@ Departures of preset `default` from that baseline (`reference` repeats 1, 3, 4 a
     6. Ratios are of tokens and not of length-normalised sequences, with DAPO's denominator, and advantages are divided by
        std + 1e-4 instead of std (1 where it is 0).
     7. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at 0.8.
+Against TRL 1.16, beside which the losses are tested:
+    8. The KL term is plain k3; TRL's default multiplies it by the ratio (use_bias_correction_kl).
+    9. With ratio `sequence` the KL is k3 of the mean log-probabilities, as in the published baseline; TRL averages k3 over tokens.
 """
 
 import dataclasses
