@@ -17,7 +17,7 @@ Departures of preset `default` from that baseline (`reference` repeats 1, 3, 4 a
     7. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at 0.8.
 Against TRL 1.16, beside which the losses are tested:
     8. The KL term is plain k3; TRL's default multiplies it by the ratio (use_bias_correction_kl).
-    9. With ratio `sequence` the KL is k3 of the mean log-probabilities, as in the published baseline; TRL averages k3 over tokens.
+    9. With ratio `sequence` the KL is k3 of mean log-probabilities, as in the published baseline; TRL averages k3 over tokens.
 """
 
 import dataclasses
