@@ -58,6 +58,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "correct": found.correct,
         "count": found.count,
         "method": found.method,
+        **({} if found.nll is None else {"nll": found.nll}),
     }
 
 

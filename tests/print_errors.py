@@ -132,8 +132,24 @@ def cases(tmp: pathlib.Path) -> Iterator[Case]:
         ("dirichlet_alpha out of range", "federation.dirichlet_alpha=0.0"),
         ("temperature out of range", "rollout.temperature=-1.0"),
         ("not enough memory", "federation.clients_at_once=4 train.batch_size=400000000"),
+        ("DPO without pairs", "algorithm.name=dpo dpo.source=data"),
+        ("RLTF-SD without feedback", "algorithm.name=rltf_sd rollout.feedback=none"),
+        ("IRIS with one sample a side", "algorithm.name=iris train.batch_size=1"),
+        ("GRPO without a group", "algorithm.name=grpo grpo.group=1"),
     ):
         yield name, lambda override=override: started(*override.split())
+
+    def ungraded():
+        line = json.dumps({"prompt": "Hello?", "response": "Hello."}) + "\n"
+        (tmp / "pairs.jsonl").write_text(20 * line)
+        started(
+            "task=pairs",
+            f"data.path={tmp / 'pairs.jsonl'}",
+            "federation.num_clients=1",
+            "federation.clients_per_round=1",
+        )
+
+    yield "SPEAR on responses that nothing grades", ungraded
     yield from model_cases(tmp)
     yield from data_cases(tmp)
     yield from run_cases(tmp)

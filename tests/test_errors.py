@@ -16,7 +16,7 @@ def test_every_mistake_of_the_readmes_table_is_one_message(tmp_path, monkeypatch
         with pytest.raises(UserError) as caught:
             make()
         seen[name] = str(caught.value)
-    assert len(seen) == 22
+    assert len(seen) == 27
     for name, message in seen.items():
         assert "\n" not in message and "Traceback" not in message, name
         assert len(message) > 30, name

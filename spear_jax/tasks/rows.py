@@ -94,7 +94,7 @@ def _check_columns(task: Task, there: list[str], where: str) -> None:
             raise UserError(
                 f"column {column!r} is missing in {where}; task {task.name!r} needs "
                 f"{', '.join(task.columns)}. Columns there: {', '.join(there) or 'none'}. Rename it, or "
-                "map your own columns with task 'mcqa' and config.data.columns."
+                "name your own columns in config.data.columns with task mcqa, pairs or preferences."
             )
 
 
