@@ -142,9 +142,7 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
         ("tpaw", {}),
         ("tspin", {}),
         ("iris", {}),
-        ("spin", {"spin.refresh_rounds": 2}),
         ("opsd", {"opsd.teacher": "ema"}),
-        ("grpo", {}),
         ("spin", {"federation.aggregation": "local"}),
     ],
 )
@@ -158,7 +156,7 @@ def test_a_resumed_run_has_the_same_bits_memory_included(method, changes, tmp_pa
         shutil.rmtree(workdir / "checkpoints" / name)
     train.train(experiment.build(config, jax.devices()[:1]), workdir, quiet=True)
     again, _ = restore(built, workdir, None)
-    assert int(again.round) == 4 and (jax.tree.leaves(again.memory) or method == "grpo")
+    assert int(again.round) == 4 and jax.tree.leaves(again.memory)
     assert trees.digest((again.lora, again.memory)) == trees.digest((whole.lora, whole.memory))
 
 
@@ -171,7 +169,7 @@ def test_the_memory_has_a_constant_size():
     assert jax.tree.map(np.shape, state.memory) == shapes
 
 
-@pytest.mark.parametrize("method", ALGORITHMS)
+@pytest.mark.parametrize("method", ["spear", "grpo", "opsd", "sft", "tpaw", "tspin"])
 def test_local_only_gives_every_client_what_it_would_reach_alone(method):
     built = build(
         method, **{"federation.aggregation": "local", "federation.num_clients": 2, "federation.clients_per_round": 2}
