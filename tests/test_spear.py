@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from spear_jax import experiment, trees
-from spear_jax.algorithms.conversation import Conversation
+from spear_jax.algorithms.conversation import Conversation, completion_ids
 from spear_jax.algorithms.spear import protected_ids
 from spear_jax.federated import round as rounds
 
@@ -145,6 +145,15 @@ def test_published_retokenisation_closes_every_completion_with_eos():
     assert rows and all(row.completion[-1] == eos and len(row.completion) >= 2 for row in rows)
     ours = build(**{"rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})
     assert all(len(row.completion) == 1 for slot in range(3) for row in rows_of(collect(ours), slot))
+
+
+def test_a_text_that_encodes_to_more_tokens_than_were_sampled_still_fits(facts):
+    built, got = facts
+    attempt = dataclasses.replace(got.traces[0][0].first, text="\ufffd\ufffd zq\ufffdzq\ufffd")
+    room = built.actor.first.max_new_tokens
+    assert len(built.model.tokenizer.encode(attempt.text.strip(), add_special_tokens=False)) > room
+    ids = completion_ids(built.actor, attempt, retokenise=True)
+    assert len(ids) == room + 1 and ids[-1] == built.model.eos_ids[0]
 
 
 def test_reasoned_loses_keep_a_tail_window_without_protected_ids():

@@ -52,11 +52,15 @@ def converse(
 
 
 def completion_ids(actor: Actor, attempt: Attempt, retokenise: bool = False) -> list[int]:
-    """The ids to train on: as sampled, or the stripped text encoded anew with an EOS (A6, as published)."""
+    """The ids to train on: as sampled, or the stripped text encoded anew with an EOS (A6, as published).
+
+    Encoded anew, a text can have more tokens than were sampled (broken characters become several); it is then cut to the
+    longest completion.
+    """
     if not retokenise:
         return attempt.completion
-    tokenizer = actor.renderer.tokenizer
-    return [*tokenizer.encode(attempt.text.strip(), add_special_tokens=False), tokenizer.eos_token_id]
+    tokenizer, room = actor.renderer.tokenizer, max(actor.first.max_new_tokens, actor.revise.max_new_tokens)
+    return [*tokenizer.encode(attempt.text.strip(), add_special_tokens=False)[:room], tokenizer.eos_token_id]
 
 
 def win_row(actor: Actor, trace: Trace, attempt: Attempt, retokenise: bool = False, label: int = 1) -> Row:
