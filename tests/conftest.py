@@ -1,12 +1,22 @@
 """Fixtures of more than one test file, and eight virtual CPU devices for all of them."""
 
+import gc
 import os
 import pathlib
 
 # Before anything imports JAX.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees a module's compiled programs: each holds memory maps, and a process may have only so many (65,530 on Linux)."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_clients import close, local_config, lora, make_decoder, model  # noqa: F401 (fixtures)
 
@@ -220,7 +221,11 @@ def units(name, vocab):
 
 
 def trained(model, lora, name, shape, settings, at_once=1, devices=1):  # noqa: F811
-    """Three clients, one optimiser step of `shape` = (micro-batches, items in each)."""
+    """Three clients, one optimiser step of `shape` = (micro-batches, items in each).
+
+    Returns: AdamW's first moments afterwards, 0.1 times the clipped gradient that the step was made of (the step itself divides
+    near-zero gradients by their own size, so that it shows their last bits); metrics.
+    """
     accumulation, size = shape
     algorithm = make(name, size, accumulation, settings)
     items = units(name, model.config.vocab_size)
@@ -241,10 +246,11 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1):  # noqa: 
     arrays = clients.shard_rows((batches, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     local = local_config(clients_at_once=at_once)
-    total, _, means, _ = run(
-        algorithm, make_decoder(model), local, mesh, False, clients.replicate(shared, mesh), None, *arrays
+    _, _, means, states = run(
+        algorithm, make_decoder(model), local, mesh, True, clients.replicate(shared, mesh), None, *arrays
     )
-    return total, means
+    moments = optax.tree_utils.tree_get(states.opt_state, "mu")
+    return jax.tree.map(lambda x: x[:3], moments), means
 
 
 @pytest.mark.parametrize("name", KINDS)
