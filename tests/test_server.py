@@ -52,7 +52,7 @@ def numpy_rule(rule, rate, beta1, beta2, tau, averages, theta):
     m, v = np.zeros_like(theta), np.full_like(theta, tau**2)
     for average in averages:
         g = average - theta
-        if rule in ("fedavg", "last"):
+        if rule in ("fedavg", "last", "local"):  # a local-only client is a federation of one: its average is its own
             theta = theta + (rate if rule == "fedavg" else 1.0) * g
         elif rule == "fedavgm":
             m = beta1 * m + g
