@@ -55,7 +55,9 @@ def test_a_question_is_answered_by_another_process_or_raises():
         workers.ask(exit_at_once, 3)
 
 
-PARENT = """
+PARENT = """import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 import pathlib, sys, time
 from spear_jax import workers
 def work(name, items):
