@@ -177,7 +177,7 @@ def _check(entries: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, st
     golds = {}
     for label, config in entries:
         try:
-            golds[label] = experiment.build(config).algorithm.gold
+            golds[label] = experiment.build(config).algorithm.sees_gold
         except UserError as error:
             return UserError(f"{label}: {error}")
     return golds

@@ -281,8 +281,9 @@ def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[Sa
 
 def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.LocalConfig:
     train, fed = config.train, config.federation
+    at_once = fed.clients_at_once or -(-fed.clients_per_round // devices)
     return clients.LocalConfig(
-        clients_at_once=fed.clients_at_once or -(-fed.clients_per_round // devices),
+        clients_at_once=1 if fed.aggregation == "local" else at_once,  # a local-only client trains alone
         normalize=train.normalize,
         clip=train.clip,
         weight_decay=train.weight_decay,

@@ -95,6 +95,11 @@ class Algorithm(abc.ABC):
         return ""
 
     @property
+    def sees_gold(self) -> str:
+        """The gold text that enters training in any way, for tables: `gold`, or "teacher" where a frozen teacher reads it."""
+        return self.gold or ("teacher" if "privileged" in self.scored_prompts else "")
+
+    @property
     def scored_prompts(self) -> tuple[str, ...]:
         """The prompts that its rows may stand under: "task", "revision", "privileged". Decides how long rows are."""
         return ("task",)
@@ -215,13 +220,14 @@ def schedule(shell: Shell, draw: Callable[[], list[Row | None]]) -> list[list[li
 
 
 def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
-    """The round's rollout numbers, by the contract's names."""
+    """The round's rollout numbers, by the contract's names; no fractions where nothing was asked."""
+    counts = {"rollout/wins": float(wins), "rollout/loses": float(loses)}
+    if not traces:
+        return counts
     wrong = [trace for trace in traces if not trace.first.correct]
-    return {
-        "rollout/first_accuracy": 1.0 - len(wrong) / max(1, len(traces)),
+    return counts | {
+        "rollout/first_accuracy": 1.0 - len(wrong) / len(traces),
         "rollout/fixed": sum(trace.last.correct for trace in wrong) / max(1, len(wrong)),
-        "rollout/wins": float(wins),
-        "rollout/loses": float(loses),
     }
 
 

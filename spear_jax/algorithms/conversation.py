@@ -32,6 +32,15 @@ class Conversation:
         found = self.rewrites.get(number, self.traces[number].last)
         return found if found is not None and found.correct else None
 
+    def wins(self, actor: Actor, client: int, retokenise: bool) -> list[Row]:
+        """A client's right completions, as rows."""
+        found = ((self.traces[i], self.winner(i)) for i in self.of(client))
+        return [win_row(actor, trace, winner, retokenise) for trace, winner in found if winner is not None]
+
+    def weight(self, client: int, wins: list[Row], skip_weight: str) -> float:
+        """A client's aggregation weight: its wins; without any 0, or as published its rollouts (A2)."""
+        return float(len(self.of(client)) if not wins and skip_weight == "rollouts" else len(wins))
+
     def of(self, client: int) -> list[int]:
         """The numbers of a client's traces."""
         return [number for number, trace in enumerate(self.traces) if trace.client == client]

@@ -78,24 +78,18 @@ def _alone(experiment: Experiment, state: ServerState, spent: Spent, cohort: Coh
         lines.append(line)
         told += traces
         updates.append((client, own))
-    lora, kept = state.lora, state.memory
+    # one copy: a checkpoint may still be writing the old arrays
+    lora, kept = jax.tree.map(np.array, (state.lora, state.memory))
     for client, own in updates:
-        lora = jax.tree.map(lambda x, new, client=client: x.at[client].set(new), lora, own.lora)
-        kept = jax.tree.map(lambda x, new, client=client: _with(x, client, new), kept, own.memory)
-    summed = {name for name in lines[0] if name.startswith(_SUMMED)}
-    metrics = {
-        name: float((np.sum if name in summed else np.mean)([line[name] for line in lines])) for name in lines[0]
-    }
+        jax.tree.map(lambda stack, new, c=client: stack.__setitem__(c, new), (lora, kept), (own.lora, own.memory))
+    metrics = {}
+    for name in lines[0]:
+        values = [line[name] for line in lines if name in line]
+        metrics[name] = float(np.sum(values) if name.startswith(_SUMMED) else np.mean(values))
     return state.replace(lora=lora, memory=kept, round=state.round + 1), metrics, told
 
 
 _SUMMED = ("time/", "rollout/tokens", "rollout/wins", "rollout/loses", "round/clients", "round/bytes", "round/flops")
-
-
-def _with(stacked: np.ndarray, place: int, new: np.ndarray) -> np.ndarray:
-    copy = np.array(stacked)
-    copy[place] = new
-    return copy
 
 
 def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: Cohort):
