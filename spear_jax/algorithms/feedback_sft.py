@@ -18,7 +18,7 @@ import numpy as np
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.conversation import converse, win_row
+from spear_jax.algorithms.conversation import converse
 from spear_jax.packing import draw
 from spear_jax.settings import number, one_of
 from spear_jax.types import Batch, Mean
@@ -64,12 +64,12 @@ class FeedbackSft(Algorithm):
         talk = converse(actor, policy, cohort, self.shell.examples, key, settings.strict_format)
         rows, weight, active, total = [], [], [], 0
         for slot, client in enumerate(cohort.clients):
-            own, rng = talk.of(client), cohort.rngs(slot, "pools")
-            wins = [win_row(actor, talk.traces[i], talk.winner(i), settings.retokenise) for i in own if talk.winner(i)]
+            rng = cohort.rngs(slot, "pools")
+            wins = talk.wins(actor, client, settings.retokenise)
             rows.append(schedule(self.shell, lambda w=wins, r=rng: draw(w, self.shell.batch_size, r)))
             total += len(wins)
             active.append(bool(wins))
-            weight.append(float(len(own) if not wins and settings.skip_weight == "rollouts" else len(wins)))
+            weight.append(talk.weight(client, wins, settings.skip_weight))
         told = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in talk.traces]
         return Collected(rows, np.array(weight), np.array(active), told, metrics_of(talk.traces, total, 0))
 

@@ -27,7 +27,7 @@ import numpy as np
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.conversation import Conversation, completion_ids, converse, win_row
+from spear_jax.algorithms.conversation import Conversation, completion_ids, converse
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of
 from spear_jax.types import Batch, Mean, Trace
@@ -96,7 +96,7 @@ class Spear(Algorithm):
         rows, weight, active, kept, total = [], [], [], set(), 0
         for slot, client in enumerate(cohort.clients):
             own, rng = talk.of(client), cohort.rngs(slot, "pools")
-            wins = [win_row(actor, talk.traces[i], talk.winner(i), settings.retokenise) for i in own if talk.winner(i)]
+            wins = talk.wins(actor, client, settings.retokenise)
             wrong = [i for i in own if not talk.traces[i].first.correct]
             capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
             loses = [self._lose_row(actor, talk.traces[i], protected) for i in capped]
@@ -104,7 +104,7 @@ class Spear(Algorithm):
             kept |= set(capped)
             total += len(wins)
             active.append(bool(wins))
-            weight.append(float(len(own) if not wins and settings.skip_weight == "rollouts" else len(wins)))
+            weight.append(talk.weight(client, wins, settings.skip_weight))
         told = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(talk.traces)]
         metrics = metrics_of(talk.traces, total, len(kept))
         return Collected(rows, np.array(weight), np.array(active), told, metrics)
