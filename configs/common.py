@@ -117,7 +117,7 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     config.train.batch_size, config.train.accumulation = batch, accumulation
     rate, low = {"math_mcqa": (5.05e-5, 1e-5), "strategy_qa": (1e-4, 5e-5)}.get(task, (5e-5, 1e-5))
     config.train.rate, config.train.rate_min = rate, low
-    config.train.remat = True
+    config.train.remat = "layers"
     return config
 
 
@@ -178,7 +178,7 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = 8
     config.rollout.max_rows = 32
     config.federation.clients_at_once = 1
-    config.train.remat = False
+    config.train.remat = "attention"
     config.train.steps = 2
     config.train.batch_size, config.train.accumulation = 4, 1
     config.lora.dropout = 0.0

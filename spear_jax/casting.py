@@ -1,5 +1,6 @@
 """The actor's part of an experiment: texts turned into ids once, and how long training rows can become."""
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -12,8 +13,8 @@ from spear_jax.algorithms.base import Algorithm
 from spear_jax.federated import clients
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.feedback import Human, Request, get_feedback
-from spear_jax.packing import Row, pack
-from spear_jax.sampling import SamplingConfig, row_bucket
+from spear_jax.packing import Room, Row, choose_room, fold_rows
+from spear_jax.sampling import SamplingConfig
 from spear_jax.types import Example
 
 
@@ -83,18 +84,25 @@ def completion_length(algorithm: Algorithm, actor: Actor) -> int:
 
 
 def scorer(evaluator: Evaluator, prompt_room: int, length: int, max_rows: int) -> Callable:
-    """(policy, rows) -> log-probabilities of each row's completion, `max_rows` rows at a time."""
-    decoder, place, pad_id = evaluator.decoder, evaluator.place, evaluator.sampling.pad_id
-    size = row_bucket(max_rows, max_rows, evaluator.devices)
-    run = jax.jit(clients.score_rows, static_argnums=(0, 1))
+    """(policy, rows) -> log-probabilities of each row's completion, about `max_rows` rows at a time."""
+    decoder = evaluator.decoder
+
+    def choose(rows: list[Row]) -> Room:
+        mean = sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows)
+        items = [(row,) for row in rows]
+        return choose_room([[items]], 1, 1, prompt_room, length, max_rows * mean)
 
     def score(policy: Policy, rows: list[Row]) -> list[np.ndarray]:
-        found: list[np.ndarray] = []
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            batch = pack([*part, *[None] * (size - len(part))], prompt_room, length, pad_id)
-            scores = np.asarray(run(decoder, 1024, policy.lora, policy.base, jax.tree.map(place, batch)))
-            found += [scores[i, : len(row.completion)] for i, row in enumerate(part)]
-        return found
+        room = evaluator.sampler.shapes.room("score", lambda: choose(rows))
+        blocks, places = fold_rows(rows, room)
+        one = lambda blocks: _score_rows(decoder, 1024, policy.lora, policy.base, blocks)
+        scores = evaluator.over_devices(one, blocks, room)
+        return [scores[block, slot, : len(row.completion)] for (block, slot), row in zip(places, rows, strict=True)]
 
     return score
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score_rows(decoder, chunk, lora, base, blocks):
+    """float32[G, B, T] of blocks with a leading axis."""
+    return jax.vmap(lambda block: clients.score_rows(decoder, chunk, lora, base, block))(blocks)

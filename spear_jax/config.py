@@ -8,6 +8,7 @@ import ml_collections
 from spear_jax import settings
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.errors import UserError, unknown
+from spear_jax.models.decoder import REMAT
 
 COLUMNS = ("question", "options", "answer", "hint", "prompt", "response", "chosen", "rejected")
 
@@ -95,7 +96,8 @@ def default_config() -> ml_collections.ConfigDict:
     train.anchor_weight = 0.0
     train.anchor_gradient = True  # False: the published anchor, without gradient (A3)
     train.ema_decay = 0.0
-    train.remat = False  # recompute layers in the backward pass
+    train.block_tokens = 2048  # distinct tokens that go through the model together; more where one item has more
+    train.remat = "attention"  # what the backward pass computes again: nothing, attention, layers
     train.head_chunk = 1024  # positions per LM-head block
 
     config.eval = evaluation = ml_collections.ConfigDict()
@@ -142,6 +144,7 @@ _RANGES = {
     "train.warmup_ratio": (0, 1),
     "train.weight_decay": (0, None),
     "train.anchor_weight": (0, None),
+    "train.block_tokens": (1, None),
     "train.head_chunk": (1, None),
     "eval.every": (1, None),
     "eval.limit": (0, None),
@@ -159,6 +162,7 @@ _CHOICES = {
     "federation.sampling": ("uniform", "weighted"),
     "federation.partition": ("dirichlet", "iid", "by_label", "quantity"),
     "train.normalize": ("global", "micro"),
+    "train.remat": REMAT,
     "eval.method": ("auto", "choice", "generate", "likelihood"),
 }
 

@@ -16,7 +16,7 @@ from spear_jax.federated.evaluate import Accuracy, Evaluator
 from spear_jax.federated.writer import on_terminal
 from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder
-from spear_jax.models.lora import LoraConfig, merge
+from spear_jax.models.lora import LoraConfig
 from spear_jax.tasks.rows import load_examples
 
 NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
@@ -95,7 +95,7 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     base = clients.replicate(model.base, mesh)
     if tree is None:
         return score(evaluator, base, args.quiet), args.model
-    policy = merge(base, clients.replicate(tree, mesh), lora)
+    policy = experiment.merge(base, clients.replicate(tree, mesh), lora)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 

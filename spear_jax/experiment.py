@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spear_jax import casting, memory, partition, trees
+from spear_jax import casting, memory, packing, partition, trees
 from spear_jax import config as configs
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
@@ -20,9 +20,9 @@ from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models import adapters
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.load import LoadedModel, load_model
-from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge
+from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge_lora
 from spear_jax.sampling import Sampler, SamplingConfig
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
@@ -81,6 +81,20 @@ class Experiment:
             return [self.actor.merge(lora)]
         return [self.actor.merge(jax.tree.map(lambda x, c=c: x[c], lora)) for c in range(len(self.parts))]
 
+    def training_room(self, steps: list) -> packing.Room:
+        """The block size for local training, from the micro-batches of the first steps (every few of them, where many)."""
+        some = [step for step in steps if any(step)]
+        some = some[:: 1 + len(some) // 32]
+        algorithm, limit = self.algorithm, self.config.train.block_tokens
+        return packing.choose_room(
+            some, algorithm.kinds, algorithm.trunks, self.prompt_length, self.completion_length, limit
+        )
+
+    def most_blocks(self, room: packing.Room) -> int:
+        """Blocks that a step of distinct rows is expected to take at most."""
+        shell = self.algorithm.shell
+        return -(-shell.accumulation * shell.batch_size * self.algorithm.kinds * 2 // room.items)
+
     def on_devices(self, tree: Any) -> Any:
         """A tree of host arrays on every device of the mesh."""
         return clients.replicate(tree, self.mesh)
@@ -118,6 +132,12 @@ class Experiment:
         )
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def merge(base: dict, lora: dict, settings: LoraConfig) -> dict:
+    """The base with the adapter merged into it and its layers unstacked, as generation takes it."""
+    return unstack(merge_lora(base, lora, settings))
+
+
 def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
     """Builds an experiment on the given devices (all by default); raises UserError for every mistake that can be known
     before compiling."""
@@ -143,7 +163,8 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     completion_length = casting.completion_length(algorithm, actor)
     actor.scorer = casting.scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
     local = _local_config(config, mesh.size)
-    _check_memory(local, decoder, algorithm.rows_per_step(), prompt_length + completion_length)
+    limit = max(config.train.block_tokens, prompt_length + max(2, algorithm.kinds) * completion_length)
+    _check_memory(local, decoder, limit, prompt_length + completion_length)
     model = dataclasses.replace(model, base=clients.replicate(model.base, mesh))
     actor.merge = lambda lora: Policy(merge(model.base, clients.replicate(lora, mesh), decoder.lora))
     return Experiment(
@@ -295,11 +316,11 @@ def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.Lo
     )
 
 
-def _check_memory(local: clients.LocalConfig, decoder: Decoder, rows: int, length: int) -> None:
+def _check_memory(local: clients.LocalConfig, decoder: Decoder, tokens: int, length: int) -> None:
     """Raises UserError where the clients that train together cannot fit."""
     lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    each = memory.bytes_per_client(decoder.config, rows, length, local.head_chunk, adapter, decoder.remat)
+    each = memory.bytes_per_client(decoder.config, tokens, length, local.head_chunk, adapter, decoder.remat)
     memory.check_memory(local.clients_at_once, each, memory.device_bytes())
 
 

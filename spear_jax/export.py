@@ -11,6 +11,7 @@ from spear_jax.errors import UserError
 from spear_jax.federated.checkpoint import restore
 from spear_jax.models.adapters import save_adapter
 from spear_jax.models.load import save_model
+from spear_jax.models.lora import merge_lora
 
 EXAMPLES = """
     python -m spear_jax.export --workdir=runs/arc --out=adapters/arc
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
     lora = _chosen(built, state.lora, args.client)
     if args.merge:
-        merged = built.actor.merge(lora).base
+        merged = merge_lora(built.model.base, lora, built.decoder.lora)
         model = built.model
         save_model(out, jax.tree.map(np.asarray, merged), model.raw_config, model.tokenizer, model.generation_config)
     else:

@@ -12,16 +12,16 @@ from spear_jax.types import Tally
 MEMINFO = pathlib.Path("/proc/meminfo")
 
 
-def bytes_per_client(model: ModelConfig, rows: int, length: int, head_chunk: int, adapter: int, remat: bool) -> int:
+def bytes_per_client(model: ModelConfig, tokens: int, length: int, head_chunk: int, adapter: int, remat: str) -> int:
     """An estimate of what one client's local step holds, in bytes, besides the base.
 
-    Activations kept for the backward pass (float32): with `remat` one residual [rows, length, D] a layer, else about
-    10 D + 4 F values a token and layer and two score matrices a head; one block of logits; the adapter with gradient, update
-    and two moments.
+    Activations of a block kept for the backward pass (float32): one residual [tokens, D] a layer, with `remat` "attention"
+    also the products, about 4 D + 2 F values a token and layer, with "nothing" about 10 D + 4 F and two score matrices of
+    `length` a head; what is computed again for one layer; one block of logits; the adapter with gradient, update and two
+    moments.
     """
-    tokens = rows * length
-    kept = model.width if remat else 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
-    inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length if remat else 0
+    inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
+    kept = {"layers": model.width, "attention": 5 * model.width + 2 * model.mlp_width, "nothing": inside}[remat]
     activations = 4 * tokens * (model.layers * kept + inside)
     logits = 2 * 4 * min(head_chunk, tokens) * model.vocab_size
     return activations + logits + 5 * adapter
@@ -64,7 +64,7 @@ def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
     advice = (
         f"Set --config.federation.clients_at_once={fits}, which would fit."
         if fits
-        else "Not even one client fits: lower train.batch_size (raise train.accumulation), or set train.remat=True."
+        else "Not even one client fits: lower train.block_tokens, or set train.remat=layers."
     )
     raise UserError(
         f"{clients_at_once} clients at once need about {clients_at_once * each / 1e9:.1f} GB for local training, but "

@@ -23,14 +23,12 @@ import transformers
 from spear_jax import cli
 from spear_jax.feedback import Request, get_feedback
 from spear_jax.models.config import ModelConfig, parse_config
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model, save_model
 from spear_jax.models.lora import LoraConfig, projection_shapes
-from spear_jax.models.token_logprobs import Scorer
-from spear_jax.packing import Row, pack
 from spear_jax.tasks import facts, reasoned, world
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Example
+from spear_jax.types import Example
 
 EOS, PAD = "<|end|>", "<|pad|>"
 RAW_CONFIG = {
@@ -162,13 +160,20 @@ class Group:
         eos = self.tokenizer.token_to_id(EOS)
         return self.tokenizer.encode(prompt).ids, [*self.tokenizer.encode(completion).ids, eos]
 
-    def batch(self, size: int = 0) -> Batch:
-        rows = []
-        while len(rows) < (size or self.size):
+    def batch(self, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Token ids int32[B, T], prompts left-padded; bool[B, T] each: which are real, and which are completions."""
+        size = size or self.size
+        tokens = np.full((size, self.prompt + self.length), self.tokenizer.token_to_id(PAD), np.int32)
+        mask, scored = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+        for row in range(size):
             prompt, completion = self._encode()
-            if len(prompt) <= self.prompt and len(completion) <= self.length:
-                rows.append(Row(prompt, completion, np.ones(len(completion), bool), 1.0, 1))
-        return pack(rows, self.prompt, self.length, self.tokenizer.token_to_id(PAD))
+            while len(prompt) > self.prompt or len(completion) > self.length:
+                prompt, completion = self._encode()
+            tokens[row, self.prompt - len(prompt) : self.prompt] = prompt
+            tokens[row, self.prompt : self.prompt + len(completion)] = completion
+            mask[row, self.prompt - len(prompt) : self.prompt + len(completion)] = True
+            scored[row, self.prompt : self.prompt + len(completion)] = True
+        return tokens, mask, scored
 
 
 def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple[dict, dict]:
@@ -195,14 +200,13 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     base = load_model(config.start_from, "float32").base if config.start_from else None
     base = base or init_base(jax.random.key(config.seed), decoder.config)
     state = optimiser.init(base)
-    score = jax.jit(lambda base, batch: Scorer(decoder, base, 4096).logprobs(None, batch))
+    score = jax.jit(functools.partial(logprobs, decoder))
 
     def objective(base, batches):
         total, count = 0.0, 0.0
         for batch in batches:
-            logprobs = Scorer(decoder, base, 4096).logprobs(None, batch)
-            total -= logprobs.sum()
-            count += batch.completion_mask.sum()
+            total -= logprobs(decoder, base, batch).sum()
+            count += batch[2].sum()
         return total / count
 
     @jax.jit
@@ -221,6 +225,14 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
             left = (time.time() - began) / index * (config.steps - index)
             print(f"step {index}/{config.steps}  loss {float(loss):.3f}  {shown}  ({left:.0f} s left)", flush=True)
     return base
+
+
+def logprobs(decoder: Decoder, base: dict, batch: tuple) -> jax.Array:
+    """float32[B, T - 1]: log p of each completion token, 0 elsewhere; over full logits, which a small vocabulary allows."""
+    tokens, mask, scored = batch
+    found = jax.nn.log_softmax(logits(decoder, None, base, tokens, mask)[:, :-1])
+    picked = jnp.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.where(scored[:, 1:], picked, 0.0)
 
 
 def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
@@ -262,7 +274,7 @@ def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
     decoder = Decoder(parse_config(raw), LoraConfig(1, 1.0, 0.0, ("q",)))
     copying, tasks = make_groups(tokenizer, corpora)
     base = train(config, decoder, copying, tasks)
-    score = jax.jit(lambda base, batch: Scorer(decoder, base, 4096).logprobs(None, batch))
+    score = jax.jit(functools.partial(logprobs, decoder))
     final = {name: accuracy(score, base, group, 512) for name, group in tasks.items()}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
     save_model(out, jax.tree.map(lambda x: np.asarray(x, np.float16), base), raw, fast)

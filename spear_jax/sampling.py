@@ -1,20 +1,24 @@
 """Generation with a KV cache: prompts of all clients in one batch, each row with its own key, finished rows leaving early.
 
-Prompts are sorted by length and left-padded into a few length buckets. Decoding runs in segments; after each one the rows
-that still generate are compacted into the smallest row bucket that holds them. A row's tokens depend on its prompt and its
-key, never on its neighbours.
+Prompts are sorted by length and read as one flat pack, equal ones once; their keys and values are then spread over left-padded
+rows. Decoding runs in segments; after each one the rows that still generate are compacted into the smallest row bucket that
+holds them. A row's tokens depend on its prompt and its key, never on its neighbours.
+
+Rows stand in equal groups: one for each device, or where every client answers with its own adapter one for each client.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, prefill
+from spear_jax import packing
+from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
+from spear_jax.types import Pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +62,12 @@ def length_bucket(length: int, step: int = 16) -> int:
     return size
 
 
-def row_bucket(rows: int, max_rows: int, multiple: int = 1) -> int:
-    """The padded row count for `rows`: max_rows divided by 1, 4, 16, ..., rounded up to the device count."""
+def row_bucket(rows: int, max_rows: int) -> int:
+    """The padded row count for `rows`: max_rows divided by 1, 4, 16, ... while at least 4 remain."""
     size = max_rows
     while size // 4 >= max(rows, 4):
         size //= 4
-    return -(-size // multiple) * multiple
+    return size
 
 
 def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -120,27 +124,36 @@ def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingCo
     return token, picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def start(decoder: Decoder, config: SamplingConfig, capacity: int, lora, base, prompt, mask, keys, live, owner=None):
-    """Prefills a batch and draws its first tokens.
+def start(decoder: Decoder, config: SamplingConfig, lora, base, pack: Pack, index, mask, keys, live):
+    """Reads a batch's prompts and draws its first tokens.
 
-    Args: prompt int32[B, P], mask bool[B, P]; keys [B]; live bool[B], false for padding rows; owner None, or int32[B],
-        each row's adapter where `lora` stacks several.
-    Returns: the decoding state, a dict of arrays with leading axis B (caches: [L, B, P + capacity, N, K]).
+    Args: pack, index, mask: as from `packing.pack_prompts`, leading axis G; keys [B]; live bool[B], false for padding rows;
+        lora: None, or adapters stacked behind the layer axis, one for each group ([L, G, ...]).
+    Returns: the decoding state, a dict of arrays with leading axis B = G * rows (caches: a pair [B, N, P + new, K] a layer).
     """
-    hidden, (keys_cache, values_cache) = prefill(decoder, lora, base, prompt, mask, owner)
-    rows = prompt.shape[0]
-    room = ((0, 0), (0, 0), (0, capacity), (0, 0), (0, 0))
+    spread = functools.partial(_spread, config.max_new_tokens)
+
+    def read(lora, pack, index):
+        hidden, layers = packed_states(decoder, lora, base, pack)
+        return hidden[index[:, -1]], jax.tree.map(lambda x: spread(x, index), layers)
+
+    hidden, cache = jax.vmap(read, in_axes=(None if lora is None else 1, 0, 0))(lora, pack, index)
+    hidden, cache, mask = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, cache, mask))
+    rows, room = mask.shape[0], config.max_new_tokens
     state = {
-        "cache": (jnp.pad(keys_cache, room), jnp.pad(values_cache, room)),
-        "cache_mask": jnp.pad(mask, ((0, 0), (0, capacity))),
-        "tokens": jnp.full((rows, capacity), config.pad_id, jnp.int32),
-        "logprobs": jnp.zeros((rows, capacity), jnp.float32),
+        "cache": cache,
+        "cache_mask": jnp.pad(mask, ((0, 0), (0, room))),
+        "tokens": jnp.full((rows, room), config.pad_id, jnp.int32),
+        "logprobs": jnp.zeros((rows, room), jnp.float32),
         "live": live,
         "keys": keys,
     }
-    if owner is not None:
-        state["owner"] = owner
     return _emit(config, state, _head(base, hidden), jnp.int32(0))
+
+
+def _spread(room: int, flat: jax.Array, index: jax.Array) -> jax.Array:
+    """Keys or values of packed tokens [N_tokens, N, K] -> [rows, N, P + room, K]."""
+    return jnp.pad(jnp.swapaxes(flat[index], 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
 
 
 def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, until):
@@ -154,16 +167,25 @@ def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, u
     def body(carry):
         state, step = carry
         token = jax.lax.dynamic_index_in_dim(state["tokens"], step - 1, axis=1, keepdims=False)
-        hidden, new = decode_step(decoder, lora, base, token, state["cache"], state["cache_mask"], state.get("owner"))
         at = width + step - 1
-        cache = jax.tree.map(
-            lambda old, fresh: jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2), state["cache"], new
-        )
-        seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], jnp.ones((token.shape[0], 1), bool), at, axis=1)
+        new = jnp.ones((token.shape[0], 1), bool)
+        seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], new, at, axis=1)
+        hidden, cache = _decode(decoder, lora, base, token, state["cache"], seen, at)
         state = {**state, "cache": cache, "cache_mask": seen}
         return _emit(config, state, _head(base, hidden), step), step + 1
 
     return jax.lax.while_loop(going, body, (state, step))
+
+
+def _decode(decoder, lora, base, token, cache, seen, at):
+    """`decode_step`, each group of rows with its own adapter where there are several."""
+    if lora is None:
+        return decode_step(decoder, None, base, token, cache, seen, at)
+    groups = jax.tree.leaves(lora)[0].shape[1]
+    split = lambda x: x.reshape(groups, -1, *x.shape[1:])
+    step = lambda lora, token, cache, seen: decode_step(decoder, lora, base, token, cache, seen, at)
+    found = jax.vmap(step, in_axes=(1, 0, 0, 0))(lora, *jax.tree.map(split, (token, cache, seen)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 def _head(base, hidden):
@@ -185,10 +207,9 @@ def _emit(config, state, logits, step):
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(decoder, config, capacity, lora, base, prompt, mask, keys, live, owner):
-    keys = jax.random.wrap_key_data(keys)
-    state = start(decoder, config, capacity, lora, base, prompt, mask, keys, live, owner)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(decoder, config, lora, base, pack, index, mask, keys, live):
+    state = start(decoder, config, lora, base, pack, index, mask, jax.random.wrap_key_data(keys), live)
     return {**state, "keys": jax.random.key_data(state["keys"])}
 
 
@@ -201,43 +222,28 @@ def _advance(decoder, config, lora, base, state, step, until):
 
 @jax.jit
 def _take(state, rows):
-    """The given rows of a decoding state (caches have their rows on axis 1)."""
-    cache = jax.tree.map(lambda c: c[:, rows], state["cache"])
-    rest = {name: value[rows] for name, value in state.items() if name != "cache"}
-    return {**rest, "cache": cache}
+    """The given rows of a decoding state."""
+    return jax.tree.map(lambda x: x[rows], state)
 
 
 class Sampler:
-    """Runs generation on the host's side: buckets, segments, compaction.
+    """Runs generation on the host's side: packs, segments, compaction.
 
     Args:
         decoder: the model's static settings.
-        place: puts an array with a leading row axis on the devices (identity on one device).
-        devices: row counts are multiples of it.
-
-    Shapes are opened as batches need them; after `freeze`, batches are padded into open shapes wherever one holds them, so
-    that nothing compiles any more. The open shapes are part of what a run must remember (`shapes`, `reopen`): padding decides
-    the last bits of a logit, so a resumed run must pad as the run that it continues would have.
+        place: puts an array with a leading axis that `devices` divides on the devices (identity on one device).
+        shapes: the open shapes, which a resumed run must have again: padding decides the last bits of a logit.
     """
 
-    def __init__(self, decoder: Decoder, place: Callable = jnp.asarray, devices: int = 1):
+    def __init__(
+        self,
+        decoder: Decoder,
+        place: Callable = jnp.asarray,
+        devices: int = 1,
+        shapes: packing.Shapes | None = None,
+    ):
         self.decoder, self.place, self.devices = decoder, place, devices
-        self.frozen = False
-        # (rows, prompt width) of batches, and (rows before, rows after, prompt width) of compactions
-        self._shapes: dict[str, set[tuple[int, ...]]] = {}
-
-    def freeze(self) -> None:
-        """Prefers open shapes from now on."""
-        self.frozen = True
-
-    def shapes(self) -> dict[str, Any]:
-        """What `reopen` needs, as JSON: the open shapes of each way of sampling, and whether frozen."""
-        return {"frozen": self.frozen, "open": {name: sorted(map(list, found)) for name, found in self._shapes.items()}}
-
-    def reopen(self, shapes: dict[str, Any]) -> None:
-        """Restores what `shapes` gave."""
-        self.frozen = shapes["frozen"]
-        self._shapes = {name: {tuple(shape) for shape in found} for name, found in shapes["open"].items()}
+        self.shapes = packing.Shapes() if shapes is None else shapes
 
     def generate(
         self,
@@ -252,37 +258,53 @@ class Sampler:
         """Completes every prompt.
 
         Args:
-            lora: adapter tree, or None when it is merged into `base`.
+            lora: None where an adapter is merged into `base`; else an adapter, or several behind the layer axis ([L, C, ...]).
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
             report: called with the number of rows that have finished since the last call.
-            owners: int32[N], each prompt's adapter where `lora` stacks several behind the layer axis ([L, C, ...]).
+            owners: int32[N], each prompt's adapter where `lora` holds several.
         Returns: one Completion a prompt, in their order.
         """
         done: list[Completion | None] = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for begin in range(0, len(order), config.max_rows):
-            chosen = order[begin : begin + config.max_rows]
-            self._batch(lora, base, prompts, keys, chosen, config, done, report, owners)
+        base = unstack(base)
+        if lora is not None and owners is None:
+            lora, owners = jax.tree.map(lambda x: x[:, None], lora), np.zeros(len(prompts), np.int32)
+        for adapters, groups in self._batches(prompts, config.max_rows, lora, owners):
+            self._batch(adapters, base, prompts, keys, groups, config, done, report)
         return done
 
-    def _batch(self, lora, base, prompts, keys, chosen, config, done, report, owners) -> None:
-        rows, width = self._fit(config, len(chosen), max(len(prompts[i]) for i in chosen))
-        tokens = np.full((rows, width), config.pad_id, np.int32)
-        mask = np.zeros((rows, width), bool)
-        row_keys = np.zeros((rows, keys.shape[1]), np.uint32)
-        for row, index in enumerate(chosen):
-            tokens[row, width - len(prompts[index]) :] = prompts[index]
-            mask[row, width - len(prompts[index]) :] = True
-            row_keys[row] = keys[index]
-        live = np.arange(rows) < len(chosen)
-        owner = np.array([*chosen, *[-1] * (rows - len(chosen))])
-        adapters = None
-        if owners is not None:
-            adapters = np.zeros(rows, np.int32)
-            adapters[: len(chosen)] = owners[chosen]
-        inputs = jax.tree.map(self.place, (tokens, mask, row_keys, live, adapters))
-        state = _start(self.decoder, config, config.max_new_tokens, lora, base, *inputs)
+    def _batches(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
+        """(adapters, groups of prompt numbers), the longest prompts first."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        if lora is None:
+            for begin in range(0, len(order), max_rows):
+                part = order[begin : begin + max_rows]
+                yield None, [part[device :: self.devices] for device in range(self.devices)]
+            return
+        clients = jax.tree.leaves(lora)[0].shape[1]
+        own = [[i for i in order if owners[i] == client] for client in range(clients)]
+        together = min(clients, max_rows)
+        rows = max(1, max_rows // together)
+        for first in range(0, clients, together):
+            # the last clients fill up with clients that are there already, so that one shape serves
+            chosen = np.arange(first, first + together) % clients
+            adapters = lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
+            mine = [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
+            for begin in range(0, max(map(len, mine)), rows):
+                yield adapters, [one[begin : begin + rows] for one in mine]
+
+    def _batch(self, lora, base, prompts, keys, groups, config, done, report) -> None:
+        rows, width, room = self._fit(config, [[prompts[i] for i in group] for group in groups])
+        packed = packing.pack_prompts([[prompts[i] for i in group] for group in groups], rows, width, room)
+        owner = np.full((len(groups), rows), -1)
+        for slot, group in enumerate(groups):
+            owner[slot, : len(group)] = group
+        owner = owner.reshape(-1)
+        row_keys = np.where(owner[:, None] >= 0, keys[owner], 0)
+        # groups of clients need not fill the devices evenly; they are then on all of them
+        place = self.place if len(groups) % self.devices == 0 else jnp.asarray
+        inputs = jax.tree.map(place, (*packed, row_keys, owner >= 0))
+        state = _start(self.decoder, config, lora, base, *inputs)
         step = 1
         while True:
             until = min(step + config.segment, config.max_new_tokens)
@@ -294,7 +316,7 @@ class Sampler:
             report(self._harvest(state, owner, np.ones_like(live) if over else ~live, config, done))
             if over:
                 return
-            state, owner = self._compact(state, owner, live, config, width)
+            state, owner = self._compact(state, owner, live, config, width, len(groups), place)
 
     def _harvest(self, state, owner, ended, config, done) -> int:
         """Copies finished rows to the host, once; returns how many there were."""
@@ -308,22 +330,30 @@ class Sampler:
             done[owner[row]] = Completion(ids[:length], logprobs[row, :length].tolist())
         return len(rows)
 
-    def _compact(self, state, owner, live, config, width):
-        """Drops finished rows when a smaller row bucket holds the rest."""
-        rows = row_bucket(int(live.sum()), config.max_rows, self.devices)
-        change, shapes = (len(owner), rows, width), self._shapes[repr(config)]
-        if rows >= len(owner) or (self.frozen and change not in shapes):
+    def _compact(self, state, owner, live, config, width, groups, place):
+        """Drops finished rows when a smaller row bucket holds the rest of every group."""
+        before = len(owner) // groups
+        rows = row_bucket(int(live.reshape(groups, -1).sum(1).max()), before)
+        change = (before, rows, width, groups)
+        if rows >= before or not self.shapes.known(f"compact {config!r}", change):
             return state, owner
-        shapes.add(change)
-        order = np.argsort(~live, kind="stable")[:rows]
-        return _take(state, self.place(order)), np.where(live, owner, -1)[order]
+        order = np.argsort(~live.reshape(groups, -1), axis=1, kind="stable")[:, :rows]
+        order = (order + before * np.arange(groups)[:, None]).reshape(-1)
+        return _take(state, place(order)), np.where(live, owner, -1)[order]
 
-    def _fit(self, config: SamplingConfig, count: int, longest: int) -> tuple[int, int]:
-        """The (rows, prompt width) to pad a batch to."""
-        shapes = self._shapes.setdefault(repr(config), set())
-        wanted = (row_bucket(count, config.max_rows, self.devices), length_bucket(longest))
-        if self.frozen:
-            fitting = [s for s in shapes if len(s) == 2 and s[0] >= count and s[1] >= longest]
-            wanted = min(fitting, key=lambda s: (s[0] * s[1], s), default=wanted)
-        shapes.add(wanted)
-        return wanted
+    def _fit(self, config: SamplingConfig, groups) -> tuple[int, int, packing.Room]:
+        """The rows of a group, the prompt width, and the room that a batch is padded to."""
+        most = -(-config.max_rows // len(groups))
+        rows = row_bucket(max(map(len, groups)), most)
+        width = length_bucket(max(len(prompt) for group in groups for prompt in group))
+        room = packing.prompt_room(groups, width)
+        read = lambda shape: dataclasses.replace(
+            room, tokens=shape[2], grids=tuple(zip(shape[3::2], shape[4::2], strict=True))
+        )
+
+        def holds(shape):
+            return shape[0] >= rows and shape[1] >= width and packing.holds_prompts(read(shape), groups)
+
+        wanted = (rows, width, room.tokens, *itertools.chain(*room.grids))
+        found = self.shapes.fit(f"{len(groups)} {config!r}", wanted, holds)
+        return found[0], found[1], read(found)

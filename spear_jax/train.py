@@ -59,7 +59,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     if found is not None:
         state, meta = found
         line = meta["line"]
-        built.actor.sampler.reopen(meta["shapes"])
+        built.actor.sampler.shapes.load(meta["shapes"])
         print(f"going on after round {int(state.round)}", file=sys.stderr)
     state = state.replace(lora=built.on_devices(state.lora), opt_state=built.on_devices(state.opt_state))
     writer = Writer(workdir, None if found is None else int(state.round), line)
@@ -69,7 +69,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     if found is None:
         line = {"round": 0, "time": time.time()} | evaluate(built, state)
         writer.write(line)
-        checkpoints.save(state, line, built.actor.sampler.shapes())
+        checkpoints.save(state, line, built.actor.sampler.shapes.save())
     blocked = 0.0
     while not over(built, state, line):
         state, line, told = one_round(built, state, blocked, rounds.Spent.read(line))
@@ -77,7 +77,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
             write_traces(workdir, line["round"], told)
         writer.write(line)
         began = time.perf_counter()
-        checkpoints.save(state, line, built.actor.sampler.shapes())
+        checkpoints.save(state, line, built.actor.sampler.shapes.save())
         blocked = time.perf_counter() - began
         progress.round_done(line)
     progress.close()
@@ -106,7 +106,7 @@ def one_round(
     state, metrics, told = rounds.run_round(built, state, spent)
     number = int(state.round)
     if number == 2:
-        built.actor.sampler.freeze()  # from here on batches are padded into shapes that exist
+        built.actor.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
     if number == 1 or number % built.config.eval.every == 0 or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked

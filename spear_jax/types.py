@@ -1,8 +1,9 @@
 """The nouns of the project: what travels between host and device, and the letters of its shapes.
 
 Dimension key
-    C clients · S local steps · A accumulation steps · B batch rows · J reference adapters · P prompt tokens · T completion tokens
-    V vocabulary · D model width · H heads · N key/value heads · K head width · F mlp width · R rank · L layers
+    C clients · S local steps · A micro-batches · K blocks · B rows · J reference adapters · P prompt tokens · T completion tokens
+    N packed tokens · R packed trees · L cells of a tree (elsewhere: layers) · M scored tokens
+    V vocabulary · D model width · H heads · N key/value heads · K head width (of a decoder) · F mlp width · R rank · L layers
 """
 
 import dataclasses
@@ -102,14 +103,33 @@ class Mean:
 
 
 @flax.struct.dataclass
-class Batch:
-    """Packed rows. Leading axes [C, S, A] for a round, none for one micro-batch.
+class Pack:
+    """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat behind one another.
+
+    Products with weights see the flat tokens; attention sees grids of one tree a row. Unused places of any array hold 0,
+    but for `branches`.
 
     Attributes:
-        prompt: int32[..., B, P], left-padded.
-        prompt_mask: bool[..., B, P].
-        completion: int32[..., B, T], right-padded.
-        completion_mask: bool[..., B, T], every sampled token (EOS included when it was generated).
+        tokens: int32[..., N].
+        positions: int32[..., N], rotary positions; every branch goes on from the prompt's.
+        grids: int32[..., R, L] each, the flat place of each cell's token; short trees stand in one grid, long ones in another.
+        branches: likewise, 0 in a prompt, 1, 2, ... in its completions, -1 where a cell is empty.
+        cell: int32[..., N], the place of each token among the cells of all grids, in row-major order.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    grids: tuple[jax.Array, ...]
+    branches: tuple[jax.Array, ...]
+    cell: jax.Array
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows as a loss sees them; a row may repeat another.
+
+    Attributes:
+        completion_mask: bool[..., B, T], every completion token (EOS included when it was generated), right-padded.
         loss_mask: bool[..., B, T], the positions that a loss may use; a subset of `completion_mask`.
         weight: float32[..., B, T], token-level confidence, or an example's weight.
         advantage: float32[..., B], of the completion.
@@ -118,9 +138,6 @@ class Batch:
         old: float32[..., B, T], under the adapter that the phase started from; filled in by local training.
     """
 
-    prompt: jax.Array
-    prompt_mask: jax.Array
-    completion: jax.Array
     completion_mask: jax.Array
     loss_mask: jax.Array
     weight: jax.Array
@@ -128,6 +145,27 @@ class Batch:
     label: jax.Array
     reference: jax.Array | None = None
     old: jax.Array | None = None
+
+
+@flax.struct.dataclass
+class Block:
+    """Rows that go through the model together, each distinct one once. Leading axes [C, S, K] for a round's local training.
+
+    Attributes:
+        packs: the tokens; one pack, or one for each of a method's `trunks`.
+        source: for each pack int32[..., M], the flat places whose states predict the scored completion tokens.
+        target: int32[..., M], those completion tokens.
+        start: int32[..., B], where each row's completion begins in `target`.
+        rows: the rows.
+        micro: int32[...], the micro-batch that the rows belong to.
+    """
+
+    packs: tuple[Pack, ...]
+    source: tuple[jax.Array, ...]
+    target: jax.Array
+    start: jax.Array
+    rows: Batch
+    micro: jax.Array
 
 
 @flax.struct.dataclass

@@ -10,7 +10,43 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import connection
 from typing import Any
 
+from spear_jax.errors import UserError
+
 Items = dict[Any, Any]
+
+
+class Peer:
+    """A process of its own with all the cores, which makes something once and then answers one question after the other.
+
+    A context manager: leaving it ends the process.
+
+    Args: make: make(*args) is called in that process at the first question, and returns what answers a question (never None).
+    """
+
+    def __init__(self, make: Callable[..., Callable[[Any], Any]], *args: Any):
+        self._process, self._channel = _start(_serve, (make, args), 0, 1, duplex=True)
+
+    def ask(self, question: Any) -> Any:
+        """The answer; raises the UserError that was raised there, RuntimeError where the process ends without answer."""
+        try:
+            self._channel.send(question)
+            answer = self._channel.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            raise RuntimeError(f"a process ended with code {self._process.exitcode}; the cause is above") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:  # it may clear up behind itself; after an error nobody waits for that
+            with contextlib.suppress(ConnectionError):
+                self._channel.send(None)
+            self._process.join(timeout=10)
+        self._process.terminate()
 
 
 def ask(work: Callable[[Any], Any], question: Any) -> Any:
@@ -66,11 +102,14 @@ def run(
 
 
 def _start(
-    target: Callable, args: tuple, slot: int, jobs: int
+    target: Callable, args: tuple, slot: int, jobs: int, duplex: bool = False
 ) -> tuple[multiprocessing.Process, connection.Connection]:
-    """Starts target(sender, *args); what it sends comes out of the connection, which ends with the process."""
+    """Starts target(sender, *args); what it sends comes out of the connection, which ends with the process.
+
+    Args: duplex: whether the connection also takes what the process is to receive.
+    """
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex)
     process = context.Process(target=target, args=(sender, *args), daemon=True)
     with _inherited(slot, jobs):
         process.start()
@@ -99,6 +138,17 @@ def _inherited(slot: int, jobs: int) -> Iterator[None]:
 def _answer(sender: connection.Connection, work: Callable[[Any], Any], question: Any) -> None:
     _end_with_parent()
     sender.send(work(question))
+
+
+def _serve(channel: connection.Connection, make: Callable[..., Callable], args: tuple) -> None:
+    _end_with_parent()
+    answer = None
+    while (question := channel.recv()) is not None:
+        try:
+            answer = answer or make(*args)
+            channel.send(answer(question))
+        except UserError as error:
+            channel.send(error)
 
 
 def _tell(sender: connection.Connection, work: Callable, name: str, items: Items) -> None:

@@ -3,23 +3,22 @@
 import dataclasses
 import pathlib
 
+import dense
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from spear_jax import losses, packing
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.federated import clients
 from spear_jax.federated.clients import LocalConfig
-from spear_jax.models.decoder import Decoder, logits
+from spear_jax.models.decoder import REMAT, Decoder
 from spear_jax.models.load import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.token_logprobs import Scorer
 from spear_jax.packing import Row
-from spear_jax.types import Batch
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
@@ -44,7 +43,7 @@ def model():
     return load_model(str(FIXTURES / "qwen2"), "float32")
 
 
-def make_decoder(model, dropout=0.0, remat=False):
+def make_decoder(model, dropout=0.0, remat="attention"):
     return Decoder(model.config, LoraConfig(4, 8.0, dropout, ("q", "v", "down")), remat)
 
 
@@ -55,7 +54,8 @@ def lora(model):
 
 
 @pytest.fixture(scope="module")
-def batches(model):
+def cohort(model):
+    """[C][S][A] lists of B wins and B loses."""
     rng = np.random.default_rng(0)
     vocab = model.config.vocab_size
 
@@ -65,16 +65,19 @@ def batches(model):
         mask = rng.random(length) < 0.8
         return Row(prompt, rng.integers(3, vocab, length).tolist(), mask, float(rng.choice([0.5, 1.0])), label)
 
-    def micro():
-        return packing.pack([row(1) for _ in range(B)] + [row(-1) for _ in range(B)], P, T, 0)
+    micro = lambda: [row(1) for _ in range(B)] + [row(-1) for _ in range(B)]
+    return [[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)]
 
-    return packing.stack([[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)], 3)
+
+def merged(cohort):
+    """Every step's micro-batches as one."""
+    return [[[sum(step, [])] for step in client] for client in cohort]
 
 
 def run(
     model,
     lora,
-    batches,
+    cohort,
     decoder=None,
     algorithm=None,
     local=None,
@@ -83,6 +86,7 @@ def run(
     weight=None,
     references=(),
     numbers=None,
+    limit=64,
 ):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
@@ -93,49 +97,76 @@ def run(
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
-    batches = jax.tree.map(pad, batches)
+    work = dense.work(cohort, algorithm, P, T, local.normalize, limit, padded=size)
     train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
-    arrays = clients.shard_rows((batches, pad(keys), pad(weight), pad(active)), mesh)
+    arrays = clients.shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     shared = clients.replicate(clients.Shared(lora, model.base, references, numbers or {}, jnp.float32(1e-2)), mesh)
     return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
 
 
-def plain_step_loss(model, decoder, lora, batch: Batch):
-    """One optimiser step's loss in plain arithmetic over full logits; batch has a leading [A]."""
+def plain_step_loss(model, decoder, lora, step):
+    """One optimiser step's loss in plain arithmetic over full logits; `step` is a list of micro-batches."""
+    rows = sum(step, [])
+    lp = dense.logprobs(decoder, model.base, lora, rows, T)
+    p = jnp.exp(lp)
     win_total = win_count = lose_total = lose_count = 0.0
-    for a in range(A):
-        one = jax.tree.map(lambda x, a=a: x[a], batch)
-        tokens = jnp.concatenate([one.prompt, one.completion], 1)
-        mask = jnp.concatenate([one.prompt_mask, one.completion_mask], 1)
-        all_logprobs = jax.nn.log_softmax(logits(decoder, lora, model.base, tokens, mask))[:, P - 1 : -1]
-        lp = jnp.take_along_axis(all_logprobs, one.completion[..., None], -1)[..., 0]
-        p = jnp.exp(lp)
-        for i in range(2 * B):
-            m = jnp.asarray(one.loss_mask[i], jnp.float32)
-            if one.label[i] > 0:
-                win_total -= (m * lp[i]).sum()
-                win_count += m.sum()
-            else:
-                u = jnp.where(p[i] > 0.001, -jnp.log(1 - p[i] + 1e-8), 0.0)
-                lose_total += one.weight[i, 0] * (m * u).sum()
-                lose_count += m.sum()
+    for i, row in enumerate(rows):
+        m = jnp.asarray(np.pad(row.loss_mask, (0, T - len(row.loss_mask))), jnp.float32)
+        if row.label > 0:
+            win_total -= (m * lp[i]).sum()
+            win_count += m.sum()
+        else:
+            u = jnp.where(p[i] > 0.001, -jnp.log(1 - p[i] + 1e-8), 0.0)
+            lose_total += row.weight * (m * u).sum()
+            lose_count += m.sum()
     return win_total / win_count + 0.5 * lose_total / lose_count
 
 
-def test_a_clients_round_equals_adamw_on_the_plainly_written_loss(model, lora, batches):
+def test_a_clients_round_equals_adamw_on_the_plainly_written_loss(model, lora, cohort):
     decoder = make_decoder(model)
     weight = np.zeros(C, np.float32)
     weight[2] = 1.0
-    total, mass, _ = run(model, lora, batches, weight=weight)
+    total, mass, _ = run(model, lora, cohort, weight=weight)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
     theta, state = lora, optimiser.init(lora)
     for s in range(S):
-        step = jax.tree.map(lambda x, s=s: x[2, s], batches)
-        grads = jax.grad(lambda t, step=step: plain_step_loss(model, decoder, t, step))(theta)
+        grads = jax.grad(lambda t, step=cohort[2][s]: plain_step_loss(model, decoder, t, step))(theta)
         updates, state = optimiser.update(grads, state, theta)
         theta = optax.apply_updates(theta, updates)
     assert float(mass) == 1.0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), total, theta)
+
+
+def test_rows_that_repeat_or_share_a_prompt_count_as_if_each_stood_alone(model, lora, cohort):
+    # the same win four times, its prompt under two loses, one of them twice: 8 rows, 3 distinct, 1 prompt
+    win, lose = cohort[0][0][0][0], cohort[0][0][0][B]
+    loses = [
+        dataclasses.replace(lose, prompt=list(win.prompt), weight=0.5),
+        dataclasses.replace(lose, prompt=win.prompt),
+    ]
+    other = dataclasses.replace(cohort[0][0][1][B], prompt=list(win.prompt))
+    step = [[win, win, loses[0], loses[1]], [win, win, other, other]]
+    found = run(model, lora, [[step] * S] * C)[0]
+    decoder = make_decoder(model)
+    grads = jax.grad(lambda t: plain_step_loss(model, decoder, t, step))(lora)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
+    theta, state = lora, optimiser.init(lora)
+    for _ in range(S):
+        updates, state = optimiser.update(grads, state, theta)
+        theta = optax.apply_updates(theta, updates)
+        grads = jax.grad(lambda t: plain_step_loss(model, decoder, t, step))(theta)
+    mass = sum(range(1, C + 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / mass, b, rtol=1e-4, atol=2e-6), found, theta)
+    assert [int(x) for x in dense.work([[step]], spear(), P, T).count[0]] == [1]
+
+
+def test_any_block_size_gives_the_same_adapters(model, lora, cohort):
+    oracle = run(model, lora, cohort, limit=10_000)
+    work = [dense.work(cohort, spear(), P, T, limit=limit) for limit in (10_000, 64, 1)]
+    blocks = [int(x.count.max()) for x in work]
+    assert blocks[2] > blocks[0]
+    close(run(model, lora, cohort, limit=1)[0], oracle[0])
+    close(run(model, lora, cohort, limit=64)[0], oracle[0])
 
 
 def close(left, right):
@@ -146,12 +177,12 @@ def close(left, right):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("at_once", [1, 3, C])
-def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, lora, batches, at_once, devices):
-    oracle = run(model, lora, batches, decoder=make_decoder(model, dropout=0.1))
+def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, lora, cohort, at_once, devices):
+    oracle = run(model, lora, cohort, decoder=make_decoder(model, dropout=0.1))
     found = run(
         model,
         lora,
-        batches,
+        cohort,
         decoder=make_decoder(model, dropout=0.1),
         local=local_config(clients_at_once=at_once),
         devices=devices,
@@ -162,53 +193,55 @@ def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, 
         np.testing.assert_allclose(found[2][name].total[:C], mean.total[:C], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_one_step_of_four_rows_equals_two_micro_batches_of_two(model, lora, batches):
-    merged = jax.tree.map(lambda x: x.reshape(C, S, 1, A * x.shape[3], *x.shape[4:]), batches)
-    once = run(model, lora, merged, algorithm=spear(batch_size=A * B, accumulation=1))
-    twice = run(model, lora, batches)
-    close(twice[0], once[0])
+def test_one_step_of_four_rows_equals_two_micro_batches_of_two(model, lora, cohort):
+    once = run(model, lora, merged(cohort), algorithm=spear(batch_size=A * B, accumulation=1))
+    close(run(model, lora, cohort)[0], once[0])
 
 
-def test_active_denominator_is_exact_under_accumulation(model, lora, batches):
+def test_active_denominator_is_exact_under_accumulation(model, lora, cohort):
     settings = dict(ul_denominator="active", margin=0.004)
-    merged = jax.tree.map(lambda x: x.reshape(C, S, 1, A * x.shape[3], *x.shape[4:]), batches)
-    once = run(model, lora, merged, algorithm=spear(batch_size=A * B, accumulation=1, **settings))
-    twice = run(model, lora, batches, algorithm=spear(**settings))
+    once = run(model, lora, merged(cohort), algorithm=spear(batch_size=A * B, accumulation=1, **settings))
+    twice = run(model, lora, cohort, algorithm=spear(**settings), limit=1)
     close(twice[0], once[0])
-    masked = run(model, lora, batches, algorithm=spear(margin=0.004))
+    masked = run(model, lora, cohort, algorithm=spear(margin=0.004))
     assert not np.allclose(masked[0]["q"]["b"], twice[0]["q"]["b"], atol=1e-7)
 
 
-def test_micro_normalisation_is_the_mean_of_micro_batch_means(model, lora, batches):
-    decoder, algorithm = make_decoder(model), spear()
-    step = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), batches)
-    counts = clients._counts(algorithm, "micro", step, None, None, {})
-    each = []
-    for a in range(A):
-        one = jax.tree.map(lambda x, a=a: x[a], step)
-        lp = Scorer(decoder, model.base, 16).logprobs(lora, one)
-        own = algorithm.loss(one, lp, algorithm.counts(one, None, {}), {})[0]
-        shared = algorithm.loss(one, lp, jax.tree.map(lambda c, a=a: c[a], counts), {})[0]
-        each.append((float(own), float(shared)))
-    assert sum(shared for _, shared in each) == pytest.approx(sum(own for own, _ in each) / A, rel=1e-6)
+@pytest.mark.parametrize("limit", [1, 10_000])
+@pytest.mark.parametrize("weighting", ["per_token", "batch_mean"])
+def test_micro_normalisation_is_the_mean_of_micro_batch_means(model, lora, cohort, weighting, limit):
+    decoder, algorithm = make_decoder(model), spear(confidence_weighting=weighting)
+    local = local_config(normalize="micro", clip=1e9)
+    # as `Spear.pools` gives them: under batch_mean all loses of a micro-batch have their mean confidence
+    cohort = [[[m[:B] + algorithm._alike(m[B:]) for m in step] for step in client] for client in cohort]
+
+    def mean(theta):
+        losses = [plain_step_loss(model, decoder, theta, [micro]) for micro in cohort[0][0]]
+        return sum(losses) / A
+
+    _, _, means = run(model, lora, cohort, algorithm=algorithm, local=local, limit=limit)
+    first = run(model, lora, [[client[0]] for client in cohort], algorithm=algorithm, local=local, limit=limit)[2]
+    assert float(first["loss"].total[0]) == pytest.approx(float(mean(lora)), rel=1e-5)
+    assert float(means["loss"].count[0]) == S
 
 
-def test_rematerialisation_changes_nothing(model, lora, batches):
-    close(run(model, lora, batches, decoder=make_decoder(model, remat=True))[0], run(model, lora, batches)[0])
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "attention"])
+def test_rematerialisation_changes_nothing(model, lora, cohort, remat):
+    close(run(model, lora, cohort, decoder=make_decoder(model, remat=remat))[0], run(model, lora, cohort)[0])
 
 
-def test_clients_that_do_not_train_contribute_the_global_adapter(model, lora, batches):
+def test_clients_that_do_not_train_contribute_the_global_adapter(model, lora, cohort):
     active = np.zeros(C, bool)
-    total, mass, means = run(model, lora, batches, active=active)
+    total, mass, means = run(model, lora, cohort, active=active)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a / float(mass), b, rtol=1e-6), total, lora)
     assert float(means["loss"].count.sum()) == 0.0
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(model, lora, batches):
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(model, lora, cohort):
     broken = {**model.base, "norm": model.base["norm"] * jnp.nan}
     weight = np.zeros(C, np.float32)
     weight[0] = 1.0
-    total, _, means = run(dataclasses.replace(model, base=broken), lora, batches, weight=weight)
+    total, _, means = run(dataclasses.replace(model, base=broken), lora, cohort, weight=weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), total, lora)
     assert float(means["skipped_steps"].total.sum()) == C * S
 
@@ -224,12 +257,12 @@ def distance(tree, lora):
     )
 
 
-def test_prox_and_anchor_hold_clients_near_the_global_adapter_and_the_published_anchor_does_not(model, lora, batches):
-    free = distance(run(model, lora, batches)[0], lora)
-    held = distance(run(model, lora, batches, local=local_config(prox=100.0))[0], lora)
-    anchored = distance(run(model, lora, batches, local=local_config(anchor_weight=1e4))[0], lora)
+def test_prox_and_anchor_hold_clients_near_the_global_adapter_and_the_published_anchor_does_not(model, lora, cohort):
+    free = distance(run(model, lora, cohort)[0], lora)
+    held = distance(run(model, lora, cohort, local=local_config(prox=100.0))[0], lora)
+    anchored = distance(run(model, lora, cohort, local=local_config(anchor_weight=1e4))[0], lora)
     published = distance(
-        run(model, lora, batches, local=local_config(anchor_weight=1e4, anchor_gradient=False))[0], lora
+        run(model, lora, cohort, local=local_config(anchor_weight=1e4, anchor_gradient=False))[0], lora
     )
     assert held < 0.95 * free and anchored < 0.95 * free
     assert published == pytest.approx(free, rel=1e-5)
@@ -241,9 +274,9 @@ def test_prox_gradient_is_mu_times_the_distance(lora):
     jax.tree.map(lambda g: np.testing.assert_allclose(g, 1.5, rtol=1e-4), grads)
 
 
-def test_ema_returns_the_blend_of_old_and_new(model, lora, batches):
-    whole = run(model, lora, batches)[0]
-    half = run(model, lora, batches, local=local_config(ema_decay=0.25))[0]
+def test_ema_returns_the_blend_of_old_and_new(model, lora, cohort):
+    whole = run(model, lora, cohort)[0]
+    half = run(model, lora, cohort, local=local_config(ema_decay=0.25))[0]
     mass = sum(range(1, C + 1))
     jax.tree.map(
         lambda h, w, old: np.testing.assert_allclose(h, 0.25 * mass * old + 0.75 * w, rtol=1e-4, atol=1e-5),
@@ -253,24 +286,50 @@ def test_ema_returns_the_blend_of_old_and_new(model, lora, batches):
     )
 
 
-def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, lora, batches):
-    decoder = make_decoder(model)
-    one = jax.tree.map(lambda x: jnp.asarray(x[0, 0, 0]), batches)
+def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, lora, cohort):
+    decoder, rows = make_decoder(model), cohort[0][0][0]
+    work = dense.work([[[rows]]], spear(), P, T, limit=1000)
+    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0, 0]), work.blocks)
+    slopes = jax.random.normal(jax.random.key(3), block.target.shape)
 
     def objective(lora, chunk):
-        return losses.nll(Scorer(decoder, model.base, chunk).logprobs(lora, one), one.loss_mask).total
+        lp = Scorer(decoder, model.base, chunk).logprobs(lora, block)
+        return (slopes * jnp.where(used, lp, 0.0)).sum()
 
-    oracle = jax.grad(objective)(lora, 10_000)
-    for chunk in (1, 7, 20):
-        close(jax.grad(objective)(lora, chunk), oracle)
+    places = np.zeros((len(rows), T), int)
+    for slot, start in enumerate(block.start):
+        places[slot] = start + np.arange(T)
+    real = np.asarray(block.rows.completion_mask)
+    used = np.zeros(block.target.shape, bool)
+    used[places[real]] = True
+
+    def plain(lora):
+        # packing reorders rows: each is found again by its completion
+        order = [
+            next(i for i, row in enumerate(rows) if matches(block, slot, row)) for slot in np.flatnonzero(real.any(1))
+        ]
+        lp = dense.logprobs(decoder, model.base, lora, [rows[i] for i in order], T)
+        where = jnp.asarray(places[real.any(1)])
+        return (jnp.where(real[real.any(1)], lp * slopes[jnp.minimum(where, len(slopes) - 1)], 0.0)).sum()
+
+    oracle = jax.value_and_grad(plain)(lora)
+    for chunk in (1, 7, 10_000):
+        value, grads = jax.value_and_grad(objective)(lora, chunk)
+        assert float(value) == pytest.approx(float(oracle[0]), rel=1e-5)
+        close(grads, oracle[1])
 
 
-def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, batches):
+def matches(block, slot, row):
+    start, length = int(block.start[slot]), int(block.rows.completion_mask[slot].sum())
+    return block.target[start : start + length].tolist() == row.completion
+
+
+def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, cohort):
     decoder = make_decoder(model)
     shared = clients.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
     text = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
         spear(), decoder, local_config(clients_at_once=C), clients.make_mesh(jax.devices()[:1]), False, shared, None,
-        batches, np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
+        dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
     ).as_text()  # fmt: skip
     layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size
     assert f"tensor<{vocab}x{width}xf32>" in text

@@ -13,7 +13,20 @@ LAYERS = [
     ("models", "sampling", "packing", "partition", "tasks", "feedback", "text", "memory"),
     ("actor", "algorithms", "config", "run_folder"),
     ("federated", "casting", "experiment"),
-    ("cli", "train", "evaluate", "export", "report", "fetch", "pretrain", "doctor", "compare", "workers"),
+    (
+        "cli",
+        "train",
+        "evaluate",
+        "export",
+        "report",
+        "fetch",
+        "pretrain",
+        "doctor",
+        "compare",
+        "workers",
+        "benchmark",
+        "bench",
+    ),
 ]
 # The run's console wrapper is used by entry points alone.
 

@@ -5,14 +5,14 @@ import os
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spear_jax.models.adapters import save_adapter
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, prefill
+from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model, save_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
+from spear_jax.sampling import Sampler, SamplingConfig
 
 torch = pytest.importorskip("torch", reason="live parity needs torch")
 transformers = pytest.importorskip("transformers")
@@ -112,28 +112,12 @@ def chat_batch(tokenizer):
     return out["input_ids"].astype(np.int32), out["attention_mask"].astype(bool)
 
 
-def greedy(model, tokens, mask):
-    """int32[B, 32]: the most likely token each time; rows do not stop."""
-    decoder, width = Decoder(model.config, NO_LORA), tokens.shape[1]
-
-    @jax.jit
-    def run(base, tokens, mask):
-        hidden, cache = prefill(decoder, None, base, tokens, mask)
-        room = ((0, 0), (0, 0), (0, NEW_TOKENS), (0, 0), (0, 0))
-        cache, seen = jax.tree.map(lambda x: jnp.pad(x, room), cache), jnp.pad(mask, room[1:3])
-
-        def step(state, index):
-            hidden, cache, seen = state
-            token = jnp.argmax(hidden @ head_weight(base).T, axis=-1)
-            hidden, new = decode_step(decoder, None, base, token, cache, seen)
-            cache = jax.tree.map(
-                lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, width + index, 2), cache, new
-            )
-            return (hidden, cache, seen.at[:, width + index].set(True)), token
-
-        return jax.lax.scan(step, (hidden, cache, seen), jnp.arange(NEW_TOKENS))[1].T
-
-    return np.asarray(run(model.base, tokens, mask))
+def greedy(model, prompts):
+    """The most likely tokens, at most 32; rows do not stop."""
+    config = SamplingConfig(NEW_TOKENS, 0.0, 0, 1.0, eos_ids=(-1,), pad_id=0)
+    sampler = Sampler(Decoder(model.config, NO_LORA))
+    keys = np.zeros((len(prompts), 2), np.uint32)
+    return [done.tokens for done in sampler.generate(None, model.base, prompts, keys, config)]
 
 
 def test_smollm2_logits_equal_live_hugging_face(smollm2, record_property):
@@ -149,10 +133,10 @@ def test_smollm2_logits_equal_live_hugging_face(smollm2, record_property):
 def test_smollm2_greedy_text_is_token_identical_to_generate(smollm2):
     model, live = smollm2
     tokens, mask = chat_batch(model.tokenizer)
-    ours = greedy(model, tokens, mask)
+    ours = greedy(model, [row[real].tolist() for row, real in zip(tokens, mask, strict=True)])
     for row, prompt in enumerate(PROMPTS):
         ids = torch.from_numpy(tokens[row][mask[row]]).long()[None]
         out = live.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
         theirs = out[0, ids.shape[1] :].tolist()
         assert theirs, prompt
-        assert ours[row, : len(theirs)].tolist() == theirs, prompt
+        assert ours[row][: len(theirs)] == theirs, prompt

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from spear_jax import sampling
 from spear_jax.errors import UserError
 from spear_jax.models.config import parse_config
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, prefill
+from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, packed_states, unstack
 from spear_jax.models.load import end_ids, load_model, save_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.weights import places
+from spear_jax.packing import pack_prompts, prompt_room
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
@@ -70,13 +72,29 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     tokens, mask, decoder = want["left_tokens"], want["left_mask"], Decoder(model.config, NO_LORA)
     rows = mask[:, 4]  # real tokens before position 5, so that a prompt of 5 is not empty
     tokens, mask, full = tokens[rows], mask[rows], want["left_logits"][rows]
-    hidden, cache = prefill(decoder, None, model.base, tokens[:, :5], mask[:, :5])
+    base, room = unstack(model.base), tokens.shape[1] - 5
+    prompts = [[row[5 - n : 5].tolist() for row, n in zip(tokens, mask[:, :5].sum(1), strict=True)]]
+    pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_room(prompts, 5))
+    pack = jax.tree.map(lambda x: x[0], pack)
+    hidden, cache = packed_states(decoder, None, base, pack)
+    hidden, cache = hidden[index[0, :, -1]], jax.tree.map(lambda x: sampling._spread(room, x, index[0]), cache)
     for step in range(5, tokens.shape[1] + 1):
-        np.testing.assert_allclose(hidden @ head_weight(model.base).T, full[:, step - 1], atol=1e-4)
+        np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)
         if step < tokens.shape[1]:
-            seen = jnp.asarray(mask[:, :step])
-            hidden, new = decode_step(decoder, None, model.base, tokens[:, step], cache, seen)
-            cache = jax.tree.map(lambda old, one: jnp.concatenate([old, one], axis=2), cache, new)
+            seen = jnp.asarray(mask & (np.arange(mask.shape[1]) <= step))
+            hidden, cache = decode_step(decoder, None, base, tokens[:, step], cache, seen, jnp.int32(step))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_after_layer_equals_the_scan(family):
+    model, want = load_model(FIXTURES / family, "float32"), np.load(FIXTURES / family / "expected.npz")
+    lora = LoraConfig(rank=2, alpha=2.0, dropout=0.0, targets=("q", "down"), last_layers=1)
+    tree = jax.tree.map(lambda x: x + 0.1, init_lora(jax.random.key(0), lora, model.config))
+    inputs = want["left_tokens"], want["left_mask"]
+    scanned, looped = (
+        logits(Decoder(model.config, lora), tree, base, *inputs) for base in (model.base, unstack(model.base))
+    )
+    np.testing.assert_allclose(looped[inputs[1]], scanned[inputs[1]], atol=1e-5)
 
 
 def test_bfloat16_model_stays_in_bfloat16_and_close():
@@ -99,7 +117,7 @@ def test_program_does_not_grow_with_depth():
         lora = LoraConfig(rank=2, alpha=2.0, dropout=0.1, targets=("q", "down"), last_layers=layers // 2)
         tree = jax.eval_shape(lambda: init_lora(jax.random.key(0), lora, config))
         tokens, mask = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
-        run = jax.jit(lambda *args: logits(Decoder(config, lora, remat=True), *args))
+        run = jax.jit(lambda *args: logits(Decoder(config, lora, remat="layers"), *args))
         return len(run.lower(tree, base, tokens, mask).as_text().splitlines())
 
     assert equations(2) == equations(8)

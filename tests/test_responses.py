@@ -17,7 +17,7 @@ from spear_jax.feedback import Request, get_feedback
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model, load_tokenizer
 from spear_jax.models.lora import LoraConfig
-from spear_jax.packing import Row, pack
+from spear_jax.packing import Row, choose_room, fold_rows
 from spear_jax.sampling import Sampler, SamplingConfig
 from spear_jax.tasks import TASKS, get_task, world
 from spear_jax.tasks.rows import load_examples
@@ -447,23 +447,31 @@ def test_likelihood_of_a_model_that_knows_nothing_is_uniform(random_model):
 def test_likelihood_does_not_depend_on_batch_chunk_or_order(random_model):
     evaluator, base = random_model
     pairs = zip(evaluator.prompts, evaluator.responses, strict=True)
-    batch = pack([Row(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50, 1)
-    whole = evaluate._token_scores(evaluator.decoder, 10_000, None, base, batch)
+    block = one_block([Row(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50)
+    whole = evaluate._token_scores(evaluator.decoder, 10_000, None, base, block)
     for chunk in (33, 350):
-        parts = evaluate._token_scores(evaluator.decoder, chunk, None, base, batch)
+        parts = evaluate._token_scores(evaluator.decoder, chunk, None, base, block)
         np.testing.assert_allclose(parts[0], whole[0], atol=1e-5)
         np.testing.assert_array_equal(parts[1], whole[1])
-    assert evaluator(base).nll == pytest.approx(-float(whole[0][batch.completion_mask].mean()), abs=1e-5)
+    assert evaluator(base).nll == pytest.approx(-float(whole[0][block.rows.completion_mask].mean()), abs=1e-5)
+
+
+def one_block(rows, prompt, length):
+    """All rows in one block, with a leading axis of one device."""
+    room = choose_room([[[(row,) for row in rows]]], 1, 1, prompt, length, 10**6)
+    blocks, _ = fold_rows(rows, room)
+    assert len(blocks) == 1
+    return jax.tree.map(lambda x: x[None], blocks[0])
 
 
 def test_likelihood_never_holds_logits_of_all_positions(random_model):
     evaluator, base = random_model
-    batch = pack([Row([5, 6], [7, 0], np.ones(2, bool), 1.0, 1)] * 4, 16, 32, 1)
+    rows = [Row([5, 6, i], [7] * 32, np.ones(32, bool), 1.0, 1) for i in range(4)]
     call = functools.partial(evaluate._token_scores, evaluator.decoder, 16, None)
-    shapes = str(jax.make_jaxpr(call)(base, batch))
+    shapes = str(jax.make_jaxpr(call)(base, one_block(rows, 16, 32)))
     vocab = evaluator.decoder.config.vocab_size
-    assert f"f32[16,{vocab}]" in shapes
-    assert not any(f"[{lead},{vocab}]" in shapes for lead in ("4,32", "128", "8,16"))
+    assert f"f32[1,16,{vocab}]" in shapes
+    assert not any(f"{lead},{vocab}]" in shapes for lead in ("4,32", "128", "8,16"))
 
 
 def test_embedded_teacher_knows_the_responses_that_its_student_does_not():

@@ -315,12 +315,8 @@ def rows(x, chosen):
 def batch_of(algorithm, items, chosen):
     mask = rows(items.mask, chosen)
     label = jnp.where(jnp.arange(algorithm.kinds) > 0, -1, 1) * items.valid[:, None]
-    empty = jnp.zeros((len(mask), 1), jnp.int32)
     players = len(algorithm.references(algorithm.init_memory({"a": np.zeros(1)}, 1, 1), {}))
     return Batch(
-        prompt=empty,
-        prompt_mask=empty > 0,
-        completion=jnp.zeros(mask.shape, jnp.int32),
         completion_mask=mask,
         loss_mask=mask,
         weight=mask.astype(jnp.float32),
@@ -575,7 +571,7 @@ def test_a_micro_batch_is_blocks_of_gold_then_synthetic_responses_to_the_same_pr
     for got, _ in told:
         assert len(got.rows) == 2 and all(len(client) == 2 and len(client[0]) == 4 for client in got.rows)
         for micro in (micro for client in got.rows for step in client for micro in step):
-            assert len(micro) == algorithm.rows_per_step() == 4 * algorithm.kinds
+            assert len(micro) == 4 * algorithm.kinds
             for i, row in enumerate(micro):
                 index = micro[i % 4].completion[1]
                 assert row.prompt == [100 + index] and row.completion[1] == index and row.loss_mask.all()

@@ -20,11 +20,11 @@ from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
 from spear_jax.errors import UserError
+from spear_jax.experiment import merge
 from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints, restore
 from spear_jax.models import adapters
-from spear_jax.models.lora import merge
 from spear_jax.trees import digest
 
 SMALL = {
@@ -248,7 +248,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     built = experiment.build(config, jax.devices()[:1])
     programs = (
         sampling._start, sampling._advance, sampling._take, rounds._train, rounds._aggregate, merge,
-        evaluation._last_scores, evaluation._sequence_scores,
+        evaluation._last_scores, evaluation._token_scores,
     )  # fmt: skip
     state = built.initial_state()
     sizes = []

@@ -84,7 +84,7 @@ def packed(rows: dict, index: np.ndarray) -> Batch:
     own = {name: jnp.array(array[index]) for name, array in rows.items()}
     weight = jnp.ones(own["mask"].shape, own["logprobs"].dtype)
     return Batch(
-        prompt=None, prompt_mask=None, completion=None, completion_mask=own["mask"], loss_mask=own["mask"], weight=weight,
+        completion_mask=own["mask"], loss_mask=own["mask"], weight=weight,
         advantage=own["advantage"], label=own["label"], reference=own["reference"][:, None], old=own["old"],
     )  # fmt: skip
 
@@ -92,11 +92,14 @@ def packed(rows: dict, index: np.ndarray) -> Batch:
 def step(algorithm, rows: dict, micros: list[np.ndarray], less=lambda logprobs: 0.0) -> tuple[float, np.ndarray]:
     """Our loss of an optimiser step, minus `less` (a function of all rows' log-probabilities), and its gradient."""
     batches = [packed(rows, index) for index in micros]
-    counts = jax.tree.map(lambda *each: sum(each), *[algorithm.counts(batch, None, {}) for batch in batches])
+    own = [algorithm.counts(batch, None, {}) for batch in batches]
+    counts = [jax.tree.map(lambda *each: sum(each), *own)] * len(own)
+    if algorithm.micro:
+        counts = [jax.tree.map(lambda x: len(own) * x, one) for one in own]
 
     def objective(logprobs):
-        parts = [algorithm.loss(batch, logprobs[i], counts, {})[0] for batch, i in zip(batches, micros, strict=True)]
-        return sum(parts) - less(logprobs)
+        parts = zip(batches, micros, counts, strict=True)
+        return sum(algorithm.loss(batch, logprobs[i], one, {})[0] for batch, i, one in parts) - less(logprobs)
 
     return jax.jit(jax.value_and_grad(objective))(jnp.array(rows["logprobs"]))
 

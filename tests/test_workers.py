@@ -10,6 +10,7 @@ import time
 import pytest
 
 from spear_jax import workers
+from spear_jax.errors import UserError
 
 
 def tell_cores(name, items):
@@ -30,6 +31,21 @@ def double(number):
 
 def exit_at_once(code):
     os._exit(code)
+
+
+def counter(start):
+    """Answers with a running sum."""
+    total = [start]
+
+    def answer(number):
+        if number < 0:
+            raise UserError(f"{number} is negative")
+        if number == 13:
+            os._exit(13)
+        total[0] += number
+        return total[0]
+
+    return answer
 
 
 def test_each_process_has_its_own_share_of_the_cores_and_this_one_keeps_its_own():
@@ -55,11 +71,26 @@ def test_a_question_is_answered_by_another_process_or_raises():
         workers.ask(exit_at_once, 3)
 
 
+def test_a_peer_keeps_what_it_made_and_tells_a_user_s_mistake():
+    with workers.Peer(counter, 100) as peer:
+        assert [peer.ask(1), peer.ask(2)] == [101, 103]
+        with pytest.raises(UserError, match="-1 is negative"):
+            peer.ask(-1)
+        assert peer.ask(0) == 103
+    peer._process.join()
+    assert peer._process.exitcode == 0
+    with workers.Peer(counter, 0) as peer:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="code 13"):
+                peer.ask(13)
+
+
 PARENT = """import signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 import pathlib, sys, time
 from spear_jax import workers
+from spear_jax.errors import UserError
 def work(name, items):
     pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
     time.sleep(600)

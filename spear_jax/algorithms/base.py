@@ -17,7 +17,7 @@ from spear_jax.errors import UserError
 from spear_jax.models.token_logprobs import Scorer
 from spear_jax.packing import Row
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Example, Mean, Trace
+from spear_jax.types import Batch, Block, Example, Mean, Trace
 
 Numbers = Mapping[str, jax.Array]
 
@@ -50,7 +50,7 @@ class Collected:
     """What a method hands to local training; host only, one entry per cohort client in every list.
 
     Attributes:
-        rows: [C][S][A] lists of B' rows; B' is the same everywhere, None is a padding row.
+        rows: [C][S][A] lists of rows, each of `kinds` equal parts; None is a padding row.
         weight: float[C], aggregation weights.
         active: bool[C], clients that train; the others keep the global adapter.
         traces: (trace, role, confidence) of what the rollouts said, for recording.
@@ -110,6 +110,21 @@ class Algorithm(abc.ABC):
         return 1
 
     @property
+    def kinds(self) -> int:
+        """Rows of an item, which the loss needs together: row i of each of so many equal parts of a micro-batch."""
+        return 1
+
+    @property
+    def trunks(self) -> int:
+        """Passes over tokens that `forward` takes: an item's kind k is read in pass k % trunks."""
+        return 1
+
+    @property
+    def micro(self) -> bool:
+        """Whether every micro-batch has denominators of its own whatever train.normalize says."""
+        return False
+
+    @property
     def two_pass(self) -> bool:
         """Whether `counts` needs the log-probabilities of the whole optimiser step (a forward pass more)."""
         return False
@@ -160,22 +175,18 @@ class Algorithm(abc.ABC):
             phase: from 0.
         """
 
-    @abc.abstractmethod
-    def rows_per_step(self) -> int:
-        """B', the rows of one micro-batch."""
-
     @property
     def steps_per_phase(self) -> int:
         """S, optimiser steps on one phase's rows."""
         return self.shell.steps
 
-    def forward(self, scorer: Scorer, lora: dict, batch: Batch, references: tuple[dict, ...]) -> jax.Array:
-        """float32[B, T], differentiable in `lora`: what `counts` and `loss` take as `logprobs`."""
-        return scorer.logprobs(lora, batch, self.scored_temperature)
+    def forward(self, scorer: Scorer, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
+        """float32[M], differentiable in `lora`: what `counts` and `loss` take, spread over rows, as `logprobs`."""
+        return scorer.logprobs(lora, block, self.scored_temperature)
 
     @abc.abstractmethod
     def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> Mapping[str, Any]:
-        """The denominators of one micro-batch, a tree of scalars that are summed over the optimiser step before `loss` divides.
+        """The denominators of some rows, a tree of scalars that are summed over the optimiser step before `loss` divides.
 
         Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
         """
@@ -184,17 +195,17 @@ class Algorithm(abc.ABC):
     def loss(
         self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, Any], numbers: Numbers
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """One micro-batch's share of the optimiser step's loss, and metrics as (sum, count).
+        """Some rows' share of the optimiser step's loss, and metrics as (sum, count).
 
         Args:
-            batch: one micro-batch, no leading axes.
+            batch: whole items in any number, padding rows among them; no leading axes.
             logprobs: float32[B, T], differentiable.
-            counts: summed over the step's micro-batches.
+            counts: summed over the step's rows.
             numbers: `Collected.numbers`, as `advance` left them.
         """
 
     def advance(self, numbers: Numbers, counts: Mapping[str, Any]) -> Numbers:
-        """The numbers of the next local step, from this step's counts (summed over its micro-batches)."""
+        """The numbers of the next local step, from this step's counts (summed over its rows)."""
         return numbers
 
     def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:

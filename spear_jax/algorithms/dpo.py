@@ -69,8 +69,9 @@ class Dpo(Algorithm):
         else:
             needs_verdicts(self.name, task)
 
-    def rows_per_step(self) -> int:
-        return 2 * self.shell.batch_size
+    @property
+    def kinds(self) -> int:
+        return 2  # a win and a lose
 
     def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
         return (start,)
@@ -135,11 +136,11 @@ class Dpo(Algorithm):
 
     def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
         settings = self.settings
-        real = batch.label[: self.shell.batch_size] > 0
+        real = jnp.split(batch.label > 0, 2)[0]
         score = losses.sequence_mean if settings.kind == "ipo" else losses.sequence_sum
         gain = score(logprobs, batch.loss_mask) - score(batch.reference[:, 0], batch.loss_mask)
         win, lose = jnp.split(gain, 2)
-        weight = batch.weight[: self.shell.batch_size, 0] * real
+        weight = jnp.split(batch.weight[:, 0], 2)[0] * real
         value = losses.ratio((weight * preference_loss(win - lose, settings)).sum(), counts["pairs"])
         pairs = real.sum()
         return value, {

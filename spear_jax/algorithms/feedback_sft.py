@@ -54,9 +54,6 @@ class FeedbackSft(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
 
-    def rows_per_step(self) -> int:
-        return self.shell.batch_size
-
     def collect(
         self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
     ) -> Collected:

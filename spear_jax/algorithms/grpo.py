@@ -84,8 +84,9 @@ class Grpo(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
 
-    def rows_per_step(self) -> int:
-        return self.shell.batch_size * self.settings.group
+    @property
+    def micro(self) -> bool:
+        return self.settings.reduction == "bnpo"
 
     def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
         return (start,) if self.settings.kl_weight else ()
@@ -105,7 +106,7 @@ class Grpo(Algorithm):
         rewards = self.settings.reward_scale * np.array([t.first.correct for t in traces], float).reshape(shape)
         found = np.stack([advantages(client, self.settings.scaling) for client in rewards])
         made = [row(t, a) for t, a in zip(traces, found.reshape(-1), strict=True)]
-        size = self.rows_per_step()
+        size = shell.batch_size * group
         micro = [made[i : i + size] for i in range(0, len(made), size)]
         step = [micro[i : i + shell.accumulation] for i in range(0, len(micro), shell.accumulation)]
         rows = [[one] * self.settings.updates for one in step]
@@ -118,7 +119,7 @@ class Grpo(Algorithm):
 
     def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
         one = jnp.float32(1)
-        return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label != 0).sum() * one, "micros": one}
+        return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label != 0).sum() * one}
 
     def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
         settings, mask = self.settings, batch.loss_mask
@@ -182,18 +183,19 @@ def token_loss(logprobs, old, reference, advantage, clip_low, clip_high, kl_weig
 
 
 def reduce_tokens(each: jax.Array, mask: jax.Array, counts, reduction: str, longest: int) -> jax.Array:
-    """A micro-batch's share of the step's loss.
+    """Some rows' share of the step's loss.
 
-    dapo Σ m ℓ / Σ m of the step · bnpo mean of micro-batches' Σ m ℓ / Σ m · grpo mean over rows of their token means ·
-    dr_grpo Σ m ℓ / (rows · longest)
+    dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean (`Grpo.micro`) · grpo mean over
+    rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
 
-    Args: each: float[B, T]; counts: tokens, rows and micro-batches of the step; longest: L_max in tokens.
+    Args:
+        each: float[B, T].
+        counts: tokens and rows of the step (bnpo: of the micro-batch, times micro-batches).
+        longest: L_max in tokens.
     """
     total = (each * mask).sum()
-    if reduction == "dapo":
+    if reduction in ("dapo", "bnpo"):
         return losses.ratio(total, counts["tokens"])
-    if reduction == "bnpo":
-        return losses.ratio(total, mask.sum()) / counts["micros"]
     if reduction == "grpo":
         return losses.ratio(losses.sequence_mean(each, mask).sum(), counts["rows"])
     return losses.ratio(total, counts["rows"] * longest)

@@ -13,6 +13,8 @@ Departures:
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -26,7 +28,7 @@ from spear_jax.models.decoder import head_weight
 from spear_jax.models.token_logprobs import Scorer, map_positions
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of, positive
-from spear_jax.types import Batch, Mean
+from spear_jax.types import Batch, Block, Mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,13 @@ class Opsd(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
 
-    def rows_per_step(self) -> int:
-        return 2 * self.shell.batch_size
+    @property
+    def kinds(self) -> int:
+        return 2  # a completion under the student's prompt and under the teacher's
+
+    @property
+    def trunks(self) -> int:
+        return 2
 
     def init_memory(self, lora: dict, examples: int, length: int) -> dict:
         return {} if self.settings.teacher == "dynamic" else {"teacher": jax.tree.map(np.asarray, lora)}
@@ -92,26 +99,13 @@ class Opsd(Algorithm):
         told = [(trace, "unused", 1.0) for trace in traces]
         return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, 0, 0))
 
-    def forward(self, scorer: Scorer, lora: dict, batch: Batch, references: tuple[dict, ...]) -> jax.Array:
-        """float32[B, T]: the divergence at every position of student rows, 0 in teacher rows."""
-        half = batch.label.shape[0] // 2
-        student, teacher = (
-            jax.tree.map(lambda x, part=part: x[part], batch) for part in (slice(half), slice(half, None))
-        )
+    def forward(self, scorer: Scorer, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
+        """float32[M]: the divergence at every completion token."""
         informed = references[0] if references else jax.lax.stop_gradient(lora)
-        right = jax.lax.stop_gradient(dataclasses.replace(scorer, dropout_key=None).hidden(informed, teacher))
-        left, head = scorer.hidden(lora, student), head_weight(scorer.base)
-        width = left.shape[-1]
-
-        def block(hidden, target):
-            mine, theirs = (jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32) for x in hidden)
-            return divergence(mine, theirs, target, self.settings)
-
-        flat = (left.reshape(-1, width), right.reshape(-1, width))
-        each = map_positions(block, flat, student.completion.reshape(-1), scorer.chunk).reshape(
-            student.completion.shape
-        )
-        return jnp.concatenate([jnp.where(student.completion_mask, each, 0.0), jnp.zeros_like(each)])
+        right = jax.lax.stop_gradient(dataclasses.replace(scorer, dropout_key=None).states(informed, block, trunk=1))
+        left = scorer.states(lora, block)
+        compare = _comparison(self.settings)
+        return map_positions(compare, left, (right, block.target), head_weight(scorer.base), scorer.chunk)
 
     def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
         return {"tokens": _students(batch).sum() * jnp.float32(1)}
@@ -121,6 +115,20 @@ class Opsd(Algorithm):
         mask = _students(batch)
         total = (logprobs * mask).sum()
         return losses.ratio(total, counts["tokens"]), {"divergence": Mean(total, mask.sum())}
+
+
+@functools.cache
+def _comparison(settings: OpsdSettings) -> Callable:
+    """The divergence of positions from both hidden states; one object for equal settings."""
+
+    def compare(student, fixed, head):
+        teacher, target = fixed
+        mine, theirs = (
+            jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32) for x in (student, teacher)
+        )
+        return divergence(mine, theirs, target, settings)
+
+    return compare
 
 
 def _students(batch: Batch) -> jax.Array:

@@ -59,9 +59,6 @@ class RltfSd(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_feedback(self.name, task, feedback)
 
-    def rows_per_step(self) -> int:
-        return 3 * self.shell.batch_size
-
     def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
         return (start,) if self.settings.kl_weight else ()
 

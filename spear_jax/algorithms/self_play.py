@@ -89,9 +89,6 @@ class SelfPlay(Algorithm, abc.ABC):
     def gold(self) -> str:
         return "responses"
 
-    def rows_per_step(self) -> int:
-        return self.kinds * self.shell.batch_size
-
     def iteration(self, round: int) -> int:
         """t, from 0; round is 1-based."""
         return (round - 1) // self.settings.refresh_rounds

@@ -54,9 +54,6 @@ class Sft(Algorithm):
         if self.settings.east:
             needs_verdicts(f"{self.name} with east", task)
 
-    def rows_per_step(self) -> int:
-        return self.shell.batch_size
-
     def collect(
         self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
     ) -> Collected:

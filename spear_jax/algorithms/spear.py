@@ -77,11 +77,12 @@ class Spear(Algorithm):
     def two_pass(self) -> bool:
         return self.settings.ul_denominator == "active"
 
+    @property
+    def micro(self) -> bool:
+        return self.settings.confidence_weighting == "batch_mean"
+
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
-
-    def rows_per_step(self) -> int:
-        return 2 * self.shell.batch_size  # wins and loses share one forward and backward
 
     def collect(
         self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
@@ -100,7 +101,9 @@ class Spear(Algorithm):
             wrong = [i for i in own if not talk.traces[i].first.correct]
             capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
             loses = [self._lose_row(actor, talk.traces[i], protected) for i in capped]
-            rows.append(schedule(self.shell, lambda w=wins, n=loses, r=rng: draw(w, size, r) + draw(n, size, r)))
+            rows.append(
+                schedule(self.shell, lambda w=wins, n=loses, r=rng: draw(w, size, r) + self._alike(draw(n, size, r)))
+            )
             kept |= set(capped)
             total += len(wins)
             active.append(bool(wins))
@@ -108,6 +111,14 @@ class Spear(Algorithm):
         told = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(talk.traces)]
         metrics = metrics_of(talk.traces, total, len(kept))
         return Collected(rows, np.array(weight), np.array(active), told, metrics)
+
+    def _alike(self, loses: list[Row | None]) -> list[Row | None]:
+        """A micro-batch's loses; as published ("batch_mean") all of them with their mean confidence."""
+        found = [row for row in loses if row is not None]
+        if self.settings.confidence_weighting != "batch_mean" or not found:
+            return loses
+        mean = float(np.mean([row.weight for row in found]))
+        return [row and dataclasses.replace(row, weight=mean) for row in loses]
 
     def _confidence(self, trace: Trace) -> float:
         """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability of the first answer."""

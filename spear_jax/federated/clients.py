@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as Spec
 from spear_jax import losses, trees
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.models.decoder import Decoder
-from spear_jax.models.token_logprobs import Scorer
-from spear_jax.types import Batch, ClientState, Mean
+from spear_jax.models.token_logprobs import Scorer, by_row
+from spear_jax.types import Block, ClientState, Mean
 
 DROPOUT = trees.purpose("dropout")
 
@@ -49,6 +49,21 @@ class LocalConfig:
     prox: float
     ema_decay: float
     head_chunk: int
+
+
+@flax.struct.dataclass
+class Work:
+    """What a client trains on. Leading axes [C, S] for a round.
+
+    Attributes:
+        blocks: leading axis K; those behind `count` are empty.
+        count: int32, blocks of the step.
+        micros: float32, micro-batches of a step.
+    """
+
+    blocks: Block
+    count: jax.Array
+    micros: jax.Array
 
 
 @flax.struct.dataclass
@@ -82,14 +97,17 @@ def local_update(
     config: LocalConfig,
     shared: Shared,
     client: ClientState,
-    batches: Batch,
+    work: Work,
     key: jax.Array,
 ) -> tuple[ClientState, dict[str, Mean]]:
-    """A client's phase: S AdamW steps of A micro-batches.
+    """A client's phase: S AdamW steps, each over as many blocks as it takes.
+
+    A step is three loops over its blocks: what stays fixed while the client trains is scored (references, and where the
+    denominators need them the log-probabilities themselves), the denominators are summed, and gradients are added up.
 
     Args:
         client: its adapter and moments at the phase's start.
-        batches: leading axes [S, A].
+        work: leading axes [S].
         key: the client's key of this phase.
     Returns: adapter and moments afterwards; metrics summed over steps.
     Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps with a non-finite
@@ -97,25 +115,26 @@ def local_update(
     """
     plain = Scorer(decoder, shared.base, config.head_chunk)
     dropout = decoder.lora.dropout > 0.0 and algorithm.dropout
-    batches = _with_references(algorithm, plain, shared.references, client.lora, batches)
 
-    def forward(lora, batch, at):
+    def forward(lora, block, at):
         scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
-        return algorithm.forward(scorer, lora, batch, shared.references)
+        return algorithm.forward(scorer, lora, block, shared.references)
 
     def step(carry, xs):
         lora, opt_state, numbers = carry
-        batch, index = xs
-        keys = jax.vmap(lambda a: trees.path_key(key, DROPOUT, index, a))(jnp.arange(batch.label.shape[0]))
-        counts = _counts(algorithm, config.normalize, batch, lambda b, k: forward(lora, b, k), keys, numbers)
+        work, index = xs
+        keys = jax.vmap(lambda k: trees.path_key(key, DROPOUT, index, k))(jnp.arange(work.blocks.micro.shape[0]))
+        blocks, held = _fixed(algorithm, plain, forward, shared.references, client.lora, lora, work, keys)
+        sums, counts = _counts(algorithm, config.normalize, blocks, held, work.micros, numbers)
 
-        def micro(grads, xs):
-            batch, at, count = xs
-            objective = lambda lora: algorithm.loss(batch, forward(lora, batch, at), count, numbers)
-            (loss, means), new = jax.value_and_grad(objective, has_aux=True)(lora)
-            return jax.tree.map(jnp.add, grads, new), (loss, means)
+        def gradient(k):
+            block, at, count = jax.tree.map(lambda x: x[k], (blocks, keys, counts))
+            objective = lambda lora: algorithm.loss(block.rows, by_row(block, forward(lora, block, at)), count, numbers)
+            return jax.value_and_grad(objective, has_aux=True)(lora)
 
-        grads, (parts, means) = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, lora), (batch, keys, counts))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+        add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
+        (loss, means), grads = jax.lax.fori_loop(0, work.count, add, zero)
         extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(lora, shared.start)
         grads = jax.tree.map(jnp.add, grads, extra_grads)
         norm = trees.global_norm(grads)
@@ -126,48 +145,55 @@ def local_update(
         stepped = optax.apply_updates(lora, jax.tree.map(lambda u: shared.rate * u, updates))
         lora, opt_state = trees.where(finite, (stepped, moved), (lora, opt_state))
         one = jnp.float32(1)
-        means = jax.tree.map(lambda x: x.sum(0), means)
         means |= {
-            "loss": Mean(jnp.where(finite, parts.sum() + extra, 0.0), finite.astype(jnp.float32)),
+            "loss": Mean(jnp.where(finite, loss + extra, 0.0), finite.astype(jnp.float32)),
             "grad_norm": Mean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
             "skipped_steps": Mean(1.0 - finite, one),
         }
-        first = jax.tree.map(lambda c: c[0], counts)  # the step's sums stand at every micro-batch
-        return (lora, opt_state, dict(algorithm.advance(numbers, first))), means
+        return (lora, opt_state, dict(algorithm.advance(numbers, sums))), means
 
-    steps = jnp.arange(batches.label.shape[0])
-    (lora, opt_state, _), means = jax.lax.scan(step, (client.lora, client.opt_state, shared.numbers), (batches, steps))
+    steps = jnp.arange(work.count.shape[0])
+    (lora, opt_state, _), means = jax.lax.scan(step, (client.lora, client.opt_state, shared.numbers), (work, steps))
     return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
 
 
-def _with_references(algorithm, scorer, references, start, batches) -> Batch:
-    """The batches with the log-probabilities that stay fixed while the client trains, scored once."""
+def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> tuple[Block, jax.Array | None]:
+    """The blocks with what stays fixed while the client trains, and where `two_pass` the rows' log-probabilities [K, B, T]."""
+    score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
+    passes = [score(reference) for reference in references if algorithm.cached]
+    passes += [score(start)] * algorithm.scores_old
+    passes += [lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))] * algorithm.two_pass
+    if not passes:
+        return work.blocks, None
 
-    def score(lora):
-        return jax.lax.map(lambda b: scorer.logprobs(lora, b, algorithm.scored_temperature), flat)
+    def fill(k, kept):
+        block, at = jax.tree.map(lambda x: x[k], (work.blocks, keys))
+        return kept.at[k].set(jnp.stack([by_row(block, one(block, at)) for one in passes], axis=1))
 
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batches)
-    lead = batches.label.shape[:2]
-    if references and algorithm.cached:
-        scored = jnp.stack([score(lora) for lora in references], axis=-2)
-        batches = batches.replace(reference=scored.reshape(*lead, *scored.shape[1:]))
+    blocks, rows = work.blocks, work.blocks.rows
+    size, length = rows.completion_mask.shape[1:]
+    empty = jnp.zeros((keys.shape[0], size, len(passes), length), jnp.float32)
+    found = jax.lax.fori_loop(0, work.count, fill, empty)  # [K, B, passes, T]
+    held = found[:, :, -1] if algorithm.two_pass else None
     if algorithm.scores_old:
-        scored = score(start)
-        batches = batches.replace(old=scored.reshape(*lead, *scored.shape[1:]))
-    return batches
+        rows = rows.replace(old=found[:, :, len(passes) - 1 - algorithm.two_pass])
+    if references and algorithm.cached:
+        rows = rows.replace(reference=found[:, :, : len(references)])
+    return blocks.replace(rows=rows), held
 
 
-def _counts(algorithm, normalize, batch, forward, keys, numbers):
-    """Denominators for each micro-batch [A]: the step's sums, or A times its own ("micro": a mean of means)."""
-    if algorithm.two_pass:
-        scored = jax.lax.stop_gradient(jax.lax.map(lambda xs: forward(*xs), (batch, keys)))
-        counts = jax.vmap(lambda b, x: algorithm.counts(b, x, numbers))(batch, scored)
+def _counts(algorithm, normalize, blocks, held, micros, numbers):
+    """The step's denominators, and what each block [K] divides by: those, or the number of micro-batches times its own's
+    ("micro": a mean of means)."""
+    if held is None:
+        counts = jax.vmap(lambda rows: algorithm.counts(rows, None, numbers))(blocks.rows)
     else:
-        counts = jax.vmap(lambda b: algorithm.counts(b, None, numbers))(batch)
-    size = batch.label.shape[0]
-    if normalize == "micro":
-        return jax.tree.map(lambda c: size * c, counts)
-    return jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), counts)
+        counts = jax.vmap(lambda rows, x: algorithm.counts(rows, x, numbers))(blocks.rows, held)
+    sums = jax.tree.map(lambda c: c.sum(0), counts)
+    if normalize == "global" and not algorithm.micro:
+        return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), counts)
+    same = blocks.micro[:, None] == blocks.micro[None, :]
+    return sums, jax.tree.map(lambda c: micros * jnp.tensordot(same.astype(c.dtype), c, axes=1), counts)
 
 
 def _regulariser(config: LocalConfig, lora: dict, start: dict) -> jax.Array:
@@ -189,7 +215,7 @@ def train_cohort(
     keep: bool,
     shared: Shared,
     carried: ClientState | None,
-    batches: Batch,
+    work: Work,
     keys: jax.Array,
     weight: jax.Array,
     active: jax.Array,
@@ -199,23 +225,23 @@ def train_cohort(
     Args:
         keep: whether every client's own state comes back, for a next phase (memory then grows with the cohort).
         carried: the clients' states, leaves [C, ...]; None: each starts from the global adapter with zero moments.
-        batches: leading axes [C, S, A]; C is a multiple of devices * clients_at_once (`padded_clients`).
+        work: leading axes [C, S]; C is a multiple of devices * clients_at_once (`padded_clients`).
         keys: uint32[C, 2] key data of each client's phase.
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter they had).
     Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients' states where kept.
     """
 
     def device(shared, carried, *per_client):
-        def one(client, batch, key):
+        def one(client, work, key):
             if client is None:
                 client = ClientState(shared.start, optimiser(config).init(shared.start))
-            new, means = local_update(algorithm, decoder, config, shared, client, batch, jax.random.wrap_key_data(key))
+            new, means = local_update(algorithm, decoder, config, shared, client, work, jax.random.wrap_key_data(key))
             return client.lora, new, means
 
         def chunk(sums, xs):
-            carried, (batch, keys, weight, active) = xs
+            carried, (work, keys, weight, active) = xs
             mapped = jax.vmap(one, in_axes=(None if carried is None else 0, 0, 0))
-            old, new, means = mapped(carried, batch, keys)
+            old, new, means = mapped(carried, work, keys)
             shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
             e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
             ended = jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, shared.start, new.lora) if e else new.lora
@@ -238,13 +264,13 @@ def train_cohort(
         out_specs=((Spec(), Spec()), clients, clients),
         check_vma=False,
     )
-    (total, mass), means, states = run(shared, carried, batches, keys, weight, active)
+    (total, mass), means, states = run(shared, carried, work, keys, weight, active)
     return total, mass, means, states
 
 
-def score_rows(decoder: Decoder, chunk: int, lora: dict | None, base: dict, batch: Batch) -> jax.Array:
+def score_rows(decoder: Decoder, chunk: int, lora: dict | None, base: dict, block: Block) -> jax.Array:
     """float32[B, T]: log-probabilities of rows under a frozen policy."""
-    return Scorer(decoder, base, chunk).logprobs(lora, batch)
+    return by_row(block, Scorer(decoder, base, chunk).logprobs(lora, block))
 
 
 def padded_clients(clients: int, at_once: int, devices: int) -> int:

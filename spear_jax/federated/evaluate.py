@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,13 @@ import numpy as np
 
 from spear_jax.analysis import wilson
 from spear_jax.errors import UserError
-from spear_jax.models.decoder import Decoder, head_weight, prefill
-from spear_jax.models.token_logprobs import Scorer
-from spear_jax.packing import Row, pack
-from spear_jax.sampling import Sampler, SamplingConfig, length_bucket, row_bucket
+from spear_jax.models.decoder import Decoder, head_weight
+from spear_jax.models.token_logprobs import Scorer, by_row, over_chunks
+from spear_jax.packing import Room, Row, choose_room, fold_rows
+from spear_jax.sampling import Sampler, SamplingConfig
 from spear_jax.tasks.base import Task
 from spear_jax.text import Renderer
-from spear_jax.types import Example
+from spear_jax.types import Block, Example
 
 METHODS = ("auto", "choice", "generate", "likelihood")
 CHUNK = 1024  # positions per LM-head block
@@ -119,19 +120,12 @@ class Evaluator:
 
     def _likelihood(self, policy, lora) -> Accuracy:
         """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""
-        order = sorted(range(len(self.responses)), key=lambda i: -len(self.responses[i]))
-        hits, count, total = 0, 0, 0.0
-        for begin in range(0, len(order), self.rows):
-            part = order[begin : begin + self.rows]
-            rows: list[Row | None] = [self._row(i, self.responses[i]) for i in part]
-            rows += [None] * (row_bucket(len(part), self.rows, self.devices) - len(part))
-            prompt = length_bucket(max(len(self.prompts[i]) for i in part))
-            batch = pack(rows, prompt, length_bucket(len(self.responses[part[0]])), self.sampling.pad_id)
-            found = _token_scores(self.decoder, CHUNK, lora, policy, jax.tree.map(self.place, batch))
-            logprobs, hit = (np.asarray(array)[batch.completion_mask] for array in found)
-            hits, count, total = hits + int(hit.sum()), count + len(hit), total - logprobs.sum(dtype=float)
-            self.report(len(part))
-        return Accuracy(hits, count, self.method, float(total) / count)
+        rows = [self._row(i, response) for i, response in enumerate(self.responses)]
+        room, blocks, _ = self._blocks("likelihood", rows)
+        found = self.over_devices(lambda b: _token_scores(self.decoder, CHUNK, lora, policy, b), blocks, room)
+        real = np.stack([block.rows.completion_mask for block in blocks])
+        logprobs, hit = (array[real] for array in found)
+        return Accuracy(int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit))
 
     def choice_scores(self, policy: dict, lora: dict | None = None) -> np.ndarray:
         """float32[N, options]: log p(label | prompt), −inf where a question has fewer options."""
@@ -143,88 +137,85 @@ class Evaluator:
         return self._full_continuations(policy, lora, ids)
 
     def _one_forward(self, policy, lora, ids, prefix) -> np.ndarray:
-        prompts = [prompt + prefix for prompt in self.prompts]
         width = max(len(example.labels) for example in self.examples)
-        scores = np.full((len(prompts), width), -np.inf, np.float32)
-        for chosen, tokens, mask in self._batches(prompts):
-            last = np.zeros((len(tokens), width), np.int32)
-            for row, index in enumerate(chosen):
-                names = self.examples[index].labels
-                last[row, : len(names)] = [ids[name][-1] for name in names]
-            found = np.asarray(_last_scores(self.decoder, lora, policy, *map(self.place, (tokens, mask, last))))
-            for row, index in enumerate(chosen):
-                count = len(self.examples[index].labels)
-                scores[index, :count] = found[row, :count]
-            self.report(len(chosen))
+        rows = [self._row(i, ids[e.labels[0]][-1:], prefix) for i, e in enumerate(self.examples)]
+        room, blocks, places = self._blocks("choice", rows)
+        last = np.zeros((len(blocks), room.items, width), np.int32)
+        for example, place in zip(self.examples, places, strict=True):
+            last[place][: len(example.labels)] = [ids[name][-1] for name in example.labels]
+        score = lambda xs: _last_scores(self.decoder, lora, policy, *xs)
+        found = self.over_devices(score, list(zip(blocks, last, strict=True)), room)
+        scores = np.full((len(rows), width), -np.inf, np.float32)
+        for index, (example, place) in enumerate(zip(self.examples, places, strict=True)):
+            count = len(example.labels)
+            scores[index, :count] = found[place][:count]
         return scores
 
     def _full_continuations(self, policy, lora, ids) -> np.ndarray:
         width = max(len(example.labels) for example in self.examples)
-        length = max(len(tokens) for tokens in ids.values())
-        scores = np.full((len(self.prompts), width), -np.inf, np.float32)
         pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
-        pairs.sort(key=lambda pair: -len(self.prompts[pair[0]]))
-        for begin in range(0, len(pairs), self.rows):
-            part = pairs[begin : begin + self.rows]
-            rows: list[Row | None] = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in part]
-            rows += [None] * (row_bucket(len(part), self.rows, self.devices) - len(part))
-            batch = pack(rows, length_bucket(len(self.prompts[part[0][0]])), length, self.sampling.pad_id)
-            found = np.asarray(_sequence_scores(self.decoder, lora, policy, jax.tree.map(self.place, batch)))
-            for (i, j), score in zip(part, found, strict=False):
-                scores[i, j] = score
-            self.report(sum(j == 0 for _, j in part))
+        rows = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in pairs]
+        room, blocks, places = self._blocks("continuations", rows)
+        score = lambda block: _token_scores(self.decoder, CHUNK, lora, policy, block)
+        found, _ = self.over_devices(score, blocks, room)
+        scores = np.full((len(self.prompts), width), -np.inf, np.float32)
+        for pair, place in zip(pairs, places, strict=True):
+            scores[pair] = found[place].sum()
         return scores
 
-    def _row(self, index: int, tokens: list[int]) -> Row:
-        return Row(self.prompts[index], tokens, np.ones(len(tokens), bool), 1.0, 1)
+    def _row(self, index: int, tokens: list[int], prefix: Sequence[int] = ()) -> Row:
+        return Row([*self.prompts[index], *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
 
-    def _batches(self, prompts):
-        """Left-padded batches, longest first: (indices, tokens int32[B, P], mask bool[B, P])."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for begin in range(0, len(order), self.rows):
-            chosen = order[begin : begin + self.rows]
-            width = length_bucket(len(prompts[chosen[0]]))
-            count = row_bucket(len(chosen), self.rows, self.devices)
-            tokens = np.full((count, width), self.sampling.pad_id, np.int32)
-            mask = np.zeros((count, width), bool)
-            for row, index in enumerate(chosen):
-                tokens[row, width - len(prompts[index]) :] = prompts[index]
-                mask[row, width - len(prompts[index]) :] = True
-            yield chosen, tokens, mask
+    def _blocks(self, name: str, rows: list[Row]) -> tuple[Room, list[Block], list[tuple[int, int]]]:
+        """Rows in blocks of about `self.rows` questions; block and row of each."""
+        prompt, length = max(len(row.prompt) for row in rows), max(len(row.completion) for row in rows)
+        limit = self.rows * (sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows))
+        items = [(row,) for row in rows]
+        choose = lambda: choose_room([[items]], 1, 1, prompt, length, limit)
+        room = self.sampler.shapes.room(f"evaluate {name} {prompt} {length}", choose)
+        return (room, *fold_rows(rows, room))
+
+    def over_devices(self, run: Callable, blocks: list, room: Room) -> Any:
+        """run(blocks with a leading axis) on as many blocks at a time as there are devices; numpy, stacked over blocks."""
+        found, reported = [], 0
+        for begin in range(0, len(blocks), self.devices):
+            part = blocks[begin : begin + self.devices]
+            whole = part + [part[0]] * (self.devices - len(part))
+            real = slice(len(part))
+            scores = run(jax.tree.map(lambda *x: self.place(np.stack(x)), *whole))
+            found.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], scores))
+            self.report(len(self.prompts) * (begin + len(part)) // len(blocks) - reported)
+            reported = len(self.prompts) * (begin + len(part)) // len(blocks)
+        return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_scores(decoder, lora, base, tokens, mask, candidates):
-    """float32[B, n]: log-probabilities of candidate next tokens int32[B, n]."""
-    hidden, _ = prefill(decoder, lora, base, tokens, mask)
-    logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
+def _last_scores(decoder, lora, base, blocks, candidates):
+    """float32[G, B, n]: log-probabilities of candidate next tokens int32[G, B, n]."""
 
+    def one(block, candidates):
+        hidden = Scorer(decoder, base, CHUNK).states(lora, block)[block.start]
+        logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sequence_scores(decoder, lora, base, batch):
-    """float32[B]: summed log-probability of each completion."""
-    return Scorer(decoder, base, CHUNK).logprobs(lora, batch).sum(-1)
+    return jax.vmap(one)(blocks, candidates)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_scores(decoder, chunk, lora, base, batch):
-    """float32[B, T] log-probability of each completion token, and bool[B, T] whether it is the most likely one.
+def _token_scores(decoder, chunk, lora, base, blocks):
+    """float32[G, B, T] log-probability of each completion token, and whether it is the most likely one; 0 at padding.
 
-    Logits are held for `chunk` positions at a time; what stands at padding has no meaning.
+    Logits are held for `chunk` positions at a time.
     """
-    hidden, head = Scorer(decoder, base, chunk).hidden(lora, batch), head_weight(base)
-    count = batch.completion.size
-    chunk = min(chunk, count)
-    spare = -count % chunk
-    rows = jnp.pad(hidden.reshape(-1, hidden.shape[-1]), ((0, spare), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-    targets = jnp.pad(batch.completion.reshape(-1), (0, spare)).reshape(-1, chunk)
+    head = head_weight(base)
 
-    def block(xs):
-        states, target = xs
+    def score(states, target):
         logits = jnp.einsum("md,vd->mv", states, head, preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+        return picked - jax.nn.logsumexp(logits, axis=-1), (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
 
-    found = jax.lax.map(block, (rows, targets))
-    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(batch.completion.shape), found)
+    def one(block):
+        hidden = Scorer(decoder, base, chunk).states(lora, block)
+        return [by_row(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
+
+    return jax.vmap(one)(blocks)

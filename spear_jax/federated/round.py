@@ -12,7 +12,7 @@ from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Collected
 from spear_jax.experiment import Experiment
 from spear_jax.federated import clients, server
-from spear_jax.types import Batch, ClientState, ServerState, Trace
+from spear_jax.types import ClientState, ServerState, Trace
 
 ROUND = trees.purpose("round")
 LOCAL = trees.purpose("local")
@@ -126,7 +126,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         )
         found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), jax.device_get(found))
         means = found if means is None else jax.tree.map(np.add, means, found)
-        passes = 4 + 2 * (experiment.decoder.remat + algorithm.two_pass + algorithm.scores_old)
+        passes = 4 + 2 * ((experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old)
         work += tokens * (passes + 2 * len(shared.references))
         if keep:
             policy = _stacked(experiment, carried, cohort)
@@ -172,8 +172,8 @@ def _stacked(experiment: Experiment, carried: ClientState, cohort: Cohort) -> Po
 
 def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax.Array):
     """What `train_cohort` takes per client, sharded; and the number of real tokens in the batches."""
-    batches = pack_cohort(experiment, got)
-    size = batches.label.shape[0]
+    work = pack_cohort(experiment, got)
+    size = len(work.count)
     keys = np.zeros((size, 2), np.uint32)
     client_keys = jax.vmap(lambda c: jax.random.key_data(trees.path_key(key, LOCAL, c)))
     keys[: len(cohort.clients)] = client_keys(jnp.asarray(cohort.clients))
@@ -181,19 +181,26 @@ def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax
     weight[: len(got.weight)] = server.client_weights(experiment.server, got.weight, got.active)
     active = np.zeros(size, bool)
     active[: len(got.active)] = got.active
-    tokens = int(batches.prompt_mask.sum() + batches.completion_mask.sum())
-    return clients.shard_rows((batches, keys, weight, active), experiment.mesh), tokens
+    tokens = sum(int((branch >= 0).sum()) for pack in work.blocks.packs for branch in pack.branches)
+    return clients.shard_rows((work, keys, weight, active), experiment.mesh), tokens
 
 
-def pack_cohort(experiment: Experiment, got: Collected) -> Batch:
-    """[C, S, A, B', ...] numpy arrays, C padded to whole chunks on every device."""
-    algorithm = experiment.algorithm
+def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
+    """Numpy arrays [C, S, ...], C padded to whole chunks on every device; a client that does not train has no blocks."""
+    algorithm, shapes = experiment.algorithm, experiment.actor.sampler.shapes
+    apart = algorithm.micro or experiment.local.normalize == "micro"
+    steps = []
+    for rows, active in zip(got.rows, got.active, strict=True):
+        for step in rows:
+            micros = [packing.items_of(micro, algorithm.kinds) if active else [] for micro in step]
+            steps.append(micros if apart else [sum(micros, [])])
+    room = shapes.room("train", lambda: experiment.training_room(steps))
+    keys = packing.Keys()
+    blocks = [packing.fold(step, room, keys) for step in steps]
+    (deepest,) = shapes.fit("train blocks", (max(experiment.most_blocks(room), *map(len, blocks)),))
     count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.size)
-    empty = [[[None] * algorithm.rows_per_step()] * algorithm.shell.accumulation] * algorithm.steps_per_phase
-    rows = got.rows + [empty] * (count - len(got.rows))
-    pad = experiment.model.pad_id
-
-    def one(micro):
-        return packing.pack(micro, experiment.prompt_length, experiment.completion_length, pad)
-
-    return packing.stack([[[one(micro) for micro in step] for step in client] for client in rows], 3)
+    steps_each = algorithm.steps_per_phase
+    blocks += [[]] * (count * steps_each - len(blocks))
+    found, used = packing.stack_blocks(blocks, room, deepest)
+    micros = np.full(len(blocks), algorithm.shell.accumulation, np.float32)
+    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), clients.Work(found, used, micros))

@@ -1,6 +1,6 @@
-"""The decoder: Llama, Qwen2 and Qwen3 as pure functions of (adapter, base, tokens), layers scanned.
+"""The decoder: Llama, Qwen2 and Qwen3 as pure functions of (adapter, base, tokens).
 
-Base parameters (all in the model's dtype; L stacks the layers):
+Base parameters (all in the model's dtype; L stacks the layers, which are then scanned; `unstack` gives a tuple of layers):
     embed [V, D] · norm [D] · head [V, D] (absent when tied)
     layers: attn_norm, mlp_norm [L, D] · q [L, D, H*K] · k, v [L, D, N*K] · o [L, H*K, D] · gate, up [L, D, F] ·
             down [L, F, D] · q_bias, k_bias, v_bias, o_bias (where the family has them) · q_norm, k_norm [L, K] (Qwen3)
@@ -11,14 +11,22 @@ Qwen3 (arXiv 2505.09388); checked against transformers.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig
+from spear_jax.types import Pack
 
+Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
+# nothing: every activation is kept · attention: products with weights are kept, attention, norms and activation functions
+# computed again · layers: only each layer's input is kept
+REMAT = ("nothing", "attention", "layers")
+KEPT = "product"  # the name of what "attention" keeps
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
 
@@ -29,12 +37,55 @@ class Decoder:
     Attributes:
         config: shapes.
         lora: adapter settings; its scale, dropout and layers are read when an adapter tree is passed.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: what the backward pass recomputes; one of REMAT.
     """
 
     config: ModelConfig
     lora: LoraConfig
-    remat: bool = False
+    remat: str = "attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the tokens of a pass stand, and whom each one sees.
+
+    Attributes:
+        positions: int32, shaped like the tokens.
+        visible: for each grid bool[R, L, S], whether cell (r, l) attends to key s.
+        pack: None where the tokens are the one grid [R, L] themselves; else what maps flat tokens [N] to grids and back.
+    """
+
+    positions: jax.Array
+    visible: tuple[jax.Array, ...]
+    pack: Pack | None = None
+
+    def to_grids(self, x: jax.Array) -> list[jax.Array]:
+        return [x] if self.pack is None else [x[grid] for grid in self.pack.grids]
+
+    def from_grids(self, parts: list[jax.Array]) -> jax.Array:
+        if self.pack is None:
+            return parts[0]
+        return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])[self.pack.cell]
+
+
+def packed_states(
+    decoder: Decoder, lora: dict | None, base: dict, pack: Pack, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, Layers]:
+    """Final-norm hidden states of packed trees: every product sees the N real tokens, attention alone the padded grid.
+
+    Args:
+        lora: adapter tree, or None (no adapter, or one that is merged into `base`).
+        dropout_key: turns LoRA dropout on.
+    Returns: [N, D] in the base's dtype; each layer's (keys, values), [N, kv heads, K] (stacked where the base is).
+    """
+    visible = tuple(map(_visible, pack.branches))
+    return _run(decoder, lora, base, pack.tokens, _Layout(pack.positions, visible, pack), dropout_key)
+
+
+def _visible(branch: jax.Array) -> jax.Array:
+    """bool[R, L, L] of a tree's branches int32[R, L]: a cell sees its prompt and its own branch, up to itself."""
+    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    return jnp.tril(jnp.ones((branch.shape[1], branch.shape[1]), bool)) & same
 
 
 def hidden_states(
@@ -45,37 +96,17 @@ def hidden_states(
     mask: jax.Array,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Final-norm hidden states of whole sequences.
+    """Final-norm hidden states of padded sequences.
 
     Args:
-        lora: adapter tree, or None (no adapter, or one that is merged into `base`).
+        lora, dropout_key: as for `packed_states`.
         tokens: int32[B, T].
         mask: bool[B, T], real tokens; padding may stand on either side. Positions count real tokens from 0.
-        dropout_key: turns LoRA dropout on.
     Returns: [B, T, D] in the base's dtype.
     """
-    hidden, _ = _run(decoder, lora, base, tokens, mask, None, dropout_key)
-    return hidden
-
-
-def prefill(
-    decoder: Decoder,
-    lora: dict | None,
-    base: dict,
-    tokens: jax.Array,
-    mask: jax.Array,
-    owner: jax.Array | None = None,
-):
-    """Hidden state of the last position of left-padded prompts, and their keys and values.
-
-    Args:
-        tokens: int32[B, P], left-padded.
-        mask: bool[B, P].
-        owner: int32[B], each row's adapter where `lora` stacks several ([L, C, ...]); None where it is one.
-    Returns: hidden [B, D]; (keys, values), each [L, B, P, N, K].
-    """
-    hidden, cache = _run(decoder, lora, base, tokens, mask, None, None, owner)
-    return hidden[:, -1], cache
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+    return _run(decoder, lora, base, tokens, _Layout(positions, (causal & mask[:, None, :],)), dropout_key)[0]
 
 
 def decode_step(
@@ -83,27 +114,43 @@ def decode_step(
     lora: dict | None,
     base: dict,
     token: jax.Array,
-    cache,
+    cache: Layers,
     cache_mask: jax.Array,
+    at: jax.Array,
     owner: jax.Array | None = None,
-):
-    """One token further. The cache is only read; the caller writes the new keys and values where it keeps them.
+) -> tuple[jax.Array, Layers]:
+    """One token further; its keys and values are written into the cache.
 
     Args:
+        base: with unstacked layers (`unstack`).
         token: int32[B].
-        cache: (keys, values), each [L, B, S, N, K].
-        cache_mask: bool[B, S], which cached positions are real; their number is the new token's position.
-        owner: as for `prefill`.
-    Returns: hidden [B, D]; (keys, values) of the new token, each [L, B, 1, N, K].
+        cache: a (keys, values) a layer, each [B, N, S, K].
+        cache_mask: bool[B, S], which positions are real, the new one included; their number gives its position.
+        at: int32[], where the new token stands in the cache.
+        owner: int32[B], each row's adapter where `lora` stacks several ([L, C, ...]); None where it is one.
+    Returns: hidden [B, D]; the cache.
     """
-    mask = jnp.ones((token.shape[0], 1), bool)
-    hidden, new = _run(decoder, lora, base, token[:, None], mask, (cache, cache_mask), None, owner)
-    return hidden[:, 0], new
+    positions = cache_mask.sum(-1, keepdims=True) - 1
+    layout = _Layout(positions, (cache_mask[:, None, :],))
+    if owner is not None:
+        lora = jax.tree.map(lambda stacked: stacked[:, owner], lora)
+    hidden, cache = _run(decoder, lora, base, token[:, None], layout, None, (cache, at))
+    return hidden[:, 0], cache
 
 
 def head_weight(base: dict) -> jax.Array:
     """The LM head, [V, D]; the embedding itself where they are tied."""
     return base["head"] if "head" in base else base["embed"]
+
+
+def unstack(base: dict) -> dict:
+    """The base with its layers as a tuple of trees. A pass then runs layer after layer instead of scanning them: it compiles
+    longer and copies no weights, which generation on a CPU needs. A base that is unstacked already is returned as it is."""
+    layers = base["layers"]
+    if isinstance(layers, tuple):
+        return base
+    count = next(iter(layers.values())).shape[0]
+    return {**base, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))}
 
 
 def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -112,111 +159,134 @@ def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, m
     return jnp.einsum("btd,vd->btv", hidden, head_weight(base), preferred_element_type=jnp.float32)
 
 
-def _run(decoder, lora, base, tokens, mask, past, dropout_key, owner=None):
-    """The one forward pass: scans the layers without adapters, then those that carry them."""
+def _run(decoder, lora, base, tokens, layout, dropout_key, past=None):
+    """The one forward pass: layers without adapters first, then those that carry them."""
     config = decoder.config
     hidden = base["embed"][tokens]
-    offset = past[1].sum(-1, keepdims=True) if past else 0
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + offset
-    rotation = _rotation(config, positions, hidden.dtype)
-    causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-    visible = causal[None] & mask[:, None, :]
+    rotation = _rotation(config, layout.positions, hidden.dtype)
+    adapted = jax.tree.leaves(lora)[0].shape[0] if lora else 0
+    plain = config.layers - adapted
 
-    def layer(hidden, xs):
+    def layer(hidden, weights, pairs, index, cached):
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key)
+
+    if isinstance(base["layers"], tuple):
+        caches = []
+        for index, weights in enumerate(base["layers"]):
+            pairs = None if index < plain else jax.tree.map(lambda x, i=index - plain: x[i], lora)
+            cached = None if past is None else (*past[0][index], past[1])
+            hidden, cache = layer(hidden, weights, pairs, index, cached)
+            caches.append(cache)
+        return _rms_norm(hidden, base["norm"], config.norm_eps), tuple(caches)
+
+    def body(hidden, xs):
         index, pairs = xs
         # Weights are indexed inside the loop: slicing the stack first would copy it.
         weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base["layers"])
-        cached = None
-        if past:
-            cached = (*jax.tree.map(lambda c: jax.lax.dynamic_index_in_dim(c, index, keepdims=False), past[0]), past[1])
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        if owner is not None:
-            pairs = jax.tree.map(lambda stacked: stacked[owner], pairs)  # [B, in, R] and [B, R, out]: this layer's only
-        return _layer(decoder, weights, pairs, hidden, rotation, visible, cached, key)
+        return layer(hidden, weights, pairs, index, None)
 
-    if decoder.remat:
-        layer = jax.checkpoint(layer)
-    adapted = jax.tree.leaves(lora)[0].shape[0] if lora else 0
-    plain = config.layers - adapted
+    body = _recomputed(body, decoder.remat)
     caches = []
     if plain:
-        hidden, cache = jax.lax.scan(layer, hidden, (jnp.arange(plain), None))
+        hidden, cache = jax.lax.scan(body, hidden, (jnp.arange(plain), None))
         caches.append(cache)
     if adapted:
-        hidden, cache = jax.lax.scan(layer, hidden, (jnp.arange(plain, config.layers), lora))
+        hidden, cache = jax.lax.scan(body, hidden, (jnp.arange(plain, config.layers), lora))
         caches.append(cache)
     cache = caches[0] if len(caches) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
     return _rms_norm(hidden, base["norm"], config.norm_eps), cache
 
 
-def _layer(decoder, weights, pairs, hidden, rotation, visible, cached, key):
+def _recomputed(body, remat: str):
+    if remat == "nothing":
+        return body
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "attention" else None
+    return jax.checkpoint(body, policy=policy)
+
+
+def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
     """One block: attention and gated MLP, both on a pre-normed residual stream. Returns (hidden, (keys, values))."""
     config = decoder.config
-    b, t, _ = hidden.shape
+    lead = hidden.shape[:-1]
 
-    def project(name, x):
-        y = x @ weights[name]
-        if f"{name}_bias" in weights:
-            y = y + weights[f"{name}_bias"]
-        if pairs is not None and name in pairs:
-            stream = None if key is None else jax.random.fold_in(key, _STREAM[name])
-            y = y + _low_rank(decoder.lora, pairs[name], x, stream)
-        return y
+    def project(x, *names):
+        """x times each of the weights, their low-rank parts included."""
+        own = [name for name in names if pairs is not None and name in pairs]
+        inner = _inner(decoder.lora, {name: pairs[name]["a"] for name in own}, x, key)
+        for name in names:
+            y = x @ weights[name]
+            if f"{name}_bias" in weights:
+                y = y + weights[f"{name}_bias"]
+            if name in inner:
+                y = y + inner[name] @ pairs[name]["b"].astype(x.dtype) * decoder.lora.scale
+            yield y
 
     x = _rms_norm(hidden, weights["attn_norm"], config.norm_eps)
-    q = project("q", x).reshape(b, t, config.heads, config.head_width)
-    k = project("k", x).reshape(b, t, config.kv_heads, config.head_width)
-    v = project("v", x).reshape(b, t, config.kv_heads, config.head_width)
+    q, k, v = (checkpoint_name(y, KEPT).reshape(*lead, -1, config.head_width) for y in project(x, "q", "k", "v"))
     if config.qk_norm:
         q = _rms_norm(q, weights["q_norm"], config.norm_eps)
         k = _rms_norm(k, weights["k_norm"], config.norm_eps)
     q, k = _rotate(q, rotation), _rotate(k, rotation)
-    attended = _attention(q, k, v, visible, cached).reshape(b, t, config.heads * config.head_width)
-    hidden = hidden + project("o", attended)
+    kept = (k, v)
+    if cached is None:
+        keys, values = ([jnp.swapaxes(part, 1, 2) for part in layout.to_grids(y)] for y in (k, v))
+    else:
+        *cache, at = cached
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
+        kept = tuple(map(write, cache, (k, v)))
+        keys, values = ([part] for part in kept)
+    attended = layout.from_grids(list(map(_attention, layout.to_grids(q), keys, values, layout.visible)))
+    attended = checkpoint_name(attended.reshape(*lead, config.heads * config.head_width), KEPT)
+    hidden = hidden + next(project(attended, "o"))
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
-    hidden = hidden + project("down", jax.nn.silu(project("gate", x)) * project("up", x))
-    return hidden, (k, v)
+    gate, up = (checkpoint_name(y, KEPT) for y in project(x, "gate", "up"))
+    hidden = hidden + next(project(jax.nn.silu(gate) * up, "down"))
+    return hidden, kept
 
 
 _STREAM = {name: i for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
 
 
-def _low_rank(lora: LoraConfig, pair: dict, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """scale * dropout(x) A B, in x's dtype; A and B may have a leading row axis, then each row has its own."""
-    if key is not None and lora.dropout > 0.0:
-        keep = jax.random.bernoulli(key, 1.0 - lora.dropout, x.shape)
-        x = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
-    return (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype) * lora.scale
+def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -> dict:
+    """{projection: dropout(x) A}, in x's dtype, of projections with a common input; one product for all without dropout.
+
+    Args: pairs: {projection: A [in, R]}.
+    """
+    if not pairs:
+        return {}
+    if key is None or lora.dropout == 0.0:
+        joint = checkpoint_name(x @ jnp.concatenate([a.astype(x.dtype) for a in pairs.values()], axis=-1), KEPT)
+        return dict(zip(pairs, jnp.split(joint, len(pairs), axis=-1), strict=True))
+    found = {}
+    for name, a in pairs.items():
+        keep = jax.random.bernoulli(jax.random.fold_in(key, _STREAM[name]), 1.0 - lora.dropout, x.shape)
+        dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
+        found[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
+    return found
 
 
-def _attention(q, k, v, visible, cached):
+def _attention(q, keys, values, visible):
     """Grouped-query softmax attention, softmax in float32.
 
     Args:
-        q: [B, T, H, K]; k, v: [B, T, N, K], the new tokens' own.
-        visible: bool[B, T, T], which new tokens a new token sees.
-        cached: None, or (keys [B, S, N, K], values, mask bool[B, S]) of earlier tokens, all of which are seen.
-    Returns: [B, T, H, K].
+        q: [R, L, H, K]; keys, values: [R, N, S, K].
+        visible: bool[R, L, S].
+    Returns: [R, L, H, K].
     """
-    b, t, h, width = q.shape
-    n = k.shape[2]
-    q = q.reshape(b, t, n, h // n, width)
-
-    def scores(keys, seen):
-        raw = jnp.einsum("btngk,bsnk->bngts", q, keys, preferred_element_type=jnp.float32) / math.sqrt(width)
-        return jnp.where(seen[:, None, None], raw, MASKED)
-
-    def mix(weight, values):
-        return jnp.einsum("bngts,bsnk->btngk", weight.astype(v.dtype), values)
-
-    own = scores(k, visible)
-    if cached is None:
-        out = mix(jax.nn.softmax(own, axis=-1), v)
-    else:
-        keys, values, mask = cached
-        weight = jax.nn.softmax(jnp.concatenate([scores(keys, mask[:, None]), own], axis=-1), axis=-1)
-        out = mix(weight[..., : keys.shape[1]], values) + mix(weight[..., keys.shape[1] :], v)
-    return out.reshape(b, t, h, width)
+    r, length, h, width = q.shape
+    n = keys.shape[1]
+    group = h // n
+    # the heads of a group stand under one another: one product a key head, its operands contiguous
+    q = jnp.transpose((q / math.sqrt(width)).reshape(r, length, n, group, width), (0, 2, 3, 1, 4))
+    raw = jnp.einsum("rnlk,rnsk->rnls", q.reshape(r, n, -1, width), keys, preferred_element_type=jnp.float32)
+    raw = raw.reshape(r, n, group, length, -1) + jnp.where(visible, 0.0, MASKED)[:, None, None]
+    weight = jnp.exp(raw - jax.lax.stop_gradient(raw.max(axis=-1, keepdims=True)))
+    total = weight.sum(axis=-1)[..., None]
+    weight = weight.astype(values.dtype).reshape(r, n, group * length, -1)
+    mixed = jnp.einsum("rnls,rnsk->rnlk", weight, values, preferred_element_type=jnp.float32)
+    mixed = (mixed.reshape(r, n, group, length, width) / total).astype(values.dtype)
+    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(r, length, h, width)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -226,9 +296,9 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotation(config: ModelConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of the rotary angles, each [B, T, 1, K]."""
+    """cos and sin of the rotary angles, each [..., 1, K] for positions [...]."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
+    angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 

@@ -108,6 +108,3 @@ def merge_lora(base: dict, lora_tree: dict, lora: LoraConfig) -> dict:
         start = weight.shape[0] - delta.shape[0]
         layers[target] = weight.at[start:].add(delta.astype(weight.dtype))
     return {**base, "layers": layers}
-
-
-merge = jax.jit(merge_lora, static_argnums=2)

@@ -1,14 +1,15 @@
 """Log-probabilities of completion tokens without a [B, T, V] array: the one fused operation behind every objective."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from spear_jax.models.decoder import Decoder, head_weight, hidden_states
-from spear_jax.types import Batch
+from spear_jax.models.decoder import Decoder, head_weight, packed_states
+from spear_jax.types import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Scorer:
     Attributes:
         decoder: static settings.
         base: decoder parameters (never differentiated).
-        chunk: positions per LM-head block; memory is chunk * V instead of B * T * V.
+        chunk: positions per LM-head block; memory is chunk * V instead of M * V.
         dropout_key: turns LoRA dropout on.
     """
 
@@ -27,27 +28,27 @@ class Scorer:
     chunk: int
     dropout_key: jax.Array | None = None
 
-    def logprobs(self, lora: dict | None, batch: Batch, temperature: float = 1.0) -> jax.Array:
-        """log p(completion token | everything before it), of logits divided by the temperature.
+    def logprobs(self, lora: dict | None, block: Block, temperature: float = 1.0) -> jax.Array:
+        """log p(token | everything before it) of each scored token, of logits divided by the temperature.
 
-        Args: batch: one micro-batch, no leading axes.
-        Returns: float32[B, T]; 0 at padding.
+        Returns: float32[M].
         """
-        hidden = self.hidden(lora, batch) / temperature
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        logprobs = token_logprobs(flat, head_weight(self.base), batch.completion.reshape(-1), self.chunk)
-        return jnp.where(batch.completion_mask, logprobs.reshape(batch.completion.shape), 0.0)
+        return token_logprobs(self.states(lora, block) / temperature, head_weight(self.base), block.target, self.chunk)
 
-    def hidden(self, lora: dict | None, batch: Batch) -> jax.Array:
-        """[B, T, D]: the states from which each completion token is predicted."""
-        tokens = jnp.concatenate([batch.prompt, batch.completion], axis=1)
-        mask = jnp.concatenate([batch.prompt_mask, batch.completion_mask], axis=1)
-        length = batch.completion.shape[1]
-        return hidden_states(self.decoder, lora, self.base, tokens, mask, self.dropout_key)[:, -length - 1 : -1]
+    def states(self, lora: dict | None, block: Block, trunk: int = 0) -> jax.Array:
+        """[M, D]: the states from which each scored token is predicted, in one of the block's packs."""
+        hidden, _ = packed_states(self.decoder, lora, self.base, block.packs[trunk], self.dropout_key)
+        return hidden[block.source[trunk]]
+
+
+def by_row(block: Block, values: jax.Array) -> jax.Array:
+    """Values of scored tokens as rows: [M] -> [B, T], 0 at padding; the gradient of rows that repeat each other adds up."""
+    index = block.start[:, None] + jnp.arange(block.rows.completion_mask.shape[1])
+    return jnp.where(block.rows.completion_mask, values[jnp.minimum(index, values.shape[0] - 1)], 0.0)
 
 
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """log softmax(hidden head^T)[target], a chunk of positions at a time, logits recomputed in the backward pass.
+    """log softmax(hidden head^T)[target], a chunk of positions at a time; differentiable in `hidden` alone.
 
     Args:
         hidden: [M, D].
@@ -55,30 +56,60 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk
         targets: int32[M].
     Returns: float32[M].
     """
-
-    def block(rows, target):
-        logits = jnp.einsum("md,vd->mv", rows, head, preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    return map_positions(block, hidden, targets, chunk)
+    return map_positions(_logprob, hidden, (targets,), head, chunk)
 
 
-def map_positions(block: Callable, hidden: Any, targets: jax.Array, chunk: int) -> jax.Array:
-    """block(hidden, targets) -> [chunk], over a chunk of positions at a time, recomputed in the backward pass.
+def _logprob(hidden, fixed, head):
+    (target,) = fixed
+    logits = jnp.einsum("md,vd->mv", hidden, head, preferred_element_type=jnp.float32)
+    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def map_positions(block: Callable, hidden: jax.Array, fixed: Any, head: jax.Array, chunk: int) -> jax.Array:
+    """block(hidden, fixed, head) -> float32[chunk], one number a position, over a chunk of positions at a time.
+
+    A position's number depends on that position alone, so its gradient in `hidden` is found next to it, while its logits
+    are at hand: the backward pass is one multiplication, nothing is recomputed, and no logits are kept.
 
     Args:
-        hidden: a tree of [M, D].
-        targets: int32[M].
-    Returns: [M].
+        block: a hashable function; the same object in every call with the same meaning, or programs compile again.
+        hidden: [M, D]; the only argument that is differentiated.
+        fixed: a tree of [M, ...].
+        head: [V, D].
+        chunk: positions at a time, at most.
+    Returns: float32[M].
     """
-    count = targets.shape[0]
-    chunk = min(chunk, count)
+    return over_chunks(lambda h, f: block(h, f, head), (hidden, fixed), chunk)
+
+
+def _forward(block, hidden, fixed, head, chunk):
+    def both(h, f):
+        values, pull = jax.vjp(lambda h: block(h, f, head), h)
+        return values, pull(jnp.ones_like(values))[0]
+
+    return over_chunks(both, (hidden, fixed), chunk)
+
+
+def _backward(block, chunk, slope, cotangent):
+    return (cotangent[:, None] * slope).astype(slope.dtype), None, None
+
+
+map_positions.defvjp(_forward, _backward)
+
+
+def over_chunks(function: Callable, arrays: tuple, chunk: int) -> Any:
+    """function(*arrays) over chunks of equal size of arrays [M, ...], as few as `chunk` positions each allow."""
+    count = jax.tree.leaves(arrays)[0].shape[0]
     blocks = -(-count // chunk)
+    size = -(-count // blocks)
 
     def split(x):
-        padded = jnp.pad(x, ((0, blocks * chunk - count), *[(0, 0)] * (x.ndim - 1)))
-        return padded.reshape(blocks, chunk, *x.shape[1:])
+        padded = jnp.pad(x, ((0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)))
+        return padded.reshape(blocks, size, *x.shape[1:])
 
-    mapped = jax.checkpoint(lambda xs: block(*xs))
-    return jax.lax.map(mapped, jax.tree.map(split, (hidden, targets))).reshape(-1)[:count]
+    if blocks == 1:
+        return function(*arrays)
+    found = jax.lax.map(lambda xs: function(*xs), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)

@@ -1,0 +1,278 @@
+"""This system's side: each phase through the functions that a round runs. All calls into the system stand in this file."""
+
+import dataclasses
+import itertools
+import logging
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from spear_jax import packing
+from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.bench.side import Side
+from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
+from spear_jax.config import default_config
+from spear_jax.experiment import merge
+from spear_jax.federated import clients, server
+from spear_jax.federated.checkpoint import Checkpoints
+from spear_jax.federated.evaluate import Evaluator
+from spear_jax.models.config import ModelConfig, parse_config
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
+from spear_jax.models.shards import SafetensorsFolder
+from spear_jax.models.weights import MODULES, fill, places
+from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.types import Example
+
+SERVER = server.ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)
+Told = dict[str, Any]
+_train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
+_aggregate = jax.jit(server.aggregate, static_argnums=0)
+
+
+def build(work: Workload) -> Side:
+    """Loads or makes the weights on JAX's first device, and binds the phases."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # as `cli.run` does
+    system = System(work)
+    device = jax.devices()[0]
+    return Side(
+        {
+            "rollout": system.rollout,
+            "revision": system.revision,
+            "evaluation": system.evaluation,
+            "local_step": lambda: system.train([steps[:1] for steps in work.rows[:1]])[2],
+            "aggregation": system.aggregation,
+            "checkpoint": system.checkpoint,
+            "round": system.round,
+            "cohort": system.cohort,
+        },
+        None if device.platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"],
+    )
+
+
+class RandomTensors:
+    """The weights of a config out of `random_tensor`, as a source that `fill` reads."""
+
+    where = "random weights"
+
+    def __init__(self, config: ModelConfig):
+        self._shapes = {name: place.shape for place in places(config) for name in place.names}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        return random_tensor(name, self._shapes[name])
+
+
+class Labels:
+    """In place of a renderer: option number i, named str(i), is the i-th given token."""
+
+    def __init__(self, options: list[int]):
+        self.options = options
+
+    def continuation(self, label: str) -> list[int]:
+        return [self.options[int(label)]]
+
+
+class System:
+    """The frozen parts and the phases. A phase takes the global adapter as it was built, and changes nothing."""
+
+    def __init__(self, work: Workload):
+        preset = work.preset
+        config = parse_config(preset.shape)
+        lora = LoraConfig(preset.rank, 2.0 * preset.rank, 0.0, TARGETS)
+        self.work, self.preset = work, preset
+        self.decoder = Decoder(config, lora, preset.remat)
+        self.mesh = clients.make_mesh(jax.devices()[:1])
+        source = SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)
+        self.base = clients.replicate(fill(config, source, preset.dtype), self.mesh)
+        self.lora = clients.replicate(random_adapter(config, lora), self.mesh)
+        self.state = server.init_server(SERVER, self.lora, {}, jax.random.key(0))
+        self.algorithm, self.local = spear(preset), local_config(preset)
+        self.rate = np.float32(preset.rate)
+        steps = [[step_items(step)] for own in work.rows for step in own]
+        longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
+        limit = default_config().train.block_tokens
+        self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit)
+        self.folder = tempfile.TemporaryDirectory()
+        self.checkpoints = Checkpoints(pathlib.Path(self.folder.name), keep_last=1, keep_best=0)
+        self.rounds = itertools.count(1)
+        self.cohort_size = 0
+
+    def merged(self) -> dict:
+        """The base with the adapter in it, as rollouts and evaluations take it."""
+        return merge(self.base, self.lora, self.decoder.lora)
+
+    def generate(self, policy: dict, prompts: list[list[list[int]]]) -> Told:
+        """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
+        flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
+        keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
+        sampler, sampling = Sampler(self.decoder), sampling_config(self.preset, len(flat))
+        done = sampler.generate(None, policy, flat, keys, sampling)
+        held = sum(shape[0] * new + shape[2] for shape in sampler.shapes.opened(f"1 {sampling!r}"))
+        return {
+            "answers": [completion.tokens for completion in done],
+            "padding": 1 - sum(len(prompt) + new for prompt in flat) / held,
+        }
+
+    def rollout(self) -> Told:
+        return self.generate(self.merged(), self.work.prompts)
+
+    def revision(self) -> Told:
+        return self.generate(self.merged(), self.work.revisions)
+
+    def evaluation(self) -> Told:
+        names = tuple(map(str, range(len(self.work.options))))
+        questions = self.work.questions
+        evaluator = Evaluator(
+            task=None,
+            renderer=Labels(self.work.options),
+            decoder=self.decoder,
+            sampler=Sampler(self.decoder),
+            examples=[Example("", "", names, names, 0) for _ in questions],
+            prompts=questions,
+            method="choice",
+            sampling=sampling_config(self.preset, 1),
+            rows=min(len(questions), default_config().eval.rows),
+        )
+        scores = evaluator.choice_scores(self.merged())
+        return {"choices": np.argmax(scores, axis=1).tolist()}
+
+    def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Told]:
+        """Every client's optimiser steps in one program; rows: [C][S] lists.
+
+        Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of the rows.
+        """
+        local = dataclasses.replace(self.local, clients_at_once=min(self.local.clients_at_once, len(rows)))
+        work, padding = self.pack(rows, local.clients_at_once)
+        count = len(work.count)
+        active = np.arange(count) < len(rows)
+        weight = active.astype(np.float32)
+        keys = np.zeros((count, 2), np.uint32)  # no dropout: never read
+        shared = clients.Shared(self.lora, self.base, (), {}, self.rate)
+        per_client = clients.shard_rows((work, keys, weight, active), self.mesh)
+        total, mass, means, _ = _train(self.algorithm, self.decoder, local, self.mesh, False, shared, None, *per_client)
+        jax.block_until_ready(total)
+        loss = means["loss"].total.sum() / means["loss"].count.sum()
+        return total, mass, {"loss": float(loss), "padding": padding}
+
+    def pack(self, rows: list[list[list[Row]]], at_once: int) -> tuple[clients.Work, float]:
+        """[C, S, ...] numpy arrays, C padded to whole chunks, and the share of their tokens that is padding."""
+        count, steps = clients.padded_clients(len(rows), at_once, 1), len(rows[0])
+        keys = packing.Keys()
+        blocks = [packing.fold([items], self.room, keys) for own in rows for items in map(step_items, own)]
+        blocks += [[]] * (count * steps - len(blocks))
+        found, used = packing.stack_blocks(blocks, self.room, max(map(len, blocks)))
+        work = clients.Work(found, used, np.ones(len(blocks), np.float32))
+        real = sum(int((branch >= 0).sum()) for branch in found.packs[0].branches)
+        work = jax.tree.map(lambda x: x.reshape(count, steps, *x.shape[1:]), work)
+        return work, 1 - real / (self.room.tokens * int(used.sum()))
+
+    def aggregation(self) -> Told:
+        weight = np.ones(self.preset.clients, np.float32)
+        total = _weighted_sum([self.lora] * self.preset.clients, weight)
+        state, _ = _aggregate(SERVER, self.state, total, weight.sum())
+        jax.block_until_ready(state.lora)
+        return {}
+
+    def checkpoint(self) -> Told:
+        self.checkpoints.save(self.state.replace(round=np.int32(next(self.rounds))), {}, {})
+        self.checkpoints.wait()
+        return {}
+
+    def round(self) -> Told:
+        policy = self.merged()
+        self.generate(policy, self.work.prompts)
+        self.generate(policy, self.work.revisions)
+        del policy  # as in a round, the merged weights are not held while training
+        return self.train_and_aggregate(self.preset.clients)
+
+    def cohort(self, size: int) -> Told:
+        """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would count as this one's."""
+        if size != self.cohort_size:
+            jax.clear_caches()
+        self.cohort_size = size
+        return self.train_and_aggregate(size)
+
+    def train_and_aggregate(self, size: int) -> Told:
+        """A round's second half for any number of clients, which repeat the workload's."""
+        rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
+        total, mass, told = self.train(rows)
+        state, _ = _aggregate(SERVER, self.state, total, mass)
+        jax.block_until_ready(state.lora)
+        return told
+
+
+@jax.jit
+def _weighted_sum(adapters: list[dict], weight: jax.Array) -> dict:
+    """Σ w θ, which `train_cohort` accumulates as clients finish."""
+    return jax.tree.map(lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters)
+
+
+def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
+    """The adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
+
+    def stack(target: str, side: str, shape: tuple[int, int]) -> np.ndarray:
+        names = [f"layers.{i}.{MODULES[target]}.lora_{side}.weight" for i in range(lora_layers(lora, config))]
+        return np.stack([random_tensor(name, shape).T for name in names])
+
+    shapes = projection_shapes(config)
+    return {
+        target: {
+            "a": stack(target, "A", (lora.rank, shapes[target][0])),
+            "b": stack(target, "B", (shapes[target][1], lora.rank)),
+        }
+        for target in lora.targets
+    }
+
+
+def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
+    """No EOS, so that every completion has exactly new_tokens; all rows in one device batch."""
+    return SamplingConfig(
+        max_new_tokens=preset.new_tokens,
+        temperature=preset.temperature,
+        top_k=0,
+        top_p=preset.top_p,
+        eos_ids=(),
+        pad_id=0,
+        segment=default_config().rollout.segment,
+        max_rows=rows,
+    )
+
+
+def spear(preset: Preset) -> Spear:
+    """The method with the preset's numbers."""
+    settings = dataclasses.replace(SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin)
+    shell = Shell(preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ())
+    return Spear(settings, shell)
+
+
+def local_config(preset: Preset) -> clients.LocalConfig:
+    """Local training by the config's defaults: AdamW, clipped at 1, no decay, no regulariser."""
+    train = default_config().train
+    return clients.LocalConfig(
+        clients_at_once=preset.clients_at_once or preset.clients,
+        normalize=train.normalize,
+        clip=train.clip,
+        weight_decay=train.weight_decay,
+        anchor_weight=train.anchor_weight,
+        anchor_gradient=train.anchor_gradient,
+        prox=0.0,
+        ema_decay=train.ema_decay,
+        head_chunk=train.head_chunk,
+    )
+
+
+def step_items(rows: list[Row | None]) -> list[packing.Item]:
+    """An optimiser step's rows as the system has them; every completion token counts."""
+    return [(training_row(row),) for row in rows if row]
+
+
+def training_row(row: Row) -> packing.Row:
+    """One row, all of its completion tokens in use."""
+    return packing.Row(row.prompt, row.completion, np.ones(len(row.completion), bool), row.confidence, row.label)

@@ -1,0 +1,37 @@
+"""Plainly padded arithmetic beside the packed one, and rows packed as a round packs them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax import packing
+from spear_jax.federated.clients import Work
+from spear_jax.models.decoder import logits
+
+
+def logprobs(decoder, base, lora, rows, length):
+    """float32[B, T] of completions under their prompts, every row padded by itself; None rows are 0."""
+    width = max(len(row.prompt) for row in rows if row)
+    tokens, mask = np.zeros((len(rows), width + length), np.int32), np.zeros((len(rows), width + length), bool)
+    for i, row in enumerate(rows):
+        if row:
+            span = slice(width - len(row.prompt), width + len(row.completion))
+            tokens[i, span], mask[i, span] = [*row.prompt, *row.completion], True
+    found = jax.nn.log_softmax(logits(decoder, lora, base, tokens, mask))[:, width - 1 : -1]
+    picked = jnp.take_along_axis(found, tokens[:, width:, None], axis=-1)[..., 0]
+    return jnp.where(mask[:, width:], picked, 0.0)
+
+
+def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0):
+    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`."""
+    micros = [[[packing.items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
+    steps = [step for client in micros for step in client]
+    if normalize == "global" and not algorithm.micro:
+        steps = [[sum(step, [])] for step in steps]
+    room = packing.choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit)
+    blocks = [packing.fold(step, room) for step in steps]
+    per_client, clients = len(cohort[0]), max(padded, len(cohort))
+    blocks += [[]] * (clients * per_client - len(blocks))
+    found, count = packing.stack_blocks(blocks, room, max(1, *map(len, blocks)))
+    number = np.full(len(blocks), len(cohort[0][0]), np.float32)
+    return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), Work(found, count, number))
