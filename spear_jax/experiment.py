@@ -90,11 +90,6 @@ class Experiment:
             some, algorithm.kinds, algorithm.trunks, self.prompt_length, self.completion_length, limit
         )
 
-    def most_blocks(self, room: packing.Room) -> int:
-        """Blocks that a step of distinct rows is expected to take at most."""
-        shell = self.algorithm.shell
-        return -(-shell.accumulation * shell.batch_size * self.algorithm.kinds * 2 // room.items)
-
     def on_devices(self, tree: Any) -> Any:
         """A tree of host arrays on every device of the mesh."""
         return clients.replicate(tree, self.mesh)

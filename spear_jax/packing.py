@@ -431,6 +431,14 @@ def _read(step, keys: Keys, room: Room) -> int:
     return max((10**9 - min(t.left for t in b.trunks) for b in plans), default=1)
 
 
+def most_blocks(steps: Sequence[Sequence[Sequence[Item]]], room: Room, slots: int) -> int:
+    """Blocks that a step may come to take, when all of its `slots` items are distinct and a quarter longer than these."""
+    items = [item for step in steps for micro in step for item in micro]
+    tokens = sum(len(row.prompt) + len(row.completion) for item in items for row in item) / room.trunks
+    longer = 1.25 * tokens / max(1, len(items))
+    return 1 + -int(-max(slots * longer / room.tokens, slots / room.items))
+
+
 def stack_blocks(steps: list[list[Block]], room: Room, count: int) -> tuple[Block, np.ndarray]:
     """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; and int32[S], how many are in use."""
     empty = _Open(room, 0).close()

@@ -197,7 +197,9 @@ def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
     room = shapes.room("train", lambda: experiment.training_room(steps))
     keys = packing.Keys()
     blocks = [packing.fold(step, room, keys) for step in steps]
-    (deepest,) = shapes.fit("train blocks", (max(experiment.most_blocks(room), *map(len, blocks)),))
+    slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.kinds
+    expected = packing.most_blocks(steps, room, slots * algorithm.shell.accumulation)
+    (deepest,) = shapes.fit("train blocks", (max(expected, *map(len, blocks)),))
     count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.size)
     steps_each = algorithm.steps_per_phase
     blocks += [[]] * (count * steps_each - len(blocks))
