@@ -5,7 +5,7 @@ A config is read once, when the experiment is built; `check_config` has then ref
 
 import ml_collections
 
-from spear_jax import settings
+from spear_jax import partition, settings
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.errors import UserError, unknown
 from spear_jax.models.decoder import REMAT
@@ -55,7 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
     federation.num_clients = 10
     federation.clients_per_round = 5
     federation.sampling = "uniform"  # or weighted: by number of examples
-    federation.partition = "dirichlet"  # dirichlet, iid, by_label, quantity
+    federation.partition = "dirichlet"  # dirichlet, iid, by_label, quantity, resample (clients share examples)
     federation.dirichlet_alpha = 1.0
     federation.labels_per_client = 1  # by_label
     federation.min_examples = 10  # dirichlet redraws until every client has as many
@@ -66,7 +66,7 @@ def default_config() -> ml_collections.ConfigDict:
     federation.beta2 = 0.99
     federation.tau = 5e-3
     federation.prox = 0.0  # FedProx's μ
-    federation.clients_at_once = 0  # clients trained together on a device; 0 means all of the round's
+    federation.clients_at_once = 0  # clients trained together on a device; 0: on a CPU one, else as many as fit
     federation.colliding_streams = False  # A7: client streams keyed by round + client
 
     config.rollout = rollout = ml_collections.ConfigDict()
@@ -96,7 +96,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.anchor_weight = 0.0
     train.anchor_gradient = True  # False: the published anchor, without gradient (A3)
     train.ema_decay = 0.0
-    train.block_tokens = 2048  # distinct tokens that go through the model together; more where one item has more
+    train.block_tokens = 4096  # distinct tokens that go through the model together; more where one item has more
     train.remat = "attention"  # what the backward pass computes again: nothing, attention, layers
     train.head_chunk = 1024  # positions per LM-head block
 
@@ -160,7 +160,7 @@ _CHOICES = {
     "data.chat_template": ("auto", "always", "never"),
     "data.extractor": ("bounded", "published"),
     "federation.sampling": ("uniform", "weighted"),
-    "federation.partition": ("dirichlet", "iid", "by_label", "quantity"),
+    "federation.partition": partition.SCHEMES,
     "train.normalize": ("global", "micro"),
     "train.remat": REMAT,
     "eval.method": ("auto", "choice", "generate", "likelihood"),

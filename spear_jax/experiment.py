@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spear_jax import casting, memory, packing, partition, trees
+from spear_jax import casting, memory, packing, partition, rooms, trees
 from spear_jax import config as configs
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
@@ -22,7 +22,7 @@ from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.load import LoadedModel, load_model
-from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge_lora
+from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge_layer
 from spear_jax.sampling import Sampler, SamplingConfig
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
@@ -81,7 +81,7 @@ class Experiment:
             return [self.actor.merge(lora)]
         return [self.actor.merge(jax.tree.map(lambda x, c=c: x[c], lora)) for c in range(len(self.parts))]
 
-    def training_room(self, steps: list) -> packing.Room:
+    def training_room(self, steps: list) -> rooms.Room:
         """The block size for local training, from the micro-batches of the first steps (every few of them, where many)."""
         some = [step for step in steps if any(step)]
         some = some[:: 1 + len(some) // 32]
@@ -130,7 +130,16 @@ class Experiment:
 @functools.partial(jax.jit, static_argnums=2)
 def merge(base: dict, lora: dict, settings: LoraConfig) -> dict:
     """The base with the adapter merged into it and its layers unstacked, as generation takes it."""
-    return unstack(merge_lora(base, lora, settings))
+    layers = unstack(base)["layers"]
+    plain = len(layers) - jax.tree.leaves(lora)[0].shape[0]
+    return {**base, "layers": tuple(_merged(one, lora, i - plain, settings) for i, one in enumerate(layers))}
+
+
+def _merged(weights: dict, lora: dict, index: int, settings: LoraConfig) -> dict:
+    """One layer's weights with its part of the adapter; those below the adapted layers as they are."""
+    if index < 0:
+        return weights
+    return merge_layer(weights, jax.tree.map(lambda x: x[index], lora), settings)
 
 
 def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
@@ -157,9 +166,9 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     prompt_length = casting.prompt_length(algorithm, actor, used)
     completion_length = casting.completion_length(algorithm, actor)
     actor.scorer = casting.scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
-    local = _local_config(config, mesh.size)
-    limit = max(config.train.block_tokens, prompt_length + max(2, algorithm.kinds) * completion_length)
-    _check_memory(local, decoder, limit, prompt_length + completion_length)
+    local = _local_config(
+        config, mesh.size, _bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
+    )
     model = dataclasses.replace(model, base=clients.replicate(model.base, mesh))
     actor.merge = lambda lora: Policy(merge(model.base, clients.replicate(lora, mesh), decoder.lora))
     return Experiment(
@@ -295,11 +304,19 @@ def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[Sa
     return first, revise, greedy
 
 
-def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.LocalConfig:
+def _local_config(config: ml_collections.ConfigDict, devices: int, each: int) -> clients.LocalConfig:
+    """The settings of local training; raises UserError where the clients that train together cannot fit.
+
+    Args: each: bytes of one client.
+    """
     train, fed = config.train, config.federation
-    at_once = fed.clients_at_once or -(-fed.clients_per_round // devices)
+    free = memory.device_bytes()
+    at_once = fed.clients_at_once or memory.fitting(-(-fed.clients_per_round // devices), each, free)
+    if fed.aggregation == "local":
+        at_once = 1  # a local-only client trains alone
+    memory.check_memory(at_once, each, free)
     return clients.LocalConfig(
-        clients_at_once=1 if fed.aggregation == "local" else at_once,  # a local-only client trains alone
+        clients_at_once=at_once,
         normalize=train.normalize,
         clip=train.clip,
         weight_decay=train.weight_decay,
@@ -311,12 +328,12 @@ def _local_config(config: ml_collections.ConfigDict, devices: int) -> clients.Lo
     )
 
 
-def _check_memory(local: clients.LocalConfig, decoder: Decoder, tokens: int, length: int) -> None:
-    """Raises UserError where the clients that train together cannot fit."""
+def _bytes_per_client(config: ml_collections.ConfigDict, decoder: Decoder, algorithm: Algorithm, p: int, t: int) -> int:
+    """An estimate for one client. Args: p, t: the longest prompt and completion."""
     lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    each = memory.bytes_per_client(decoder.config, tokens, length, local.head_chunk, adapter, decoder.remat)
-    memory.check_memory(local.clients_at_once, each, memory.device_bytes())
+    tokens = max(config.train.block_tokens, p + max(2, algorithm.kinds) * t)
+    return memory.bytes_per_client(decoder.config, tokens, p + t, config.train.head_chunk, adapter, decoder.remat)
 
 
 def _server_config(config: ml_collections.ConfigDict) -> server.ServerConfig:

@@ -56,6 +56,14 @@ def device_bytes() -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
+def fitting(most: int, each: int, free: int | None) -> int:
+    """How many clients of `each` bytes train together on a device, of `most`: one on a CPU, whose cores one client fills and
+    whose caches its arrays then fit better; elsewhere as many as use half of what is free."""
+    if jax.default_backend() == "cpu":
+        return 1
+    return max(1, most if free is None else min(most, free // 2 // each))
+
+
 def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
     """Raises UserError where `clients_at_once` clients of `each` bytes exceed `free`, naming the value that would fit."""
     if free is None or clients_at_once * each <= free:

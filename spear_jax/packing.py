@@ -7,17 +7,16 @@ nothing compiles again.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
+from spear_jax.rooms import Room, size_bucket, split_grids
 from spear_jax.types import Batch, Block, Pack
 
-BLOCK_COST = (
-    48  # what a block costs besides its tokens (a pass over all weights), in tokens; decides between few and many
-)
+HEADROOM = 12  # a block's size is chosen as if 1 / HEADROOM of it were to stay free
+BLOCK_COST = 48  # a block's pass over all weights, in tokens; decides between few blocks and many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,50 +41,6 @@ class Row:
 
 
 Item = tuple[Row, ...]  # rows that a loss needs together
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """The sizes of a block; hashable.
-
-    Attributes:
-        tokens: N of each pack.
-        grids: (R, L) of each pack's attention grids, by rising L.
-        scored: M.
-        items: row i and row i + items, i + 2 items, ... are one item's.
-        kinds: rows of an item.
-        trunks: packs; kind k stands in pack k % trunks.
-        length: T.
-    """
-
-    tokens: int
-    grids: tuple[tuple[int, int], ...]
-    scored: int
-    items: int
-    kinds: int
-    trunks: int
-    length: int
-
-
-def size_bucket(size: int, finest: int = 16) -> int:
-    """`size` rounded up so that at most an eighth of the result is padding: a few sizes an octave, multiples of `finest`."""
-    step = max(finest, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step
-
-
-def split_grids(lengths: Sequence[int], longest: int, cell: int = 8) -> tuple[int, ...]:
-    """The one or two tree lengths L, up to `longest`, that make the attention over these trees cheapest (Σ R L²)."""
-    up = lambda n: -(-n // cell) * cell
-    found = np.sort([up(n) for n in lengths])
-    longest = up(longest)
-    if not len(found):
-        return (longest,)
-    short = np.unique(found)
-    counts = np.searchsorted(found, short, side="right")
-    # at least one long tree must always fit
-    costs = counts * short.astype(float) ** 2 + np.maximum(1, len(found) - counts) * float(longest) ** 2
-    best = int(np.argmin(costs))
-    return (longest,) if short[best] == longest else (int(short[best]), longest)
 
 
 class _Trunk:
@@ -253,69 +208,6 @@ class Keys:
         return found
 
 
-class Shapes:
-    """The padded sizes that a run has opened. A batch takes an open one that holds it with little waste; once frozen any that
-    holds it, so that nothing compiles any more. Part of what a run must remember (`save`, `load`)."""
-
-    WASTE = 1.15  # how much larger than wanted, in its product, an open shape may be before freezing
-
-    def __init__(self):
-        self.frozen = False
-        self._open: dict[str, set[tuple[int, ...]]] = {}
-        self._rooms: dict[str, Room] = {}
-
-    def freeze(self) -> None:
-        """Prefers open shapes from now on, however wasteful."""
-        self.frozen = True
-
-    def fit(
-        self, name: str, wanted: tuple[int, ...], holds: Callable[[tuple[int, ...]], bool] | None = None
-    ) -> tuple[int, ...]:
-        """An open shape of this name that holds what is wanted, or `wanted` itself, opened.
-
-        Args: holds: whether a shape would do; None: it is as large as `wanted` in every size.
-        """
-        found = self._open.setdefault(name, set())
-        large = holds or (lambda shape: all(a >= b for a, b in zip(shape, wanted, strict=True)))
-        limit = np.inf if self.frozen else self.WASTE * float(np.prod(wanted))
-        fitting = [shape for shape in found if large(shape) and np.prod(shape, dtype=float) <= limit]
-        best = min(fitting, key=lambda s: (np.prod(s, dtype=float), s), default=wanted)
-        found.add(best)
-        return best
-
-    def opened(self, name: str) -> list[tuple[int, ...]]:
-        """The open shapes of this name."""
-        return sorted(self._open.get(name, ()))
-
-    def known(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a shape may be used: it is open already, or can still be opened (and then is)."""
-        found = self._open.setdefault(name, set())
-        if not self.frozen:
-            found.add(shape)
-        return shape in found
-
-    def room(self, name: str, choose: Callable[[], Room]) -> Room:
-        """The room of this name, chosen once."""
-        if name not in self._rooms:
-            self._rooms[name] = choose()
-        return self._rooms[name]
-
-    def save(self) -> dict[str, Any]:
-        """What `load` needs, as JSON."""
-        return {
-            "frozen": self.frozen,
-            "open": {name: sorted(map(list, found)) for name, found in self._open.items()},
-            "rooms": {name: dataclasses.asdict(room) for name, room in self._rooms.items()},
-        }
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Restores what `save` gave."""
-        self.frozen = saved["frozen"]
-        self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
-        rooms = saved["rooms"].items()
-        self._rooms = {name: Room(**room | {"grids": tuple(map(tuple, room["grids"]))}) for name, room in rooms}
-
-
 def items_of(rows: Sequence[Row | None], kinds: int) -> list[Item]:
     """A micro-batch's items: row i of each of `kinds` equal blocks; None rows make none."""
     size = len(rows) // kinds
@@ -401,20 +293,23 @@ def choose_room(
     widths = split_grids(trees, longest)
     total = max((_read(step, keys, wide) for step in steps), default=least)
     best, lowest = most, float("inf")
-    for size in sorted({size_bucket(total // n + 16) for n in range(1, 65)} | {least}):
-        if least <= size <= most:
-            room = dataclasses.replace(wide, tokens=size)
-            cost = sum(len(_plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
-            if cost < lowest:
-                best, lowest = size, cost
+    sizes = np.geomspace(least, max(least, min(most, total * HEADROOM / (HEADROOM - 1))), 48)
+    for size in sorted({int(-(-size // 16) * 16) for size in sizes}):
+        # other steps will be a little longer than these
+        room = dataclasses.replace(wide, tokens=max(least, size - size // HEADROOM))
+        cost = sum(len(_plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
+        if cost < lowest:
+            best, lowest = size, cost
     grids = tuple((10**6, width) for width in widths)
     found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, grids=grids), keys)]
+    # tokens are what costs: a block should be full of them before it is full of anything else
+    spare = lambda counts: 1 + max(counts, default=0) * 5 // 4
     used = [[10**6 - min(t.free[g] for t in b.trunks) for b in found] for g in range(len(widths))]
     return Room(
         tokens=best,
-        grids=tuple((max(1, *counts, 1), width) for counts, width in zip(used, widths, strict=True)),
-        scored=max(size_bucket(max((b.scored for b in found), default=1)), shared * length),
-        items=size_bucket(max((len(b.rows) for b in found), default=1), 1),
+        grids=tuple((spare(counts), width) for counts, width in zip(used, widths, strict=True)),
+        scored=max(size_bucket(spare([b.scored for b in found])), shared * length),
+        items=spare([len(b.rows) for b in found]),
         kinds=kinds,
         trunks=trunks,
         length=length,
@@ -492,13 +387,13 @@ def pack_prompts(
 
 
 def prompt_room(groups: Sequence[Sequence[list[int]]], width: int) -> Room:
-    """A room that holds every group's prompts, its sizes rounded up so that few different ones occur."""
+    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum."""
     lengths = _distinct(groups)
     short, *rest = split_grids(sum(lengths, []), width, cell=32)
     counts = [max(sum((n <= short) == low for n in own) for own in lengths) for low in (True, False)]
     grids = ((short, counts[0]), *((width, counts[1]) for width in rest))
     return Room(
-        tokens=size_bucket(max(map(sum, lengths)), 32),
+        tokens=size_bucket(int(max(sum(own) + 2.5 * np.std(own) * len(own) ** 0.5 for own in lengths)), 32),
         grids=tuple((size_bucket(max(1, count), 2), width) for width, count in grids),
         scored=1,
         items=1,

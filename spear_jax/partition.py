@@ -8,7 +8,7 @@ import numpy as np
 
 from spear_jax.errors import UserError, unknown
 
-SCHEMES = ("dirichlet", "iid", "by_label", "quantity")
+SCHEMES = ("dirichlet", "iid", "by_label", "quantity", "resample")
 
 # Draws before a split counts as impossible. Each failed draw lowers the smallest size asked for by x0.7 (down
 # to 1), so what still fails after this many leaves some client with nothing at all.
@@ -26,14 +26,16 @@ def partition(
     max_examples_per_client: int = 0,
     labels_per_client: int = 1,
 ) -> list[np.ndarray]:
-    """Shares examples out to clients; every example goes to at most one client, and no client stays empty.
+    """Shares examples out to clients; no client stays empty, and but for "resample" every example goes to one client at most.
 
     Args:
         labels: int[N], the gold option of each example.
         num_clients: how many clients.
         scheme: "dirichlet" (each label's examples in Dirichlet(alpha) shares), "iid" (equal sizes, at
-            random), "by_label" (each client sees `labels_per_client` labels, equal shares of each), or
-            "quantity" (random examples, sizes in Dirichlet(alpha) shares).
+            random), "by_label" (each client sees `labels_per_client` labels, equal shares of each), "quantity"
+            (random examples, sizes in Dirichlet(alpha) shares), or "resample" (each client draws
+            `max_examples_per_client` of all examples, its labels in Dirichlet(alpha) shares: for populations
+            larger than the data).
         seed: of `numpy.random.default_rng`; the same seed gives the same split.
         alpha: Dirichlet concentration; small is uneven.
         min_size: dirichlet and quantity are redrawn until every client has this many examples; the limit
@@ -53,6 +55,8 @@ def partition(
     labels = np.asarray(labels)
     _check(labels, num_clients, scheme, alpha, min_size, max_examples_per_client)
     rng = np.random.default_rng(seed)
+    if scheme == "resample":
+        return [_resample(labels, max_examples_per_client, alpha, rng) for _ in range(num_clients)]
     if scheme == "iid":
         parts = np.array_split(rng.permutation(len(labels)), num_clients)
     elif scheme == "by_label":
@@ -78,10 +82,15 @@ def _check(
         raise unknown("partition scheme", scheme, SCHEMES)
     if num_clients < 1:
         raise UserError(f"num_clients {num_clients} must be at least 1.")
-    if labels.ndim != 1 or num_clients > len(labels):
+    if scheme == "resample" and not 0 < max_examples_per_client <= len(labels):
+        raise UserError(
+            f"partition scheme 'resample' with max_examples_per_client {max_examples_per_client}: give how many of the "
+            f"{labels.size} examples each client draws, from 1 to all."
+        )
+    if scheme != "resample" and (labels.ndim != 1 or num_clients > len(labels)):
         raise UserError(
             f"num_clients {num_clients} exceeds the {labels.size} training examples; every client needs at "
-            "least one. Use fewer clients or more data."
+            "least one. Use fewer clients, more data, or scheme 'resample', in which clients share examples."
         )
     if not (np.isfinite(alpha) and alpha > 0):
         raise UserError(f"partition alpha {alpha} must be positive and finite; 1.0 is the paper's, 0.1 is uneven.")
@@ -102,6 +111,15 @@ def _dirichlet(groups: np.ndarray, num_clients: int, alpha: float, rng: np.rando
         for client, piece in enumerate(np.split(members, cuts)):
             pieces[client].append(piece)
     return [np.concatenate(piece) for piece in pieces]
+
+
+def _resample(labels: np.ndarray, size: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """`size` different examples, each label as likely as its Dirichlet(alpha) share."""
+    kinds, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    # the small number keeps every example possible where a share is too small for a float
+    shares = rng.dirichlet(np.full(len(kinds), alpha)) + 1e-9
+    chance = (shares / counts)[place]
+    return rng.choice(len(labels), size=size, replace=False, p=chance / chance.sum()).astype(np.int64)
 
 
 def _redraw(draw: Callable[[], list[np.ndarray]], min_size: int, num_clients: int, alpha: float) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packing
+from spear_jax import packing, rooms
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
 from spear_jax.types import Pack
 
@@ -240,10 +240,10 @@ class Sampler:
         decoder: Decoder,
         place: Callable = jnp.asarray,
         devices: int = 1,
-        shapes: packing.Shapes | None = None,
+        shapes: rooms.Shapes | None = None,
     ):
         self.decoder, self.place, self.devices = decoder, place, devices
-        self.shapes = packing.Shapes() if shapes is None else shapes
+        self.shapes = rooms.Shapes() if shapes is None else shapes
 
     def generate(
         self,
@@ -269,8 +269,9 @@ class Sampler:
         base = unstack(base)
         if lora is not None and owners is None:
             lora, owners = jax.tree.map(lambda x: x[:, None], lora), np.zeros(len(prompts), np.int32)
-        for adapters, groups in self._batches(prompts, config.max_rows, lora, owners):
-            self._batch(adapters, base, prompts, keys, groups, config, done, report)
+        for adapters, whole in self._batches(prompts, config.max_rows, lora, owners):
+            for groups in self._parts(config, whole, prompts):
+                self._batch(adapters, base, prompts, keys, groups, config, done, report)
         return done
 
     def _batches(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
@@ -341,19 +342,31 @@ class Sampler:
         order = (order + before * np.arange(groups)[:, None]).reshape(-1)
         return _take(state, place(order)), np.where(live, owner, -1)[order]
 
-    def _fit(self, config: SamplingConfig, groups) -> tuple[int, int, packing.Room]:
-        """The rows of a group, the prompt width, and the room that a batch is padded to."""
-        most = -(-config.max_rows // len(groups))
-        rows = row_bucket(max(map(len, groups)), most)
+    def _parts(self, config: SamplingConfig, groups: list[list[int]], prompts) -> Iterator[list[list[int]]]:
+        """The groups, or once frozen, where no open shape holds them, halves of them: two batches cost less than a program."""
+        own = [[prompts[i] for i in group] for group in groups]
+        if not self.shapes.frozen or max(map(len, groups)) < 2 or self.shapes.held(*self._holding(config, own)[:2]):
+            yield groups
+            return
+        for half in (0, 1):
+            yield from self._parts(config, [group[half::2] for group in groups], prompts)
+
+    def _holding(self, config: SamplingConfig, groups: list[list[list[int]]]):
+        """The name of a batch's shapes, whether a shape holds it, the shape that it wants, and the room of a shape."""
+        rows = row_bucket(max(map(len, groups)), -(-config.max_rows // len(groups)))
         width = length_bucket(max(len(prompt) for group in groups for prompt in group))
         room = packing.prompt_room(groups, width)
         read = lambda shape: dataclasses.replace(
             room, tokens=shape[2], grids=tuple(zip(shape[3::2], shape[4::2], strict=True))
         )
 
-        def holds(shape):
+        def holds(shape: tuple[int, ...]) -> bool:
             return shape[0] >= rows and shape[1] >= width and packing.holds_prompts(read(shape), groups)
 
-        wanted = (rows, width, room.tokens, *itertools.chain(*room.grids))
-        found = self.shapes.fit(f"{len(groups)} {config!r}", wanted, holds)
+        return f"{len(groups)} {config!r}", holds, (rows, width, room.tokens, *itertools.chain(*room.grids)), read
+
+    def _fit(self, config: SamplingConfig, groups: list[list[list[int]]]) -> tuple[int, int, rooms.Room]:
+        """The rows of a group, the prompt width, and the room that a batch is padded to."""
+        name, holds, wanted, read = self._holding(config, groups)
+        found = self.shapes.fit(name, wanted, holds)
         return found[0], found[1], read(found)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from spear_jax import analysis, cli, experiment, partition, run_folder
+from spear_jax.compiles import Compiles
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints
@@ -70,9 +71,10 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         line = {"round": 0, "time": time.time()} | evaluate(built, state)
         writer.write(line)
         checkpoints.save(state, line, built.actor.sampler.shapes.save())
-    blocked = 0.0
+    blocked, compiles = 0.0, Compiles()
     while not over(built, state, line):
         state, line, told = one_round(built, state, blocked, rounds.Spent.read(line))
+        line |= compiles.take()
         if config.record_traces:
             write_traces(workdir, line["round"], told)
         writer.write(line)

@@ -11,7 +11,10 @@ from spear_jax.partition import SCHEMES, load_split, partition, plot_split, save
 LABELS = np.random.default_rng(0).integers(0, 4, size=1000)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+DISJOINT = [scheme for scheme in SCHEMES if scheme != "resample"]
+
+
+@pytest.mark.parametrize("scheme", DISJOINT)
 def test_split_gives_every_example_to_exactly_one_client(scheme):
     parts = partition(LABELS, 20, scheme, seed=3)
     assert len(parts) == 20
@@ -19,14 +22,27 @@ def test_split_gives_every_example_to_exactly_one_client(scheme):
     assert all(part.dtype == np.int64 and len(part) for part in parts)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+def test_resampled_clients_share_examples_and_small_alpha_gives_each_its_own_labels():
+    parts = partition(LABELS, 3000, "resample", seed=0, alpha=0.05, max_examples_per_client=40)
+    assert len(parts) == 3000 and all(len(set(part.tolist())) == len(part) == 40 for part in parts)
+    assert len(set(np.concatenate(parts).tolist())) == 1000  # more clients than examples, and every example is held
+    largest = np.mean([np.bincount(LABELS[part], minlength=4).max() / 40 for part in parts])
+    assert largest > 0.85  # 0.25 if labels were spread evenly
+    first, again = (partition(LABELS, 5, "resample", seed=4, max_examples_per_client=9) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    for size in (0, 1001):
+        with pytest.raises(UserError, match="from 1 to all"):
+            partition(LABELS, 5, "resample", seed=0, max_examples_per_client=size)
+
+
+@pytest.mark.parametrize("scheme", DISJOINT)
 def test_same_seed_gives_the_same_split_and_another_seed_another(scheme):
     first, again, other = (partition(LABELS, 8, scheme, seed=seed) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", DISJOINT)
 def test_cap_keeps_the_first_examples_of_each_client(scheme):
     free = partition(LABELS, 8, scheme, seed=1)
     capped = partition(LABELS, 8, scheme, seed=1, max_examples_per_client=30)

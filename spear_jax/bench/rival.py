@@ -78,7 +78,7 @@ class Rival:
             r=preset.rank, lora_alpha=2 * preset.rank, lora_dropout=0.0, target_modules=MODULES, task_type="CAUSAL_LM"
         )
         model = peft.get_peft_model(self.base(), settings)
-        if preset.remat == "layers":
+        if preset.rival_remat:
             model.enable_input_require_grads()  # without it nothing would flow back through the recomputed layers
             model.gradient_checkpointing_enable()
         self.model = model.to(self.device)

@@ -36,7 +36,7 @@ class Preset:
         questions, options: of the evaluation.
         wins, loses: rows of an optimiser step; steps: of a client's round.
         rank: of the adapter, which sits on all seven projections of every layer; alpha is twice the rank.
-        remat: what the backward pass computes again, as `train.remat`; the rival knows "layers" alone.
+        remat: what our backward pass computes again, as `train.remat`; rival_remat: whether the rival's does so with layers.
         clients_at_once: clients trained together (ours); 0 means all.
         temperature, top_p: of sampling; 0 is greedy.
         margin: of unlikelihood; lose_weight: its weight beside likelihood's 1; rate: of AdamW.
@@ -62,6 +62,7 @@ class Preset:
     options: int = 4
     rank: int = 16
     remat: str = "attention"
+    rival_remat: bool = False
     clients_at_once: int = 1
     temperature: float = 0.8
     top_p: float = 0.95
@@ -131,7 +132,7 @@ def _smollm2() -> Preset:
     return Preset(
         name="smollm2-135m", shape=_llama(), model="", dtype="float32",
         clients=3, prompts=16, right=4, fixed=6, lengths=(119, 60, 232), head=24, new_tokens=32, revisions=6, longer=271,
-        questions=16, wins=4, loses=4, steps=2,
+        questions=16, wins=4, loses=4, steps=2, remat="layers",
     )  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def _qwen() -> Preset:
     return Preset(
         name="qwen2.5-1.5b", shape=shape, model="", dtype="bfloat16",
         clients=3, prompts=160, right=40, fixed=60, lengths=(119, 60, 232), head=0, new_tokens=256, revisions=60, longer=271,
-        questions=64, wins=16, loses=16, steps=5, remat="layers", clients_at_once=0,
+        questions=64, wins=16, loses=16, steps=5, remat="layers", rival_remat=True, clients_at_once=0,
     )  # fmt: skip
 
 
@@ -201,6 +202,7 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
         steps=config.train.steps,
         rank=config.lora.rank,
         remat=config.train.remat,
+        rival_remat=config.train.remat == "layers",
         clients_at_once=config.federation.clients_at_once,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,

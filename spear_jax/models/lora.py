@@ -101,10 +101,18 @@ def merge_lora(base: dict, lora_tree: dict, lora: LoraConfig) -> dict:
         lora_tree: as from `init_lora`.
     Returns: a base tree; W + scale * A B on the layers that carry adapters (float32 product, cast to W's dtype).
     """
-    layers = dict(base["layers"])
-    for target, pair in lora_tree.items():
-        weight = layers[target]
-        delta = jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST) * lora.scale
-        start = weight.shape[0] - delta.shape[0]
-        layers[target] = weight.at[start:].add(delta.astype(weight.dtype))
-    return {**base, "layers": layers}
+    count = jax.tree.leaves(lora_tree)[0].shape[0]
+    adapted = {target: base["layers"][target][-count:] for target in lora_tree}
+    merged = jax.vmap(lambda weights, pairs: merge_layer(weights, pairs, lora))(adapted, lora_tree)
+    layers = {target: base["layers"][target].at[-count:].set(weight) for target, weight in merged.items()}
+    return {**base, "layers": base["layers"] | layers}
+
+
+def merge_layer(weights: dict, pairs: dict, lora: LoraConfig) -> dict:
+    """One layer of `merge_lora`: weights [in, out], pairs {target: {"a": [in, R], "b": [R, out]}}."""
+
+    def add(weight, pair):
+        delta = jnp.matmul(pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST) * lora.scale
+        return weight + delta.astype(weight.dtype)
+
+    return weights | {target: add(weights[target], pair) for target, pair in pairs.items()}

@@ -1,0 +1,118 @@
+"""The padded sizes of what goes through a model: how they are rounded, and which of them a run has opened."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The sizes of a block; hashable.
+
+    Attributes:
+        tokens: N of each pack.
+        grids: (R, L) of each pack's attention grids, by rising L.
+        scored: M.
+        items: row i and row i + items, i + 2 items, ... are one item's.
+        kinds: rows of an item.
+        trunks: packs; kind k stands in pack k % trunks.
+        length: T.
+    """
+
+    tokens: int
+    grids: tuple[tuple[int, int], ...]
+    scored: int
+    items: int
+    kinds: int
+    trunks: int
+    length: int
+
+
+def size_bucket(size: int, finest: int = 16) -> int:
+    """`size` rounded up so that at most an eighth of the result is padding: a few sizes an octave, multiples of `finest`."""
+    step = max(finest, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
+
+
+def split_grids(lengths: Sequence[int], longest: int, cell: int = 8) -> tuple[int, ...]:
+    """The one or two tree lengths L, up to `longest`, that make the attention over these trees cheapest (Σ R L²)."""
+    up = lambda n: -(-n // cell) * cell
+    found = np.sort([up(n) for n in lengths])
+    longest = up(longest)
+    if not len(found):
+        return (longest,)
+    short = np.unique(found)
+    counts = np.searchsorted(found, short, side="right")
+    # at least one long tree must always fit
+    costs = counts * short.astype(float) ** 2 + np.maximum(1, len(found) - counts) * float(longest) ** 2
+    best = int(np.argmin(costs))
+    return (longest,) if short[best] == longest else (int(short[best]), longest)
+
+
+class Shapes:
+    """The padded sizes that a run has opened. A batch takes an open one that holds it with little waste; once frozen any that
+    holds it, so that nothing compiles any more. Part of what a run must remember (`save`, `load`)."""
+
+    WASTE = 1.15  # how much larger than wanted, in its product, an open shape may be before freezing
+
+    def __init__(self):
+        self.frozen = False
+        self._open: dict[str, set[tuple[int, ...]]] = {}
+        self._rooms: dict[str, Room] = {}
+
+    def freeze(self) -> None:
+        """Prefers open shapes from now on, however wasteful."""
+        self.frozen = True
+
+    def fit(
+        self, name: str, wanted: tuple[int, ...], holds: Callable[[tuple[int, ...]], bool] | None = None
+    ) -> tuple[int, ...]:
+        """An open shape of this name that holds what is wanted, or `wanted` itself, opened.
+
+        Args: holds: whether a shape would do; None: it is as large as `wanted` in every size.
+        """
+        found = self._open.setdefault(name, set())
+        large = holds or (lambda shape: all(a >= b for a, b in zip(shape, wanted, strict=True)))
+        limit = np.inf if self.frozen else self.WASTE * float(np.prod(wanted))
+        fitting = [shape for shape in found if large(shape) and np.prod(shape, dtype=float) <= limit]
+        best = min(fitting, key=lambda s: (np.prod(s, dtype=float), s), default=wanted)
+        found.add(best)
+        return best
+
+    def held(self, name: str, holds: Callable[[tuple[int, ...]], bool]) -> bool:
+        """Whether an open shape of this name would do."""
+        return any(map(holds, self._open.get(name, ())))
+
+    def opened(self, name: str) -> list[tuple[int, ...]]:
+        """The open shapes of this name."""
+        return sorted(self._open.get(name, ()))
+
+    def known(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a shape may be used: it is open already, or can still be opened (and then is)."""
+        found = self._open.setdefault(name, set())
+        if not self.frozen:
+            found.add(shape)
+        return shape in found
+
+    def room(self, name: str, choose: Callable[[], Room]) -> Room:
+        """The room of this name, chosen once."""
+        if name not in self._rooms:
+            self._rooms[name] = choose()
+        return self._rooms[name]
+
+    def save(self) -> dict[str, Any]:
+        """What `load` needs, as JSON."""
+        return {
+            "frozen": self.frozen,
+            "open": {name: sorted(map(list, found)) for name, found in self._open.items()},
+            "rooms": {name: dataclasses.asdict(room) for name, room in self._rooms.items()},
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Restores what `save` gave."""
+        self.frozen = saved["frozen"]
+        self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
+        rooms = saved["rooms"].items()
+        self._rooms = {name: Room(**room | {"grids": tuple(map(tuple, room["grids"]))}) for name, room in rooms}
