@@ -32,9 +32,13 @@ EXAMPLES = """
     python -m spear_jax.benchmark --preset=tiny --clients=1,3,10,30,100,300,1000 --out=runs/clients.json
     python -m spear_jax.benchmark --config=configs/spear.py:arc_challenge,smollm2-135m,cpu
 """
-# For both sides' processes. The rival needs room on the same GPU; and its threads are to sleep while they wait: where anything
-# else runs on the cores, spinning made its steps up to fifty times slower.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "OMP_WAIT_POLICY": "passive"}
+# For both sides' processes. The rival needs room on the same GPU. Its threads are to sleep while they wait: where anything
+# else runs on the cores, spinning made its steps up to fifty times slower. Large pages are for large arrays.
+ENVIRONMENT = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "OMP_WAIT_POLICY": "passive",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 RATIOS = ("rollout", "revision", "evaluation", "local_step", "round")
 
 

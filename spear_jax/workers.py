@@ -119,10 +119,12 @@ def _start(
 
 @contextlib.contextmanager
 def _inherited(slot: int, jobs: int) -> Iterator[None]:
-    """What a process that starts in this block inherits: its share of the cores, and deafness to Ctrl-C, which is its parent's.
+    """What a process that starts in this block inherits: its share of the cores, deafness to Ctrl-C, which is its parent's, and
+    large pages for large arrays (docs/PERFORMANCE.md).
 
-    Inherited, both hold before the process imports anything, so that its thread pools have the share's size.
+    Inherited, all hold before the process imports anything, so that its thread pools have the share's size.
     """
+    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
