@@ -393,7 +393,7 @@ def prompt_room(groups: Sequence[Sequence[list[int]]], width: int) -> Room:
     counts = [max(sum((n <= short) == low for n in own) for own in lengths) for low in (True, False)]
     grids = ((short, counts[0]), *((width, counts[1]) for width in rest))
     return Room(
-        tokens=size_bucket(int(max(sum(own) + 2.5 * np.std(own) * len(own) ** 0.5 for own in lengths)), 32),
+        tokens=size_bucket(int(max(sum(own) + 2.5 * np.std(own or [0]) * len(own) ** 0.5 for own in lengths)), 32),
         grids=tuple((size_bucket(max(1, count), 2), width) for width, count in grids),
         scored=1,
         items=1,

@@ -217,3 +217,12 @@ def test_too_many_clients_at_once_names_the_number_that_fits():
         memory.check_memory(1, 3_000_000_000, 1_000_000_000)
     memory.check_memory(3, 3_000_000_000, 10_000_000_000)
     memory.check_memory(3, 3_000_000_000, None)
+
+
+def test_clients_at_once_is_one_on_a_cpu_and_fills_half_of_an_accelerator(monkeypatch):
+    assert memory.fitting(30, 1_000_000_000, 64_000_000_000) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert memory.fitting(30, 1_000_000_000, 64_000_000_000) == 30
+    assert memory.fitting(100, 1_000_000_000, 64_000_000_000) == 32  # half of 64 GB
+    assert memory.fitting(100, 1_000_000_000, None) == 100
+    assert memory.fitting(100, 1_000_000_000, 500_000_000) == 1  # `check_memory` then says why it cannot be

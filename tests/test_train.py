@@ -106,9 +106,11 @@ def test_a_run_leaves_what_the_contract_names(finished):
         "eval/accuracy", "eval/count", "eval/stderr", "rollout/first_accuracy", "rollout/fixed", "rollout/wins", "rollout/loses",
         "rollout/tokens", "train/loss", "train/win_nll", "train/unlikelihood", "train/grad_norm", "train/skipped_steps",
         "round/clients", "round/clients_without_wins", "round/bytes_up", "round/bytes_down", "round/update_norm", "time/rollout",
-        "time/train", "time/aggregate", "time/eval", "time/checkpoint", "time/round", "memory/peak_bytes",
+        "time/train", "time/aggregate", "time/eval", "time/checkpoint", "time/round", "memory/peak_bytes", "compile/programs",
     ):  # fmt: skip
         assert np.isfinite(last[name]), name
+    assert lines(workdir)[1]["compile/programs"] > 3 and lines(workdir)[1]["compile/seconds"] > 0
+    assert last["compile/programs"] == 0.0
     assert [("eval/accuracy" in line) for line in lines(workdir)] == [True, True, True, False, True]
 
 
