@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from spear_jax import trees
+from spear_jax.drawing import SamplingConfig
 from spear_jax.feedback import Feedback, Request
 from spear_jax.packing import Row
-from spear_jax.sampling import Completion, Sampler, SamplingConfig
+from spear_jax.sampling import Completion, Sampler
 from spear_jax.tasks.base import Task
 from spear_jax.text import Renderer
 from spear_jax.types import Attempt, Example, Tally, Trace

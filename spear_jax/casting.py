@@ -10,12 +10,12 @@ import numpy as np
 
 from spear_jax.actor import Actor, Policy
 from spear_jax.algorithms.base import Algorithm
+from spear_jax.drawing import SamplingConfig
 from spear_jax.federated import clients
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.feedback import Human, Request, get_feedback
 from spear_jax.packing import Row, choose_room, fold_rows
 from spear_jax.rooms import Room
-from spear_jax.sampling import SamplingConfig
 from spear_jax.types import Example
 
 

@@ -16,6 +16,7 @@ from spear_jax import config as configs
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
+from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
 from spear_jax.federated.evaluate import Evaluator
@@ -23,7 +24,7 @@ from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.models.load import LoadedModel, load_model
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge_layer
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.sampling import Sampler
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
@@ -332,7 +333,9 @@ def _bytes_per_client(config: ml_collections.ConfigDict, decoder: Decoder, algor
     """An estimate for one client. Args: p, t: the longest prompt and completion."""
     lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    tokens = max(config.train.block_tokens, p + max(2, algorithm.kinds) * t)
+    shell = algorithm.shell
+    rows = 4 * shell.accumulation * shell.batch_size * algorithm.kinds  # wins and loses, or a group's answers
+    tokens = max(min(config.train.block_tokens, rows * (p + t)), p + max(2, algorithm.kinds) * t)
     return memory.bytes_per_client(decoder.config, tokens, p + t, config.train.head_chunk, adapter, decoder.remat)
 
 

@@ -16,34 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packing, rooms
+from spear_jax import packs, rooms
+from spear_jax.drawing import SamplingConfig, draw
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
 from spear_jax.types import Pack
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How to draw tokens; static.
-
-    Attributes:
-        max_new_tokens: completions are cut there.
-        temperature: 0 is greedy.
-        top_k: keep the k most likely tokens (0: all), applied after temperature.
-        top_p: then keep the smallest set of most likely tokens with at least this mass.
-        eos_ids: generation of a row stops at any of them; the EOS is part of the completion.
-        pad_id: fills unused positions.
-        segment: decoding steps between two compactions.
-        max_rows: rows of one device batch.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    segment: int = 32
-    max_rows: int = 64
 
 
 @dataclasses.dataclass
@@ -70,64 +46,10 @@ def row_bucket(rows: int, max_rows: int) -> int:
     return size
 
 
-def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Which tokens survive top-k and then top-p, without sorting.
-
-    The k-th largest value, and the smallest value inside the nucleus, are found by bisection over the bit patterns of
-    positive floats, which are ordered as the floats are: exact after 31 halvings.
-
-    Args: logits float32[B, V], already divided by the temperature.
-    Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one kept are kept.
-    Source: nucleus sampling (arXiv 1904.09751).
-    """
-    probs = jax.nn.softmax(logits, axis=-1)
-    keep = jnp.ones(logits.shape, bool)
-    if top_k > 0 and top_k < logits.shape[-1]:
-        keep = probs >= _largest_threshold(probs, lambda at_least: at_least.sum(-1) >= top_k)
-    if top_p < 1.0:
-        probs = jnp.where(keep, probs, 0.0)
-        probs = probs / probs.sum(-1, keepdims=True)
-        mass = lambda at_least: jnp.where(at_least, probs, 0.0).sum(-1) >= top_p
-        keep &= probs >= _largest_threshold(probs, mass)
-    return keep
-
-
-def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """float32[B, 1]: the largest τ for which the set {p >= τ} is enough (the set of τ = 0 always counts as enough)."""
-    low = jnp.zeros(probs.shape[0], jnp.int32)
-    high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[0], 2.0, jnp.float32), jnp.int32)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        fits = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None])
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
-
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
-
-
-def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
-    """One token a row.
-
-    Args: logits float32[B, V]; keys [B]; step int32[], folded into each row's key.
-    Returns: token int32[B]; its untempered log-probability float32[B].
-    """
-    if config.temperature == 0.0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        tempered = logits / config.temperature
-        kept = jnp.where(keep_mask(tempered, config.top_k, config.top_p), tempered, -jnp.inf)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token = jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
-    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, picked - jax.nn.logsumexp(logits, axis=-1)
-
-
 def start(decoder: Decoder, config: SamplingConfig, lora, base, pack: Pack, index, mask, keys, live):
     """Reads a batch's prompts and draws its first tokens.
 
-    Args: pack, index, mask: as from `packing.pack_prompts`, leading axis G; keys [B]; live bool[B], false for padding rows;
+    Args: pack, index, mask: as from `packs.pack_prompts`, leading axis G; keys [B]; live bool[B], false for padding rows;
         lora: None, or adapters stacked behind the layer axis, one for each group ([L, G, ...]).
     Returns: the decoding state, a dict of arrays with leading axis B = G * rows (caches: a pair [B, N, P + new, K] a layer).
     """
@@ -296,7 +218,7 @@ class Sampler:
 
     def _batch(self, lora, base, prompts, keys, groups, config, done, report) -> None:
         rows, width, room = self._fit(config, [[prompts[i] for i in group] for group in groups])
-        packed = packing.pack_prompts([[prompts[i] for i in group] for group in groups], rows, width, room)
+        packed = packs.pack_prompts([[prompts[i] for i in group] for group in groups], rows, width, room)
         owner = np.full((len(groups), rows), -1)
         for slot, group in enumerate(groups):
             owner[slot, : len(group)] = group
@@ -355,13 +277,13 @@ class Sampler:
         """The name of a batch's shapes, whether a shape holds it, the shape that it wants, and the room of a shape."""
         rows = row_bucket(max(map(len, groups)), -(-config.max_rows // len(groups)))
         width = length_bucket(max(len(prompt) for group in groups for prompt in group))
-        room = packing.prompt_room(groups, width)
+        room = packs.prompt_room(groups, width)
         read = lambda shape: dataclasses.replace(
             room, tokens=shape[2], grids=tuple(zip(shape[3::2], shape[4::2], strict=True))
         )
 
         def holds(shape: tuple[int, ...]) -> bool:
-            return shape[0] >= rows and shape[1] >= width and packing.holds_prompts(read(shape), groups)
+            return shape[0] >= rows and shape[1] >= width and packs.holds_prompts(read(shape), groups)
 
         return f"{len(groups)} {config!r}", holds, (rows, width, room.tokens, *itertools.chain(*room.grids)), read
 

@@ -131,7 +131,7 @@ def cases(tmp: pathlib.Path) -> Iterator[Case]:
         ("max_lose_ratio out of range", "spear.max_lose_ratio=-1.0"),
         ("dirichlet_alpha out of range", "federation.dirichlet_alpha=0.0"),
         ("temperature out of range", "rollout.temperature=-1.0"),
-        ("not enough memory", "federation.clients_at_once=4 train.batch_size=400000000"),
+        ("not enough memory", "federation.clients_at_once=4 train.batch_size=400000000 train.block_tokens=4000000000"),
         ("DPO without pairs", "algorithm.name=dpo dpo.source=data"),
         ("RLTF-SD without feedback", "algorithm.name=rltf_sd rollout.feedback=none"),
         ("IRIS with one sample a side", "algorithm.name=iris train.batch_size=1"),

@@ -18,7 +18,7 @@ from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, 
 from spear_jax.models.load import end_ids, load_model, save_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.weights import places
-from spear_jax.packing import pack_prompts, prompt_room
+from spear_jax.packs import pack_prompts, prompt_room
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3")

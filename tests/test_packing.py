@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from spear_jax import packing, rooms
+from spear_jax import packing, packs, rooms
 from spear_jax.packing import Row
 
 P, T = 24, 8
@@ -148,16 +148,16 @@ def test_prompts_are_packed_once_each_and_found_from_the_right():
     rng = np.random.default_rng(6)
     prompts = [make_row(rng).prompt for _ in range(5)]
     groups = [[prompts[0], prompts[1], prompts[0]], [prompts[2], prompts[3], prompts[4]]]
-    room = packing.prompt_room(groups, 32)
-    assert packing.holds_prompts(room, groups)
-    pack, index, mask = packing.pack_prompts(groups, 4, 32, room)
+    room = packs.prompt_room(groups, 32)
+    assert packs.holds_prompts(room, groups)
+    pack, index, mask = packs.pack_prompts(groups, 4, 32, room)
     for group, own in enumerate(groups):
         for row, prompt in enumerate(own):
             assert pack.tokens[group][index[group, row][mask[group, row]]].tolist() == prompt
         assert not mask[group, 3].any()
     assert (index[0, 0] == index[0, 2]).all()
     smaller = dataclasses.replace(room, tokens=room.tokens // 4)
-    assert not packing.holds_prompts(smaller, groups)
+    assert not packs.holds_prompts(smaller, groups)
 
 
 def test_shapes_are_reused_where_they_hold_and_come_back_from_a_checkpoint():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import spear_jax
+from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
 from spear_jax.federated import evaluate
 from spear_jax.federated.evaluate import Accuracy, Evaluator
@@ -18,7 +19,7 @@ from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model, load_tokenizer
 from spear_jax.models.lora import LoraConfig
 from spear_jax.packing import Row, choose_room, fold_rows
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.sampling import Sampler
 from spear_jax.tasks import TASKS, get_task, world
 from spear_jax.tasks.rows import load_examples
 from spear_jax.text import Renderer

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import sampling, trees
+from spear_jax import drawing, sampling, trees
+from spear_jax.drawing import SamplingConfig
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.sampling import Sampler
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
@@ -57,7 +58,7 @@ def numpy_keep(row, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)])
 def test_filters_keep_what_sorting_keeps(top_k, top_p):
     rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
-    kept = np.asarray(sampling.keep_mask(jnp.asarray(rows), top_k, top_p))
+    kept = np.asarray(drawing.keep_mask(jnp.asarray(rows), top_k, top_p))
     for row, mask in zip(rows.astype(np.float64), kept, strict=True):
         assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
 
@@ -66,7 +67,7 @@ def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_te
     row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     config = settings(temperature=0.5, top_k=3)
     keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, logprobs = sampling.draw(jnp.repeat(row, 4000, 0), keys, jnp.int32(0), config)
+    tokens, logprobs = drawing.draw(jnp.repeat(row, 4000, 0), keys, jnp.int32(0), config)
     # p^2 over the three kept: 0.25, 0.09, 0.0225 of 0.3625
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
     found = np.bincount(np.asarray(tokens), minlength=4) / 4000

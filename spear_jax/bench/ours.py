@@ -16,6 +16,7 @@ from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
 from spear_jax.config import default_config
+from spear_jax.drawing import SamplingConfig
 from spear_jax.experiment import merge
 from spear_jax.federated import clients, server
 from spear_jax.federated.checkpoint import Checkpoints
@@ -25,7 +26,7 @@ from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
 from spear_jax.models.weights import MODULES, fill, places
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.sampling import Sampler
 from spear_jax.types import Example
 
 SERVER = server.ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)

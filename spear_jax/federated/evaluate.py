@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.analysis import wilson
+from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
 from spear_jax.models.decoder import Decoder, head_weight
 from spear_jax.models.token_logprobs import Scorer, by_row, over_chunks
 from spear_jax.packing import Row, choose_room, fold_rows
 from spear_jax.rooms import Room
-from spear_jax.sampling import Sampler, SamplingConfig
+from spear_jax.sampling import Sampler
 from spear_jax.tasks.base import Task
 from spear_jax.text import Renderer
 from spear_jax.types import Block, Example

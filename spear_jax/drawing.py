@@ -1,0 +1,86 @@
+"""Drawing tokens from logits: temperature, top-k, top-p."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How to draw tokens; static.
+
+    Attributes:
+        max_new_tokens: completions are cut there.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens (0: all), applied after temperature.
+        top_p: then keep the smallest set of most likely tokens with at least this mass.
+        eos_ids: generation of a row stops at any of them; the EOS is part of the completion.
+        pad_id: fills unused positions.
+        segment: decoding steps between two compactions.
+        max_rows: rows of one device batch.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    segment: int = 32
+    max_rows: int = 64
+
+
+def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Which tokens survive top-k and then top-p, without sorting.
+
+    The k-th largest value, and the smallest value inside the nucleus, are found by bisection over the bit patterns of
+    positive floats, which are ordered as the floats are: exact after 31 halvings.
+
+    Args: logits float32[B, V], already divided by the temperature.
+    Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one kept are kept.
+    Source: nucleus sampling (arXiv 1904.09751).
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    keep = jnp.ones(logits.shape, bool)
+    if top_k > 0 and top_k < logits.shape[-1]:
+        keep = probs >= _largest_threshold(probs, lambda at_least: at_least.sum(-1) >= top_k)
+    if top_p < 1.0:
+        probs = jnp.where(keep, probs, 0.0)
+        probs = probs / probs.sum(-1, keepdims=True)
+        mass = lambda at_least: jnp.where(at_least, probs, 0.0).sum(-1) >= top_p
+        keep &= probs >= _largest_threshold(probs, mass)
+    return keep
+
+
+def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """float32[B, 1]: the largest τ for which the set {p >= τ} is enough (the set of τ = 0 always counts as enough)."""
+    low = jnp.zeros(probs.shape[0], jnp.int32)
+    high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[0], 2.0, jnp.float32), jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        fits = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None])
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+
+
+def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+    """One token a row.
+
+    Args: logits float32[B, V]; keys [B]; step int32[], folded into each row's key.
+    Returns: token int32[B]; its untempered log-probability float32[B].
+    """
+    if config.temperature == 0.0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        tempered = logits / config.temperature
+        kept = jnp.where(keep_mask(tempered, config.top_k, config.top_p), tempered, -jnp.inf)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        token = jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, picked - jax.nn.logsumexp(logits, axis=-1)

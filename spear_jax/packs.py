@@ -1,0 +1,136 @@
+"""Trees of tokens -> flat packs, and prompts as packs that generation reads."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from spear_jax.rooms import Room, size_bucket, split_grids
+from spear_jax.types import Pack
+
+
+class Trunk:
+    """One pack under construction."""
+
+    def __init__(self, room: Room):
+        self.free = [count for count, _ in room.grids]
+        self.widths = [width for _, width in room.grids]
+        self.left = room.tokens
+        self.trees: dict[tuple[int, ...], list[Tree]] = {}
+
+    def place(self, prompt: tuple[int, ...], completion: Sequence[int]) -> "tuple[Tree, int] | None":
+        """The tree and branch that a completion joins; None where there is no room. Its last token is never read."""
+        read = len(completion) - 1
+        for tree in self.trees.get(prompt, ()):
+            if read <= min(self.left, self.widths[tree.grid] - tree.length):
+                self.left -= read
+                return tree, tree.add(completion)
+        need = len(prompt) + read
+        fitting = [g for g, free in enumerate(self.free) if free and self.widths[g] >= need]
+        if not fitting or need > self.left:
+            return None
+        self.free[fitting[0]] -= 1
+        self.left -= need
+        tree = Tree(prompt, fitting[0])
+        self.trees.setdefault(prompt, []).append(tree)
+        return tree, tree.add(completion)
+
+
+class Tree:
+    """A prompt with completions behind it."""
+
+    def __init__(self, prompt: tuple[int, ...], grid: int):
+        self.prompt, self.grid, self.length = prompt, grid, len(prompt)
+        self.branches: list[Sequence[int]] = []
+        self.starts: list[int] = []  # of each branch, relative to the tree
+
+    def add(self, completion: Sequence[int]) -> int:
+        self.branches.append(completion)
+        self.starts.append(self.length)
+        self.length += len(completion) - 1
+        return len(self.branches) - 1
+
+
+def fill(trunk: Trunk, room: Room) -> tuple[Pack, dict[int, int]]:
+    """A trunk's arrays, and the flat place where each tree (by id) begins."""
+    tokens, positions, cell = (np.zeros(room.tokens, np.int32) for _ in range(3))
+    grids = tuple(np.zeros(shape, np.int32) for shape in room.grids)
+    branch = tuple(np.full(shape, -1, np.int32) for shape in room.grids)
+    offsets = np.cumsum([0, *(rows * width for rows, width in room.grids)])
+    used, base, at = [0] * len(grids), {}, 0
+    for tree in (tree for trees in trunk.trees.values() for tree in trees):
+        row, size = used[tree.grid], len(tree.prompt)
+        used[tree.grid] += 1
+        base[id(tree)] = at
+        tokens[at : at + size] = tree.prompt
+        positions[at : at + tree.length] = np.arange(tree.length)
+        branch[tree.grid][row, :size] = 0
+        for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
+            read = len(completion) - 1
+            tokens[at + start : at + start + read] = completion[:-1]
+            positions[at + start : at + start + read] = size + np.arange(read)
+            branch[tree.grid][row, start : start + read] = number
+        places = np.arange(at, at + tree.length)
+        grids[tree.grid][row, : tree.length] = places
+        cell[places] = offsets[tree.grid] + row * room.grids[tree.grid][1] + np.arange(tree.length)
+        at += tree.length
+    return Pack(tokens, positions, grids, branch, cell), base
+
+
+def pack_prompts(
+    groups: Sequence[Sequence[list[int]]], rows: int, width: int, room: Room
+) -> tuple[Pack, np.ndarray, np.ndarray]:
+    """Prompts of groups that share nothing with one another; within a group equal prompts are read once.
+
+    Args:
+        groups: G lists of at most `rows` prompts.
+        width: P; no prompt is longer.
+    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens, left-padded; bool[G, rows, P].
+    """
+    packs, index, mask = [], np.zeros((len(groups), rows, width), np.int32), np.zeros((len(groups), rows, width), bool)
+    for group, prompts in enumerate(groups):
+        trunk = Trunk(room)
+        for prompt in sorted({tuple(p) for p in prompts}, key=len, reverse=True):
+            if trunk.place(prompt, (0,)) is None:
+                raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {room}")
+        pack, base = fill(trunk, room)
+        for row, prompt in enumerate(prompts):
+            begin = base[id(trunk.trees[tuple(prompt)][0])]
+            index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
+            mask[group, row, width - len(prompt) :] = True
+        packs.append(pack)
+    return jax.tree.map(lambda *parts: np.stack(parts), *packs), index, mask
+
+
+def prompt_room(groups: Sequence[Sequence[list[int]]], width: int) -> Room:
+    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum."""
+    lengths = _distinct(groups)
+    short, *rest = split_grids(sum(lengths, []), width, cell=32)
+    counts = [max(sum((n <= short) == low for n in own) for own in lengths) for low in (True, False)]
+    grids = ((short, counts[0]), *((width, counts[1]) for width in rest))
+    return Room(
+        tokens=size_bucket(int(max(sum(own) + 2.5 * np.std(own or [0]) * len(own) ** 0.5 for own in lengths)), 32),
+        grids=tuple((size_bucket(max(1, count), 2), width) for width, count in grids),
+        scored=1,
+        items=1,
+        kinds=1,
+        trunks=1,
+        length=1,
+    )
+
+
+def holds_prompts(room: Room, groups: Sequence[Sequence[list[int]]]) -> bool:
+    """Whether `pack_prompts` finds room for all of them."""
+    for own in _distinct(groups):
+        places = sum(rows for rows, _ in room.grids)
+        long = sum(n > room.grids[0][1] for n in own)
+        if sum(own) > room.tokens or len(own) > places or long > sum(rows for rows, _ in room.grids[1:]):
+            return False
+        if max(own, default=0) > room.grids[-1][1]:
+            return False
+    return True
+
+
+def _distinct(groups) -> list[list[int]]:
+    """The lengths of each group's distinct prompts."""
+    return [[len(prompt) for prompt in {tuple(p) for p in prompts}] for prompts in groups]
