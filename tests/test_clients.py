@@ -296,7 +296,7 @@ def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, 
         lp = Scorer(decoder, model.base, chunk).logprobs(lora, block)
         return (slopes * jnp.where(used, lp, 0.0)).sum()
 
-    places = np.zeros((len(rows), T), int)
+    places = np.zeros((len(block.start), T), int)
     for slot, start in enumerate(block.start):
         places[slot] = start + np.arange(T)
     real = np.asarray(block.rows.completion_mask)
