@@ -33,5 +33,4 @@ def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded
     per_client, clients = len(cohort[0]), max(padded, len(cohort))
     blocks += [[]] * (clients * per_client - len(blocks))
     found, count = packing.stack_blocks(blocks, room, max(1, *map(len, blocks)))
-    number = np.full(len(blocks), len(cohort[0][0]), np.float32)
-    return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), Work(found, count, number))
+    return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), Work(found, count))

@@ -169,7 +169,7 @@ class System:
         blocks = [packing.fold([items], self.room, keys) for own in rows for items in map(step_items, own)]
         blocks += [[]] * (count * steps - len(blocks))
         found, used = packing.stack_blocks(blocks, self.room, max(map(len, blocks)))
-        work = clients.Work(found, used, np.ones(len(blocks), np.float32))
+        work = clients.Work(found, used)
         real = sum(int((branch >= 0).sum()) for branch in found.packs[0].branches)
         work = jax.tree.map(lambda x: x.reshape(count, steps, *x.shape[1:]), work)
         return work, 1 - real / (self.room.tokens * int(used.sum()))

@@ -58,12 +58,10 @@ class Work:
     Attributes:
         blocks: leading axis K; those behind `count` are empty.
         count: int32, blocks of the step.
-        micros: float32, micro-batches of a step.
     """
 
     blocks: Block
     count: jax.Array
-    micros: jax.Array
 
 
 @flax.struct.dataclass
@@ -125,7 +123,7 @@ def local_update(
         work, index = xs
         keys = jax.vmap(lambda k: trees.path_key(key, DROPOUT, index, k))(jnp.arange(work.blocks.micro.shape[0]))
         blocks, held = _fixed(algorithm, plain, forward, shared.references, client.lora, lora, work, keys)
-        sums, counts = _counts(algorithm, config.normalize, blocks, held, work.micros, numbers)
+        sums, counts = _counts(algorithm, config.normalize, blocks, held, numbers)
 
         def gradient(k):
             block, at, count = jax.tree.map(lambda x: x[k], (blocks, keys, counts))
@@ -182,7 +180,7 @@ def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> t
     return blocks.replace(rows=rows), held
 
 
-def _counts(algorithm, normalize, blocks, held, micros, numbers):
+def _counts(algorithm, normalize, blocks, held, numbers):
     """The step's denominators, and what each block [K] divides by: those, or the number of micro-batches times its own's
     ("micro": a mean of means)."""
     if held is None:
@@ -193,7 +191,9 @@ def _counts(algorithm, normalize, blocks, held, micros, numbers):
     if normalize == "global" and not algorithm.micro:
         return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), counts)
     same = blocks.micro[:, None] == blocks.micro[None, :]
-    return sums, jax.tree.map(lambda c: micros * jnp.tensordot(same.astype(c.dtype), c, axes=1), counts)
+    return sums, jax.tree.map(
+        lambda c: algorithm.shell.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1), counts
+    )
 
 
 def _regulariser(config: LocalConfig, lora: dict, start: dict) -> jax.Array:

@@ -204,5 +204,4 @@ def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
     steps_each = algorithm.steps_per_phase
     blocks += [[]] * (count * steps_each - len(blocks))
     found, used = packing.stack_blocks(blocks, room, deepest)
-    micros = np.full(len(blocks), algorithm.shell.accumulation, np.float32)
-    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), clients.Work(found, used, micros))
+    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), clients.Work(found, used))
