@@ -107,6 +107,9 @@ def default_config() -> ml_collections.ConfigDict:
     evaluation.rows = 32  # questions in one forward pass
     evaluation.max_new_tokens = 64
 
+    config.devices = devices = ml_collections.ConfigDict()
+    devices.model = 1  # devices that share one copy of the base; the others take clients
+
     config.checkpoint = checkpoint = ml_collections.ConfigDict()
     checkpoint.keep_last = 3
     checkpoint.keep_best = 1
@@ -150,6 +153,7 @@ _RANGES = {
     "eval.limit": (0, None),
     "eval.rows": (1, None),
     "eval.max_new_tokens": (1, None),
+    "devices.model": (1, None),
     "checkpoint.keep_last": (1, None),
     "checkpoint.keep_best": (0, None),
 }

@@ -9,13 +9,13 @@ import tqdm
 
 from spear_jax import cli, experiment, run_folder
 from spear_jax.config import check_config, default_config
+from spear_jax.devices import make_mesh, replicate
 from spear_jax.errors import UserError
-from spear_jax.federated import clients
 from spear_jax.federated.checkpoint import restore
 from spear_jax.federated.evaluate import Accuracy, Evaluator
 from spear_jax.federated.writer import on_terminal
 from spear_jax.models import adapters
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import Decoder, merge
 from spear_jax.models.lora import LoraConfig
 from spear_jax.tasks.rows import load_examples
 
@@ -88,14 +88,14 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     check_config(config)
     task = experiment.build_task(config)
     examples = load_examples(task, "test", config.data.path, config.eval.limit)
-    model = experiment.open_model(config)
+    mesh = make_mesh()
+    model = experiment.open_model(config, mesh)
     tree, lora = adapters.load_adapter(args.adapter, model.config) if args.adapter else (None, NO_LORA)
-    decoder, mesh = Decoder(model.config, lora), clients.make_mesh()
+    decoder = Decoder(model.config, lora)
     evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
-    base = clients.replicate(model.base, mesh)
     if tree is None:
-        return score(evaluator, base, args.quiet), args.model
-    policy = experiment.merge(base, clients.replicate(tree, mesh), lora)
+        return score(evaluator, model.base, args.quiet), args.model
+    policy = merge(model.base, replicate(tree, mesh), lora)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 

@@ -16,14 +16,15 @@ from spear_jax import config as configs
 from spear_jax.actor import Actor, Cohort, Policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
+from spear_jax.devices import CLIENTS, agree, base_placer, make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models import adapters
-from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.models.decoder import Decoder, merge
 from spear_jax.models.load import LoadedModel, load_model
-from spear_jax.models.lora import LoraConfig, check_lora, init_lora, merge_layer
+from spear_jax.models.lora import LoraConfig, check_lora, init_lora
 from spear_jax.sampling import Sampler
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
@@ -93,7 +94,7 @@ class Experiment:
 
     def on_devices(self, tree: Any) -> Any:
         """A tree of host arrays on every device of the mesh."""
-        return clients.replicate(tree, self.mesh)
+        return replicate(tree, self.mesh)
 
     def cohort(self, round: int) -> Cohort:
         """This round's clients and their host-side random streams; a function of (seed, round) alone."""
@@ -128,38 +129,28 @@ class Experiment:
         )
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def merge(base: dict, lora: dict, settings: LoraConfig) -> dict:
-    """The base with the adapter merged into it and its layers unstacked, as generation takes it."""
-    layers = unstack(base)["layers"]
-    plain = len(layers) - jax.tree.leaves(lora)[0].shape[0]
-    return {**base, "layers": tuple(_merged(one, lora, i - plain, settings) for i, one in enumerate(layers))}
-
-
-def _merged(weights: dict, lora: dict, index: int, settings: LoraConfig) -> dict:
-    """One layer's weights with its part of the adapter; those below the adapted layers as they are."""
-    if index < 0:
-        return weights
-    return merge_layer(weights, jax.tree.map(lambda x: x[index], lora), settings)
-
-
 def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
     """Builds an experiment on the given devices (all by default); raises UserError for every mistake that can be known
     before compiling."""
     configs.check_config(config)
     if config.algorithm.name not in ALGORITHMS:
         raise unknown("algorithm", config.algorithm.name, ALGORITHMS)
+    if config.rollout.feedback == "human" and jax.process_count() > 1:
+        raise UserError(
+            "rollout.feedback is human, but this run has several processes, each of which would ask; start it without "
+            "--distributed, or set --config.rollout.feedback=oracle."
+        )
     settings = _server_config(config)
     task = build_task(config)
     train_set = load_examples(task, "train", config.data.path, config.data.train_limit)
     test_set = load_examples(task, "test", config.data.path, config.eval.limit)
     parts = split_clients(config, train_set)
-    model = open_model(config)
+    mesh = make_mesh(devices, config.devices.model)
+    model = open_model(config, mesh)
     algorithm = build_algorithm(config, model.eos_ids)
     algorithm.check(task, train_set, config.rollout.feedback)
     decoder = Decoder(model.config, _lora_config(config, model), config.train.remat)
     adapter = _start_adapter(config, decoder)
-    mesh = clients.make_mesh(devices)
     evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
     used = sorted({int(i) for part in parts for i in part})
     first, revise, _ = _sampling(config, model)
@@ -168,10 +159,9 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     completion_length = casting.completion_length(algorithm, actor)
     actor.scorer = casting.scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
     local = _local_config(
-        config, mesh.size, _bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
+        config, mesh.shape[CLIENTS], _bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
     )
-    model = dataclasses.replace(model, base=clients.replicate(model.base, mesh))
-    actor.merge = lambda lora: Policy(merge(model.base, clients.replicate(lora, mesh), decoder.lora))
+    actor.merge = lambda lora: Policy(merge(model.base, replicate(lora, mesh), decoder.lora))
     return Experiment(
         config=config,
         model=model,
@@ -202,9 +192,9 @@ def build_task(config: ml_collections.ConfigDict) -> Task:
     return task
 
 
-def open_model(config: ml_collections.ConfigDict) -> LoadedModel:
-    """The config's model; "tiny" is the embedded one."""
-    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype)
+def open_model(config: ml_collections.ConfigDict, mesh: Mesh) -> LoadedModel:
+    """The config's model, its weights on the mesh; "tiny" is the embedded one."""
+    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype, base_placer(mesh))
 
 
 def build_evaluator(
@@ -216,7 +206,7 @@ def build_evaluator(
     mesh: Mesh,
 ) -> Evaluator:
     """The evaluator of a test set, its prompts rendered and checked."""
-    place = functools.partial(clients.shard_rows, mesh=mesh)
+    place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
     renderer = Renderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
     method = task.scoring if config.eval.method == "auto" else config.eval.method
     limit = config.data.max_response_tokens
@@ -224,7 +214,7 @@ def build_evaluator(
         task=task,
         renderer=renderer,
         decoder=decoder,
-        sampler=Sampler(decoder, place, mesh.size),
+        sampler=Sampler(decoder, place, mesh.shape[CLIENTS], spread=spread),
         examples=examples,
         prompts=[renderer.prompt(task, example) for example in examples],
         method=method,
@@ -232,7 +222,7 @@ def build_evaluator(
         sampling=_sampling(config, model)[2],
         rows=config.eval.rows,
         place=place,
-        devices=mesh.size,
+        devices=mesh.shape[CLIENTS],
     )
 
 
@@ -315,6 +305,7 @@ def _local_config(config: ml_collections.ConfigDict, devices: int, each: int) ->
     at_once = fed.clients_at_once or memory.fitting(-(-fed.clients_per_round // devices), each, free)
     if fed.aggregation == "local":
         at_once = 1  # a local-only client trains alone
+    at_once = agree(at_once)
     memory.check_memory(at_once, each, free)
     return clients.LocalConfig(
         clients_at_once=at_once,

@@ -46,7 +46,7 @@ def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
 
 def device_bytes() -> int | None:
     """Memory that is free on one device, in bytes; on a CPU what Linux calls available. None where it cannot be known."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     if not MEMINFO.exists():

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax import packs, rooms
+from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig, draw
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
 from spear_jax.types import Pack
@@ -154,6 +155,7 @@ class Sampler:
     Args:
         decoder: the model's static settings.
         place: puts an array with a leading axis that `devices` divides on the devices (identity on one device).
+        spread: puts a whole array on each device.
         shapes: the open shapes, which a resumed run must have again: padding decides the last bits of a logit.
     """
 
@@ -163,8 +165,9 @@ class Sampler:
         place: Callable = jnp.asarray,
         devices: int = 1,
         shapes: rooms.Shapes | None = None,
+        spread: Callable = jnp.asarray,
     ):
-        self.decoder, self.place, self.devices = decoder, place, devices
+        self.decoder, self.place, self.devices, self.spread = decoder, place, devices, spread
         self.shapes = rooms.Shapes() if shapes is None else shapes
 
     def generate(
@@ -225,16 +228,16 @@ class Sampler:
         owner = owner.reshape(-1)
         row_keys = np.where(owner[:, None] >= 0, keys[owner], 0)
         # groups of clients need not fill the devices evenly; they are then on all of them
-        place = self.place if len(groups) % self.devices == 0 else jnp.asarray
+        place = self.place if len(groups) % self.devices == 0 else self.spread
         inputs = jax.tree.map(place, (*packed, row_keys, owner >= 0))
         state = _start(self.decoder, config, lora, base, *inputs)
         step = 1
         while True:
             until = min(step + config.segment, config.max_new_tokens)
             if step < until:
-                state, reached = _advance(self.decoder, config, lora, base, state, jnp.int32(step), jnp.int32(until))
+                state, reached = _advance(self.decoder, config, lora, base, state, np.int32(step), np.int32(until))
                 step = int(reached)
-            live = np.asarray(state["live"])
+            live = to_host(state["live"])
             over = step >= config.max_new_tokens or not live.any()
             report(self._harvest(state, owner, np.ones_like(live) if over else ~live, config, done))
             if over:
@@ -246,7 +249,7 @@ class Sampler:
         rows = [row for row in np.flatnonzero(ended) if owner[row] >= 0 and done[owner[row]] is None]
         if not rows:
             return 0
-        tokens, logprobs = np.asarray(state["tokens"]), np.asarray(state["logprobs"])
+        tokens, logprobs = to_host((state["tokens"], state["logprobs"]))
         for row in rows:
             ids = tokens[row].tolist()
             length = next((i + 1 for i, t in enumerate(ids) if t in config.eos_ids), len(ids))

@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import analysis, cli, experiment, partition, run_folder
+from spear_jax import analysis, cli, devices, experiment, partition, run_folder
 from spear_jax.compiles import Compiles
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints
-from spear_jax.federated.writer import Progress, Writer, write_traces
+from spear_jax.federated.writer import Nowhere, Progress, Writer
 from spear_jax.types import ServerState
 
 EXAMPLES = """
@@ -38,16 +38,30 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--resume", default="auto", help="auto (go on with a run of the same config), never, must")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
     parser.add_argument(
+        "--distributed",
+        default="",
+        help="several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,COUNT,NUMBER; the workdir is shared by all",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything, save and plot the split, train nothing"
     )
     args, rest = parser.parse_known_args(argv)
     config = cli.read_config(rest)
+    devices.join(args.distributed)
     built = experiment.build(config)
     if args.dry_run:
         return dry_run(built, args.workdir)
-    workdir, _ = run_folder.open_workdir(args.workdir, config, args.resume)
-    write_split(built, workdir)
+    workdir = open_folder(built, args.workdir, args.resume)
     return train(built, workdir, args.quiet)
+
+
+def open_folder(built: Experiment, workdir: str, resume: str) -> pathlib.Path:
+    """The run folder: the first process makes or checks it and draws the split, the others come after."""
+    if devices.writes():
+        folder, _ = run_folder.open_workdir(workdir, built.config, resume)
+        write_split(built, folder)
+    devices.wait_for_all("run folder")
+    return run_folder.open_workdir(workdir, built.config, "auto")[0]
 
 
 def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
@@ -61,10 +75,13 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         state, meta = found
         line = meta["line"]
         built.actor.sampler.shapes.load(meta["shapes"])
-        print(f"going on after round {int(state.round)}", file=sys.stderr)
-    state = state.replace(lora=built.on_devices(state.lora), opt_state=built.on_devices(state.opt_state))
-    writer = Writer(workdir, None if found is None else int(state.round), line)
-    progress = Progress(quiet, config.rounds, int(state.round))
+    first, done = devices.writes(), int(state.round)
+    if found is not None and first:
+        print(f"going on after round {done}", file=sys.stderr)
+    # always placed alike, or the programs would compile again; a method's memory stays on the host
+    state = built.on_devices(state.replace(memory={})).replace(memory=state.memory)
+    writer = Writer(workdir, None if found is None else done, line) if first else Nowhere()
+    progress = Progress(quiet or not first, config.rounds, done)
     built.actor.report = progress.stage_rows
     built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows)
     if found is None:
@@ -76,7 +93,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         state, line, told = one_round(built, state, blocked, rounds.Spent.read(line))
         line |= compiles.take()
         if config.record_traces:
-            write_traces(workdir, line["round"], told)
+            writer.traces(line["round"], told)
         writer.write(line)
         began = time.perf_counter()
         checkpoints.save(state, line, built.actor.sampler.shapes.save())
@@ -85,7 +102,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     progress.close()
     writer.close()
     checkpoints.close()
-    return finish(workdir, quiet)
+    return finish(workdir, quiet) if first else {"workdir": str(workdir), "process": jax.process_index()}
 
 
 def over(built: Experiment, state: ServerState, line: dict[str, Any]) -> bool:
@@ -186,7 +203,7 @@ def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
 
 def peak_bytes() -> int:
     """Peak memory of the first device; on a CPU, of the process."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

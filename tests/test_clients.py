@@ -12,6 +12,7 @@ import pytest
 
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.devices import base_placer, make_mesh, replicate, shard_rows
 from spear_jax.federated import clients
 from spear_jax.federated.clients import LocalConfig
 from spear_jax.models.decoder import REMAT, Decoder
@@ -82,6 +83,7 @@ def run(
     algorithm=None,
     local=None,
     devices=1,
+    split=1,
     active=None,
     weight=None,
     references=(),
@@ -91,16 +93,18 @@ def run(
     decoder = decoder or make_decoder(model)
     local = local or local_config()
     algorithm = algorithm or spear()
-    mesh = clients.make_mesh(jax.devices()[:devices])
-    size = clients.padded_clients(C, local.clients_at_once, devices)
+    mesh = make_mesh(jax.devices()[:devices], split)
+    size = clients.padded_clients(C, local.clients_at_once, devices // split)
     pad = lambda x: np.concatenate([np.asarray(x), np.zeros((size - C, *x.shape[1:]), x.dtype)])
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
     work = dense.work(cohort, algorithm, P, T, local.normalize, limit, padded=size)
     train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
-    arrays = clients.shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
-    shared = clients.replicate(clients.Shared(lora, model.base, references, numbers or {}, jnp.float32(1e-2)), mesh)
+    arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
+    place = base_placer(mesh)
+    base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
+    shared = replicate(clients.Shared(lora, {}, references, numbers or {}, jnp.float32(1e-2)), mesh).replace(base=base)
     return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
 
 
@@ -175,9 +179,10 @@ def close(left, right):
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("at_once", [1, 3, C])
-def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, lora, cohort, at_once, devices):
+@pytest.mark.parametrize(
+    "at_once, devices, split", [(1, 1, 1), (3, 1, 1), (C, 1, 1), (1, 8, 1), (3, 8, 1), (C, 8, 1), (1, 4, 2), (3, 8, 4)]
+)
+def test_any_clients_at_once_on_any_mesh_gives_the_same_adapters(model, lora, cohort, at_once, devices, split):
     oracle = run(model, lora, cohort, decoder=make_decoder(model, dropout=0.1))
     found = run(
         model,
@@ -186,6 +191,7 @@ def test_any_clients_at_once_on_any_device_count_gives_the_same_adapters(model, 
         decoder=make_decoder(model, dropout=0.1),
         local=local_config(clients_at_once=at_once),
         devices=devices,
+        split=split,
     )
     close(found[0], oracle[0])
     assert float(found[1]) == float(oracle[1]) == sum(range(1, C + 1))
@@ -328,7 +334,7 @@ def test_the_base_enters_every_product_unbatched_however_many_clients_run(model,
     decoder = make_decoder(model)
     shared = clients.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
     text = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
-        spear(), decoder, local_config(clients_at_once=C), clients.make_mesh(jax.devices()[:1]), False, shared, None,
+        spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), False, shared, None,
         dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
     ).as_text()  # fmt: skip
     layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size

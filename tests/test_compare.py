@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from processes import environment
 
 import configs
 from spear_jax import cli, compare, grids, workers
@@ -343,16 +343,6 @@ SMALL = {
 def command(workdir):
     flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
     return [sys.executable, "-m", "spear_jax.compare", *arguments(workdir, "--jobs=2", *flags)]
-
-
-def environment():
-    """One CPU device, as a user has it, and a shared compilation cache."""
-    cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def finished(workdir):

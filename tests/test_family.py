@@ -16,9 +16,9 @@ from spear_jax.actor import Policy
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.config import check_config
 from spear_jax.errors import UserError
-from spear_jax.experiment import merge
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import restore
+from spear_jax.models.decoder import merge
 
 TINY = {
     "rounds": 4,

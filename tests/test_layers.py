@@ -10,7 +10,20 @@ PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
     ("errors", "types", "trees", "losses", "analysis", "grids", "settings"),
-    ("models", "sampling", "packing", "packs", "rooms", "drawing", "partition", "tasks", "feedback", "text", "memory"),
+    (
+        "models",
+        "sampling",
+        "packing",
+        "packs",
+        "rooms",
+        "drawing",
+        "partition",
+        "tasks",
+        "feedback",
+        "text",
+        "memory",
+        "devices",
+    ),
     ("actor", "algorithms", "config", "run_folder"),
     ("federated", "casting", "experiment"),
     (

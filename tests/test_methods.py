@@ -18,6 +18,7 @@ from test_clients import close, local_config, lora, make_decoder, model  # noqa:
 from spear_jax import losses, packing
 from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, opsd, rltf_sd
 from spear_jax.algorithms.base import Shell
+from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.federated import clients
 from spear_jax.models.token_logprobs import Scorer, by_row
 from spear_jax.packing import Row
@@ -239,15 +240,13 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     others = tuple(jax.tree.map(lambda x, k=k: x + 0.01 * k, lora) for k in (1, 2, 3))
     number = len(algorithm.references(algorithm.init_memory(lora, 4, T), lora))
     numbers = {"gap": np.float32(0.3)} if settings.get("order") == "per_step" else NUMBERS.get(name, {})
-    mesh = clients.make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices])
     shared = clients.Shared(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
     weight = np.where(np.arange(count) < 3, np.arange(1, count + 1), 0).astype(np.float32)
-    arrays = clients.shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
+    arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     local = local_config(clients_at_once=at_once)
-    _, _, means, states = run(
-        algorithm, make_decoder(model), local, mesh, True, clients.replicate(shared, mesh), None, *arrays
-    )
+    _, _, means, states = run(algorithm, make_decoder(model), local, mesh, True, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
     return jax.tree.map(lambda x: x[:3], moments), means
 

@@ -1,7 +1,6 @@
 """Whole runs of `train` as a user starts them: the run folder, resuming, killing, and no silent recompilation."""
 
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -13,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from processes import environment
 
 from configs import quickstart
 from spear_jax import analysis, experiment, run_folder, sampling, train
@@ -20,11 +20,11 @@ from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
 from spear_jax.errors import UserError
-from spear_jax.experiment import merge
 from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints, restore
 from spear_jax.models import adapters
+from spear_jax.models.decoder import merge
 from spear_jax.trees import digest
 
 SMALL = {
@@ -49,16 +49,6 @@ def command(workdir, *more):
         sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
         *FLAGS, *more,
     ]  # fmt: skip
-
-
-def environment():
-    """One CPU device, as a user has it, and a shared compilation cache, which keeps six processes affordable."""
-    cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
-    return os.environ | {
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def run(workdir, *more):

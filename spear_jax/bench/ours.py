@@ -16,13 +16,13 @@ from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
 from spear_jax.config import default_config
+from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
-from spear_jax.experiment import merge
 from spear_jax.federated import clients, server
 from spear_jax.federated.checkpoint import Checkpoints
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models.config import ModelConfig, parse_config
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import Decoder, merge
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
 from spear_jax.models.weights import MODULES, fill, places
@@ -89,10 +89,10 @@ class System:
         lora = LoraConfig(preset.rank, 2.0 * preset.rank, 0.0, TARGETS)
         self.work, self.preset = work, preset
         self.decoder = Decoder(config, lora, preset.remat)
-        self.mesh = clients.make_mesh(jax.devices()[:1])
+        self.mesh = make_mesh(jax.devices()[:1])
         source = SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)
-        self.base = clients.replicate(fill(config, source, preset.dtype), self.mesh)
-        self.lora = clients.replicate(random_adapter(config, lora), self.mesh)
+        self.base = replicate(fill(config, source, preset.dtype), self.mesh)
+        self.lora = replicate(random_adapter(config, lora), self.mesh)
         self.state = server.init_server(SERVER, self.lora, {}, jax.random.key(0))
         self.algorithm, self.local = spear(preset), local_config(preset)
         self.rate = np.float32(preset.rate)
@@ -156,7 +156,7 @@ class System:
         weight = active.astype(np.float32)
         keys = np.zeros((count, 2), np.uint32)  # no dropout: never read
         shared = clients.Shared(self.lora, self.base, (), {}, self.rate)
-        per_client = clients.shard_rows((work, keys, weight, active), self.mesh)
+        per_client = shard_rows((work, keys, weight, active), self.mesh)
         total, mass, means, _ = _train(self.algorithm, self.decoder, local, self.mesh, False, shared, None, *per_client)
         jax.block_until_ready(total)
         loss = means["loss"].total.sum() / means["loss"].count.sum()

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from spear_jax import trees
+from spear_jax.devices import wait_for_all, writes
 from spear_jax.errors import UserError
 from spear_jax.experiment import Experiment
 from spear_jax.types import ServerState
@@ -114,9 +115,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         target = self.folder / f"{step}.corrupt"
-        shutil.rmtree(target, ignore_errors=True)
-        (self.folder / str(step)).rename(target)
-        print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
+        wait_for_all(f"read {target}")
+        if writes():
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+            print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
+        wait_for_all(f"moved {target}")
         self.manager.reload()
 
 

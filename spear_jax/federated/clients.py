@@ -7,7 +7,6 @@ every client's own adapter between its phases. The base is an argument shared by
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.struct
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from spear_jax import losses, trees
 from spear_jax.algorithms.base import Algorithm
+from spear_jax.devices import CLIENTS
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.token_logprobs import Scorer, by_row
 from spear_jax.types import Block, ClientState, Mean
@@ -254,17 +254,20 @@ def train_cohort(
         zero = (jax.tree.map(jnp.zeros_like, shared.start), jnp.float32(0))
         sums, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
         means, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
-        return jax.lax.psum(sums, "clients"), means, states
+        return jax.tree.map(lambda x: x[None], sums), means, states
 
-    clients = Spec("clients")
+    clients = Spec(CLIENTS)
     run = jax.shard_map(
         device,
         mesh=mesh,
         in_specs=(Spec(), clients, clients, clients, clients, clients),
-        out_specs=((Spec(), Spec()), clients, clients),
+        out_specs=clients,
+        axis_names={CLIENTS},  # the other axis, over which the base may be split, is the compiler's
         check_vma=False,
     )
-    (total, mass), means, states = run(shared, carried, work, keys, weight, active)
+    sums, means, states = run(shared, carried, work, keys, weight, active)
+    whole = NamedSharding(mesh, Spec())
+    total, mass = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), sums)
     return total, mass, means, states
 
 
@@ -277,19 +280,3 @@ def padded_clients(clients: int, at_once: int, devices: int) -> int:
     """C rounded up to whole chunks on every device."""
     block = at_once * devices
     return -(-clients // block) * block
-
-
-def make_mesh(devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the one axis `clients` over the given devices (all by default)."""
-    devices = devices or jax.devices()
-    return jax.make_mesh((len(devices),), ("clients",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, Spec()))
-
-
-def shard_rows(tree: Any, mesh: Mesh) -> Any:
-    """The tree with its leading axis split over the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, Spec("clients")))

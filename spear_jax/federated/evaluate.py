@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.analysis import wilson
+from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
 from spear_jax.models.decoder import Decoder, head_weight
@@ -185,7 +186,7 @@ class Evaluator:
             whole = part + [part[0]] * (self.devices - len(part))
             real = slice(len(part))
             scores = run(jax.tree.map(lambda *x: self.place(np.stack(x)), *whole))
-            found.append(jax.tree.map(lambda x, real=real: np.asarray(x)[real], scores))
+            found.append(jax.tree.map(lambda x, real=real: x[real], to_host(scores)))
             self.report(len(self.prompts) * (begin + len(part)) // len(blocks) - reported)
             reported = len(self.prompts) * (begin + len(part)) // len(blocks)
         return jax.tree.map(lambda *x: np.concatenate(x), *found)

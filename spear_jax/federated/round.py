@@ -10,6 +10,7 @@ import numpy as np
 from spear_jax import memory, packing, trees
 from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Collected
+from spear_jax.devices import CLIENTS, agree, shard_rows, to_host
 from spear_jax.experiment import Experiment
 from spear_jax.federated import clients, server
 from spear_jax.types import ClientState, ServerState, Trace
@@ -57,7 +58,7 @@ def run_round(experiment: Experiment, state: ServerState, spent: Spent) -> tuple
     metrics["budget/tokens"] = spent.tokens + metrics["rollout/tokens"]
     metrics["budget/flops"] = spent.flops + metrics["round/flops"]
     seconds = sum(metrics[f"time/{name}"] for name in ("rollout", "train", "aggregate"))
-    metrics["budget/seconds"] = spent.seconds + seconds
+    metrics["budget/seconds"] = agree(spent.seconds + seconds)
     return state, metrics, told
 
 
@@ -95,7 +96,7 @@ _SUMMED = ("time/", "rollout/tokens", "rollout/wins", "rollout/loses", "round/cl
 def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: Cohort):
     """A round of the whole cohort: phases of collecting and training, then one aggregation."""
     algorithm, actor = experiment.algorithm, experiment.actor
-    root = jax.random.wrap_key_data(jnp.asarray(state.key))
+    root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
     key = trees.path_key(root, ROUND, cohort.round)
     seconds = {"rollout": 0.0, "train": 0.0}
     actor.tally.clear()
@@ -124,7 +125,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         total, mass, found, carried = _train(
             algorithm, experiment.decoder, experiment.local, experiment.mesh, keep, shared, carried, *per_client
         )
-        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), jax.device_get(found))
+        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), to_host(found))
         means = found if means is None else jax.tree.map(np.add, means, found)
         passes = 4 + 2 * ((experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old)
         work += tokens * (passes + 2 * len(shared.references))
@@ -182,7 +183,7 @@ def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax
     active = np.zeros(size, bool)
     active[: len(got.active)] = got.active
     tokens = sum(int((branch >= 0).sum()) for pack in work.blocks.packs for branch in pack.branches)
-    return clients.shard_rows((work, keys, weight, active), experiment.mesh), tokens
+    return shard_rows((work, keys, weight, active), experiment.mesh), tokens
 
 
 def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
@@ -200,7 +201,7 @@ def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
     slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.kinds
     expected = packing.most_blocks(steps, room, slots * algorithm.shell.accumulation)
     (deepest,) = shapes.fit("train blocks", (max(expected, *map(len, blocks)),))
-    count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.size)
+    count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.shape[CLIENTS])
     steps_each = algorithm.steps_per_phase
     blocks += [[]] * (count * steps_each - len(blocks))
     found, used = packing.stack_blocks(blocks, room, deepest)

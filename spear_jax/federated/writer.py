@@ -15,7 +15,7 @@ from spear_jax.types import Trace
 
 
 class Writer:
-    """metrics.jsonl and TensorBoard of one run folder.
+    """metrics.jsonl, TensorBoard and traces of one run folder.
 
     Args:
         workdir: the run folder.
@@ -44,20 +44,32 @@ class Writer:
                 self.board.add_scalar(name, value, line["round"], walltime=line["time"])
         self.board.flush()
 
+    def traces(self, round: int, told: list[tuple[Trace, str, float]]) -> None:
+        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read."""
+        folder = self.file.parent / "traces"
+        folder.mkdir(exist_ok=True)
+        target = folder / f"round_{round:05d}.jsonl.gz"
+        temporary = target.with_suffix(".tmp")
+        with gzip.open(temporary, "wt", encoding="utf-8") as out:
+            for trace, role, confidence in told:
+                out.write(json.dumps(_record(trace, role, confidence), ensure_ascii=False) + "\n")
+        os.replace(temporary, target)
+
     def close(self) -> None:
         self.board.close()
 
 
-def write_traces(workdir: pathlib.Path, round: int, told: list[tuple[Trace, str, float]]) -> None:
-    """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read."""
-    folder = workdir / "traces"
-    folder.mkdir(exist_ok=True)
-    target = folder / f"round_{round:05d}.jsonl.gz"
-    temporary = target.with_suffix(".tmp")
-    with gzip.open(temporary, "wt", encoding="utf-8") as out:
-        for trace, role, confidence in told:
-            out.write(json.dumps(_record(trace, role, confidence), ensure_ascii=False) + "\n")
-    os.replace(temporary, target)
+class Nowhere:
+    """In place of a `Writer` in all processes but the first: writes nothing."""
+
+    def write(self, line: dict[str, Any]) -> None:
+        pass
+
+    def traces(self, round: int, told: list[tuple[Trace, str, float]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _record(trace: Trace, role: str, confidence: float) -> dict[str, Any]:

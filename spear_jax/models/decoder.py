@@ -10,6 +10,7 @@ Qwen3 (arXiv 2505.09388); checked against transformers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from spear_jax.models.config import ModelConfig
-from spear_jax.models.lora import LoraConfig
+from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.types import Pack
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
@@ -151,6 +152,21 @@ def unstack(base: dict) -> dict:
         return base
     count = next(iter(layers.values())).shape[0]
     return {**base, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))}
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def merge(base: dict, lora: dict, settings: LoraConfig) -> dict:
+    """The base with the adapter merged into it and its layers unstacked, as generation takes it."""
+    layers = unstack(base)["layers"]
+    plain = len(layers) - jax.tree.leaves(lora)[0].shape[0]
+    return {**base, "layers": tuple(_merged(one, lora, i - plain, settings) for i, one in enumerate(layers))}
+
+
+def _merged(weights: dict, lora: dict, index: int, settings: LoraConfig) -> dict:
+    """One layer's weights with its part of the adapter; those below the adapted layers as they are."""
+    if index < 0:
+        return weights
+    return merge_layer(weights, jax.tree.map(lambda x: x[index], lora), settings)
 
 
 def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:

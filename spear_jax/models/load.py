@@ -17,7 +17,16 @@ from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig, parse_config, read_config
 from spear_jax.models.gguf import load_gguf
 from spear_jax.models.shards import INDEX, SINGLE, SafetensorsFolder, write_safetensors
-from spear_jax.models.weights import TensorSource, check_dtype, check_tensors, emit, fill, to_numpy
+from spear_jax.models.weights import (
+    Placer,
+    TensorSource,
+    check_dtype,
+    check_tensors,
+    emit,
+    fill,
+    on_default_device,
+    to_numpy,
+)
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
 HUB_TIMEOUT = 5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
@@ -62,17 +71,18 @@ class ModelFiles:
     generation_config: dict[str, Any] | None
 
 
-def load_model(source: str | os.PathLike, dtype: str) -> LoadedModel:
+def load_model(source: str | os.PathLike, dtype: str, place: Placer = on_default_device) -> LoadedModel:
     """Loads a model.
 
     Args:
         source: a Hugging Face model folder, a path ending in .gguf, or a Hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
         dtype: "float32" or "bfloat16"; whatever precision the files hold is converted to it.
+        place: puts a leaf of the base where it belongs; as for `fill`.
     Raises: UserError, before anything compiles, for every way in which the files cannot make this model.
     """
     check_dtype(dtype)
     files = open_model(source)
-    base = fill(files.config, files.tensors, dtype)
+    base = fill(files.config, files.tensors, dtype, place)
     rest = {field.name: getattr(files, field.name) for field in dataclasses.fields(files) if field.name != "tensors"}
     return LoadedModel(base=base, **rest)
 

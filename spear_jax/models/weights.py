@@ -8,7 +8,7 @@ Source: tensor names as in transformers' Llama, Qwen2 and Qwen3.
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
@@ -90,13 +90,23 @@ def places(config: ModelConfig) -> list[Place]:
     return table
 
 
-def fill(config: ModelConfig, source: TensorSource, dtype: str) -> dict:
-    """The base tree on the default device, read tensor by tensor.
+Placer = Callable[[str, np.ndarray], jax.Array]
+
+
+def on_default_device(name: str, leaf: np.ndarray) -> jax.Array:
+    """The usual placer: everything on JAX's first device."""
+    del name
+    return jax.device_put(leaf)
+
+
+def fill(config: ModelConfig, source: TensorSource, dtype: str, place_leaf: Placer = on_default_device) -> dict:
+    """The base tree, read tensor by tensor and put on its devices leaf by leaf.
 
     Host memory beyond the tree itself: one stacked leaf and one tensor.
 
     Args:
         dtype: "float32" or "bfloat16"; every leaf gets it, rounded to nearest even.
+        place_leaf: (the leaf's name, such as "q" or "embed", its array on the host) -> the leaf.
     Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any is read.
     """
     check_dtype(dtype)
@@ -109,7 +119,7 @@ def fill(config: ModelConfig, source: TensorSource, dtype: str) -> dict:
             tensor = source.read(name)
             row[...] = tensor.T if place.transposed else tensor
         node = base["layers"] if place.path[0] == "layers" else base
-        node[place.path[-1]] = jax.device_put(leaf)
+        node[place.path[-1]] = place_leaf(place.path[-1], leaf)
     return base
 
 

@@ -1,0 +1,15 @@
+"""The environment of commands that tests start as a user would."""
+
+import os
+import pathlib
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """So many virtual CPU devices, and a shared compilation cache, which keeps many processes affordable."""
+    cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
+    flags = "--xla_llvm_disable_expensive_passes=true"  # as in conftest.py
+    return os.environ | {
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }

@@ -1,0 +1,117 @@
+"""Meshes, bases split over devices, and runs of several processes."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from processes import environment
+
+from spear_jax import devices, experiment, run_folder
+from spear_jax.analysis import load_traces
+from spear_jax.errors import UserError
+from spear_jax.federated.checkpoint import restore
+from spear_jax.models.load import load_model
+
+SMALL = {
+    "rounds": 2,
+    "federation.clients_per_round": 2,
+    "rollout.examples": 6,
+    "train.steps": 1,
+    "train.batch_size": 4,
+    "eval.limit": 20,
+    "lora.rank": 2,
+}
+
+
+@pytest.mark.parametrize("where", ["yes", "host,2,0", "host:1,2", "host:1,2,x"])
+def test_a_distributed_flag_of_another_form_is_refused(where):
+    with pytest.raises(UserError, match="HOST:PORT,COUNT,NUMBER"):
+        devices.join(where)
+
+
+def test_processes_are_numbered_below_their_count():
+    with pytest.raises(UserError, match="numbered from 0"):
+        devices.join("host:1,2,2")
+
+
+def test_a_base_is_shared_by_a_number_that_divides_the_devices():
+    with pytest.raises(UserError, match="devices.model is 3, which does not divide the 8 devices"):
+        devices.make_mesh(jax.devices(), 3)
+
+
+def test_each_device_holds_its_part_of_a_split_base():
+    mesh = devices.make_mesh(jax.devices(), 2)
+    base = load_model(str(experiment.TINY), "float32", devices.base_placer(mesh)).base
+    whole = load_model(str(experiment.TINY), "float32").base
+    parts = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base):
+        parts[path[-1].key] = leaf.addressable_shards[0].data.size / leaf.size
+    for name in ("q", "k", "v", "o", "gate", "up", "down", "embed"):
+        assert parts[name] == 0.5, name
+    assert parts["norm"] == parts["attn_norm"] == 1.0
+    jax.tree.map(np.testing.assert_array_equal, devices.to_host(base), whole)
+    odd = devices.base_placer(mesh)("q", np.zeros((2, 3, 5), np.float32))
+    assert odd.addressable_shards[0].data.shape == (2, 3, 5)
+
+
+def command(workdir, *more):
+    flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return [
+        sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
+        *flags, *more,
+    ]  # fmt: skip
+
+
+def result(workdir):
+    """The adapter as one vector, and everything that was said."""
+    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:2])
+    state, meta = restore(built, workdir, None)
+    said = [
+        (t["client"], t["example"], t["y0"], [r["text"] for r in t["revisions"]])
+        for number in (1, 2)
+        for t in load_traces(workdir, number)
+    ]
+    adapter = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.lora)])
+    return adapter, said, meta["line"]
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_two_processes_give_what_one_process_with_two_devices_gives(tmp_path, model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    split = f"--config.devices.model={model}"
+    processes = [
+        subprocess.Popen(
+            command(tmp_path / "two", split, f"--distributed={address},2,{number}"),
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    told = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        told.append(json.loads(out.splitlines()[-1]))
+    assert told[0]["rounds"] == 2 and told[1]["process"] == 1
+    done = subprocess.run(command(tmp_path / "one", split), env=environment(2), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (two, said_two, line_two), (one, said_one, line_one) = result(tmp_path / "two"), result(tmp_path / "one")
+    assert said_two == said_one and line_two["eval/accuracy"] == line_one["eval/accuracy"]
+    assert np.linalg.norm(two - one) <= 1e-5 * np.linalg.norm(one)
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2]  # one process wrote
+
+
+def test_a_person_is_asked_by_one_process_only(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    from configs import quickstart
+
+    config = quickstart.get_config()
+    config.rollout.feedback = "human"
+    with pytest.raises(UserError, match="each of which would ask"):
+        experiment.build(config)
