@@ -37,7 +37,8 @@ setup(
         "tqdm>=4.66,<5",  # progress with estimates
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "ruff>=0.12,<1"],
+        "quantize": ["qwix>=0.1.8,<0.2"],  # int8 and nf4 arrays
+        "test": ["pytest>=8,<10", "ruff>=0.12,<1", "qwix>=0.1.8,<0.2"],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2"],  # live parity and benchmarks only

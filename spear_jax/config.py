@@ -9,6 +9,7 @@ from spear_jax import partition, settings
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.errors import UserError, unknown
 from spear_jax.models.decoder import REMAT
+from spear_jax.models.quantize import KINDS
 
 COLUMNS = ("question", "options", "answer", "hint", "prompt", "response", "chosen", "rejected")
 
@@ -20,6 +21,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.task = "facts"  # a key of spear_jax.tasks.TASKS
     config.model = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
     config.dtype = "float32"  # of the base: float32 or bfloat16; adapters are float32
+    config.quantize = "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
     config.rounds = 10
     config.record_traces = True  # write every rollout to traces/
 
@@ -161,6 +163,7 @@ _POSITIVE = ("federation.dirichlet_alpha", "rollout.top_p", "train.rate", "train
 _BELOW_ONE = ("train.ema_decay",)
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
+    "quantize": KINDS,
     "data.chat_template": ("auto", "always", "never"),
     "data.extractor": ("bounded", "published"),
     "federation.sampling": ("uniform", "weighted"),

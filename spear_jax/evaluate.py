@@ -8,6 +8,7 @@ from typing import Any
 import tqdm
 
 from spear_jax import cli, experiment, run_folder
+from spear_jax.actor import Policy
 from spear_jax.config import check_config, default_config
 from spear_jax.devices import make_mesh, replicate
 from spear_jax.errors import UserError
@@ -15,7 +16,7 @@ from spear_jax.federated.checkpoint import restore
 from spear_jax.federated.evaluate import Accuracy, Evaluator
 from spear_jax.federated.writer import on_terminal
 from spear_jax.models import adapters
-from spear_jax.models.decoder import Decoder, merge
+from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import LoraConfig
 from spear_jax.tasks.rows import load_examples
 
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--data", default="", help="a local dataset file or folder for --model")
     parser.add_argument("--limit", type=int, default=0, help="first n examples (default: all)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, for --model")
+    parser.add_argument("--quantize", default="none", help="none, int8 or nf4, for --model")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
     if bool(args.workdir) == bool(args.model):
@@ -72,7 +74,7 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     built = experiment.build(config)
     state, _ = restore(built, folder, args.round)
     where = f"{args.workdir}, round {int(state.round)}"
-    found = [score(built.evaluator, policy.base, args.quiet) for policy in built.policies(state.lora)]
+    found = [score(built.evaluator, policy, args.quiet) for policy in built.policies(state.lora)]
     if len(found) == 1:
         return found[0], where
     mean = round(sum(one.correct for one in found) / len(found))  # local-only: the mean over the clients' adapters
@@ -83,7 +85,7 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     """The accuracy of a model, with its adapter merged where one is given."""
     config = default_config()
     config.model, config.task, config.data.path = args.model, args.task, args.data
-    config.dtype, config.eval.limit = args.dtype, args.limit
+    config.dtype, config.quantize, config.eval.limit = args.dtype, args.quantize, args.limit
     config.eval.max_new_tokens = 256
     check_config(config)
     task = experiment.build_task(config)
@@ -94,16 +96,16 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     decoder = Decoder(model.config, lora)
     evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
     if tree is None:
-        return score(evaluator, model.base, args.quiet), args.model
-    policy = merge(model.base, replicate(tree, mesh), lora)
+        return score(evaluator, Policy(model.base), args.quiet), args.model
+    policy = experiment.as_policy(model.base, replicate(tree, mesh), lora, config.quantize)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 
-def score(evaluator: Evaluator, policy: dict, quiet: bool) -> Accuracy:
+def score(evaluator: Evaluator, policy: Policy, quiet: bool) -> Accuracy:
     """The accuracy, with a bar on a terminal."""
     with tqdm.tqdm(total=len(evaluator.examples), desc="evaluate", disable=not on_terminal(quiet)) as bar:
         evaluator.report = bar.update
-        return evaluator(policy)
+        return evaluator(policy.base, policy.lora)
 
 
 if __name__ == "__main__":

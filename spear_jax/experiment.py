@@ -25,6 +25,7 @@ from spear_jax.models import adapters
 from spear_jax.models.decoder import Decoder, merge
 from spear_jax.models.load import LoadedModel, load_model
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
+from spear_jax.models.quantize import quantiser
 from spear_jax.sampling import Sampler
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
@@ -161,7 +162,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     local = _local_config(
         config, mesh.shape[CLIENTS], _bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
     )
-    actor.merge = lambda lora: Policy(merge(model.base, replicate(lora, mesh), decoder.lora))
+    actor.merge = lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, config.quantize)
     return Experiment(
         config=config,
         model=model,
@@ -179,6 +180,11 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     )
 
 
+def as_policy(base: dict, lora: dict, settings: LoraConfig, quantize: str) -> Policy:
+    """The adapter merged into the base, or beside a base that is quantised."""
+    return Policy(merge(base, lora, settings)) if quantize == "none" else Policy(base, lora)
+
+
 def build_task(config: ml_collections.ConfigDict) -> Task:
     """The config's task, with its wording and extractor."""
     task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
@@ -194,7 +200,8 @@ def build_task(config: ml_collections.ConfigDict) -> Task:
 
 def open_model(config: ml_collections.ConfigDict, mesh: Mesh) -> LoadedModel:
     """The config's model, its weights on the mesh; "tiny" is the embedded one."""
-    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype, base_placer(mesh))
+    place = quantiser(config.quantize, base_placer(mesh))
+    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype, place)
 
 
 def build_evaluator(

@@ -32,6 +32,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={args.out} exists and is not an empty folder; give a new one.")
     config = run_folder.read_run_config(pathlib.Path(args.workdir))
+    with config.unlocked():
+        config.quantize = "none"  # --merge adds the adapter to the weights as they were given
     built = experiment.build(config)
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
     lora = _chosen(built, state.lora, args.client)

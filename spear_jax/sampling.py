@@ -149,6 +149,11 @@ def _take(state, rows):
     return jax.tree.map(lambda x: x[rows], state)
 
 
+def _for_each(lora: dict, devices: int) -> dict:
+    """One adapter as one for each device."""
+    return jax.tree.map(lambda x: jnp.repeat(x[:, None], devices, axis=1), lora)
+
+
 class Sampler:
     """Runs generation on the host's side: packs, segments, compaction.
 
@@ -193,7 +198,7 @@ class Sampler:
         done: list[Completion | None] = [None] * len(prompts)
         base = unstack(base)
         if lora is not None and owners is None:
-            lora, owners = jax.tree.map(lambda x: x[:, None], lora), np.zeros(len(prompts), np.int32)
+            lora, owners = _for_each(lora, self.devices), np.arange(len(prompts), dtype=np.int32) % self.devices
         for adapters, whole in self._batches(prompts, config.max_rows, lora, owners):
             for groups in self._parts(config, whole, prompts):
                 self._batch(adapters, base, prompts, keys, groups, config, done, report)

@@ -23,6 +23,7 @@ from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints
 from spear_jax.federated.writer import Nowhere, Progress, Writer
+from spear_jax.models.weights import places
 from spear_jax.types import ServerState
 
 EXAMPLES = """
@@ -137,7 +138,7 @@ def one_round(
 def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
     """Held-out accuracy of the global adapter, by the contract's names; of local adapters the mean over clients."""
     began = time.perf_counter()
-    found = [built.evaluator(policy.base) for policy in built.policies(state.lora)]
+    found = [built.evaluator(policy.base, policy.lora) for policy in built.policies(state.lora)]
     accuracy, count = float(np.mean([one.value for one in found])), found[0].count
     metrics = {
         "eval/accuracy": accuracy,
@@ -167,7 +168,8 @@ def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
         "workdir": workdir,
         "train_examples": len(examples),
         "test_examples": len(built.evaluator.examples),
-        "base_parameters": sum(x.size for x in jax.tree.leaves(built.model.base)),
+        "base_parameters": sum(int(np.prod(place.leaf_shape)) for place in places(built.model.config)),
+        "base_bytes": sum(x.nbytes for x in jax.tree.leaves(built.model.base)),
         "adapter_parameters": sum(x.size for x in jax.tree.leaves(lora)),
         "adapter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora)),
         "prompt_length": built.prompt_length,

@@ -4,6 +4,7 @@ Base parameters (all in the model's dtype; L stacks the layers, which are then s
     embed [V, D] · norm [D] · head [V, D] (absent when tied)
     layers: attn_norm, mlp_norm [L, D] · q [L, D, H*K] · k, v [L, D, N*K] · o [L, H*K, D] · gate, up [L, D, F] ·
             down [L, F, D] · q_bias, k_bias, v_bias, o_bias (where the family has them) · q_norm, k_norm [L, K] (Qwen3)
+The seven projections may be quantised (models/quantize.py).
 
 Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115),
 Qwen3 (arXiv 2505.09388); checked against transformers.
@@ -21,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
+from spear_jax.models.quantize import widen
 from spear_jax.types import Pack
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
@@ -184,6 +186,7 @@ def _run(decoder, lora, base, tokens, layout, dropout_key, past=None):
     plain = config.layers - adapted
 
     def layer(hidden, weights, pairs, index, cached):
+        weights = widen(weights)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key)
 
