@@ -178,7 +178,6 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = 8
     config.rollout.max_rows = 32
     config.federation.clients_at_once = 1
-    config.train.remat = "layers"  # on a CPU hardly slower, and a quarter of the memory
     config.train.steps = 2
     config.train.batch_size, config.train.accumulation = 4, 1
     config.lora.dropout = 0.0

@@ -13,8 +13,16 @@ from safetensors.numpy import load_file, save_file
 
 from spear_jax import sampling
 from spear_jax.errors import UserError
+from spear_jax.models.attention import attend, seen_in_tree
 from spear_jax.models.config import parse_config
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, packed_states, unstack
+from spear_jax.models.decoder import (
+    Decoder,
+    decode_step,
+    head_weight,
+    logits,
+    packed_states,
+    unstack,
+)
 from spear_jax.models.load import end_ids, load_model, save_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.weights import places
@@ -95,6 +103,34 @@ def test_layer_after_layer_equals_the_scan(family):
         logits(Decoder(model.config, lora), tree, base, *inputs) for base in (model.base, unstack(model.base))
     )
     np.testing.assert_allclose(looped[inputs[1]], scanned[inputs[1]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "length", [64, 95, 96, 163, 300]
+)  # one block of queries, and two to four, the last one shorter
+def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(length):
+    rng = np.random.default_rng(length)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q, keys, values, pull = draw(2, length, 4, 8), draw(2, 2, length, 8), draw(2, 2, length, 8), draw(2, length, 4, 8)
+    branch = np.sort(rng.integers(-1, 3, (2, length)), axis=1) % 4  # prompt, two branches, padding
+    branch = np.where(branch == 3, -1, branch)
+    visible = np.asarray(seen_in_tree(jnp.asarray(branch)))
+
+    def plain(q, keys, values):
+        scores = jnp.einsum("rlhk,rhsk->rhls", q, jnp.repeat(keys, 2, axis=1)) / np.sqrt(8)
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -1e30), axis=-1)
+        return jnp.einsum("rhls,rhsk->rlhk", weights, jnp.repeat(values, 2, axis=1))
+
+    seen = visible.any(-1)[..., None, None]
+    blocks = lambda *x: attend(*x, jnp.asarray(visible))
+    np.testing.assert_allclose(
+        np.where(seen, blocks(q, keys, values), 0), np.where(seen, plain(q, keys, values), 0), atol=2e-5
+    )
+    slopes = [
+        jax.grad(lambda x, f=f: (jnp.where(seen, f(*x), 0) * pull).sum())((q, keys, values)) for f in (blocks, plain)
+    ]
+    for a, b in zip(*slopes, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_bfloat16_model_stays_in_bfloat16_and_close():

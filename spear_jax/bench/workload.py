@@ -40,6 +40,7 @@ class Preset:
         clients_at_once: clients trained together (ours); 0 means all.
         temperature, top_p: of sampling; 0 is greedy.
         margin: of unlikelihood; lose_weight: its weight beside likelihood's 1; rate: of AdamW.
+        settle: seconds for which a side runs a phase before it is timed.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Preset:
     margin: float = 0.3
     lose_weight: float = 0.1
     rate: float = 5e-5
+    settle: float = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _tiny() -> Preset:
     return Preset(
         name="tiny", shape=json.loads((TINY / "config.json").read_text()), model=str(TINY), dtype="float32",
         clients=2, prompts=4, right=1, fixed=2, lengths=(24, 16, 40), head=4, new_tokens=4, revisions=2, longer=24,
-        questions=4, wins=2, loses=2, steps=2, rank=4,
+        questions=4, wins=2, loses=2, steps=2, rank=4, settle=0.0,
     )  # fmt: skip
 
 
@@ -132,7 +134,7 @@ def _smollm2() -> Preset:
     return Preset(
         name="smollm2-135m", shape=_llama(), model="", dtype="float32",
         clients=3, prompts=16, right=4, fixed=6, lengths=(119, 60, 232), head=24, new_tokens=32, revisions=6, longer=271,
-        questions=16, wins=4, loses=4, steps=2, remat="layers",
+        questions=16, wins=4, loses=4, steps=2,
     )  # fmt: skip
 
 

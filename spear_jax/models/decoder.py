@@ -12,7 +12,6 @@ Qwen3 (arXiv 2505.09388); checked against transformers.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from spear_jax.models.attention import attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.quantize import widen
@@ -30,7 +30,6 @@ Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
 # computed again · layers: only each layer's input is kept
 REMAT = ("nothing", "attention", "layers")
 KEPT = "product"  # the name of what "attention" keeps
-MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +80,8 @@ def packed_states(
         dropout_key: turns LoRA dropout on.
     Returns: [N, D] in the base's dtype; each layer's (keys, values), [N, kv heads, K] (stacked where the base is).
     """
-    visible = tuple(map(_visible, pack.branches))
+    visible = tuple(map(seen_in_tree, pack.branches))
     return _run(decoder, lora, base, pack.tokens, _Layout(pack.positions, visible, pack), dropout_key)
-
-
-def _visible(branch: jax.Array) -> jax.Array:
-    """bool[R, L, L] of a tree's branches int32[R, L]: a cell sees its prompt and its own branch, up to itself."""
-    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return jnp.tril(jnp.ones((branch.shape[1], branch.shape[1]), bool)) & same
 
 
 def hidden_states(
@@ -255,7 +248,7 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
         kept = tuple(map(write, cache, (k, v)))
         keys, values = ([part] for part in kept)
-    attended = layout.from_grids(list(map(_attention, layout.to_grids(q), keys, values, layout.visible)))
+    attended = layout.from_grids(list(map(attend, layout.to_grids(q), keys, values, layout.visible)))
     attended = checkpoint_name(attended.reshape(*lead, config.heads * config.head_width), KEPT)
     hidden = hidden + next(project(attended, "o"))
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
@@ -283,29 +276,6 @@ def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -
         dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
         found[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
     return found
-
-
-def _attention(q, keys, values, visible):
-    """Grouped-query softmax attention, softmax in float32.
-
-    Args:
-        q: [R, L, H, K]; keys, values: [R, N, S, K].
-        visible: bool[R, L, S].
-    Returns: [R, L, H, K].
-    """
-    r, length, h, width = q.shape
-    n = keys.shape[1]
-    group = h // n
-    # the heads of a group stand under one another: one product a key head, its operands contiguous
-    q = jnp.transpose((q / math.sqrt(width)).reshape(r, length, n, group, width), (0, 2, 3, 1, 4))
-    raw = jnp.einsum("rnlk,rnsk->rnls", q.reshape(r, n, -1, width), keys, preferred_element_type=jnp.float32)
-    raw = raw.reshape(r, n, group, length, -1) + jnp.where(visible, 0.0, MASKED)[:, None, None]
-    weight = jnp.exp(raw - jax.lax.stop_gradient(raw.max(axis=-1, keepdims=True)))
-    total = weight.sum(axis=-1)[..., None]
-    weight = weight.astype(values.dtype).reshape(r, n, group * length, -1)
-    mixed = jnp.einsum("rnls,rnsk->rnlk", weight, values, preferred_element_type=jnp.float32)
-    mixed = (mixed.reshape(r, n, group, length, width) / total).astype(values.dtype)
-    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(r, length, h, width)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
