@@ -96,7 +96,7 @@ def scorer(evaluator: Evaluator, prompt_room: int, length: int, max_rows: int) -
     def score(policy: Policy, rows: list[Row]) -> list[np.ndarray]:
         room = evaluator.sampler.shapes.room("score", lambda: choose(rows))
         blocks, places = fold_rows(rows, room)
-        one = lambda blocks: _score_rows(decoder, 1024, policy.lora, policy.base, blocks)
+        one = lambda blocks: _score_rows(decoder, 0, policy.lora, policy.base, blocks)
         scores = evaluator.over_devices(one, blocks, room)
         return [scores[block, slot, : len(row.completion)] for (block, slot), row in zip(places, rows, strict=True)]
 

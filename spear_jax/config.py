@@ -100,7 +100,7 @@ def default_config() -> ml_collections.ConfigDict:
     train.ema_decay = 0.0
     train.block_tokens = 4096  # distinct tokens that go through the model together; more where one item has more
     train.remat = "attention"  # what the backward pass computes again: nothing, attention, layers
-    train.head_chunk = 1024  # positions per LM-head block
+    train.head_chunk = 0  # positions per LM-head block; 0: as many as take 256 MB
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.every = 5  # rounds; the base model, the first and the last round are always evaluated
@@ -150,7 +150,7 @@ _RANGES = {
     "train.weight_decay": (0, None),
     "train.anchor_weight": (0, None),
     "train.block_tokens": (1, None),
-    "train.head_chunk": (1, None),
+    "train.head_chunk": (0, None),
     "eval.every": (1, None),
     "eval.limit": (0, None),
     "eval.rows": (1, None),

@@ -7,6 +7,7 @@ import jax
 from spear_jax.errors import UserError
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import projection_shapes
+from spear_jax.models.token_logprobs import block_positions
 from spear_jax.types import Tally
 
 MEMINFO = pathlib.Path("/proc/meminfo")
@@ -23,7 +24,7 @@ def bytes_per_client(model: ModelConfig, tokens: int, length: int, head_chunk: i
     inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
     kept = {"layers": model.width, "attention": 5 * model.width + 2 * model.mlp_width, "nothing": inside}[remat]
     activations = 4 * tokens * (model.layers * kept + inside)
-    logits = 2 * 4 * min(head_chunk, tokens) * model.vocab_size
+    logits = 2 * 4 * min(block_positions(head_chunk, model.vocab_size), tokens) * model.vocab_size
     return activations + logits + 5 * adapter
 
 

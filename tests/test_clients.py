@@ -18,7 +18,7 @@ from spear_jax.federated.clients import LocalConfig
 from spear_jax.models.decoder import REMAT, Decoder
 from spear_jax.models.load import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
-from spear_jax.models.token_logprobs import Scorer
+from spear_jax.models.token_logprobs import LOGITS, Scorer, token_logprobs
 from spear_jax.packing import Row
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -319,10 +319,30 @@ def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, 
         return (jnp.where(real[real.any(1)], lp * slopes[jnp.minimum(where, len(slopes) - 1)], 0.0)).sum()
 
     oracle = jax.value_and_grad(plain)(lora)
-    for chunk in (1, 7, 10_000):
+    for chunk in (0, 1, 7, 10_000):
         value, grads = jax.value_and_grad(objective)(lora, chunk)
         assert float(value) == pytest.approx(float(oracle[0]), rel=1e-5)
         close(grads, oracle[1])
+
+
+def test_the_heads_memory_does_not_grow_with_the_vocabulary():
+    positions, width = 4096, 16
+    shapes = lambda vocab: (
+        jax.ShapeDtypeStruct((positions, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((positions,), jnp.int32),
+    )
+
+    def plain(hidden, head, target):
+        return jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), target[:, None], axis=-1).sum()
+
+    def held(loss, vocab):
+        """Bytes of everything but arguments and results, out of the compiler."""
+        return jax.jit(jax.grad(loss)).lower(*shapes(vocab)).compile().memory_analysis().temp_size_in_bytes
+
+    fused = [held(lambda *x: token_logprobs(*x, 0).sum(), vocab) for vocab in (16_384, 65_536, 152_064)]
+    assert max(fused) <= 1.1 * min(fused) <= 4 * 4.4 * LOGITS
+    assert held(plain, 152_064) >= 4 * positions * 152_064 > 2 * max(fused)
 
 
 def matches(block, slot, row):

@@ -182,7 +182,7 @@ def memory_needed(work: Workload, rival: bool) -> int:
 
     def held(rows_at_once: int, trained: int, logits: float) -> float:
         cache = c.cache * longest * rows_at_once
-        step = memory.bytes_per_client(model, trained * length, length, 1024, 4 * c.adapter, preset.remat) + logits
+        step = memory.bytes_per_client(model, trained * length, length, 0, 4 * c.adapter, preset.remat) + logits
         return weights + max(cache, step)
 
     at_once = preset.clients_at_once or preset.clients

@@ -20,7 +20,7 @@ from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
 from spear_jax.models.decoder import Decoder, head_weight
-from spear_jax.models.token_logprobs import Scorer, by_row, over_chunks
+from spear_jax.models.token_logprobs import Scorer, block_positions, by_row, over_chunks
 from spear_jax.packing import Row, choose_room, fold_rows
 from spear_jax.rooms import Room
 from spear_jax.sampling import Sampler
@@ -29,7 +29,6 @@ from spear_jax.text import Renderer
 from spear_jax.types import Block, Example
 
 METHODS = ("auto", "choice", "generate", "likelihood")
-CHUNK = 1024  # positions per LM-head block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Evaluator:
         """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""
         rows = [self._row(i, response) for i, response in enumerate(self.responses)]
         room, blocks, _ = self._blocks("likelihood", rows)
-        found = self.over_devices(lambda b: _token_scores(self.decoder, CHUNK, lora, policy, b), blocks, room)
+        found = self.over_devices(lambda b: _token_scores(self.decoder, 0, lora, policy, b), blocks, room)
         real = np.stack([block.rows.completion_mask for block in blocks])
         logprobs, hit = (array[real] for array in found)
         return Accuracy(int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit))
@@ -159,7 +158,7 @@ class Evaluator:
         pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
         rows = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in pairs]
         room, blocks, places = self._blocks("continuations", rows)
-        score = lambda block: _token_scores(self.decoder, CHUNK, lora, policy, block)
+        score = lambda block: _token_scores(self.decoder, 0, lora, policy, block)
         found, _ = self.over_devices(score, blocks, room)
         scores = np.full((len(self.prompts), width), -np.inf, np.float32)
         for pair, place in zip(pairs, places, strict=True):
@@ -197,7 +196,7 @@ def _last_scores(decoder, lora, base, blocks, candidates):
     """float32[G, B, n]: log-probabilities of candidate next tokens int32[G, B, n]."""
 
     def one(block, candidates):
-        hidden = Scorer(decoder, base, CHUNK).states(lora, block)[block.start]
+        hidden = Scorer(decoder, base, 0).states(lora, block)[block.start]
         logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
@@ -208,9 +207,10 @@ def _last_scores(decoder, lora, base, blocks, candidates):
 def _token_scores(decoder, chunk, lora, base, blocks):
     """float32[G, B, T] log-probability of each completion token, and whether it is the most likely one; 0 at padding.
 
-    Logits are held for `chunk` positions at a time.
+    Logits are held for `chunk` positions at a time (0: as `block_positions`).
     """
     head = head_weight(base)
+    chunk = block_positions(chunk, head.shape[0])
 
     def score(states, target):
         logits = jnp.einsum("md,vd->mv", states, head, preferred_element_type=jnp.float32)

@@ -11,6 +11,13 @@ import jax.numpy as jnp
 from spear_jax.models.decoder import Decoder, head_weight, packed_states
 from spear_jax.types import Block
 
+LOGITS = 1 << 26  # floats of one block of logits, where nothing else is asked for: 256 MB, whatever the vocabulary
+
+
+def block_positions(chunk: int, vocab: int) -> int:
+    """Positions of one LM-head block: `chunk`, or where that is 0 as many as LOGITS allows."""
+    return chunk or max(1, LOGITS // vocab)
+
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -19,7 +26,7 @@ class Scorer:
     Attributes:
         decoder: static settings.
         base: decoder parameters (never differentiated).
-        chunk: positions per LM-head block; memory is chunk * V instead of M * V.
+        chunk: positions per LM-head block, 0 for as many as take LOGITS; memory is chunk * V instead of M * V.
         dropout_key: turns LoRA dropout on.
     """
 
@@ -78,10 +85,10 @@ def map_positions(block: Callable, hidden: jax.Array, fixed: Any, head: jax.Arra
         hidden: [M, D]; the only argument that is differentiated.
         fixed: a tree of [M, ...].
         head: [V, D].
-        chunk: positions at a time, at most.
+        chunk: positions at a time, at most; 0 for as many as take LOGITS.
     Returns: float32[M].
     """
-    return over_chunks(lambda h, f: block(h, f, head), (hidden, fixed), chunk)
+    return over_chunks(lambda h, f: block(h, f, head), (hidden, fixed), block_positions(chunk, head.shape[0]))
 
 
 def _forward(block, hidden, fixed, head, chunk):
@@ -89,7 +96,7 @@ def _forward(block, hidden, fixed, head, chunk):
         values, pull = jax.vjp(lambda h: block(h, f, head), h)
         return values, pull(jnp.ones_like(values))[0]
 
-    return over_chunks(both, (hidden, fixed), chunk)
+    return over_chunks(both, (hidden, fixed), block_positions(chunk, head.shape[0]))
 
 
 def _backward(block, chunk, slope, cotangent):
