@@ -274,29 +274,42 @@ class Sampler:
 
     def _parts(self, config: SamplingConfig, groups: list[list[int]], prompts) -> Iterator[list[list[int]]]:
         """The groups, or once frozen, where no open shape holds them, halves of them: two batches cost less than a program."""
-        own = [[prompts[i] for i in group] for group in groups]
-        if not self.shapes.frozen or max(map(len, groups)) < 2 or self.shapes.held(*self._holding(config, own)[:2]):
+        whole = not self.shapes.frozen or max(map(len, groups)) < 2
+        if not whole:
+            wanted = _Wanted(config, [[prompts[i] for i in group] for group in groups])
+            whole = self.shapes.held(wanted.name, wanted.held_by)
+        if whole:
             yield groups
             return
         for half in (0, 1):
             yield from self._parts(config, [group[half::2] for group in groups], prompts)
 
-    def _holding(self, config: SamplingConfig, groups: list[list[list[int]]]):
-        """The name of a batch's shapes, whether a shape holds it, the shape that it wants, and the room of a shape."""
-        rows = row_bucket(max(map(len, groups)), -(-config.max_rows // len(groups)))
-        width = length_bucket(max(len(prompt) for group in groups for prompt in group))
-        room = packs.prompt_room(groups, width)
-        read = lambda shape: dataclasses.replace(
-            room, tokens=shape[2], grids=tuple(zip(shape[3::2], shape[4::2], strict=True))
-        )
-
-        def holds(shape: tuple[int, ...]) -> bool:
-            return shape[0] >= rows and shape[1] >= width and packs.holds_prompts(read(shape), groups)
-
-        return f"{len(groups)} {config!r}", holds, (rows, width, room.tokens, *itertools.chain(*room.grids)), read
-
     def _fit(self, config: SamplingConfig, groups: list[list[list[int]]]) -> tuple[int, int, rooms.Room]:
         """The rows of a group, the prompt width, and the room that a batch is padded to."""
-        name, holds, wanted, read = self._holding(config, groups)
-        found = self.shapes.fit(name, wanted, holds)
-        return found[0], found[1], read(found)
+        wanted = _Wanted(config, groups)
+        found = self.shapes.fit(wanted.name, wanted.shape, wanted.held_by)
+        return found[0], found[1], wanted.room(found)
+
+
+class _Wanted:
+    """What a batch's prompts ask of a shape: (rows of a group, prompt width, packed tokens, rows and length of each grid).
+
+    Args: groups: the prompts of each group.
+    """
+
+    def __init__(self, config: SamplingConfig, groups: list[list[list[int]]]):
+        self.name, self._groups = f"{len(groups)} {config!r}", groups
+        rows = row_bucket(max(map(len, groups)), -(-config.max_rows // len(groups)))
+        width = length_bucket(max(len(prompt) for group in groups for prompt in group))
+        self._room = packs.prompt_room(groups, width)
+        self.shape = (rows, width, self._room.tokens, *itertools.chain(*self._room.grids))
+
+    def room(self, shape: tuple[int, ...]) -> rooms.Room:
+        """The room of a shape."""
+        grids = tuple(zip(shape[3::2], shape[4::2], strict=True))
+        return dataclasses.replace(self._room, tokens=shape[2], grids=grids)
+
+    def held_by(self, shape: tuple[int, ...]) -> bool:
+        """Whether a shape holds the batch."""
+        large = shape[0] >= self.shape[0] and shape[1] >= self.shape[1]
+        return large and packs.holds_prompts(self.room(shape), self._groups)

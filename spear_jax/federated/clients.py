@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from spear_jax import losses, trees
 from spear_jax.algorithms.base import Algorithm
-from spear_jax.devices import CLIENTS
+from spear_jax.devices import CLIENTS, MODEL
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.token_logprobs import Scorer, by_row
 from spear_jax.types import Block, ClientState, Mean
@@ -256,6 +256,9 @@ def train_cohort(
         means, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
         return jax.tree.map(lambda x: x[None], sums), means, states
 
+    if mesh.shape[MODEL] > 1:
+        # the loop over blocks then holds collectives, which all devices must come to equally often
+        work = work.replace(count=jnp.broadcast_to(work.count.max(0), work.count.shape))
     clients = Spec(CLIENTS)
     run = jax.shard_map(
         device,
