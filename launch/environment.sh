@@ -1,8 +1,9 @@
 # Sourced by the launch scripts: makes (once) and enters a virtual environment.
-# On Linux, large pages for large arrays: without them an eighth of a local step on a CPU goes into page faults.
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 #   make_environment FOLDER REQUIREMENT
 # Uses $PYTHON, else the newest python3.13, 3.12, 3.11 or python3 that is at least 3.11. Installs again when setup.py changed.
+
+# On Linux, large pages for large arrays: without them an eighth of a local step on a CPU goes into page faults.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 find_python() {
   local candidate

@@ -113,7 +113,6 @@ def decode_step(
     cache: Layers,
     cache_mask: jax.Array,
     at: jax.Array,
-    owner: jax.Array | None = None,
 ) -> tuple[jax.Array, Layers]:
     """One token further; its keys and values are written into the cache.
 
@@ -123,13 +122,10 @@ def decode_step(
         cache: a (keys, values) a layer, each [B, N, S, K].
         cache_mask: bool[B, S], which positions are real, the new one included; their number gives its position.
         at: int32[], where the new token stands in the cache.
-        owner: int32[B], each row's adapter where `lora` stacks several ([L, C, ...]); None where it is one.
     Returns: hidden [B, D]; the cache.
     """
     positions = cache_mask.sum(-1, keepdims=True) - 1
     layout = _Layout(positions, (cache_mask[:, None, :],))
-    if owner is not None:
-        lora = jax.tree.map(lambda stacked: stacked[:, owner], lora)
     hidden, cache = _run(decoder, lora, base, token[:, None], layout, None, (cache, at))
     return hidden[:, 0], cache
 
