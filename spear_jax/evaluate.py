@@ -97,7 +97,9 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
     if tree is None:
         return score(evaluator, Policy(model.base), args.quiet), args.model
-    policy = experiment.as_policy(model.base, replicate(tree, mesh), lora, config.quantize)
+    policy = Policy(model.base, replicate(tree, mesh))
+    if evaluator.method == "generate":
+        policy = experiment.as_policy(policy.base, policy.lora, lora, config.quantize)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 

@@ -80,9 +80,11 @@ class Experiment:
 
     def policies(self, lora: dict) -> list[Policy]:
         """What to evaluate: the global policy, or under `local` every client's."""
-        if self.server.rule != "local":
-            return [self.actor.merge(lora)]
-        return [self.actor.merge(jax.tree.map(lambda x, c=c: x[c], lora)) for c in range(len(self.parts))]
+        count = len(self.parts) if self.server.rule == "local" else 0
+        own = [jax.tree.map(lambda x, c=c: x[c], lora) for c in range(count)] or [lora]
+        if self.evaluator.method == "generate":
+            return list(map(self.actor.merge, own))
+        return [Policy(self.model.base, self.on_devices(one)) for one in own]  # one pass is not worth a merged copy
 
     def training_room(self, steps: list) -> rooms.Room:
         """The block size for local training, from the micro-batches of the first steps (every few of them, where many)."""

@@ -51,7 +51,7 @@ def start(decoder: Decoder, config: SamplingConfig, lora, base, pack: Pack, inde
     """Reads a batch's prompts and draws its first tokens.
 
     Args: pack, index, mask: as from `packs.pack_prompts`, leading axis G; keys [B]; live bool[B], false for padding rows;
-        lora: None, or adapters stacked behind the layer axis, one for each group ([L, G, ...]).
+        lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis ([L, G, in, R]).
     Returns: the decoding state, a dict of arrays with leading axis B = G * rows (caches: a pair [B, N, P + new, K] a layer).
     """
     spread = functools.partial(_spread, config.max_new_tokens)
@@ -60,7 +60,8 @@ def start(decoder: Decoder, config: SamplingConfig, lora, base, pack: Pack, inde
         hidden, layers = packed_states(decoder, lora, base, pack)
         return hidden[index[:, -1]], jax.tree.map(lambda x: spread(x, index), layers)
 
-    hidden, cache = jax.vmap(read, in_axes=(None if lora is None else 1, 0, 0))(lora, pack, index)
+    own = 1 if lora is not None and jax.tree.leaves(lora)[0].ndim == 4 else None
+    hidden, cache = jax.vmap(read, in_axes=(own, 0, 0))(lora, pack, index)
     hidden, cache, mask = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, cache, mask))
     rows, room = mask.shape[0], config.max_new_tokens
     state = {
@@ -93,22 +94,11 @@ def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, u
         at = width + step - 1
         new = jnp.ones((token.shape[0], 1), bool)
         seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], new, at, axis=1)
-        hidden, cache = _decode(decoder, lora, base, token, state["cache"], seen, at)
+        hidden, cache = decode_step(decoder, lora, base, token, state["cache"], seen, at)
         state = {**state, "cache": cache, "cache_mask": seen}
         return _emit(config, state, _head(base, hidden), step), step + 1
 
     return jax.lax.while_loop(going, body, (state, step))
-
-
-def _decode(decoder, lora, base, token, cache, seen, at):
-    """`decode_step`, each group of rows with its own adapter where there are several."""
-    if lora is None:
-        return decode_step(decoder, None, base, token, cache, seen, at)
-    groups = jax.tree.leaves(lora)[0].shape[1]
-    split = lambda x: x.reshape(groups, -1, *x.shape[1:])
-    step = lambda lora, token, cache, seen: decode_step(decoder, lora, base, token, cache, seen, at)
-    found = jax.vmap(step, in_axes=(1, 0, 0, 0))(lora, *jax.tree.map(split, (token, cache, seen)))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 def _head(base, hidden):
@@ -149,11 +139,6 @@ def _take(state, rows):
     return jax.tree.map(lambda x: x[rows], state)
 
 
-def _for_each(lora: dict, devices: int) -> dict:
-    """One adapter as one for each device."""
-    return jax.tree.map(lambda x: jnp.repeat(x[:, None], devices, axis=1), lora)
-
-
 class Sampler:
     """Runs generation on the host's side: packs, segments, compaction.
 
@@ -188,7 +173,7 @@ class Sampler:
         """Completes every prompt.
 
         Args:
-            lora: None where an adapter is merged into `base`; else an adapter, or several behind the layer axis ([L, C, ...]).
+            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or several ([L, C, in, R]).
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
             report: called with the number of rows that have finished since the last call.
@@ -197,8 +182,6 @@ class Sampler:
         """
         done: list[Completion | None] = [None] * len(prompts)
         base = unstack(base)
-        if lora is not None and owners is None:
-            lora, owners = _for_each(lora, self.devices), np.arange(len(prompts), dtype=np.int32) % self.devices
         for adapters, whole in self._batches(prompts, config.max_rows, lora, owners):
             for groups in self._parts(config, whole, prompts):
                 self._batch(adapters, base, prompts, keys, groups, config, done, report)
@@ -207,10 +190,10 @@ class Sampler:
     def _batches(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
         """(adapters, groups of prompt numbers), the longest prompts first."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        if lora is None:
+        if owners is None:
             for begin in range(0, len(order), max_rows):
                 part = order[begin : begin + max_rows]
-                yield None, [part[device :: self.devices] for device in range(self.devices)]
+                yield lora, [part[device :: self.devices] for device in range(self.devices)]
             return
         clients = jax.tree.leaves(lora)[0].shape[1]
         own = [[i for i in order if owners[i] == client] for client in range(clients)]

@@ -141,7 +141,7 @@ class System:
             sampling=sampling_config(self.preset, 1),
             rows=min(len(questions), default_config().eval.rows),
         )
-        scores = evaluator.choice_scores(self.merged())
+        scores = evaluator.choice_scores(self.base, self.lora)
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
     def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Told]:

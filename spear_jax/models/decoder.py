@@ -227,7 +227,7 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
             if f"{name}_bias" in weights:
                 y = y + weights[f"{name}_bias"]
             if name in inner:
-                y = y + inner[name] @ pairs[name]["b"].astype(x.dtype) * decoder.lora.scale
+                y = y + _own(inner[name], pairs[name]["b"].astype(x.dtype)) * decoder.lora.scale
             yield y
 
     x = _rms_norm(hidden, weights["attn_norm"], config.norm_eps)
@@ -264,7 +264,8 @@ def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -
     if not pairs:
         return {}
     if key is None or lora.dropout == 0.0:
-        joint = checkpoint_name(x @ jnp.concatenate([a.astype(x.dtype) for a in pairs.values()], axis=-1), KEPT)
+        joint = _own(x, jnp.concatenate([a.astype(x.dtype) for a in pairs.values()], axis=-1))
+        joint = checkpoint_name(joint, KEPT)
         return dict(zip(pairs, jnp.split(joint, len(pairs), axis=-1), strict=True))
     found = {}
     for name, a in pairs.items():
@@ -272,6 +273,14 @@ def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -
         dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
         found[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
     return found
+
+
+def _own(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B, ..., in] times weight [in, out]; or times [G, in, out], each of G equal groups of rows with its own."""
+    if weight.ndim == 2:
+        return x @ weight
+    grouped = jnp.einsum("gni,gio->gno", x.reshape(weight.shape[0], -1, x.shape[-1]), weight)
+    return grouped.reshape(*x.shape[:-1], -1)
 
 
 def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
