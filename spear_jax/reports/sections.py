@@ -1,0 +1,351 @@
+"""The sections of a report, each from the runs alone; what a run did not record is said in a sentence."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import pandas as pd
+
+from spear_jax.reports import figures, runs, traces
+from spear_jax.reports.page import Picture, Section, Table
+from spear_jax.reports.runs import Run
+
+MOST_CLIENTS = 60  # rows of a heat map
+MOST_HEAT_MAPS = 16
+MOST_SPLITS = 6
+BAND_MANY = "Mean over seeds; band: 95 % Student t interval over seeds, cut where it leaves the axes."
+# metric -> (title, y axis, what the figure shows, what one run's band is)
+PANELS = {
+    "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
+    "rollout/wins": ("Wins", "wins a round", "Right completions that are trained on, of all clients of a round", ""),
+    "rollout/loses": (
+        "Loses", "loses a round", "Wrong completions that are trained against, of all clients of a round", "",
+    ),
+    "rollout/first_accuracy": (
+        "First answers right", "fraction", "Of the first answers to training questions, the fraction that is right",
+        "95 % score interval, from the recorded answers",
+    ),
+    "rollout/fixed": (
+        "Fixed", "fraction", "Of the wrong first answers, the fraction whose last revision is right",
+        "95 % score interval, from the recorded answers",
+    ),
+    "train/loss": ("Loss", "loss (the method's own)", "The local objective, the mean over a round's optimiser steps", ""),
+    "train/win_nll": ("Likelihood of wins", "nats per token", "Negative log-likelihood of win tokens", ""),
+    "train/unlikelihood": ("Unlikelihood of loses", "nats per token", "Unlikelihood of lose tokens", ""),
+    "total/mb_up": ("Bytes up", "MB, from the start", "Adapters that clients sent to the server, in all so far", ""),
+    "total/mb_down": ("Bytes down", "MB, from the start", "Adapters that the server sent to clients, in all so far", ""),
+}  # fmt: skip
+FEEDBACK = ("rollout/wins", "rollout/loses", "rollout/first_accuracy", "rollout/fixed")
+LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
+BYTES = ("total/mb_up", "total/mb_down")
+
+
+class Author:
+    """Writes the figures into a folder and tells each section of a report.
+
+    Args: found: all runs of the report. begun: names of those without an evaluated round. out: the folder of the figures.
+    """
+
+    def __init__(self, found: list[Run], begun: list[str], out: pathlib.Path):
+        self.runs, self.begun, self.out = found, begun, out
+        self.groups = runs.by_label(found)
+        self.look = figures.styles(self.groups)
+        self.results = runs.results(found)
+        self.counts = {run.name: traces.client_counts(run) for run in found}
+        self.files: list[str] = []
+
+    def all(self, default: dict[str, Any]) -> list[Section]:
+        """Every section, in the page's order. Args: default: the flat default config."""
+        return [
+            self.what(default),
+            self.outcome(),
+            self.lines("feedback", "Answers and feedback", FEEDBACK),
+            self.lines("losses", "Losses", LOSSES),
+            self.lines("bytes", "Communication", BYTES),
+            self.time(),
+            self.clients(),
+            self.split(),
+            self.examples(),
+            self.differing(default),
+        ]
+
+    def draw(self, figure: Any, name: str) -> bytes:
+        """Saves a figure as NAME.png and NAME.svg; returns the SVG."""
+        self.files += [f"{name}.png", f"{name}.svg"]
+        return figures.save(figure, self.out / name)
+
+    def what(self, default: dict[str, Any]) -> Section:
+        rows = []
+        for run in self.runs:
+            get = lambda name, run=run: str(run.config[name]) if name in run.config else "-"
+            cohort = f"{get('federation.clients_per_round')} of {get('federation.num_clients')}"
+            state = "finished" if run.finished else "not finished"
+            rounds = f"{run.rounds} of at most {get('rounds')}"
+            named = [get("algorithm.name"), get("task"), get("model"), get("seed")]
+            wall = seconds(run.table["time"].max() - run.table["time"].min())
+            rows.append([run.name, *named, cohort, get("federation.aggregation"), rounds, wall, state])
+        headings = "run|method|task|model|seed|clients a round|aggregation|rounds|wall time|state".split("|")
+        told = sorted({", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in self.runs})
+        notes = [f"Versions: {text}." for text in told if text] or ["Versions were not recorded by these runs."]
+        notes.append("Wall time: from the first to the last line of metrics.jsonl, interruptions included.")
+        if self.begun:
+            notes.append(f"Left out, because nothing has been evaluated yet: {', '.join(self.begun)}.")
+        _, common = runs.differences(self.runs, default)
+        tables = [Table("Runs", headings, rows, words=True)]
+        if len(common):
+            tables.append(words("Settings of all runs that are not the defaults", common))
+        return Section("runs", "What was run", notes, tables)
+
+    def outcome(self) -> Section:
+        table, several = self.results, len(self.groups) > 1
+        shown = {
+            "run" if not self.seeds() else "label": table["label"],
+            "runs": [f"{row.finished} of {row.runs} finished" for row in table.itertuples()],
+            "gold text": ["-" if pd.isna(gold) else gold or "none" for gold in table["gold"]],
+            "accuracy before": number(table["before"], "{:.3f}"),
+            "after": number(table["after"], "{:.3f}"),
+            "95 % interval": [
+                "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}" for row in table.itertuples()
+            ],
+            "best": number(table["best"], "{:.3f}"),
+            "rounds": number(table["rounds"], "{:.4g}"),
+            "generated tokens": number(table["tokens"], "{:,.0f}"),
+            "wins": number(table["wins"], "{:,.0f}"),
+            "loses": number(table["loses"], "{:,.0f}"),
+            "training, s": number(table["seconds"], "{:.1f}"),
+            "MB up": number(table["mb_up"], "{:.1f}"),
+            "MB down": number(table["mb_down"], "{:.1f}"),
+        }
+        if table["gold"].isna().all():
+            del shown["gold text"]
+        shown = pd.DataFrame(shown)
+        notes = ["Training: seconds of rollout, local training and aggregation, without evaluation and checkpoints."]
+        if self.seeds():
+            notes.append(
+                "Means over the finished runs of a label (over all where none has finished); intervals of the mean are "
+                "Student's over seeds, of a single run the score interval over the test questions."
+            )
+        else:
+            notes.append("Intervals are score intervals over the test questions.")
+        caption = "Accuracy on the held-out questions, and what it took; totals of a run"
+        pictures, missing = self.panels(["eval/accuracy"])
+        if several:
+            pictures += self.against_budget()
+            alt = "Last accuracy and its 95 % interval: " + "; ".join(
+                f"{row.label} {row.after:.3f} ({row.low:.3f} to {row.high:.3f})" for row in table.itertuples()
+            )
+            image = self.draw(figures.draw_final(table, self.look), "final")
+            pictures.append(Picture("Accuracy after training", "Fraction of the held-out questions.", alt, image))
+        return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
+
+    def seeds(self) -> bool:
+        """Whether some label has several runs."""
+        return any(len(group) > 1 for group in self.groups.values())
+
+    def panels(self, metrics: list[str]) -> tuple[list[Picture], list[str]]:
+        """A figure against the round for each metric that some label has; sentences about those that lack it."""
+        pictures, missing = [], []
+        for metric in metrics:
+            title, unit, meaning, band = PANELS[metric]
+            lines = [
+                line
+                for label, group in self.groups.items()
+                if (line := figures.curve(label, group, metric)) is not None
+            ]
+            absent = [label for label in self.groups if label not in {line.label for line in lines}]
+            if absent:
+                missing.append(f"{title}: nothing was recorded, or only zeros, by {', '.join(absent)}.")
+            if not lines:
+                continue
+            if self.seeds():
+                band = BAND_MANY
+            elif any(line.low is not None for line in lines):
+                band = f"Band: {band}."
+            else:
+                band = "One run a line, no interval." if len(self.groups) > 1 else "One run, no interval."
+            alt = f"{meaning} against the round. Last values: " + "; ".join(
+                f"{line.label} {line.y[-1]:.4g} in round {line.x[-1]:g}" for line in lines
+            )
+            fraction = unit in ("accuracy", "fraction")
+            image = self.draw(figures.draw_lines(lines, self.look, "round", unit, fraction), metric_file(metric))
+            pictures.append(Picture(title, f"{meaning}, against the round. {band}", alt, image))
+        return pictures, missing
+
+    def against_budget(self) -> list[Picture]:
+        """Held-out accuracy against generated tokens, where the runs have counted them."""
+        pairs = [figures.curve(*item, "eval/accuracy", "budget/tokens") for item in self.groups.items()]
+        lines = [line for line in pairs if line is not None and len(line.x) > 1]
+        if not any(line.x.any() for line in lines):
+            return []
+        figure = figures.draw_lines(lines, self.look, "generated tokens", "accuracy", fraction=True)
+        alt = "Held-out accuracy against generated tokens. Last values: " + "; ".join(
+            f"{line.label} {line.y[-1]:.4g} at {line.x[-1]:,.0f}" for line in lines
+        )
+        caption = (
+            "Against the tokens that clients have generated; dotted: generates nothing. Bands as against the round."
+        )
+        return [Picture("Accuracy and generated tokens", caption, alt, self.draw(figure, "accuracy_tokens"))]
+
+    def lines(self, name: str, title: str, metrics: tuple[str, ...]) -> Section:
+        """A section of one figure a metric."""
+        pictures, missing = self.panels(list(metrics))
+        return Section(name, title, missing, pictures=pictures)
+
+    def time(self) -> Section:
+        table = figures.phase_seconds(self.groups)
+        if not table["total"].any():
+            return Section("time", "Time by phase", ["No run recorded its times."])
+        shown = pd.DataFrame(
+            {"label": table["label"]}
+            | {f"{phase}, s": number(table[phase], "{:.1f}") for phase in runs.PHASES}
+            | {"all, s": number(table["total"], "{:.1f}"), "± 95 %": number(table["half_width"], "{:.1f}")}
+        )
+        told = texts("Seconds of a run by phase, the mean over its label's runs", shown)
+        parts = "; ".join(f"{row.label} {row.total:.1f} s" for row in table.itertuples())
+        if len(self.runs) == 1:
+            figure, title, axis = (
+                figures.draw_round_time(self.runs[0]),
+                "Time of each round",
+                "Seconds, stacked by phase.",
+            )
+        else:
+            figure, title, axis = (
+                figures.draw_run_time(table),
+                "Time of a run",
+                "Seconds of a whole run, stacked by phase.",
+            )
+        axis += " Black: 95 % t interval of the sum." if self.seeds() else ""
+        picture = Picture(title, axis, f"{axis} In all: {parts}", self.draw(figure, "time"))
+        notes = ["The first rounds contain the compilation of their programs."]
+        return Section("time", "Time by phase", notes, [told], [picture])
+
+    def clients(self) -> Section:
+        notes, pictures = [], []
+        for label, group in list(self.groups.items())[:MOST_HEAT_MAPS]:
+            run = next((run for run in group if len(self.counts[run.name])), None)
+            if run is None:
+                notes.append(f"{label}: no traces were recorded (config.record_traces, or a method that asks nothing).")
+            elif not run.graded:
+                notes.append(f"{label}: nothing grades its answers.")
+            else:
+                pictures.append(self.heat(label, run))
+        if len(self.groups) > MOST_HEAT_MAPS:
+            notes.append(f"The first {MOST_HEAT_MAPS} of {len(self.groups)} labels; clients.csv has all.")
+        return Section("clients", "Clients", notes, pictures=pictures)
+
+    def heat(self, label: str, run: Run) -> Picture:
+        counts = self.counts[run.name]
+        clients, rounds, values, left = traces.client_grid(counts, MOST_CLIENTS)
+        image = self.draw(figures.draw_heat(clients, rounds, values), f"clients_{file_name(label)}")
+        caption = "Fraction of a client's first answers that were right, by round, from the traces"
+        caption += f" of {run.name}." if run.name != label else "."
+        if pd.isna(values).any():
+            caption += " White: the client had no recorded answers."
+        if left:
+            caption += f" The {len(clients)} clients with the most answers; {left:,} more are in clients.csv."
+        means = counts.groupby("round")[["first_right", "answers"]].sum()
+        first, last = (means["first_right"] / means["answers"]).iloc[[0, -1]]
+        alt = (
+            f"Heat map of {len(clients)} clients and {len(rounds)} rounds of {run.name}: over all clients {first:.3f} of the "
+            f"first answers were right in round {means.index[0]} and {last:.3f} in round {means.index[-1]}"
+        )
+        return Picture(f"First answers right by client: {label}", caption, alt, image)
+
+    def split(self) -> Section:
+        splits: dict[str, list[Run]] = {}
+        for run in self.runs:
+            file = run.folder / "split.json"
+            if file.is_file():
+                splits.setdefault(file.read_text(), []).append(run)
+        if not splits:
+            return Section("split", "Data split", ["No run folder holds a split.json."])
+        named, rows, pictures = {}, [], []
+        for text, group in splits.items():
+            sizes = [len(part) for part in json.loads(text)["clients"]]
+            name = f"seed {group[0].config['seed']}" if self.seeds() and group[0].config else group[0].name
+            name = name if name not in named else group[0].name
+            named[name] = sizes
+            middle = f"{pd.Series(sizes).median():g}"
+            counts = [len(sizes), sum(sizes), min(sizes), middle, max(sizes)]
+            rows.append([name, *map(str, counts), ", ".join(run.name for run in group)])
+            source = group[0].folder / "split.png"
+            if source.is_file() and len(sizes) <= MOST_CLIENTS and len(pictures) < MOST_SPLITS:
+                pictures.append(self.by_label(name, group[0], source))
+        headings = ["split", "clients", "examples", "fewest", "median", "most", "runs"]
+        shown = dict(list(named.items())[:MOST_SPLITS])
+        alt = "Examples of each client by size. " + "; ".join(
+            f"{name}: {len(sizes)} clients with {min(sizes)} to {max(sizes)}" for name, sizes in shown.items()
+        )
+        image = self.draw(figures.draw_split(shown), "split")
+        pictures.insert(0, Picture("Sizes", "Training examples of each client, the largest first.", alt, image))
+        notes = [f"Figures of the first {MOST_SPLITS} of {len(named)} splits."] if len(named) > MOST_SPLITS else []
+        table = Table("Training examples a client; runs with the same split share a row", headings, rows, words=True)
+        return Section("split", "Data split", notes, [table], pictures)
+
+    def by_label(self, name: str, run: Run, source: pathlib.Path) -> Picture:
+        """The run folder's own figure of its split, copied."""
+        target = f"{file_name(run.name)}_split.png"
+        (self.out / target).write_bytes(source.read_bytes())
+        self.files.append(target)
+        alt = f"Bars of the training examples of each client, stacked by gold answer, of split {name}"
+        caption = "Training examples of each client, by gold answer."
+        return Picture(f"By gold answer: {name}", caption, alt, source.read_bytes(), "png")
+
+    def examples(self) -> Section:
+        each, chosen, without = (2 if len(self.groups) == 1 else 1), {}, []
+        for label, group in self.groups.items():
+            run = next((run for run in group if len(self.counts[run.name])), None)
+            if run is None:
+                without.append(label)
+            else:
+                chosen[label] = traces.sample(run, each)
+        notes = [f"No traces were recorded by {', '.join(without)}."] if without else []
+        if chosen:
+            notes.insert(
+                0, f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
+            )
+        return Section("traces", "Sample traces", notes, samples=chosen)
+
+    def differing(self, default: dict[str, Any]) -> Section:
+        between, _ = runs.differences(self.runs, default)
+        labels = len(runs.label_configs(self.runs))
+        if labels < 2:
+            return Section("config", "Config differences", ["Only one config is here: there is nothing to compare."])
+        if not len(between):
+            return Section("config", "Config differences", ["All runs have the same config."])
+        caption = "The fields that differ; several values of a label are those of its seeds"
+        return Section("config", "Config differences", [], [words(caption, between)])
+
+
+def metric_file(metric: str) -> str:
+    """The file name of a metric's figure."""
+    return metric.split("/")[1]
+
+
+def file_name(name: str) -> str:
+    """A run's or label's name as part of a file name."""
+    return name.replace("/", "_")
+
+
+def number(column: pd.Series, form: str) -> list[str]:
+    """Numbers as text, "-" where there is none."""
+    return ["-" if pd.isna(value) else form.format(value) for value in column]
+
+
+def texts(caption: str, table: pd.DataFrame) -> Table:
+    """A table of texts for the page."""
+    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist())
+
+
+def words(caption: str, table: pd.DataFrame) -> Table:
+    """A table whose cells are words rather than numbers."""
+    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist(), words=True)
+
+
+def seconds(value: float) -> str:
+    """A duration: "45 s", "12 min 5 s", "3 h 20 min"."""
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
