@@ -16,7 +16,7 @@ from spear_jax import analysis, grids
 from spear_jax.reports import traces
 from spear_jax.reports.runs import PHASES, Run
 
-WIDTH = 5.2  # inches; text of 9 points stays readable where a phone shows the figure at 3.7 inches
+WIDTH = 4.8  # inches; text of 9 points stays readable where a phone shows the figure at 3.7 inches
 STYLE = {"font.size": 9, "svg.hashsalt": "spear_jax", "axes.titlesize": 10, "legend.fontsize": 8}
 
 
@@ -34,13 +34,16 @@ class Line:
 def curve(label: str, runs: list[Run], metric: str, x: str = "round") -> Line | None:
     """A metric against another, the mean over runs as far as all of them reach; None where a run has none or only zeros.
 
-    The interval is Student's over several runs; of one run's fractions the score interval, where the number of answers is known.
+    Where x stays 0 (a method that generates nothing) it is one point at 0, the mean last value. The interval is Student's over
+    several runs; of one run's fractions the score interval, where the number of answers is known.
     """
     tables = [run.table.dropna(subset=metric) for run in runs if metric in run.table]
     tables = [table for table in tables if len(table)]
     if len(tables) < len(runs) or not any(table[metric].any() for table in tables):
         return None
     at = [table[x].fillna(0.0).to_numpy(float) if x in table else np.zeros(len(table)) for table in tables]
+    if x != "round" and not any(a.any() for a in at):
+        return Line(label, np.zeros(1), np.mean([table[metric].to_numpy()[-1:] for table in tables], axis=0))
     if len(runs) > 1:
         places, mean, half = grids.mean_curve(
             [(a, table[metric].to_numpy()) for a, table in zip(at, tables, strict=True)]
@@ -64,20 +67,19 @@ def _counts(run: Run, metric: str) -> pd.Series | None:
     return sums["answers"] if metric == "rollout/first_accuracy" else sums["answers"] - sums["first_right"]
 
 
+@mpl.rc_context(STYLE)
 def save(figure: Figure, stem: pathlib.Path) -> bytes:
     """Writes STEM.png and STEM.svg, equal bytes for equal figures; returns the SVG."""
-    with mpl.rc_context(STYLE):
-        figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
     stem.with_name(f"{stem.name}.svg").write_bytes(drawn.getvalue())
     return drawn.getvalue()
 
 
 def _blank(height: float) -> tuple[Figure, Any]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        return figure, figure.subplots()
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _legend(figure: Figure, axes: Any, columns: int = 3) -> None:
@@ -94,22 +96,24 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {label: grids.style(index) for index, label in enumerate(sorted(labels))}
 
 
+@mpl.rc_context(STYLE)
 def draw_lines(lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: str, fraction: bool) -> Figure:
     """Curves with their bands; a curve whose x stays 0 (it generates nothing) is a dotted line at its last value.
 
     Args: x, y: what the axes show, with units. fraction: whether values are in [0, 1].
     """
     figure, axes = _blank(3.1 + 0.2 * _rows(lines))
+    alpha = min(0.2, max(0.06, 0.4 / len(lines)))  # bands lie over each other
     for line in lines:
         style = look[line.label]
-        if len(line.x) > 1 and not line.x.any():
+        if x != "round" and not line.x.any():
             axes.axhline(line.y[-1], color=style["color"], linestyle=":", label=f"{line.label} (no generation)")
             continue
         axes.plot(
             line.x, line.y, label=line.label, markersize=4, markevery=max(1, len(line.x) // 8), linewidth=1.4, **style
         )
         if line.low is not None:
-            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=alpha, linewidth=0)
     axes.set(xlabel=x, ylabel=y)
     axes.set_ylim(*_limits(lines, fraction))
     if x == "round":
@@ -122,7 +126,8 @@ def draw_lines(lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: st
 def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
     """All curves, and of their bands as much as does not flatten them."""
     low, high = min(line.y.min() for line in lines), max(line.y.max() for line in lines)
-    room = max(high - low, 0.1 if fraction else abs(high) * 0.1)
+    low, high = (low - 0.05, high + 0.05) if fraction else (low, high)
+    room = max(high - low, 0.1 * abs(high))
     bands = [band for line in lines for band in (line.low, line.high) if band is not None and np.isfinite(band).any()]
     down = min([np.nanmin(band) for band in bands] + [low])
     up = max([np.nanmax(band) for band in bands] + [high])
@@ -130,6 +135,7 @@ def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
     return (max(-0.01, bottom), min(1.01, top)) if fraction else (bottom, top)
 
 
+@mpl.rc_context(STYLE)
 def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
     """The last accuracy of each label with its 95 % interval, and the accuracy before training. Args: table: of `results`."""
     figure, axes = _blank(1.5 + 0.28 * len(table))
@@ -149,6 +155,7 @@ def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
+@mpl.rc_context(STYLE)
 def draw_round_time(run: Run) -> Figure | None:
     """The seconds of each round, stacked by phase; None where they were not recorded."""
     shown = [phase for phase in PHASES if f"time/{phase}" in run.table]
@@ -179,6 +186,7 @@ def phase_seconds(groups: dict[str, list[Run]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", *PHASES, "total", "half_width"])
 
 
+@mpl.rc_context(STYLE)
 def draw_run_time(table: pd.DataFrame) -> Figure:
     """Seconds of whole runs, a stacked bar a label, with the total's interval. Args: table: of `phase_seconds`."""
     figure, axes = _blank(1.7 + 0.28 * len(table))
@@ -197,6 +205,7 @@ def draw_run_time(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@mpl.rc_context(STYLE)
 def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Figure:
     """Round x client, the colour is the fraction of first answers right; white where a client had no answers."""
     figure, axes = _blank(1.5 + 0.13 * max(8, len(clients)))
@@ -217,6 +226,7 @@ def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Fi
     return figure
 
 
+@mpl.rc_context(STYLE)
 def draw_split(sizes: dict[str, list[int]]) -> Figure:
     """How many examples each client holds, clients by size, a line for each split."""
     figure, axes = _blank(2.6 + 0.2 * _rows(sizes, 2))

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jinja2
+import pandas as pd
 
 TEMPLATE = pathlib.Path(__file__).parent / "report.html"
 LONGEST = 1500  # characters of one text of a trace
@@ -63,3 +64,31 @@ def render(title: str, summary: str, sections: list[Section]) -> str:
     environment.filters["shorten"] = shorten
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, summary=summary, sections=sections)
+
+
+def file_name(name: str) -> str:
+    """A run's or label's name as part of a file name."""
+    return name.replace("/", "_")
+
+
+def number(column: pd.Series, form: str) -> list[str]:
+    """Numbers as text, "-" where there is none."""
+    return ["-" if pd.isna(value) else form.format(value) for value in column]
+
+
+def texts(caption: str, table: pd.DataFrame) -> Table:
+    """A table of texts for the page."""
+    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist())
+
+
+def words(caption: str, table: pd.DataFrame) -> Table:
+    """A table whose cells are words rather than numbers."""
+    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist(), words=True)
+
+
+def seconds(value: float) -> str:
+    """A duration: "45 s", "12 min 5 s", "3 h 20 min"."""
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"

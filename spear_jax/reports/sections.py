@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 
 from spear_jax.reports import figures, runs, traces
-from spear_jax.reports.page import Picture, Section, Table
+from spear_jax.reports.page import Picture, Section, Table, file_name, number, seconds, texts, words
 from spear_jax.reports.runs import Run
 
 MOST_CLIENTS = 60  # rows of a heat map
 MOST_HEAT_MAPS = 16
 MOST_SPLITS = 6
-BAND_MANY = "Mean over seeds; band: 95 % Student t interval over seeds, cut where it leaves the axes."
+BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval, cut where it leaves the axes."
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
@@ -77,18 +77,23 @@ class Author:
 
     def what(self, default: dict[str, Any]) -> Section:
         rows = []
-        for run in self.runs:
-            get = lambda name, run=run: str(run.config[name]) if name in run.config else "-"
+        for label in dict.fromkeys(run.label for run in self.runs):
+            group = [run for run in self.runs if run.label == label]
+            config = runs.label_configs(group).get(label, {})
+            get = lambda name, config=config: config.get(name, "-")
             cohort = f"{get('federation.clients_per_round')} of {get('federation.num_clients')}"
-            state = "finished" if run.finished else "not finished"
-            rounds = f"{run.rounds} of at most {get('rounds')}"
+            state = f"{sum(run.finished for run in group)} of {len(group)} finished"
+            went = " to ".join(map(str, sorted({min(run.rounds for run in group), max(run.rounds for run in group)})))
             named = [get("algorithm.name"), get("task"), get("model"), get("seed")]
-            wall = seconds(run.table["time"].max() - run.table["time"].min())
-            rows.append([run.name, *named, cohort, get("federation.aggregation"), rounds, wall, state])
-        headings = "run|method|task|model|seed|clients a round|aggregation|rounds|wall time|state".split("|")
+            wall = seconds(sum(run.table["time"].max() - run.table["time"].min() for run in group))
+            rounds = f"{went} of at most {get('rounds')}"
+            rows.append([label, *named, cohort, get("federation.aggregation"), rounds, wall, state])
+        headings = "label|method|task|model|seed|clients a round|aggregation|rounds|wall time|runs".split("|")
         told = sorted({", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in self.runs})
         notes = [f"Versions: {text}." for text in told if text] or ["Versions were not recorded by these runs."]
-        notes.append("Wall time: from the first to the last line of metrics.jsonl, interruptions included.")
+        notes.append(
+            "Wall time: from the first to the last line of metrics.jsonl, interruptions included; of all runs of a row together."
+        )
         if self.begun:
             notes.append(f"Left out, because nothing has been evaluated yet: {', '.join(self.begun)}.")
         _, common = runs.differences(self.runs, default)
@@ -101,7 +106,7 @@ class Author:
         table, several = self.results, len(self.groups) > 1
         shown = {
             "run" if not self.seeds() else "label": table["label"],
-            "runs": [f"{row.finished} of {row.runs} finished" for row in table.itertuples()],
+            "finished": [f"{row.finished} of {row.runs}" for row in table.itertuples()],
             "gold text": ["-" if pd.isna(gold) else gold or "none" for gold in table["gold"]],
             "accuracy before": number(table["before"], "{:.3f}"),
             "after": number(table["after"], "{:.3f}"),
@@ -113,9 +118,9 @@ class Author:
             "generated tokens": number(table["tokens"], "{:,.0f}"),
             "wins": number(table["wins"], "{:,.0f}"),
             "loses": number(table["loses"], "{:,.0f}"),
-            "training, s": number(table["seconds"], "{:.1f}"),
-            "MB up": number(table["mb_up"], "{:.1f}"),
-            "MB down": number(table["mb_down"], "{:.1f}"),
+            "training,\u00a0s": number(table["seconds"], "{:.1f}"),
+            "MB\u00a0up": number(table["mb_up"], "{:.1f}"),
+            "MB\u00a0down": number(table["mb_down"], "{:.1f}"),
         }
         if table["gold"].isna().all():
             del shown["gold text"]
@@ -168,14 +173,14 @@ class Author:
                 f"{line.label} {line.y[-1]:.4g} in round {line.x[-1]:g}" for line in lines
             )
             fraction = unit in ("accuracy", "fraction")
-            image = self.draw(figures.draw_lines(lines, self.look, "round", unit, fraction), metric_file(metric))
+            image = self.draw(figures.draw_lines(lines, self.look, "round", unit, fraction), metric.split("/")[1])
             pictures.append(Picture(title, f"{meaning}, against the round. {band}", alt, image))
         return pictures, missing
 
     def against_budget(self) -> list[Picture]:
         """Held-out accuracy against generated tokens, where the runs have counted them."""
         pairs = [figures.curve(*item, "eval/accuracy", "budget/tokens") for item in self.groups.items()]
-        lines = [line for line in pairs if line is not None and len(line.x) > 1]
+        lines = [line for line in pairs if line is not None]
         if not any(line.x.any() for line in lines):
             return []
         figure = figures.draw_lines(lines, self.look, "generated tokens", "accuracy", fraction=True)
@@ -215,24 +220,36 @@ class Author:
                 "Time of a run",
                 "Seconds of a whole run, stacked by phase.",
             )
-        axis += " Black: 95 % t interval of the sum." if self.seeds() else ""
+        axis += " Black: 95 % t interval of the sum, cut at 0 and at the axis." if self.seeds() else ""
         picture = Picture(title, axis, f"{axis} In all: {parts}", self.draw(figure, "time"))
         notes = ["The first rounds contain the compilation of their programs."]
         return Section("time", "Time by phase", notes, [told], [picture])
 
     def clients(self) -> Section:
-        notes, pictures = [], []
-        for label, group in list(self.groups.items())[:MOST_HEAT_MAPS]:
-            run = next((run for run in group if len(self.counts[run.name])), None)
-            if run is None:
-                notes.append(f"{label}: no traces were recorded (config.record_traces, or a method that asks nothing).")
-            elif not run.graded:
-                notes.append(f"{label}: nothing grades its answers.")
-            else:
-                pictures.append(self.heat(label, run))
-        if len(self.groups) > MOST_HEAT_MAPS:
-            notes.append(f"The first {MOST_HEAT_MAPS} of {len(self.groups)} labels; clients.csv has all.")
+        traced = self.traced()
+        graded = {label: run for label, run in traced.items() if run.graded}
+        pictures = [self.heat(label, run) for label, run in list(graded.items())[:MOST_HEAT_MAPS]]
+        notes = self.untraced()
+        if len(graded) < len(traced):
+            notes.append(f"Nothing grades the answers of {', '.join(sorted(traced.keys() - graded.keys()))}.")
+        if len(graded) > MOST_HEAT_MAPS:
+            notes.append(f"The first {MOST_HEAT_MAPS} of {len(graded)} labels; clients.csv has all.")
         return Section("clients", "Clients", notes, pictures=pictures)
+
+    def traced(self) -> dict[str, Run]:
+        """Of each label the first run with recorded traces."""
+        found = {}
+        for label, group in self.groups.items():
+            for run in group:
+                if len(self.counts[run.name]):
+                    found.setdefault(label, run)
+        return found
+
+    def untraced(self) -> list[str]:
+        """A sentence about the labels without traces, if there are any."""
+        names = ", ".join(label for label in self.groups if label not in self.traced())
+        why = "config.record_traces is False, or the method asks its model nothing"
+        return [f"No traces were recorded by {names} ({why})."] if names else []
 
     def heat(self, label: str, run: Run) -> Picture:
         counts = self.counts[run.name]
@@ -293,19 +310,10 @@ class Author:
         return Picture(f"By gold answer: {name}", caption, alt, source.read_bytes(), "png")
 
     def examples(self) -> Section:
-        each, chosen, without = (2 if len(self.groups) == 1 else 1), {}, []
-        for label, group in self.groups.items():
-            run = next((run for run in group if len(self.counts[run.name])), None)
-            if run is None:
-                without.append(label)
-            else:
-                chosen[label] = traces.sample(run, each)
-        notes = [f"No traces were recorded by {', '.join(without)}."] if without else []
-        if chosen:
-            notes.insert(
-                0, f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
-            )
-        return Section("traces", "Sample traces", notes, samples=chosen)
+        each = 2 if len(self.groups) == 1 else 1
+        chosen = {label: traces.sample(run, each) for label, run in self.traced().items()}
+        told = f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
+        return Section("traces", "Sample traces", [told] * bool(chosen) + self.untraced(), samples=chosen)
 
     def differing(self, default: dict[str, Any]) -> Section:
         between, _ = runs.differences(self.runs, default)
@@ -316,36 +324,3 @@ class Author:
             return Section("config", "Config differences", ["All runs have the same config."])
         caption = "The fields that differ; several values of a label are those of its seeds"
         return Section("config", "Config differences", [], [words(caption, between)])
-
-
-def metric_file(metric: str) -> str:
-    """The file name of a metric's figure."""
-    return metric.split("/")[1]
-
-
-def file_name(name: str) -> str:
-    """A run's or label's name as part of a file name."""
-    return name.replace("/", "_")
-
-
-def number(column: pd.Series, form: str) -> list[str]:
-    """Numbers as text, "-" where there is none."""
-    return ["-" if pd.isna(value) else form.format(value) for value in column]
-
-
-def texts(caption: str, table: pd.DataFrame) -> Table:
-    """A table of texts for the page."""
-    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist())
-
-
-def words(caption: str, table: pd.DataFrame) -> Table:
-    """A table whose cells are words rather than numbers."""
-    return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist(), words=True)
-
-
-def seconds(value: float) -> str:
-    """A duration: "45 s", "12 min 5 s", "3 h 20 min"."""
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
