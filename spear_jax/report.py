@@ -13,7 +13,8 @@ import pandas as pd
 
 from spear_jax import analysis, cli
 from spear_jax.config import default_config, flatten
-from spear_jax.reports import page, runs
+from spear_jax.errors import UserError
+from spear_jax.reports import page, runs, traces
 from spear_jax.reports.sections import Author
 
 EXAMPLES = """
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     found, begun = runs.find_runs(args.workdir)
     out = pathlib.Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {args.out!r}, which is a file; give a folder.")
     out.mkdir(parents=True, exist_ok=True)
     author, default = Author(found, begun, out), flatten(default_config())
     names = ", ".join(dict.fromkeys(pathlib.Path(workdir).resolve().name for workdir in args.workdir))
@@ -46,12 +49,10 @@ def main(argv: list[str]) -> dict[str, Any]:
 def summary(found: list[runs.Run]) -> str:
     """The page's first sentence."""
     done, last = sum(run.finished for run in found), max(run.rounds for run in found)
-    went = (
-        f"{len(found)} runs, {done} of them finished"
-        if len(found) > 1
-        else f"One run, {'' if done else 'not '}finished"
-    )
-    return f"{went}; up to {last} {'round' if last == 1 else 'rounds'}."
+    rounds = f"{last} {'round' if last == 1 else 'rounds'}"
+    if len(found) == 1:
+        return f"One run, {'finished' if done else 'not finished so far'}; {rounds}."
+    return f"{len(found)} runs, {done} of them finished; up to {rounds}."
 
 
 def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> list[str]:
@@ -61,7 +62,7 @@ def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> 
         table = run.table.melt(id_vars=["round"], var_name="metric").dropna(subset="value")
         tidy.append(table.assign(run=run.name)[["run", "round", "metric", "value"]])
     between, common = runs.differences(author.runs, default)
-    counts = [author.counts[run.name].assign(run=run.name) for run in author.runs]
+    counts = [traces.client_counts(run).assign(run=run.name) for run in author.runs]
     tables = {
         "metrics": pd.concat(tidy, ignore_index=True),
         "summary": pd.json_normalize([{"run": run.name, **analysis.summarise(run.folder)} for run in author.runs]),

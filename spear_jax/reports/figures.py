@@ -119,7 +119,8 @@ def draw_lines(lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: st
     if x == "round":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    _legend(figure, axes)
+    if len(lines) > 1:
+        _legend(figure, axes)
     return figure
 
 
@@ -127,7 +128,9 @@ def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
     """All curves, and of their bands as much as does not flatten them."""
     low, high = min(line.y.min() for line in lines), max(line.y.max() for line in lines)
     low, high = (low - 0.05, high + 0.05) if fraction else (low, high)
-    room = max(high - low, 0.1 * abs(high))
+    if low == high:
+        low, high = low - 0.05 * abs(low), high + 0.05 * abs(high)
+    room = high - low
     bands = [band for line in lines for band in (line.low, line.high) if band is not None and np.isfinite(band).any()]
     down = min([np.nanmin(band) for band in bands] + [low])
     up = max([np.nanmax(band) for band in bands] + [high])
@@ -156,19 +159,17 @@ def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def draw_round_time(run: Run) -> Figure | None:
-    """The seconds of each round, stacked by phase; None where they were not recorded."""
-    shown = [phase for phase in PHASES if f"time/{phase}" in run.table]
-    if not shown:
-        return None
+def draw_round_time(run: Run) -> Figure:
+    """The seconds of each round, stacked by phase."""
     figure, axes = _blank(3.3)
     bottom = np.zeros(len(run.table))
-    for phase in shown:
+    for phase in [phase for phase in PHASES if f"time/{phase}" in run.table]:
         seconds = run.table[f"time/{phase}"].fillna(0.0).to_numpy()
         colour = analysis.COLOURS[PHASES.index(phase)]
         axes.bar(run.table["round"], seconds, bottom=bottom, width=0.9, color=colour, label=phase)
         bottom += seconds
     axes.set(xlabel="round", ylabel="seconds")
+    axes.set_ylim(0, 1.05 * max(bottom.max(), 1e-3))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3, axis="y")
     _legend(figure, axes)
@@ -246,5 +247,6 @@ def draw_split(sizes: dict[str, list[int]]) -> Figure:
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    _legend(figure, axes, 2)
+    if len(sizes) > 1:
+        _legend(figure, axes, 2)
     return figure

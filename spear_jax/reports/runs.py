@@ -17,7 +17,7 @@ MB = 1e6
 PHASES = ("rollout", "train", "aggregate", "eval", "checkpoint")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """One run folder, finished or not.
 

@@ -18,9 +18,9 @@ BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
-    "rollout/wins": ("Wins", "wins a round", "Right completions that are trained on, of all clients of a round", ""),
+    "rollout/wins": ("Wins", "wins a round", "Completions that the clients of a round train on as right ones", ""),
     "rollout/loses": (
-        "Loses", "loses a round", "Wrong completions that are trained against, of all clients of a round", "",
+        "Loses", "loses a round", "Completions that the clients of a round train against", "",
     ),
     "rollout/first_accuracy": (
         "First answers right", "fraction", "Of the first answers to training questions, the fraction that is right",
@@ -52,7 +52,6 @@ class Author:
         self.groups = runs.by_label(found)
         self.look = figures.styles(self.groups)
         self.results = runs.results(found)
-        self.counts = {run.name: traces.client_counts(run) for run in found}
         self.files: list[str] = []
 
     def all(self, default: dict[str, Any]) -> list[Section]:
@@ -163,18 +162,15 @@ class Author:
                 missing.append(f"{title}: nothing was recorded, or only zeros, by {', '.join(absent)}.")
             if not lines:
                 continue
-            if self.seeds():
-                band = BAND_MANY
-            elif any(line.low is not None for line in lines):
-                band = f"Band: {band}."
-            else:
-                band = "One run a line, no interval." if len(self.groups) > 1 else "One run, no interval."
+            alone = [line for line in lines if len(self.groups[line.label]) == 1]
+            own = f"band: {band}" if any(line.low is not None for line in alone) else "no interval"
+            told = ([BAND_MANY] if len(alone) < len(lines) else []) + ([f"One run: {own}."] if alone else [])
             alt = f"{meaning} against the round. Last values: " + "; ".join(
                 f"{line.label} {line.y[-1]:.4g} in round {line.x[-1]:g}" for line in lines
             )
             fraction = unit in ("accuracy", "fraction")
             image = self.draw(figures.draw_lines(lines, self.look, "round", unit, fraction), metric.split("/")[1])
-            pictures.append(Picture(title, f"{meaning}, against the round. {band}", alt, image))
+            pictures.append(Picture(title, " ".join([f"{meaning}, against the round.", *told]), alt, image))
         return pictures, missing
 
     def against_budget(self) -> list[Picture]:
@@ -208,20 +204,11 @@ class Author:
         )
         told = texts("Seconds of a run by phase, the mean over its label's runs", shown)
         parts = "; ".join(f"{row.label} {row.total:.1f} s" for row in table.itertuples())
-        if len(self.runs) == 1:
-            figure, title, axis = (
-                figures.draw_round_time(self.runs[0]),
-                "Time of each round",
-                "Seconds, stacked by phase.",
-            )
-        else:
-            figure, title, axis = (
-                figures.draw_run_time(table),
-                "Time of a run",
-                "Seconds of a whole run, stacked by phase.",
-            )
-        axis += " Black: 95 % t interval of the sum, cut at 0 and at the axis." if self.seeds() else ""
-        picture = Picture(title, axis, f"{axis} In all: {parts}", self.draw(figure, "time"))
+        alone = len(self.runs) == 1
+        figure = figures.draw_round_time(self.runs[0]) if alone else figures.draw_run_time(table)
+        caption = "Seconds of each round, by phase." if alone else "Seconds of a whole run, by phase."
+        caption += " Black: 95 % t interval of the sum, cut at 0 and at the axis." if self.seeds() else ""
+        picture = Picture("Time by phase, stacked", caption, f"{caption} In all: {parts}", self.draw(figure, "time"))
         notes = ["The first rounds contain the compilation of their programs."]
         return Section("time", "Time by phase", notes, [told], [picture])
 
@@ -241,7 +228,7 @@ class Author:
         found = {}
         for label, group in self.groups.items():
             for run in group:
-                if len(self.counts[run.name]):
+                if len(traces.client_counts(run)):
                     found.setdefault(label, run)
         return found
 
@@ -252,7 +239,7 @@ class Author:
         return [f"No traces were recorded by {names} ({why})."] if names else []
 
     def heat(self, label: str, run: Run) -> Picture:
-        counts = self.counts[run.name]
+        counts = traces.client_counts(run)
         clients, rounds, values, left = traces.client_grid(counts, MOST_CLIENTS)
         image = self.draw(figures.draw_heat(clients, rounds, values), f"clients_{file_name(label)}")
         caption = "Fraction of a client's first answers that were right, by round, from the traces"

@@ -1,5 +1,6 @@
 """Recorded traces -> counts of each client and round, and a few traces that a reader should see."""
 
+import functools
 import math
 from typing import Any
 
@@ -29,6 +30,7 @@ def kind(trace: dict[str, Any]) -> str:
     return "fixed" if trace["revisions"][-1]["correct"] else "not fixed"
 
 
+@functools.cache
 def client_counts(run: Run) -> pd.DataFrame:
     """Columns round, client, answers (first answers), first_right, fixed (wrong first, right last), loses (trained on)."""
     found: dict[tuple[int, int], dict[str, int]] = {}
