@@ -209,7 +209,8 @@ def draw_run_time(table: pd.DataFrame) -> Figure:
 @mpl.rc_context(STYLE)
 def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Figure:
     """Round x client, the colour is the fraction of first answers right; white where a client had no answers."""
-    figure, axes = _blank(1.5 + 0.13 * max(8, len(clients)))
+    height = 1.5 + 0.13 * max(8, len(clients))
+    figure, axes = _blank(height)
     image = axes.imshow(
         values,
         aspect="auto",
@@ -223,7 +224,7 @@ def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Fi
     axes.set_yticks(range(0, len(clients), every), [str(client) for client in clients[::every]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="round", ylabel="client")
-    figure.colorbar(image, ax=axes, label="fraction of first answers right", pad=0.02)
+    figure.colorbar(image, ax=axes, label="fraction of first answers right", pad=0.02, aspect=8 * height)
     return figure
 
 

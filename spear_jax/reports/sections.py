@@ -202,6 +202,8 @@ class Author:
             | {f"{phase}, s": number(table[phase], "{:.1f}") for phase in runs.PHASES}
             | {"all, s": number(table["total"], "{:.1f}"), "± 95 %": number(table["half_width"], "{:.1f}")}
         )
+        if not self.seeds():
+            del shown["± 95 %"]
         told = texts("Seconds of a run by phase, the mean over its label's runs", shown)
         parts = "; ".join(f"{row.label} {row.total:.1f} s" for row in table.itertuples())
         alone = len(self.runs) == 1
