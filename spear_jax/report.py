@@ -3,8 +3,8 @@
 Writes report.html, which needs no other file and no network: what was run, results with 95 % intervals, wins and loses, what
 feedback fixed, losses, bytes, time by phase, a heat map of clients, the data split, sample traces, and the fields in which the
 configs differ. Beside it every figure as PNG and SVG, and metrics.csv (tidy: run, round, metric, value), summary.csv (a row
-a run), results.csv (a row a label), clients.csv, and the fields of the configs: differences.csv (that differ) and common.csv (equal
-in all runs, but not the default).
+a run), results.csv (a row a label), clients.csv, and of the configs differences.csv (fields that differ) and common.csv (fields
+that are equal in all runs, but not the default).
 """
 
 import pathlib

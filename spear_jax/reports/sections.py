@@ -75,6 +75,7 @@ class Author:
         return figures.save(figure, self.out / name)
 
     def what(self, default: dict[str, Any]) -> Section:
+        """Which runs these are, their versions and wall time, and the settings that all of them share."""
         rows = []
         for label in dict.fromkeys(run.label for run in self.runs):
             group = [run for run in self.runs if run.label == label]
@@ -102,6 +103,7 @@ class Author:
         return Section("runs", "What was run", notes, tables)
 
     def outcome(self) -> Section:
+        """The table of results, and accuracy against the round, against generated tokens, and at the end."""
         table, several = self.results, len(self.groups) > 1
         shown = {
             "run" if not self.seeds() else "label": table["label"],
@@ -194,6 +196,7 @@ class Author:
         return Section(name, title, missing, pictures=pictures)
 
     def time(self) -> Section:
+        """Seconds by phase: of each round for a single run, of whole runs otherwise."""
         table = figures.phase_seconds(self.groups)
         if not table["total"].any():
             return Section("time", "Time by phase", ["No run recorded its times."])
@@ -215,6 +218,7 @@ class Author:
         return Section("time", "Time by phase", notes, [told], [picture])
 
     def clients(self) -> Section:
+        """A heat map of rounds and clients for each label."""
         traced = self.traced()
         graded = {label: run for label, run in traced.items() if run.graded}
         pictures = [self.heat(label, run) for label, run in list(graded.items())[:MOST_HEAT_MAPS]]
@@ -241,6 +245,7 @@ class Author:
         return [f"No traces were recorded by {names} ({why})."] if names else []
 
     def heat(self, label: str, run: Run) -> Picture:
+        """The heat map of a run, under its label."""
         counts = traces.client_counts(run)
         clients, rounds, values, left = traces.client_grid(counts, MOST_CLIENTS)
         image = self.draw(figures.draw_heat(clients, rounds, values), f"clients_{file_name(label)}")
@@ -259,6 +264,7 @@ class Author:
         return Picture(f"First answers right by client: {label}", caption, alt, image)
 
     def split(self) -> Section:
+        """How many examples each client holds, once for each different split."""
         splits: dict[str, list[Run]] = {}
         for run in self.runs:
             file = run.folder / "split.json"
@@ -299,12 +305,14 @@ class Author:
         return Picture(f"By gold answer: {name}", caption, alt, source.read_bytes(), "png")
 
     def examples(self) -> Section:
+        """A few traces of each label."""
         each = 2 if len(self.groups) == 1 else 1
         chosen = {label: traces.sample(run, each) for label, run in self.traced().items()}
         told = f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
         return Section("traces", "Sample traces", [told] * bool(chosen) + self.untraced(), samples=chosen)
 
     def differing(self, default: dict[str, Any]) -> Section:
+        """The fields in which the labels' configs differ."""
         between, _ = runs.differences(self.runs, default)
         labels = len(runs.label_configs(self.runs))
         if labels < 2:
