@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["spear_jax", "spear_jax.*", "configs"]),
-    package_data={"spear_jax": ["assets/tiny/*"]},
+    package_data={"spear_jax": ["assets/tiny/*", "reports/*.html"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.14",

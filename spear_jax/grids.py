@@ -201,7 +201,7 @@ def plot_grid(folder: Folder, path: Folder) -> None:
     import matplotlib.pyplot as plt
 
     table, kind = grid_table(folder), read_request(folder)["budget"]["kind"]
-    styles = {label: _style(index) for index, label in enumerate(sorted(table["method"]))}
+    styles = {label: style(index) for index, label in enumerate(sorted(table["method"]))}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6 + 0.3 * len(table)), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
     )
@@ -214,7 +214,8 @@ def plot_grid(folder: Folder, path: Folder) -> None:
     plt.close(figure)
 
 
-def _style(index: int) -> dict[str, Any]:
+def style(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the index-th label; all different for 42 labels."""
     colours = analysis.COLOURS[:7]  # yellow is too light for a line
     return {
         "color": colours[index % len(colours)],

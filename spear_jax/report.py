@@ -1,46 +1,80 @@
-"""Tables and figures from finished or running experiments.
+"""One page, tables and figures from run folders or `compare` folders, finished or still running.
 
-Writes metrics.csv (tidy: run, round, metric, value), summary.csv (one row a run), accuracy.png, and for each run its losses,
-wins and loses, time by phase, and data split.
+Writes report.html, which needs no other file and no network: what was run, results with 95 % intervals, wins and loses, what
+feedback fixed, losses, bytes, time by phase, a heat map of clients, the data split, sample traces, and the fields in which the
+configs differ. Beside it every figure as PNG and SVG, and metrics.csv (tidy: run, round, metric, value), summary.csv (a row
+a run), results.csv (a row a label), clients.csv, and of the configs differences.csv (fields that differ) and common.csv (fields
+that are equal in all runs, but not the default).
 """
 
 import pathlib
-import shutil
 from typing import Any
 
 import pandas as pd
 
 from spear_jax import analysis, cli
+from spear_jax.config import default_config, flatten
+from spear_jax.errors import UserError
+from spear_jax.reports import page, runs, traces
+from spear_jax.reports.sections import Author
 
 EXAMPLES = """
     python -m spear_jax.report --workdir=runs/quickstart --out=reports/quickstart
     python -m spear_jax.report --workdir runs/seed0 runs/seed1 runs/seed2 --out=reports/seeds
+    python -m spear_jax.report --workdir=runs/methods --out=reports/methods        # a folder of `compare`
 """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = cli.parser("report", __doc__, EXAMPLES)
-    parser.add_argument("--workdir", required=True, nargs="+", help="run folders")
+    parser.add_argument("--workdir", required=True, nargs="+", help="run folders, or folders of `compare`")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
+    found, begun = runs.find_runs(args.workdir)
     out = pathlib.Path(args.out)
-    tidy = analysis.load_runs(args.workdir)
-    summary = pd.json_normalize([{"run": pathlib.Path(d).name, **analysis.summarise(d)} for d in args.workdir])
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {args.out!r}, which is a file; give a folder.")
     out.mkdir(parents=True, exist_ok=True)
-    tidy.to_csv(out / "metrics.csv", index=False)
-    summary.to_csv(out / "summary.csv", index=False)
-    analysis.plot_accuracy(args.workdir, out / "accuracy.png")
-    files = ["metrics.csv", "summary.csv", "accuracy.png"]
-    for workdir in map(pathlib.Path, args.workdir):
-        analysis.plot_run(workdir, out / f"{workdir.name}_run.png")
-        files.append(f"{workdir.name}_run.png")
-        if (workdir / "split.png").exists():
-            shutil.copyfile(workdir / "split.png", out / f"{workdir.name}_split.png")
-            files.append(f"{workdir.name}_split.png")
+    author, default = Author(found, begun, out), flatten(default_config())
+    names = ", ".join(dict.fromkeys(pathlib.Path(workdir).resolve().name for workdir in args.workdir))
+    sections = author.all(default)
+    (out / "report.html").write_text(page.render(f"Report: {names}", summary(found), sections), encoding="utf-8")
+    files = ["report.html", *write_tables(author, out, default), *author.files]
     if not args.quiet:
-        print(summary.to_string(index=False))
-    return {"out": str(out), "files": files}
+        print(author.results.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+        print(f"page: {out / 'report.html'}")
+    return {"out": str(out), "runs": len(found), "files": files}
+
+
+def summary(found: list[runs.Run]) -> str:
+    """The page's first sentence."""
+    done, last = sum(run.finished for run in found), max(run.rounds for run in found)
+    rounds = f"{last} {'round' if last == 1 else 'rounds'}"
+    if len(found) == 1:
+        return f"One run, {'finished' if done else 'not finished so far'}; {rounds}."
+    return f"{len(found)} runs, {done} of them finished; up to {rounds}."
+
+
+def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> list[str]:
+    """The tables as CSV; returns their names."""
+    tidy = []
+    for run in author.runs:
+        table = run.table.melt(id_vars=["round"], var_name="metric").dropna(subset="value")
+        tidy.append(table.assign(run=run.name)[["run", "round", "metric", "value"]])
+    between, common = runs.differences(author.runs, default)
+    counts = [traces.client_counts(run).assign(run=run.name) for run in author.runs]
+    tables = {
+        "metrics": pd.concat(tidy, ignore_index=True),
+        "summary": pd.json_normalize([{"run": run.name, **analysis.summarise(run.folder)} for run in author.runs]),
+        "results": author.results,
+        "differences": between,
+        "common": common,
+        "clients": pd.concat(counts, ignore_index=True)[["run", *counts[0].columns[:-1]]],
+    }
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    return [f"{name}.csv" for name in tables]
 
 
 if __name__ == "__main__":
