@@ -44,7 +44,7 @@ enter_environment() {
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   if [ -z "${VENV:-}" ] && python -c 'import jax, ml_collections' 2>/dev/null; then return; fi
   if [ -z "$extra" ] && nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
-  cd "$root"
+  cd "$root" || return 2
   make_environment "${VENV:-.venv}" ".${extra:+[$extra]}" || return 2
-  cd "$here"
+  cd "$here" || return 2
 }

@@ -75,7 +75,7 @@ fi
 
 pids=()
 # KILL: a process of a distributed run hears TERM as a notice of preemption and goes on; a run folder survives any kill
-trap 'kill -KILL "${pids[@]}" 2>/dev/null || true' EXIT
+trap 'kill -KILL ${pids[@]+"${pids[@]}"} 2>/dev/null || true' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for slot in "${!here[@]}"; do
@@ -87,6 +87,13 @@ for slot in "${!here[@]}"; do
   fi
   pids+=("$!")
 done
-for _ in "${pids[@]}"; do
-  wait -n || exit "$?"
+while ((${#pids[@]})); do
+  sleep 0.2
+  for slot in "${!pids[@]}"; do
+    if ! kill -0 "${pids[slot]}" 2>/dev/null; then
+      ended=${pids[slot]}
+      unset "pids[slot]"
+      wait "$ended" || exit "$?"
+    fi
+  done
 done

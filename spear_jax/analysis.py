@@ -106,7 +106,7 @@ def cell_result(cell: Folder) -> dict[str, float]:
     """What one cell reached and used.
 
     Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of the last; tokens (generated),
-        flops, seconds (rollout, training, aggregation), bytes (up and down), rounds: totals of the run.
+        flops, seconds (rollout, training, aggregation), compiling (of those seconds), bytes (up and down), rounds: totals.
     """
     lines = read_lines(pathlib.Path(cell) / "metrics.jsonl")
     held = [line for line in lines if "eval/accuracy" in line]
@@ -117,6 +117,7 @@ def cell_result(cell: Folder) -> dict[str, float]:
         **{name: last[f"budget/{name}"] if rounds else 0.0 for name in ("tokens", "flops", "seconds")},
         "bytes": sum(line["round/bytes_up"] + line["round/bytes_down"] for line in rounds),
         "rounds": last["round"],
+        "compiling": sum(line["compile/seconds"] for line in rounds if "compile/seconds" in line),
     }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import os
 import pathlib
 import pkgutil
@@ -121,6 +122,7 @@ def train_cells(
     folder: pathlib.Path, label: str, cells: dict[int, ml_collections.ConfigDict]
 ) -> Iterator[tuple[int, str]]:
     """Trains a label's cells one after the other; yields each seed with "" or its error."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # as in cli.run: Orbax remarks on every save
     for seed, config in cells.items():
         cell = cell_folder(folder, label, seed)
         try:

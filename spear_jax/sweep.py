@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
+import pandas as pd
 
 from spear_jax import analysis, cells, cli, grids, sweeps
 from spear_jax.config import check_config, flatten
@@ -104,14 +105,16 @@ def sweep(
     args: argparse.Namespace,
     request: dict[str, Any],
     settings: list[Setting],
-    conclude: Callable[[pathlib.Path, bool], dict[str, Any]],
+    x: str,
+    split: Callable[[pd.DataFrame], list[sweeps.Line]],
 ) -> dict[str, Any]:
     """Prints the cells, writes a job array, or trains what is not finished, as the flags say; returns the command's result.
 
     Args:
         args: of `add_flags`.
         request: what makes this sweep: `SAME`, and "grid" with the values of each dimension.
-        conclude: (folder, quiet) -> the result's part about finished cells; writes table and figure.
+        x: the field along the figure's horizontal axis.
+        split: the table of settings -> the figure's lines.
     """
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
@@ -132,7 +135,7 @@ def sweep(
     cells.check_rows([setting for setting in settings if setting.label in left])
     grids.write_request(folder, request | cells.machine(args.jobs or 1), "sweep")
     failed = cells.run(folder, settings, args.jobs or 1, args.quiet)
-    return count | conclude(folder, args.quiet) | {"failed": failed}
+    return count | conclude(folder, request["fields"], x, split, args.quiet) | {"failed": failed}
 
 
 def merge_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -166,13 +169,13 @@ ARRAY = """#!/usr/bin/env bash
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
-cd {root} || exit 2
+cd {here} || exit 2
 export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-{programs}}}"
 case $SLURM_ARRAY_TASK_ID in
 {cells}
   *) echo "error: the array has no cell $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
-exec bash launch/slurm.sbatch "$@"
+exec bash {script} "$@"
 """
 
 
@@ -183,7 +186,8 @@ def write_array(file: pathlib.Path, folder: pathlib.Path, commands: list[list[st
         file=file,
         last=len(commands) - 1,
         limit=f"%{limit}" if limit else "",
-        root=shlex.quote(str(pathlib.Path.cwd())),
+        here=shlex.quote(str(pathlib.Path.cwd())),
+        script=shlex.quote(str(ROOT / "launch" / "slurm.sbatch")),
         programs=cells.programs(folder),
         cells=cases,
     )
@@ -191,12 +195,23 @@ def write_array(file: pathlib.Path, folder: pathlib.Path, commands: list[list[st
     file.write_text(filled)
 
 
-def write_results(folder: pathlib.Path, fields: list[str], lines: list[sweeps.Line], x: str, title: str) -> list[str]:
-    """cells.csv, table.csv, table.md, sweep.png and sweep.svg; returns their names."""
+def conclude(
+    folder: pathlib.Path, fields: list[str], x: str, split: Callable[[pd.DataFrame], list[sweeps.Line]], quiet: bool
+) -> dict[str, Any]:
+    """cells.csv, table.csv, table.md, sweep.png and sweep.svg from the finished cells, and the table on stdout."""
+    if not any(folder.glob("*/seed*/summary.json")):
+        return {"table": [], "files": []}
     found = analysis.load_sweep(folder)
     table = sweeps.mean_table(found, fields)
+    shown = sweeps.show_table(table, fields)
     found.to_csv(folder / "cells.csv", index=False)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(grids.to_markdown(sweeps.show_table(table, fields)))
-    sweeps.plot_sweep(lines, x, title, folder / "sweep.png")
-    return ["cells.csv", "table.csv", "table.md", "sweep.png", "sweep.svg"]
+    (folder / "table.md").write_text(grids.to_markdown(shown))
+    over = "seeds" if found["seed"].nunique() > 1 else "questions"
+    sweeps.plot_sweep(split(table), x, f"95 % intervals over {over}", folder / "sweep.png")
+    if not quiet:
+        print(shown.to_string(index=False))
+    return {
+        "table": table.to_dict("records"),
+        "files": ["cells.csv", "table.csv", "table.md", "sweep.png", "sweep.svg"],
+    }
