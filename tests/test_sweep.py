@@ -287,6 +287,8 @@ def test_a_cohort_is_a_number_or_a_share(text, clients, size):
         ("--alpha=0", "dirichlet_alpha is 0.0; it must be positive"),
         ("--rank=x", "lora.rank"),
         ("--method=spaer", "Did you mean 'spear'"),
+        ("--method=sft,spear,sft", "algorithm.name=sft.* twice"),
+        ("--alpha=1,1.0", "dirichlet_alpha=1.0.* twice"),
         ("--task=fact,tiny", "Did you mean 'facts'"),
         ("--config.lora.rank=3", "sweep itself sets"),
     ],
