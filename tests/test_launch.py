@@ -108,17 +108,47 @@ def test_multihost_prints_a_command_a_process_each_with_its_share_of_the_gpus():
     assert lines == [["env", "CUDA_VISIBLE_DEVICES=4,5", "JAX_PLATFORMS=cuda", *train, "--distributed=h:12,9,7"]]
 
 
-def test_when_one_process_fails_the_others_end_with_its_code(tmp_path):
-    done = launch(
-        "multihost.sh",
-        "--processes=2",
-        "--cpu",
-        f"--workdir={tmp_path}",
-        TRAIN[0],
-        "--config.lora.rnak=4",
-        TMPDIR="/tmp",
+@pytest.fixture
+def stand_in(tmp_path):
+    """The environment with a `python` that tells its process id; the last of two processes fails at once where FAIL is set."""
+    file = tmp_path / "python"
+    file.write_text(
+        '#!/usr/bin/env bash\nif [ "$1" = -c ]; then exit 0; fi\n'
+        f'echo $$ >>{tmp_path}/pids; if [[ -n "$FAIL" && "$*" == *,2,1 ]]; then echo broken; exit 5; fi; exec sleep 60\n'
     )
-    assert done.returncode == 2 and "Did you mean 'lora.rank'" in done.stderr and not list(tmp_path.iterdir())
+    file.chmod(0o755)
+    return environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAIL": ""}
+
+
+def start_two(stand_in):
+    command = ["bash", "launch/multihost.sh", "--processes=2", "--address=h:1", *TRAIN]
+    return subprocess.Popen(command, cwd=ROOT, env=stand_in, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def gone(folder):
+    """Whether both processes have been started and have ended."""
+    pids = (folder / "pids").read_text().split()
+    return len(pids) == 2 and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_when_one_process_fails_the_others_end_and_its_code_is_the_result(tmp_path, stand_in):
+    run = start_two(stand_in | {"FAIL": "yes"})
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 5 and "[1] broken" in told and gone(tmp_path)
+
+
+@pytest.mark.parametrize("end, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_processes_end_with_the_script_that_started_them(tmp_path, stand_in, end, code):
+    run = start_two(stand_in)
+    deadline = time.time() + 60
+    while (
+        not ((tmp_path / "pids").exists() and (tmp_path / "pids").read_text().count("\n") == 2)
+        and time.time() < deadline
+    ):
+        time.sleep(0.05)
+    run.send_signal(end)
+    run.communicate(timeout=60)
+    assert run.returncode == code and gone(tmp_path)
 
 
 def test_a_pod_s_workers_get_the_tree_and_then_exactly_the_given_arguments():
