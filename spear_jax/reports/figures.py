@@ -93,7 +93,7 @@ def _rows(names: Iterable[str], columns: int = 3) -> int:
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Each label's colour, marker and line, the same in all figures."""
-    return {label: grids.style(index) for index, label in enumerate(sorted(labels))}
+    return {label: grids.line_style(index) for index, label in enumerate(sorted(labels))}
 
 
 @mpl.rc_context(STYLE)

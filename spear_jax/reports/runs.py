@@ -83,11 +83,11 @@ def _cells(folder: pathlib.Path, name: str, alone: bool) -> list[tuple[str, str,
             f"{folder} holds no metrics.jsonl and no LABEL/seedK/metrics.jsonl; give the --workdir of a `train` or `compare` "
             "command that has begun."
         )
-    request = grids.read_request(folder) if (folder / "compare.json").is_file() else {}
+    request = analysis.read_request(folder) if (folder / "compare.json").is_file() else {}
     before = "" if alone else f"{name}/"
     return [
         (f"{before}{label}", f"{before}{label}/seed{seed}", cell, request)
-        for label, seed, cell in grids.find_cells(folder)
+        for label, seed, cell in analysis.find_cells(folder)
     ]
 
 
@@ -99,7 +99,7 @@ def _read(label: str, name: str, folder: pathlib.Path, request: dict[str, Any]) 
     asked = request["labels"][folder.parent.name] if folder.parent.name in request.get("labels", {}) else {}
     config = analysis.load_config(folder) if (folder / "config.json").is_file() else {}
     return Run(
-        name, label, folder, table, config, grids.is_finished(folder), request.get("versions", {}), asked.get("gold")
+        name, label, folder, table, config, analysis.is_finished(folder), request.get("versions", {}), asked.get("gold")
     )
 
 
