@@ -32,6 +32,7 @@ LAYERS = [
         "evaluate",
         "export",
         "report",
+        "score",
         "fetch",
         "pretrain",
         "doctor",
