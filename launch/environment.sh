@@ -1,5 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes (once) and enters a virtual environment.
 #   make_environment FOLDER REQUIREMENT
+#   enter_environment ROOT
 # Uses $PYTHON, else the newest python3.13, 3.12, 3.11 or python3 that is at least 3.11. Installs again when setup.py changed.
 
 # On Linux, large pages for large arrays: without them an eighth of a local step on a CPU goes into page faults.
@@ -33,4 +35,16 @@ make_environment() {
   fi
   # shellcheck disable=SC1091
   . "$folder/bin/activate"
+}
+
+# The active Python where it has JAX (a cluster's module, conda, a virtual environment), else $VENV or ROOT/.venv, with the extra
+# $EXTRA (cuda, tpu; cuda by itself where there is an NVIDIA GPU).
+enter_environment() {
+  local root=$1 here=$PWD extra=${EXTRA:-}
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  if [ -z "${VENV:-}" ] && python -c 'import jax, ml_collections' 2>/dev/null; then return; fi
+  if [ -z "$extra" ] && nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
+  cd "$root" || return 2
+  make_environment "${VENV:-.venv}" ".${extra:+[$extra]}" || return 2
+  cd "$here" || return 2
 }

@@ -10,6 +10,8 @@ import pandas as pd
 
 from spear_jax.errors import UserError
 
+Folder = str | pathlib.Path
+
 # Okabe-Ito: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
@@ -73,44 +75,69 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
         return [json.loads(line) for line in lines]
 
 
-def load_tokens(workdir: str | pathlib.Path, round: int) -> pd.DataFrame:
-    """The first answers of a round's traces by token, one row a token.
-
-    Returns: columns trace (its number in the round), client, example, role, confidence, position (from 0), id, token (its own
-        text), probability (under the rollout policy, untempered) and touched: whether unlikelihood may touch it; <NA> where
-        unlikelihood reads none of the sampled ids.
-    """
-    tables = []
-    for number, trace in enumerate(load_traces(workdir, round)):
-        about = {name: trace[name] for name in ("client", "example", "role", "confidence")}
-        table = pd.DataFrame({"trace": number, **about, **trace["tokens"]})
-        tables.append(table.assign(position=range(len(table)), touched=table["touched"].astype("boolean")))
-    if not tables:
-        raise UserError(f"nothing was asked in round {round} of {workdir}; its method generates no answers.")
-    found = pd.concat(tables, ignore_index=True).rename(columns={"text": "token"})
-    found["probability"] = found.pop("logprob").map(math.exp)
-    return found[
-        ["trace", "client", "example", "role", "confidence", "position", "id", "token", "probability", "touched"]
-    ]
-
-
-def load_scores(workdir: str | pathlib.Path, round: int) -> pd.DataFrame:
-    """What `score --traces=ROUND` wrote: the same tokens under other rounds' adapters, one row a token and adapter.
-
-    Returns: columns adapter (the round whose adapter scored), trace, position, probability; joins `load_tokens` on trace and
-        position.
-    """
-    file = pathlib.Path(workdir) / "scores" / f"round_{round:05d}.jsonl.gz"
-    if not file.is_file():
+def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
+    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError where there is none."""
+    found = []
+    for file in pathlib.Path(folder).glob("*/seed*/metrics.jsonl"):
+        number = file.parent.name.removeprefix("seed")
+        if number.isdecimal():
+            found.append((file.parent.parent.name, int(number), file.parent))
+    if not found:
         raise UserError(
-            f"{file} does not exist; `python -m spear_jax.score --workdir={workdir} --traces={round}` makes it."
+            f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` or sweep command that has begun."
         )
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        table = pd.DataFrame(map(json.loads, lines))
-    table["position"] = table["logprob"].map(lambda values: list(range(len(values))))
-    table = table.explode(["logprob", "position"], ignore_index=True)
-    table["probability"] = table.pop("logprob").map(math.exp)
-    return table.astype({"position": int})
+    return sorted(found)
+
+
+def is_finished(cell: Folder) -> bool:
+    """Whether the cell's run has ended."""
+    return (pathlib.Path(cell) / "summary.json").is_file()
+
+
+def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
+    """What was asked of a grid: its compare.json or sweep.json; raises UserError where there is none."""
+    file = pathlib.Path(folder) / f"{command}.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {file.name}; give the --workdir of a `{command}` command.")
+    return json.loads(file.read_text())
+
+
+def cell_result(cell: Folder) -> dict[str, float]:
+    """What one cell reached and used.
+
+    Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of the last; tokens (generated),
+        flops, seconds (rollout, training, aggregation), compiling (of those seconds), bytes (up and down), rounds: totals.
+    """
+    lines = read_lines(pathlib.Path(cell) / "metrics.jsonl")
+    held = [line for line in lines if "eval/accuracy" in line]
+    rounds, last = lines[1:], lines[-1]  # round 0 is an evaluation alone
+    return {
+        "before": held[0]["eval/accuracy"],
+        **{name: held[-1][f"eval/{name}"] for name in ("accuracy", "stderr", "count")},
+        **{name: last[f"budget/{name}"] if rounds else 0.0 for name in ("tokens", "flops", "seconds")},
+        "bytes": sum(line["round/bytes_up"] + line["round/bytes_down"] for line in rounds),
+        "rounds": last["round"],
+        "compiling": sum(line["compile/seconds"] for line in rounds if "compile/seconds" in line),
+    }
+
+
+def load_sweep(folder: Folder) -> pd.DataFrame:
+    """The finished cells of launch/sweep.py or launch/sweep_clients.py, one row each.
+
+    Returns: a column for every swept field by its full name (federation.num_clients), seed, and those of `cell_result`.
+    Raises: UserError for a folder of something else, or without a finished cell.
+    """
+    fields = read_request(folder, "sweep")["fields"]
+    rows = []
+    for _, seed, cell in find_cells(folder):
+        if is_finished(cell):
+            config = load_config(cell)
+            values = {name: config[name] for name in fields}
+            values = {name: ",".join(map(str, x)) if isinstance(x, list) else x for name, x in values.items()}
+            rows.append(values | {"seed": seed} | cell_result(cell))
+    if not rows:
+        raise UserError(f"no cell of {folder} has finished yet; the same sweep command goes on.")
+    return pd.DataFrame(rows).sort_values([*fields, "seed"], ignore_index=True)
 
 
 def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:

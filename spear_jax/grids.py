@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from spear_jax import analysis
+from spear_jax.analysis import Folder, cell_result, find_cells, is_finished, read_request
 from spear_jax.errors import UserError
-
-Folder = str | pathlib.Path
 
 # column of `grid_table` -> (heading, format)
 COLUMNS = {
@@ -38,36 +37,9 @@ MARKERS = "osD^vP*X<>ph8"
 LINES = ("-", "--", "-.")
 
 
-def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
-    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError where there is none."""
-    found = []
-    for file in pathlib.Path(folder).glob("*/seed*/metrics.jsonl"):
-        number = file.parent.name.removeprefix("seed")
-        if number.isdecimal():
-            found.append((file.parent.parent.name, int(number), file.parent))
-    if not found:
-        raise UserError(
-            f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` command that has begun."
-        )
-    return sorted(found)
-
-
-def is_finished(cell: Folder) -> bool:
-    """Whether the cell's run has ended."""
-    return (pathlib.Path(cell) / "summary.json").is_file()
-
-
-def read_request(folder: Folder) -> dict[str, Any]:
-    """compare.json; raises UserError where there is none."""
-    file = pathlib.Path(folder) / "compare.json"
-    if not file.is_file():
-        raise UserError(f"{folder} holds no compare.json; give the --workdir of a `compare` command.")
-    return json.loads(file.read_text())
-
-
-def write_request(folder: Folder, request: dict[str, Any]) -> None:
-    """compare.json: what was asked of `compare`, on which machine; whole or not at all."""
-    file = pathlib.Path(folder) / "compare.json"
+def write_request(folder: Folder, request: dict[str, Any], command: str = "compare") -> None:
+    """compare.json or sweep.json: what was asked of a grid, on which machine; whole or not at all."""
+    file = pathlib.Path(folder) / f"{command}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(request, indent=1) + "\n")
     os.replace(file.with_suffix(".tmp"), file)
@@ -84,24 +56,6 @@ def load_grid(folder: Folder) -> pd.DataFrame:
     if not tables:
         raise UserError(f"no cell of {folder} has been evaluated yet; wait for the first evaluation to finish.")
     return pd.concat(tables, ignore_index=True)[["label", "seed", "round", "metric", "value"]]
-
-
-def cell_result(cell: Folder) -> dict[str, float]:
-    """What one cell reached and used.
-
-    Returns: before, accuracy (first and last held-out accuracy); tokens (generated), flops, seconds (rollout, training,
-        aggregation), bytes (up and down), rounds: totals of the run.
-    """
-    lines = analysis.read_lines(pathlib.Path(cell) / "metrics.jsonl")
-    held = [line["eval/accuracy"] for line in lines if "eval/accuracy" in line]
-    rounds, last = lines[1:], lines[-1]  # round 0 is an evaluation alone
-    return {
-        "before": held[0],
-        "accuracy": held[-1],
-        **{name: last[f"budget/{name}"] if rounds else 0.0 for name in ("tokens", "flops", "seconds")},
-        "bytes": sum(line["round/bytes_up"] + line["round/bytes_down"] for line in rounds),
-        "rounds": last["round"],
-    }
 
 
 def grid_table(folder: Folder) -> pd.DataFrame:
@@ -201,7 +155,7 @@ def plot_grid(folder: Folder, path: Folder) -> None:
     import matplotlib.pyplot as plt
 
     table, kind = grid_table(folder), read_request(folder)["budget"]["kind"]
-    styles = {label: _style(index) for index, label in enumerate(sorted(table["method"]))}
+    styles = {label: line_style(index) for index, label in enumerate(sorted(table["method"]))}
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.6 + 0.3 * len(table)), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
     )
@@ -214,7 +168,8 @@ def plot_grid(folder: Folder, path: Folder) -> None:
     plt.close(figure)
 
 
-def _style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a figure's line by its number; told apart with any colour vision."""
     colours = analysis.COLOURS[:7]  # yellow is too light for a line
     return {
         "color": colours[index % len(colours)],

@@ -14,7 +14,7 @@ import pytest
 from processes import environment
 
 import configs
-from spear_jax import cli, compare, grids, workers
+from spear_jax import cells, cli, compare, grids, run_folder, workers
 from spear_jax.config import default_config
 from spear_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def write_cell(folder, label, seed, accuracies, tokens=100.0, finished=True):
     cell.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, accuracy in enumerate(accuracies):
-        line = {"round": number, "time": 1.0, "eval/accuracy": accuracy, "eval/count": 40.0}
+        line = {"round": number, "time": 1.0, "eval/accuracy": accuracy, "eval/count": 40.0, "eval/stderr": 0.05}
         if number:
             line |= {"budget/tokens": tokens * number, "budget/flops": 1e9 * number, "budget/seconds": 2.0 * number}
             line |= {"round/bytes_up": 10.0, "round/bytes_down": 20.0}
@@ -213,7 +213,7 @@ def test_a_config_that_cannot_run_is_a_user_error_of_its_label(monkeypatch):
     args = compare_args("--methods=spear", "--variant=greedy:spear:federation.num_clients=100000", "--task=facts")
     entries = compare.read_entries(args, [0], {"kind": "rounds", "amount": 1}, [])
     with pytest.raises(UserError, match="^greedy: "):
-        compare.check_entries(entries[1:])
+        cells.check_rows(entries[1:])
 
 
 def compare_args(*args):
@@ -262,14 +262,14 @@ def fake(monkeypatch):
         made.append(f"{cell.parent.name}/{cell.name}")
         if config.train.steps == 13 and config.seed == 1:
             raise ValueError("thirteen\nsecond line")
-        compare.run_folder.open_workdir(str(cell), config, "auto")
+        run_folder.open_workdir(str(cell), config, "auto")
         write_cell(cell.parent.parent, cell.parent.name, config.seed, [0.2, 0.4 + 0.1 * config.seed])
 
     def run(work, tasks, jobs):
         for name, items in tasks:
             yield from ((name, key, error) for key, error in work(name, items))
 
-    monkeypatch.setattr(compare, "_train_cell", train_cell)
+    monkeypatch.setattr(cells, "train_cell", train_cell)
     monkeypatch.setattr(workers, "run", run)
     monkeypatch.setattr(workers, "ask", lambda work, question: {label: "pairs" for label, _ in question})
     return made

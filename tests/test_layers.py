@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
-    ("errors", "types", "trees", "losses", "analysis", "grids", "settings"),
+    ("errors", "types", "trees", "losses", "analysis", "grids", "tokens", "sweeps", "settings"),
     (
         "models",
         "sampling",
@@ -37,6 +37,8 @@ LAYERS = [
         "pretrain",
         "doctor",
         "compare",
+        "cells",
+        "sweep",
         "workers",
         "benchmark",
         "compiles",
