@@ -4,6 +4,7 @@ A config is read once, when the experiment is built; `check_config` has then ref
 """
 
 import importlib
+from collections.abc import Sequence
 
 import ml_collections
 
@@ -177,9 +178,9 @@ _CHOICES = {
 }
 
 
-def import_own(config: ml_collections.ConfigDict) -> None:
+def import_own(names: Sequence[str]) -> None:
     """Imports the modules of config.imports; raises UserError for one that is not there."""
-    for name in config.imports:
+    for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
