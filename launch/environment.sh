@@ -37,12 +37,16 @@ make_environment() {
   . "$folder/bin/activate"
 }
 
+has_jax() {
+  python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("jax") and u.find_spec("ml_collections")))' 2>/dev/null
+}
+
 # The active Python where it has JAX (a cluster's module, conda, a virtual environment), else $VENV or ROOT/.venv, with the extra
 # $EXTRA (cuda, tpu; cuda by itself where there is an NVIDIA GPU).
 enter_environment() {
   local root=$1 here=$PWD extra=${EXTRA:-}
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-  if [ -z "${VENV:-}" ] && python -c 'import jax, ml_collections' 2>/dev/null; then return; fi
+  if [ -z "${VENV:-}" ] && has_jax; then return; fi
   if [ -z "$extra" ] && nvidia-smi -L >/dev/null 2>&1; then extra=cuda; fi
   cd "$root" || return 2
   make_environment "${VENV:-.venv}" ".${extra:+[$extra]}" || return 2

@@ -75,7 +75,7 @@ fi
 
 pids=()
 # KILL: a process of a distributed run hears TERM as a notice of preemption and goes on; a run folder survives any kill
-trap 'kill -KILL ${pids[@]+"${pids[@]}"} 2>/dev/null || true' EXIT
+trap 'kill -KILL ${pids[@]+"${pids[@]}"} 2>/dev/null || true; wait' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 for slot in "${!here[@]}"; do

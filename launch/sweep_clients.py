@@ -5,9 +5,10 @@ cohort keeps bytes, tokens and optimiser steps of a round equal, so that only th
 equal, and a round costs what its clients cost.
 
 One split for all cells, so that they can be compared: `federation.partition=resample`. Every client, however many there are,
-draws its own 32 of the training examples (3,420 in `facts`), no example twice, its labels in Dirichlet(alpha) shares; clients
-share examples. A client that is asked answers 8 of its examples a round and takes 2 optimiser steps on up to 8 wins and 8 loses
-each; 8 rounds, then the held-out questions. --config.a.b=VALUE changes any of this, for all cells.
+draws its own 32 of the training examples (3,420 in `facts`), no example twice, its labels (the gold options' letters) in
+Dirichlet(alpha) shares; clients share examples. A client that is asked answers 8 of its examples a round and takes 2 optimiser
+steps on up to 8 wins and 8 loses each; 8 rounds, then the held-out questions. --config.a.b=VALUE changes any of this, for all
+cells.
 
 WORKDIR gets a run folder a cell, cells.csv, table.csv, table.md, and sweep.png and .svg. The same command goes on after a kill;
 values and seeds may be added later. `seconds` depend on --jobs, which share the cores: compare them within one command only.

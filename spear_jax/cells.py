@@ -104,6 +104,7 @@ def run(folder: pathlib.Path, rows: Sequence[Row], jobs: int, quiet: bool) -> li
     """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns those that failed."""
     # most of the labels' programs are the same
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs(folder)))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     left, failed = unfinished(folder, rows), []
     cells = sum(len(row.configs) for row in rows)
     report = Report(folder, cells, sum(map(len, left.values())), quiet)

@@ -89,8 +89,6 @@ def make_settings(
                 check_config(config)
             except UserError as error:
                 raise UserError(f"{label}: {error}") from None
-        if any(setting.label == label for setting in settings):
-            raise UserError(f"the sweep has {label} twice; give each value once.")
         settings.append(Setting(label, made, arguments))
     return settings
 
@@ -118,6 +116,10 @@ def sweep(
     """
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
+    labels = [setting.label for setting in settings]
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise UserError(f"the sweep has {twice} twice; give each value once.")
     folder, seeds = pathlib.Path(args.workdir), sorted(settings[0].configs)
     request = merge_request(folder, request | {"seeds": seeds})
     cells.check_folder(folder, settings)
@@ -208,7 +210,9 @@ def conclude(
     table.to_csv(folder / "table.csv", index=False)
     (folder / "table.md").write_text(grids.to_markdown(shown))
     over = "seeds" if found["seed"].nunique() > 1 else "questions"
-    sweeps.plot_sweep(split(table), x, f"95 % intervals over {over}", folder / "sweep.png")
+    sweeps.plot_sweep(
+        split(table), x, f"95 % intervals over {over}; points of a place stand a hair apart", folder / "sweep.png"
+    )
     if not quiet:
         print(shown.to_string(index=False))
     return {

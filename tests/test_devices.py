@@ -1,9 +1,7 @@
 """Meshes, bases split over devices, and runs of several processes."""
 
 import json
-import socket
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -58,12 +56,13 @@ def test_each_device_holds_its_part_of_a_split_base():
     assert odd.addressable_shards[0].data.shape == (2, 3, 5)
 
 
-def command(workdir, *more):
+def launch(script, *more, devices=1):
+    """A launch script's run of the small config, ended."""
     flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return [
-        sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
-        *flags, *more,
-    ]  # fmt: skip
+    command = ["bash", f"launch/{script}", "--cpu", "--config=configs/quickstart.py", "--quiet", *flags, *more]
+    done = subprocess.run(command, env=environment(devices), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def result(workdir):
@@ -81,25 +80,12 @@ def result(workdir):
 
 @pytest.mark.parametrize("model", [1, 2])
 def test_two_processes_give_what_one_process_with_two_devices_gives(tmp_path, model):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
     split = f"--config.devices.model={model}"
-    processes = [
-        subprocess.Popen(
-            command(tmp_path / "two", split, f"--distributed={address},2,{number}"),
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for number in (0, 1)
-    ]  # fmt: skip
-    told = []
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err[-3000:]
-        told.append(json.loads(out.splitlines()[-1]))
-    assert told[0]["rounds"] == 2 and told[1]["process"] == 1
-    done = subprocess.run(command(tmp_path / "one", split), env=environment(2), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch("multihost.sh", "--processes=2", f"--workdir={tmp_path / 'two'}", split)
+    told = json.loads(done.stdout.splitlines()[-1])
+    other = json.loads(next(line[4:] for line in done.stderr.splitlines() if line.startswith("[1] {")))
+    assert told["rounds"] == 2 and other["process"] == 1
+    launch("local.sh", f"--workdir={tmp_path / 'one'}", split, devices=2)
     (two, said_two, line_two), (one, said_one, line_one) = result(tmp_path / "two"), result(tmp_path / "one")
     assert said_two == said_one and line_two["eval/accuracy"] == line_one["eval/accuracy"]
     assert np.linalg.norm(two - one) <= 1e-5 * np.linalg.norm(one)

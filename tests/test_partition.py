@@ -170,3 +170,16 @@ def test_plot_has_axis_labels_and_one_bar_per_client_and_label(tmp_path, monkeyp
     assert len(axes.patches) == 20
     assert sum(bar.get_height() for bar in axes.patches) == 1000
     assert (tmp_path / "split.png").stat().st_size > 1000
+
+
+def test_a_plot_of_many_clients_has_one_shape_a_label_and_a_bounded_width(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    parts = partition(LABELS, 500, "resample", seed=0, max_examples_per_client=8)
+    plot_split(parts, LABELS, "ABCD", tmp_path / "split.png")
+    (axes,) = drawn[0].axes
+    tops = [shape.get_data() for shape in axes.patches]
+    assert len(tops) == 4 and drawn[0].get_size_inches()[0] == 25
+    assert np.array_equal(tops[-1].values, np.full(500, 8)) and np.array_equal(tops[1].baseline, tops[0].values)
