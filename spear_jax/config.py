@@ -3,6 +3,9 @@
 A config is read once, when the experiment is built; `check_config` has then refused every value that could not run.
 """
 
+import importlib
+from collections.abc import Sequence
+
 import ml_collections
 
 from spear_jax import partition, settings
@@ -24,6 +27,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.quantize = "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
     config.rounds = 10
     config.record_traces = True  # write every rollout to traces/
+    config.imports = ()  # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
 
     config.algorithm = algorithm = ml_collections.ConfigDict()
     algorithm.name = "spear"  # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
@@ -174,6 +178,20 @@ _CHOICES = {
 }
 
 
+def import_own(names: Sequence[str]) -> None:
+    """Imports the modules of config.imports; raises UserError for one that is not there."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            raise UserError(
+                f"imports names the module {name!r}, which is not there; start from the folder of {name}.py, or put that "
+                "folder on PYTHONPATH."
+            ) from error
+
+
 def check_config(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a value out of range or not among its choices: the value, the rule, the remedy."""
     flat = flatten(config)
@@ -199,7 +217,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"{flat['federation.num_clients']} clients; ask for at most that many, or raise federation.num_clients."
         )
     for name, method in ALGORITHMS.items():
-        settings.check_fields(method.Settings, config[name].to_dict(), name)
+        if name in config:
+            settings.check_fields(method.Settings, config[name].to_dict(), name)
+        elif name == config.algorithm.name:
+            raise UserError(
+                f"the config has no group {name!r} for the method's settings; import its module in the config file, before "
+                "the config is made."
+            )
     if flat["train.rate_min"] > flat["train.rate"]:
         raise UserError(f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; lower it.")
 

@@ -135,6 +135,7 @@ class Experiment:
 def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
     """Builds an experiment on the given devices (all by default); raises UserError for every mistake that can be known
     before compiling."""
+    configs.import_own(config.imports)
     configs.check_config(config)
     if config.algorithm.name not in ALGORITHMS:
         raise unknown("algorithm", config.algorithm.name, ALGORITHMS)

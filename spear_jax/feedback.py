@@ -120,11 +120,14 @@ class Human(Feedback):
             ) from None
 
 
+PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human": Human}
+
+
 def providers() -> dict[str, type[Feedback]]:
     """The providers by name; `oracle_published` repeats the published code's leaks (A4)."""
     from spear_jax.tasks.published import PublishedOracle  # it builds on this file
 
-    return {"oracle": Oracle, "none": Silent, "human": Human, "oracle_published": PublishedOracle}
+    return PROVIDERS | {"oracle_published": PublishedOracle}
 
 
 def get_feedback(name: str, task: Task, hint_words: int) -> Feedback:

@@ -40,11 +40,21 @@ def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -
 
 
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """The resolved config of a run folder; raises UserError where there is none."""
+    """The resolved config of a run folder, fields that are younger than the run at their defaults.
+
+    Raises: UserError where there is none.
+    """
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
     try:
-        return ml_collections.ConfigDict(json.loads(file.read_text())).lock()
+        found = _complete(json.loads(file.read_text()), configs.default_config().to_dict())
+        return ml_collections.ConfigDict(found).lock()
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error
+
+
+def _complete(found: dict, default: dict) -> dict:
+    """`found` with what only `default` has."""
+    both = {k: _complete(v, default[k]) for k, v in found.items() if isinstance(v, dict) and k in default}
+    return default | found | both

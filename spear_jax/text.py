@@ -1,5 +1,7 @@
 """Text to prompt ids and back: the chat template where the model has one, the header, and the length limit."""
 
+import functools
+
 from spear_jax.errors import UserError
 from spear_jax.tasks.base import Task
 from spear_jax.types import Example
@@ -30,6 +32,7 @@ class Renderer:
         self.tokenizer, self.limit = tokenizer, limit
         self.revision_limit = limit  # lower where training rows leave less room for revision prompts
         self.chat = chat != "never" and bool(tokenizer.chat_template)
+        self.piece = functools.cache(lambda id: tokenizer.decode([id], clean_up_tokenization_spaces=False))
 
     def prompt(self, task: Task, example: Example) -> list[int]:
         """Token ids of the question; raises UserError naming the example when it exceeds the limit."""
@@ -105,6 +108,10 @@ class Renderer:
     def decode(self, ids: list[int]) -> str:
         """The text of a completion, special tokens left out, otherwise exactly as generated."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """Each token's own text, special tokens included; where it holds a part of a character, a replacement character."""
+        return [self.piece(id) for id in ids]
 
     def continuation(self, label: str) -> list[int]:
         """Token ids of a label as it follows the header."""

@@ -94,7 +94,7 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         state, line, told = one_round(built, state, blocked, rounds.Spent.read(line))
         line |= compiles.take()
         if config.record_traces:
-            writer.traces(line["round"], told)
+            writer.traces(line["round"], told, built.actor.renderer.pieces)
         writer.write(line)
         began = time.perf_counter()
         checkpoints.save(state, line, built.actor.sampler.shapes.save())

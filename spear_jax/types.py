@@ -49,6 +49,7 @@ class Attempt:
         text: the decoded completion without special tokens.
         correct: the oracle's verdict.
         feedback: what the user said of the attempt before this one; "" for a first answer.
+        touched: where this is a lose whose sampled ids are trained on: whether unlikelihood may touch each token.
     """
 
     prompt: list[int]
@@ -57,6 +58,7 @@ class Attempt:
     text: str
     correct: bool
     feedback: str = ""
+    touched: list[bool] | None = None
 
 
 @dataclasses.dataclass

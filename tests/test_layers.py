@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
-    ("errors", "types", "trees", "losses", "analysis", "grids", "sweeps", "reports", "settings"),
+    ("errors", "types", "trees", "losses", "analysis", "grids", "tokens", "sweeps", "reports", "settings"),
     (
         "models",
         "sampling",
@@ -32,6 +32,7 @@ LAYERS = [
         "evaluate",
         "export",
         "report",
+        "score",
         "fetch",
         "pretrain",
         "doctor",

@@ -86,6 +86,21 @@ def test_lose_rows_touch_only_the_answers_letter_and_win_rows_every_token(facts)
             assert text.strip() in ("A", "B", "C", "D", "")
 
 
+def test_recorded_loses_say_which_tokens_unlikelihood_may_touch(facts):
+    _, got = facts
+    masks = {}
+    for slot in range(3):
+        masks |= {
+            (tuple(r.prompt), tuple(r.completion)): r.loss_mask.tolist() for r in rows_of(got, slot) if r.label < 0
+        }
+    loses = [trace.first for trace, role, _ in got.traces if role == "lose"]
+    drawn = [first for first in loses if (tuple(first.prompt), tuple(first.completion)) in masks]
+    assert drawn and all(first.touched is not None for first in loses)
+    for first in drawn:
+        assert first.touched == masks[tuple(first.prompt), tuple(first.completion)]
+    assert all(trace.first.touched is None for trace, role, _ in got.traces if role != "lose")
+
+
 def test_weights_are_wins_and_the_cap_holds(facts):
     built, got = facts
     for slot, client in enumerate(built.cohort(1).clients):
@@ -140,7 +155,9 @@ def test_a_client_with_fewer_examples_than_asked_uses_all_it_has():
 
 def test_published_retokenisation_closes_every_completion_with_eos():
     built = build(**{"spear.retokenise": True, "rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})
-    rows = [row for slot in range(3) for row in rows_of(collect(built), slot)]
+    got = collect(built)
+    assert all(trace.first.touched is None for trace, _, _ in got.traces)  # what is trained on was not sampled
+    rows = [row for slot in range(3) for row in rows_of(got, slot)]
     eos = built.model.eos_ids[0]
     assert rows and all(row.completion[-1] == eos and len(row.completion) >= 2 for row in rows)
     ours = build(**{"rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})

@@ -15,10 +15,11 @@ import pytest
 from processes import environment
 
 from configs import quickstart
-from spear_jax import analysis, experiment, run_folder, sampling, train
+from spear_jax import analysis, experiment, run_folder, sampling, tokens, train
 from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
+from spear_jax import score as score_command
 from spear_jax.errors import UserError
 from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
@@ -114,6 +115,42 @@ def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
         right = sum(t["correct"] or (t["revisions"] and t["revisions"][-1]["correct"]) for t in traces)
         assert right == line["rollout/wins"]
         assert all(r["feedback"] for t in traces for r in t["revisions"])
+
+
+def test_recorded_tokens_have_the_probability_that_their_own_adapter_gives_them(finished):
+    workdir, _ = finished
+    table = tokens.load_tokens(workdir, 4)
+    traces = analysis.load_traces(workdir, 4)
+    assert table["trace"].nunique() == len(traces) == 16
+    for number, own in table.groupby("trace"):
+        shown = "".join(own["token"])
+        assert shown.startswith(traces[number]["y0"]) and traces[number]["role"] == own["role"].iloc[0]
+        assert own["touched"].isna().all() == (own["role"].iloc[0] != "lose")
+    found = score_command.main([f"--workdir={workdir}", "--traces=4", "--rounds=3,4", "--quiet"])
+    assert found["traces"] == 16 and found["rounds"] == [3, 4]
+    scores = tokens.load_scores(workdir, 4).merge(table, on=["trace", "position"], suffixes=("", "_sampled"))
+    assert len(scores) == 2 * len(table)
+    difference = (scores["probability"] - scores["probability_sampled"]).abs().groupby(scores["adapter"]).max()
+    assert difference[3] < 1e-3 < difference[4]  # round 4 was sampled from the adapter of round 3
+
+
+def test_scores_of_what_is_not_there_are_a_users_mistake(finished, tmp_path):
+    workdir, _ = finished
+    with pytest.raises(UserError, match="score --workdir"):
+        tokens.load_scores(workdir, 1)
+    with pytest.raises(UserError, match="no checkpoint of round 77"):
+        score_command.main([f"--workdir={workdir}", "--rounds=77", "--quiet"])
+    with pytest.raises(UserError, match="whole numbers"):
+        score_command.main([f"--workdir={workdir}", "--rounds=a", "--quiet"])
+
+
+def test_a_run_from_before_a_field_existed_takes_its_default(finished, tmp_path):
+    workdir, _ = finished
+    config = json.loads((workdir / "config.json").read_text())
+    del config["imports"], config["train"]["rate"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = run_folder.read_run_config(tmp_path)
+    assert found.imports == () and found.train.rate == 5e-5 and found.rounds == 4
 
 
 def test_bytes_count_float32_adapters_of_the_clients(finished):

@@ -132,6 +132,8 @@ class Spear(Algorithm):
         window = self._answer_tokens(actor, trace, ids) if actor.task.answer_only else None
         whole = np.ones((1, len(ids)), bool)
         mask = lose_mask(np.asarray([ids]), whole, self.shell.eos_ids, self.settings.tail, protected, window)
+        if not self.settings.retokenise:
+            trace.first.touched = mask[0].tolist()
         return Row(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
 
     def _answer_tokens(self, actor: Actor, trace: Trace, ids: list[int]) -> range | int | None:

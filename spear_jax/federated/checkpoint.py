@@ -124,6 +124,11 @@ class Checkpoints:
         self.manager.reload()
 
 
+def saved_rounds(workdir: pathlib.Path) -> list[int]:
+    """The rounds that have a checkpoint, oldest first."""
+    return sorted(int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdecimal())
+
+
 def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tuple[ServerState, dict[str, Any]]:
     """A run folder's newest whole checkpoint, or that of `round`, without touching the folder; UserError where there is none."""
     folder = workdir / "checkpoints"

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tensorboardX
@@ -12,6 +13,8 @@ import tqdm
 
 from spear_jax.analysis import read_lines
 from spear_jax.types import Trace
+
+Pieces = Callable[[list[int]], list[str]]
 
 
 class Writer:
@@ -44,15 +47,18 @@ class Writer:
                 self.board.add_scalar(name, value, line["round"], walltime=line["time"])
         self.board.flush()
 
-    def traces(self, round: int, told: list[tuple[Trace, str, float]]) -> None:
-        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read."""
+    def traces(self, round: int, told: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
+        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read, first answers also by token.
+
+        Args: pieces: token ids -> each token's own text.
+        """
         folder = self.file.parent / "traces"
         folder.mkdir(exist_ok=True)
         target = folder / f"round_{round:05d}.jsonl.gz"
         temporary = target.with_suffix(".tmp")
         with gzip.open(temporary, "wt", encoding="utf-8") as out:
             for trace, role, confidence in told:
-                out.write(json.dumps(_record(trace, role, confidence), ensure_ascii=False) + "\n")
+                out.write(json.dumps(_record(trace, role, confidence, pieces), ensure_ascii=False) + "\n")
         os.replace(temporary, target)
 
     def close(self) -> None:
@@ -65,23 +71,29 @@ class Nowhere:
     def write(self, line: dict[str, Any]) -> None:
         pass
 
-    def traces(self, round: int, told: list[tuple[Trace, str, float]]) -> None:
+    def traces(self, round: int, told: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def _record(trace: Trace, role: str, confidence: float) -> dict[str, Any]:
-    example = trace.example
+def _record(trace: Trace, role: str, confidence: float, pieces: Pieces) -> dict[str, Any]:
+    example, first = trace.example, trace.first
     return {
         "client": trace.client,
         "example": example.id,
         "prompt": example.question,
         "options": dict(zip(example.labels, example.options, strict=True)),
         "gold": example.labels[example.gold] if example.labels else example.response,
-        "y0": trace.first.text,
-        "correct": trace.first.correct,
+        "y0": first.text,
+        "correct": first.correct,
+        "tokens": {
+            "id": first.completion,
+            "text": pieces(first.completion),
+            "logprob": [round(x, 4) for x in map(float, first.logprobs)],
+            "touched": first.touched and [int(x) for x in first.touched],
+        },
         "revisions": [
             {"feedback": attempt.feedback, "text": attempt.text, "correct": attempt.correct}
             for attempt in trace.attempts[1:]
