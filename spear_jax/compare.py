@@ -40,7 +40,7 @@ EXAMPLES = """
         --seeds=0,1,2,3,4 --budget=rounds:12 --workdir=runs/steps --jobs=2
 """
 BUDGETS = {"tokens": "budget.tokens", "rounds": "rounds", "seconds": "budget.seconds"}
-NO_METHODS = ("common", "pretrain", "quickstart")
+NO_METHODS = ("common", "from_yaml", "pretrain", "quickstart")
 
 
 @dataclasses.dataclass(frozen=True)

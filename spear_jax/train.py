@@ -127,7 +127,8 @@ def one_round(
     number = int(state.round)
     if number == 2:
         built.actor.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
-    if number == 1 or number % built.config.eval.every == 0 or over(built, state, metrics):
+    wanted = built.config.eval
+    if number <= max(1, wanted.first_rounds) or number % wanted.every == 0 or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began

@@ -24,7 +24,7 @@ LAYERS = [
         "memory",
         "devices",
     ),
-    ("actor", "algorithms", "config", "run_folder"),
+    ("actor", "algorithms", "config", "run_folder", "published_keys", "published_yaml"),
     ("federated", "casting", "experiment"),
     (
         "cli",
@@ -35,6 +35,8 @@ LAYERS = [
         "fetch",
         "pretrain",
         "doctor",
+        "dry_run",
+        "published",
         "compare",
         "workers",
         "benchmark",

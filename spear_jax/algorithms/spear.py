@@ -47,6 +47,7 @@ class SpearSettings:
     confidence: str = one_of("fixability", "model")  # 1.0 fixed and 0.5 else, or mean rollout probability
     confidence_weighting: str = one_of("per_token", "batch_mean", "per_trace", "normalised")
     ul_denominator: str = one_of("masked", "active")  # active counts only p > ξ
+    answer_only: str = one_of("auto", "always", "never")  # restrict it to the answer's tokens: as the task says, or not
     answer_window: str = one_of("span", "last")  # the answer's own tokens, or as many at the end
     skip_weight: str = one_of("zero", "rollouts")  # aggregation weight of a client without wins (A2)
     cap: str = one_of("ceil", "floor")  # rounding of max_lose_ratio * wins (A8)
@@ -129,7 +130,9 @@ class Spear(Algorithm):
     def _lose_row(self, actor: Actor, trace: Trace, protected: tuple[int, ...]) -> Row:
         """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood may touch."""
         ids = completion_ids(actor, trace.first, self.settings.retokenise)
-        window = self._answer_tokens(actor, trace, ids) if actor.task.answer_only else None
+        asked = self.settings.answer_only
+        only = actor.task.answer_only if asked == "auto" else asked == "always"
+        window = self._answer_tokens(actor, trace, ids) if only else None
         whole = np.ones((1, len(ids)), bool)
         mask = lose_mask(np.asarray([ids]), whole, self.shell.eos_ids, self.settings.tail, protected, window)
         return Row(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
