@@ -12,7 +12,8 @@ import yaml
 
 from spear_jax.config import default_config, set_preset
 from spear_jax.errors import UserError, unknown
-from spear_jax.published_keys import KEYS, METHODS, Refused
+from spear_jax.published_keys import KEYS
+from spear_jax.published_values import METHODS, Refused
 
 PRESETS = ("default", "reference")
 # What its server, rollouts and grading do whatever the method is, where preset `reference` of a method leaves it out.

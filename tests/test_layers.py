@@ -24,7 +24,7 @@ LAYERS = [
         "memory",
         "devices",
     ),
-    ("actor", "algorithms", "config", "run_folder", "published_keys", "published_yaml"),
+    ("actor", "algorithms", "config", "run_folder", "published_values", "published_keys", "published_yaml"),
     ("federated", "casting", "experiment"),
     (
         "cli",
