@@ -29,7 +29,9 @@ import tqdm
 import configs
 from spear_jax import cli, experiment, grids, run_folder, train, workers
 from spear_jax.doctor import PACKAGES
+from spear_jax.dry_run import write_split
 from spear_jax.errors import UserError, unknown
+from spear_jax.federated.tracking import check_tracking
 from spear_jax.federated.writer import on_terminal
 
 EXAMPLES = """
@@ -63,8 +65,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=1, help="worker processes (default: 1)")
     parser.add_argument("--variant", action="append", default=[], help="LABEL:METHOD:key=value[,key=value...]")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
+    cli.add_offline(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     args, overrides = parser.parse_known_args(argv)
+    cli.go_offline(args.offline)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
     seeds, budget = read_seeds(args.seeds), read_budget(args.budget)
@@ -137,6 +141,7 @@ def read_entries(args: argparse.Namespace, seeds: list[int], budget: dict, overr
             config = importlib.import_module(f"configs.{method}").get_config(arg)
             made[seed] = cli.apply_overrides(config, overrides + own)
             made[seed].update_from_flattened_dict({"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]})
+            check_tracking(made[seed])
         entries.append(Entry(label, method, own, made))
     return entries
 
@@ -205,7 +210,7 @@ def _train_cell(cell: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     workdir, _ = run_folder.open_workdir(str(cell), config, "auto")
     (workdir / "error.txt").unlink(missing_ok=True)
     built = experiment.build(config)
-    train.write_split(built, workdir)
+    write_split(built, workdir)
     train.train(built, workdir, quiet=True)
 
 

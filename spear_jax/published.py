@@ -140,9 +140,8 @@ def adapter_file(run: pathlib.Path, round: int | None) -> pathlib.Path | None:
     if round is None:
         return files[max(files)] if files else None
     if round not in files:
-        raise UserError(
-            f"{run} has no adapter of round {round}; saved are those of {', '.join(map(str, sorted(files)))}."
-        )
+        saved = ", ".join(map(str, sorted(files))) or "none"
+        raise UserError(f"{run} has no adapter of round {round}; saved: {saved}. Give one of these as --round.")
     return files[round]
 
 

@@ -112,10 +112,11 @@ def _asking(where: str, name: str, value: Any, ask: Any) -> Any:
 
 
 def _no_key_twice(node: yaml.Node | None, path: str) -> None:
-    for section in [node, *(inside for _, inside in getattr(node, "value", ()))]:
-        if not isinstance(section, yaml.MappingNode):
-            continue
-        names = [key.value for key, _ in section.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise UserError(f"{path} gives {name!r} twice in one section; the later one would win. Delete one.")
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = [key.value for key, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} gives {name!r} twice in one section; the later one would win. Delete one.")
+    for _, inside in node.value:
+        _no_key_twice(inside, path)

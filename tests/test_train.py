@@ -255,13 +255,6 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
 
 
-def test_dry_run_shows_the_split_and_trains_nothing(tmp_path, capsys):
-    found = train.main(["--config=configs/quickstart.py", f"--workdir={tmp_path / 'dry'}", "--dry-run"])
-    assert sorted(file.name for file in (tmp_path / "dry").iterdir()) == ["split.json", "split.png"]
-    assert found["adapter_bytes"] == 4 * found["adapter_parameters"] and found["train_examples"] > 500
-    assert "first prompt" in capsys.readouterr().out
-
-
 def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORKDIR", str(finished[0]))

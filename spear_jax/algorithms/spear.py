@@ -26,7 +26,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
 from spear_jax.algorithms.conversation import Conversation, completion_ids, converse
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of
@@ -81,6 +81,9 @@ class Spear(Algorithm):
     @property
     def micro(self) -> bool:
         return self.settings.confidence_weighting == "batch_mean"
+
+    def work(self, size: int) -> Work:
+        return Work(min(size, self.shell.examples), 2 * self.shell.items, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
