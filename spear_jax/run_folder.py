@@ -40,11 +40,16 @@ def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -
 
 
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
-    """The resolved config of a run folder; raises UserError where there is none."""
+    """The resolved config of a run folder; fields that came after the run have their defaults. Raises UserError where there is
+    none."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
     try:
-        return ml_collections.ConfigDict(json.loads(file.read_text())).lock()
+        found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error
+    config = configs.default_config()
+    with config.unlocked():  # a field that is no longer there stays to be seen, and differs
+        config.update(found)
+    return config

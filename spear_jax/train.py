@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from spear_jax import analysis, cli, devices, experiment, run_folder
@@ -134,13 +135,17 @@ def one_round(
     number = int(state.round)
     if number == 2:
         built.actor.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
-    wanted = built.config.eval
-    if number <= max(1, wanted.first_rounds) or number % wanted.every == 0 or over(built, state, metrics):
+    if is_due(built.config, number) or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began
     metrics["memory/peak_bytes"] = float(peak_bytes())
     return state, {"round": number, "time": time.time()} | metrics, told
+
+
+def is_due(config: ml_collections.ConfigDict, number: int) -> bool:
+    """Whether round `number` (from 1) is to be evaluated by its number; the last round is in any case."""
+    return number <= max(1, config.eval.first_rounds) or number % config.eval.every == 0
 
 
 def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:

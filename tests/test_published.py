@@ -126,7 +126,7 @@ def test_an_empty_file_has_the_published_defaults_and_not_ours(tmp_path):
     assert config.dtype == "bfloat16" and config.train.remat == "layers"
 
 
-def test_every_published_key_but_those_without_effect_moves_our_config_or_is_refused(tmp_path):
+def test_every_published_key_but_those_without_effect_moves_our_config_or_is_refused():
     other = {bool: lambda v: not v, int: lambda v: v + 7, float: lambda v: v + 0.25, str: lambda v: v + "x"}
     chosen = {
         "algorithm.name": "opsd", "data.dataset": "hellaswag", "model.dtype": "fp32", "fl.aggregation": "fedyogi",
@@ -150,7 +150,7 @@ def test_every_published_key_but_those_without_effect_moves_our_config_or_is_ref
         assert (before == after) == key.here.startswith("no effect"), name
 
 
-def test_a_key_that_the_method_does_not_read_has_no_effect(tmp_path):
+def test_a_key_that_the_method_does_not_read_has_no_effect():
     for name in ("spear.lambda_anchor", "grpo.clip_range", "rltf_sd.gamma"):
         before = flatten(published_yaml.to_config({"algorithm.name": "opsd"}, "file"))
         assert flatten(published_yaml.to_config({"algorithm.name": "opsd", name: 0.5}, "file")) == before

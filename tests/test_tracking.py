@@ -24,20 +24,26 @@ def offline(monkeypatch):
 
 
 def records(folder):
-    """(run id, {step: {metric: value}}) of one offline run's file."""
+    """(run id, {step: {metric: value}}) of one offline run's file: a log of protobuf messages, as LevelDB lays logs out."""
     from wandb.proto import wandb_internal_pb2 as messages
-    from wandb.sdk.internal.datastore import DataStore
 
     (file,) = folder.glob("*.wandb")
-    store, id, steps = DataStore(), "", {}
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = messages.Record()
-        record.ParseFromString(data)
-        id = record.run.run_id or id
-        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        if items:
-            steps[items["_step"]] = items
+    data, at, whole, id, steps = file.read_bytes(), 7, b"", "", {}  # 7 bytes of header
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:  # too short for a record's head: the rest of the block is padding
+            at += left
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # the whole of a message, or its last part
+            record = messages.Record()
+            record.ParseFromString(whole)
+            whole, id = b"", record.run.run_id or id
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if items:
+                steps[items["_step"]] = items
     return id, steps
 
 
