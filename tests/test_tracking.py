@@ -75,11 +75,6 @@ def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(
             assert "/" not in name or items[name] == value
 
 
-def test_without_a_project_nothing_is_tracked(tmp_path):
-    train.main([*FLAGS, f"--workdir={tmp_path / 'run'}", "--config.rounds=1"])
-    assert not (tmp_path / "run/wandb_id").exists() and not (tmp_path / "run/wandb").exists()
-
-
 def test_a_missing_package_stops_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train.experiment, "build", lambda *_: pytest.fail("built"))

@@ -88,6 +88,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
         "tensorboard",
     ):
         assert (workdir / name).exists(), name
+    assert not (workdir / "wandb").exists() and not (workdir / "wandb_id").exists()  # no project was named
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["rounds"] == 4 and set(result["eval"]) == {"first", "best", "last"}
     assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
