@@ -48,6 +48,7 @@ setup(
             "pdoc>=15,<17",  # the API reference
         ],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
+        "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2"],  # live parity and benchmarks only

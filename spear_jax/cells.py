@@ -19,10 +19,12 @@ import tqdm
 import configs
 from spear_jax import analysis, experiment, run_folder, train, workers
 from spear_jax.doctor import PACKAGES
+from spear_jax.dry_run import write_split
 from spear_jax.errors import UserError
+from spear_jax.federated.tracking import check_tracking
 from spear_jax.federated.writer import on_terminal
 
-NO_METHODS = ("common", "pretrain", "quickstart")
+NO_METHODS = ("common", "from_yaml", "pretrain", "quickstart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,8 @@ def check_rows(rows: Sequence[Row]) -> dict[str, str]:
     """
     if not rows:
         return {}
+    for row in rows:
+        check_tracking(next(iter(row.configs.values())))
     found = workers.ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
     if isinstance(found, UserError):
         raise found
@@ -143,7 +147,7 @@ def train_cell(cell: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     workdir, _ = run_folder.open_workdir(str(cell), config, "auto")
     (workdir / "error.txt").unlink(missing_ok=True)
     built = experiment.build(config)
-    train.write_split(built, workdir)
+    write_split(built, workdir)
     train.train(built, workdir, quiet=True)
 
 

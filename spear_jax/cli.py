@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import pathlib
 import sys
 import textwrap
@@ -52,6 +53,25 @@ def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_offline(parser: argparse.ArgumentParser) -> None:
+    """Adds --offline; `go_offline` obeys it."""
+    parser.add_argument("--offline", action="store_true", help="take models and datasets from disk and caches alone")
+
+
+def go_offline(asked: bool) -> None:
+    """Where asked, keeps every library of ours from asking the network for models, datasets and metrics projects.
+
+    Hugging Face's libraries read their switch once, when they are imported; it is turned in those that are already.
+    """
+    if not asked:
+        return
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ.setdefault("WANDB_MODE", "offline")
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = True
 
 
 def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict:

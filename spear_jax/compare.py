@@ -48,8 +48,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=1, help="worker processes (default: 1)")
     parser.add_argument("--variant", action="append", default=[], help="LABEL:METHOD:key=value[,key=value...]")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
+    cli.add_offline(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     args, overrides = parser.parse_known_args(argv)
+    cli.go_offline(args.offline)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
     seeds, budget = cells.read_seeds(args.seeds), read_budget(args.budget)

@@ -28,6 +28,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.rounds = 10
     config.record_traces = True  # write every rollout to traces/
     config.imports = ()  # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
+    config.wandb = ""  # a Weights & Biases project that gets the metrics too; "" is none
 
     config.algorithm = algorithm = ml_collections.ConfigDict()
     algorithm.name = "spear"  # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
@@ -108,6 +109,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.eval = evaluation = ml_collections.ConfigDict()
     evaluation.every = 5  # rounds; the base model, the first and the last round are always evaluated
+    evaluation.first_rounds = 1  # each of the first n rounds is evaluated too
     evaluation.method = "auto"  # the task's own; or choice, generate
     evaluation.limit = 0  # first n test examples; 0 means all
     evaluation.rows = 32  # questions in one forward pass
@@ -156,6 +158,7 @@ _RANGES = {
     "train.block_tokens": (1, None),
     "train.head_chunk": (0, None),
     "eval.every": (1, None),
+    "eval.first_rounds": (0, None),
     "eval.limit": (0, None),
     "eval.rows": (1, None),
     "eval.max_new_tokens": (1, None),

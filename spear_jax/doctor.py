@@ -1,7 +1,8 @@
-"""Devices, versions, caches, and a self-test of about ten seconds: one forward pass, one generation, one local step."""
+"""Devices, versions, optional packages, caches, and a self-test of about ten seconds: one evaluation, one federated round."""
 
 import importlib.metadata
 import os
+import pathlib
 import platform
 import time
 from typing import Any
@@ -9,31 +10,90 @@ from typing import Any
 import jax
 
 from configs import quickstart
-from spear_jax import cli, experiment
+from spear_jax import cli, experiment, memory
 from spear_jax.federated import round as rounds
 
 EXAMPLES = """
     python -m spear_jax.doctor
 """
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+# package -> what it is for; setup.py has the extras
+OPTIONAL = {
+    "qwix": "quantised bases",
+    "wandb": "config.wandb",
+    "torch": "benchmark --against=hf, published",
+    "peft": "benchmark --against=hf",
+    "trl": "tests beside TRL",
+    "jupyterlab": "notebooks",
+}
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = cli.parser("doctor", __doc__, EXAMPLES)
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
+    # read when JAX first looks for devices, below: most of the self-test is compilation, and nobody waits for its programs
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "optional": {name: version_of(name) for name in OPTIONAL},
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "compilation_cache": jax.config.jax_compilation_cache_dir or "off (set JAX_COMPILATION_CACHE_DIR)",
-        "hub_cache": os.environ.get("HF_HOME", "default"),
+        "memory_free": memory.device_bytes(),
+        "caches": {name: {"path": str(path), "bytes": size_of(path)} for name, path in caches().items()},
         "self_test": self_test(),
     }
     if not args.quiet:
-        for name, value in found.items():
-            print(f"{name}: {value}")
+        show(found)
     return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """The findings as lines for a person."""
+    print(f"python {found['python']}, " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    for name, version in found["optional"].items():
+        print(f"optional {name}: {version or 'absent'} ({OPTIONAL[name]})")
+    free = found["memory_free"]
+    print(
+        f"devices: {', '.join(found['devices'])}; {'unknown' if free is None else f'{free / 1e9:.1f} GB'} free on one"
+    )
+    for name, cache in found["caches"].items():
+        print(f"cache {name}: {cache['path']}, {cache['bytes'] / 1e6:,.1f} MB")
+    if "compilation" not in found["caches"]:
+        print("cache compilation: off; set JAX_COMPILATION_CACHE_DIR to a folder and later runs start faster")
+    print("self-test, seconds: " + ", ".join(f"{name} {value}" for name, value in found["self_test"].items()))
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, None where the package is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def caches() -> dict[str, pathlib.Path]:
+    """Where models, datasets and compiled programs are kept; compiled programs only where that is on."""
+    import datasets  # here, not above: with huggingface_hub it takes seconds to import
+    from huggingface_hub import constants
+
+    found = {
+        "models": pathlib.Path(constants.HF_HUB_CACHE),
+        "datasets": pathlib.Path(datasets.config.HF_DATASETS_CACHE),
+    }
+    compiled = jax.config.jax_compilation_cache_dir
+    return found | ({"compilation": pathlib.Path(compiled)} if compiled else {})
+
+
+def size_of(folder: pathlib.Path) -> int:
+    """Bytes of all files below a folder, links not followed; 0 where there is none."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            file = pathlib.Path(parent, name)
+            if not file.is_symlink():
+                total += file.stat().st_size
+    return total
 
 
 def self_test() -> dict[str, float]:
@@ -43,6 +103,7 @@ def self_test() -> dict[str, float]:
         {
             "federation.clients_per_round": 2,
             "rollout.examples": 4,
+            "rollout.num_revisions": 1,
             "train.steps": 1,
             "train.batch_size": 2,
             "eval.limit": 16,

@@ -42,7 +42,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, for --model")
     parser.add_argument("--quantize", default="none", help="none, int8 or nf4, for --model")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
+    cli.add_offline(parser)
     args = parser.parse_args(argv)
+    cli.go_offline(args.offline)
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:

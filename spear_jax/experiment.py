@@ -163,7 +163,7 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     completion_length = casting.completion_length(algorithm, actor)
     actor.scorer = casting.scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
     local = _local_config(
-        config, mesh.shape[CLIENTS], _bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
+        config, mesh.shape[CLIENTS], bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
     )
     actor.merge = lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, config.quantize)
     return Experiment(
@@ -330,7 +330,7 @@ def _local_config(config: ml_collections.ConfigDict, devices: int, each: int) ->
     )
 
 
-def _bytes_per_client(config: ml_collections.ConfigDict, decoder: Decoder, algorithm: Algorithm, p: int, t: int) -> int:
+def bytes_per_client(config: ml_collections.ConfigDict, decoder: Decoder, algorithm: Algorithm, p: int, t: int) -> int:
     """An estimate for one client. Args: p, t: the longest prompt and completion."""
     lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--client", type=int, help="whose adapter, of a run with federation.aggregation=local")
     parser.add_argument("--merge", action="store_true", help="write the whole model, adapter merged")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
+    cli.add_offline(parser)
     args = parser.parse_args(argv)
+    cli.go_offline(args.offline)
     out = pathlib.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={args.out} exists and is not an empty folder; give a new one.")

@@ -28,6 +28,11 @@ def bytes_per_client(model: ModelConfig, tokens: int, length: int, head_chunk: i
     return activations + logits + 5 * adapter
 
 
+def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> int:
+    """Keys and values of a generation batch, in bytes. Args: length: prompt and completion; itemsize: bytes of a value."""
+    return rows * length * model.layers * 2 * model.kv_heads * model.head_width * itemsize
+
+
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
     """An estimate of a round's useful floating-point operations: 2 a token and a weight of the projections and the head.
 

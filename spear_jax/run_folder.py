@@ -48,13 +48,10 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
     try:
-        found = _complete(json.loads(file.read_text()), configs.default_config().to_dict())
-        return ml_collections.ConfigDict(found).lock()
+        found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error
-
-
-def _complete(found: dict, default: dict) -> dict:
-    """`found` with what only `default` has."""
-    both = {k: _complete(v, default[k]) for k, v in found.items() if isinstance(v, dict) and k in default}
-    return default | found | both
+    config = configs.default_config()
+    with config.unlocked():  # a field that is no longer there stays to be seen, and differs
+        config.update(found)
+    return config

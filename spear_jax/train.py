@@ -15,15 +15,17 @@ import time
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
-from spear_jax import analysis, cli, devices, experiment, partition, run_folder
+from spear_jax import analysis, cli, devices, experiment, run_folder
 from spear_jax.compiles import Compiles
+from spear_jax.dry_run import dry_run, write_split
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints
+from spear_jax.federated.tracking import Tracking, check_tracking
 from spear_jax.federated.writer import Nowhere, Progress, Writer
-from spear_jax.models.weights import places
 from spear_jax.types import ServerState
 
 EXAMPLES = """
@@ -38,16 +40,21 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="the run folder")
     parser.add_argument("--resume", default="auto", help="auto (go on with a run of the same config), never, must")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
+    cli.add_offline(parser)
     parser.add_argument(
         "--distributed",
         default="",
         help="several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,COUNT,NUMBER; the workdir is shared by all",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, save and plot the split, train nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything; show config, split, sizes, memory, bytes and prompts; train nothing",
     )
     args, rest = parser.parse_known_args(argv)
+    cli.go_offline(args.offline)
     config = cli.read_config(rest)
+    check_tracking(config)
     devices.join(args.distributed)
     built = experiment.build(config)
     if args.dry_run:
@@ -81,7 +88,8 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
         print(f"going on after round {done}", file=sys.stderr)
     # always placed alike, or the programs would compile again; a method's memory stays on the host
     state = built.on_devices(state.replace(memory={})).replace(memory=state.memory)
-    writer = Writer(workdir, None if found is None else done, line) if first else Nowhere()
+    tracking = Tracking(workdir, config) if first and config.wandb else None
+    writer = Writer(workdir, None if found is None else done, line, tracking) if first else Nowhere()
     progress = Progress(quiet or not first, config.rounds, done)
     built.actor.report = progress.stage_rows
     built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows)
@@ -127,12 +135,17 @@ def one_round(
     number = int(state.round)
     if number == 2:
         built.actor.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
-    if number == 1 or number % built.config.eval.every == 0 or over(built, state, metrics):
+    if is_due(built.config, number) or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began
     metrics["memory/peak_bytes"] = float(peak_bytes())
     return state, {"round": number, "time": time.time()} | metrics, told
+
+
+def is_due(config: ml_collections.ConfigDict, number: int) -> bool:
+    """Whether round `number` (from 1) is to be evaluated by its number; the last round is in any case."""
+    return number <= max(1, config.eval.first_rounds) or number % config.eval.every == 0
 
 
 def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
@@ -149,47 +162,6 @@ def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
     if found[0].nll is not None:
         metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
     return metrics
-
-
-def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
-    """Saves and plots the data split into the workdir and prints what a run would be; trains nothing."""
-    folder = pathlib.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_split(built, folder)
-    examples = built.actor.examples
-    golds = np.array([example.gold for example in examples])
-    names = _label_names(examples)
-    for row in partition.split_table(built.parts, golds, names):
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    first = int(built.parts[0][0])
-    print(f"--- first prompt ---\n{built.model.tokenizer.decode(built.actor.prompts[first])}\n---")
-    lora = jax.eval_shape(built.initial_state).lora
-    return {
-        "workdir": workdir,
-        "train_examples": len(examples),
-        "test_examples": len(built.evaluator.examples),
-        "base_parameters": sum(int(np.prod(place.leaf_shape)) for place in places(built.model.config)),
-        "base_bytes": sum(x.nbytes for x in jax.tree.leaves(built.model.base)),
-        "adapter_parameters": sum(x.size for x in jax.tree.leaves(lora)),
-        "adapter_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora)),
-        "prompt_length": built.prompt_length,
-        "completion_length": built.completion_length,
-    }
-
-
-def _label_names(examples: list) -> tuple[str, ...]:
-    """The labels by which a split is told apart; one name for all where answers are no choice among options."""
-    names = max((example.labels for example in examples), key=len)
-    return names if len(names) > 1 else ("all",)
-
-
-def write_split(built: Experiment, folder: pathlib.Path) -> None:
-    """split.json and split.png: which client holds which examples."""
-    examples = built.actor.examples
-    partition.save_split(built.parts, folder / "split.json")
-    golds = np.array([example.gold for example in examples])
-    names = _label_names(examples)
-    partition.plot_split(built.parts, golds, names, folder / "split.png")
 
 
 def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ LAYERS = [
         "memory",
         "devices",
     ),
-    ("actor", "algorithms", "config", "run_folder"),
+    ("actor", "algorithms", "config", "run_folder", "published_values", "published_keys", "published_yaml"),
     ("federated", "casting", "experiment"),
     (
         "cli",
@@ -36,6 +36,8 @@ LAYERS = [
         "fetch",
         "pretrain",
         "doctor",
+        "dry_run",
+        "published",
         "compare",
         "cells",
         "sweep",

@@ -101,6 +101,22 @@ def test_recorded_loses_say_which_tokens_unlikelihood_may_touch(facts):
     assert all(trace.first.touched is None for trace, role, _ in got.traces if role != "lose")
 
 
+def test_unlikelihood_is_held_to_the_answer_as_the_task_says_always_or_never(facts):
+    built, got = facts
+    actor = built.actor
+    trace = next(trace for trace, _, _ in got.traces if not trace.first.correct)
+    wrong = trace.example.labels[1 - trace.example.gold if trace.example.gold < 2 else 0]
+    ids = actor.renderer.tokenizer.encode(f" {wrong}\nAnswer", add_special_tokens=False)
+    first = dataclasses.replace(trace.first, completion=ids, text=actor.renderer.decode(ids))
+    longer = dataclasses.replace(trace, attempts=[first])
+    touched = {}
+    for asked in ("auto", "always", "never"):
+        settings = dataclasses.replace(built.algorithm.settings, answer_only=asked)
+        touched[asked] = dataclasses.replace(built.algorithm, settings=settings)._lose_row(actor, longer, ()).loss_mask
+    assert touched["never"].all() and len(ids) > 1
+    assert touched["always"].sum() == 1 and (touched["auto"] == touched["always"]).all()
+
+
 def test_weights_are_wins_and_the_cap_holds(facts):
     built, got = facts
     for slot, client in enumerate(built.cohort(1).clients):

@@ -89,6 +89,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
         "tensorboard",
     ):
         assert (workdir / name).exists(), name
+    assert not (workdir / "wandb").exists() and not (workdir / "wandb_id").exists()  # no project was named
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["rounds"] == 4 and set(result["eval"]) == {"first", "best", "last"}
     assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
@@ -292,11 +293,28 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
 
 
-def test_dry_run_shows_the_split_and_trains_nothing(tmp_path, capsys):
-    found = train.main(["--config=configs/quickstart.py", f"--workdir={tmp_path / 'dry'}", "--dry-run"])
-    assert sorted(file.name for file in (tmp_path / "dry").iterdir()) == ["split.json", "split.png"]
-    assert found["adapter_bytes"] == 4 * found["adapter_parameters"] and found["train_examples"] > 500
-    assert "first prompt" in capsys.readouterr().out
+def test_the_first_rounds_and_every_so_many_are_evaluated():
+    config = quickstart.get_config()
+    due = lambda first, every: [
+        n
+        for n in range(1, 10)
+        if config.eval.update({"first_rounds": first, "every": every}) or train.is_due(config, n)
+    ]
+    assert due(0, 4) == due(1, 4) == [1, 4, 8]
+    assert due(3, 4) == [1, 2, 3, 4, 8]
+    assert due(0, 100) == [1]
+
+
+def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
+    config = quickstart.get_config()
+    old = json.loads(json.dumps(config.to_dict()))
+    del old["wandb"], old["eval"]["first_rounds"], old["spear"]["answer_only"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert run_folder.open_workdir(str(tmp_path), config, "must") == (tmp_path, True)
+    old["federation"]["rule"] = "fedavg"  # a field that is no longer there is told
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="federation.rule"):
+        run_folder.open_workdir(str(tmp_path), config, "must")
 
 
 def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, capsys):

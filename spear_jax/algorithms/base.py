@@ -44,6 +44,26 @@ class Shell:
     temperature: float
     eos_ids: tuple[int, ...]
 
+    @property
+    def items(self) -> int:
+        """What a client's local steps draw in a round: steps x micro-batches x batch size."""
+        return self.steps * self.accumulation * self.batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a client does in a round, where that is known before.
+
+    Attributes:
+        answers: first answers that it samples.
+        rows: rows that its local steps train on, at most.
+        revisions: of a wrong first answer; None means rollout.num_revisions.
+    """
+
+    answers: int
+    rows: int
+    revisions: int | None = 0
+
 
 @dataclasses.dataclass
 class Collected:
@@ -138,6 +158,10 @@ class Algorithm(abc.ABC):
     def scores_old(self) -> bool:
         """Whether `Batch.old` is to hold the log-probabilities under the adapter that the phase started from."""
         return False
+
+    def work(self, size: int) -> Work | None:
+        """The round's work of a client with `size` examples; None where it depends on what happens in the run."""
+        return None
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:  # noqa: B027 (most need nothing)
         """Raises UserError where the data cannot be used; called before anything compiles.

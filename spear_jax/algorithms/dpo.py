@@ -23,6 +23,7 @@ from spear_jax.algorithms import east
 from spear_jax.algorithms.base import (
     Algorithm,
     Collected,
+    Work,
     choose,
     metrics_of,
     needs_feedback,
@@ -60,6 +61,12 @@ class Dpo(Algorithm):
     @property
     def gold(self) -> str:
         return "pairs" if self.settings.source == "data" else ""
+
+    def work(self, size: int) -> Work | None:
+        if self.settings.source == "east":
+            return None
+        asks = self.settings.source == "feedback"
+        return Work(min(size, self.shell.examples) if asks else 0, 2 * self.shell.items, revisions=None if asks else 0)
 
     def check(self, task, examples, feedback) -> None:
         if self.settings.source == "data":

@@ -17,7 +17,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
 from spear_jax.algorithms.conversation import converse
 from spear_jax.packing import draw
 from spear_jax.settings import number, one_of
@@ -50,6 +50,9 @@ class FeedbackSft(Algorithm):
         "train.normalize": "micro",
         "rollout.top_k": 50,
     }
+
+    def work(self, size: int) -> Work:
+        return Work(min(size, self.shell.examples), self.shell.items, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)

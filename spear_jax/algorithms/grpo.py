@@ -29,7 +29,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts
+from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of
 from spear_jax.types import Batch, Mean
@@ -80,6 +80,10 @@ class Grpo(Algorithm):
     @property
     def scored_temperature(self) -> float:
         return self.shell.temperature if self.settings.tempered and self.shell.temperature > 0 else 1.0
+
+    def work(self, size: int) -> Work:
+        group = self.settings.group
+        return Work(self.phases * self.shell.accumulation * self.shell.batch_size * group, self.shell.items * group)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)

@@ -23,7 +23,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, choose, metrics_of, needs_responses, schedule
+from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_responses, schedule
 from spear_jax.models.decoder import head_weight
 from spear_jax.models.token_logprobs import Scorer, map_positions
 from spear_jax.packing import Row, draw
@@ -60,6 +60,9 @@ class Opsd(Algorithm):
     @property
     def scored_prompts(self) -> tuple[str, ...]:
         return ("task", "privileged")
+
+    def work(self, size: int) -> Work:
+        return Work(min(size, self.shell.examples), 2 * self.shell.items)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)

@@ -22,7 +22,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, choose, metrics_of, needs_feedback, schedule
+from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_feedback, schedule
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of
 from spear_jax.types import Attempt, Batch, Mean, Trace
@@ -55,6 +55,10 @@ class RltfSd(Algorithm):
     @property
     def scored_prompts(self) -> tuple[str, ...]:
         return ("task", "revision")
+
+    def work(self, size: int) -> Work:
+        count = self.settings.samples
+        return Work(min(size, max(1, self.shell.examples // count)) * count, 3 * self.shell.items, revisions=1)
 
     def check(self, task, examples, feedback) -> None:
         needs_feedback(self.name, task, feedback)

@@ -19,6 +19,7 @@ from spear_jax.algorithms import east
 from spear_jax.algorithms.base import (
     Algorithm,
     Collected,
+    Work,
     choose,
     metrics_of,
     needs_responses,
@@ -48,6 +49,9 @@ class Sft(Algorithm):
     @property
     def gold(self) -> str:
         return "responses"
+
+    def work(self, size: int) -> Work | None:
+        return None if self.settings.east else Work(0, self.shell.items)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)

@@ -26,7 +26,7 @@ import numpy as np
 
 from spear_jax import losses
 from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms.base import Algorithm, Collected, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
 from spear_jax.algorithms.conversation import Conversation, completion_ids, converse
 from spear_jax.packing import Row, draw
 from spear_jax.settings import number, one_of
@@ -47,6 +47,7 @@ class SpearSettings:
     confidence: str = one_of("fixability", "model")  # 1.0 fixed and 0.5 else, or mean rollout probability
     confidence_weighting: str = one_of("per_token", "batch_mean", "per_trace", "normalised")
     ul_denominator: str = one_of("masked", "active")  # active counts only p > ξ
+    answer_only: str = one_of("auto", "always", "never")  # restrict it to the answer's tokens: as the task says, or not
     answer_window: str = one_of("span", "last")  # the answer's own tokens, or as many at the end
     skip_weight: str = one_of("zero", "rollouts")  # aggregation weight of a client without wins (A2)
     cap: str = one_of("ceil", "floor")  # rounding of max_lose_ratio * wins (A8)
@@ -80,6 +81,9 @@ class Spear(Algorithm):
     @property
     def micro(self) -> bool:
         return self.settings.confidence_weighting == "batch_mean"
+
+    def work(self, size: int) -> Work:
+        return Work(min(size, self.shell.examples), 2 * self.shell.items, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
@@ -129,7 +133,9 @@ class Spear(Algorithm):
     def _lose_row(self, actor: Actor, trace: Trace, protected: tuple[int, ...]) -> Row:
         """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood may touch."""
         ids = completion_ids(actor, trace.first, self.settings.retokenise)
-        window = self._answer_tokens(actor, trace, ids) if actor.task.answer_only else None
+        asked = self.settings.answer_only
+        only = actor.task.answer_only if asked == "auto" else asked == "always"
+        window = self._answer_tokens(actor, trace, ids) if only else None
         whole = np.ones((1, len(ids)), bool)
         mask = lose_mask(np.asarray([ids]), whole, self.shell.eos_ids, self.settings.tail, protected, window)
         if not self.settings.retokenise:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, recorded traces, and progress on a terminal."""
+"""Where numbers go: metrics.jsonl, TensorBoard, W&B where asked, recorded traces, and progress on a terminal."""
 
 import gzip
 import json
@@ -12,6 +12,7 @@ import tensorboardX
 import tqdm
 
 from spear_jax.analysis import read_lines
+from spear_jax.federated.tracking import Tracking
 from spear_jax.types import Trace
 
 Pieces = Callable[[list[int]], list[str]]
@@ -24,9 +25,16 @@ class Writer:
         workdir: the run folder.
         resumed: the last finished round, or None for a fresh start. Later lines (of a round that was cut short) are dropped.
         line: the last finished round's line, written again where the file lost it.
+        tracking: a W&B run that gets the same lines, or None.
     """
 
-    def __init__(self, workdir: pathlib.Path, resumed: int | None, line: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        resumed: int | None,
+        line: dict[str, Any] | None = None,
+        tracking: Tracking | None = None,
+    ):
         self.file = workdir / "metrics.jsonl"
         kept = [] if resumed is None else [x for x in read_lines(self.file) if x["round"] <= resumed]
         if line is not None and all(x["round"] != line["round"] for x in kept):
@@ -34,6 +42,7 @@ class Writer:
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(x) + "\n" for x in kept))
         os.replace(temporary, self.file)
+        self.tracking = tracking
         self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=len(kept) or None)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -46,6 +55,8 @@ class Writer:
             if "/" in name:
                 self.board.add_scalar(name, value, line["round"], walltime=line["time"])
         self.board.flush()
+        if self.tracking:
+            self.tracking.write(line)
 
     def traces(self, round: int, told: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
         """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read, first answers also by token.
@@ -63,6 +74,8 @@ class Writer:
 
     def close(self) -> None:
         self.board.close()
+        if self.tracking:
+            self.tracking.close()
 
 
 class Nowhere:

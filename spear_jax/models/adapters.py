@@ -65,7 +65,6 @@ def save_adapter(
     """
     check_lora(lora, model)
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     count = lora_layers(lora, model)
     numbers = range(model.layers - count, model.layers)
     tensors = {}
@@ -73,16 +72,38 @@ def save_adapter(
         for side, stack in (("A", np.asarray(pair["a"])), ("B", np.asarray(pair["b"]))):
             for number, matrix in zip(numbers, stack, strict=True):
                 tensors[_key(number, target, side)] = np.ascontiguousarray(matrix.T)
+    modules = [MODULES[target].split(".")[1] for target in TARGETS if target in lora_tree]
+    layers = list(numbers) if lora.last_layers else None
+    return write_adapter(folder, tensors, lora.rank, lora.alpha, lora.dropout, modules, base_name, layers)
+
+
+def write_adapter(
+    folder: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: list[str],
+    base_name: str,
+    layers: list[int] | None = None,
+) -> pathlib.Path:
+    """Writes tensors that bear PEFT's names as an adapter folder.
+
+    Args:
+        modules: `target_modules`; layers: `layers_to_transform`, None for wherever `modules` match.
+    Returns: the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / WEIGHTS, tensors)
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": [MODULES[target].split(".")[1] for target in TARGETS if target in lora_tree],
-        "layers_to_transform": list(numbers) if lora.last_layers else None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": modules,
+        "layers_to_transform": layers,
         "layers_pattern": None,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -124,7 +124,7 @@ def download(repo: str) -> pathlib.Path:
 
     Raises: UserError where the Hub is out of reach or does not give the model out.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
@@ -134,10 +134,12 @@ def download(repo: str) -> pathlib.Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"the Hub knows no model {repo!r} (or it is private); check the id.") from error
     except Exception as error:  # the network library's, the Hub's and the disk's errors have no common type
+        why = f"the Hub cannot be reached ({str(error).splitlines()[0]})"
+        if constants.HF_HUB_OFFLINE:
+            why = f"asking the Hub is off (--offline or HF_HUB_OFFLINE; the cache is {constants.HF_HUB_CACHE})"
         raise UserError(
-            f"{repo!r} is no local folder, is not in the Hub's cache, and the Hub cannot be reached "
-            f"({str(error).splitlines()[0]}). Give a model folder or a .gguf file, or make one with "
-            "`python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`."
+            f"{repo!r} is no local folder, is not in the Hub's cache, and {why}. Give a model folder or a "
+            ".gguf file, or make one with `python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`."
         ) from error
     return pathlib.Path(folder)
 

@@ -172,10 +172,15 @@ def _read_hub(task: Task, split: str):
     try:
         return datasets.load_dataset(*task.hub, split=task.splits[split])
     except Exception as error:  # offline, unreachable, moved and gated all differ in type
+        why = f"could not be loaded: {_first_line(error)}. Check the network"
+        if datasets.config.HF_HUB_OFFLINE:
+            why = (
+                f"is not in the datasets cache ({datasets.config.HF_DATASETS_CACHE}), and asking the Hub is off (--offline or "
+                "HF_HUB_OFFLINE). Load it once with the network"
+            )
         raise UserError(
-            f"Hub dataset {task.hub[0]!r} could not be loaded: {_first_line(error)}. Check the network, or "
-            f"set config.data.path to a local folder with {task.splits['train']}.parquet and "
-            f"{task.splits['test']}.parquet (or .jsonl, .json, .csv) in the Hub's columns."
+            f"Hub dataset {task.hub[0]!r} {why}, or set config.data.path to a local folder with "
+            f"{task.splits['train']}.parquet and {task.splits['test']}.parquet (or .jsonl, .json, .csv) in the Hub's columns."
         ) from error
 
 
