@@ -89,6 +89,7 @@ def test_unreachable_hub_names_the_local_option(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # whatever the environment says
     with pytest.raises(UserError, match=r"(?s)Rowan/hellaswag.*no route.*config\.data\.path.*validation\.parquet"):
         load_rows(get_task("hellaswag"), "test")
     with pytest.raises(UserError, match=r"'mcqa' has no Hub dataset.*config\.data\.path"):
