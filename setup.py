@@ -30,6 +30,7 @@ setup(
         "gguf>=0.17,<1",  # decodes GGUF files
         "ml-collections>=1.0,<2",
         "absl-py>=2.0,<3",
+        "PyYAML>=6,<7",  # files of the published code
         "tensorboardX>=2.6,<3",
         "numpy>=2.0,<3",
         "pandas>=2.2,<4",  # tables of analysis and report
