@@ -1,10 +1,12 @@
-"""Drawing tokens from logits: temperature, top-k, top-p."""
+"""Drawing tokens from logits: temperature, top-k, top-p, and the inverse of the distribution function."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+RUN = 256  # tokens of a run of `pick`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,34 @@ def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingCo
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         tempered = logits / config.temperature
-        kept = jnp.where(keep_mask(tempered, config.top_k, config.top_p), tempered, -jnp.inf)
+        kept = keep_mask(tempered, config.top_k, config.top_p)
+        share = jnp.where(kept, jnp.exp(tempered - tempered.max(-1, keepdims=True)), 0.0)
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token = jax.vmap(jax.random.categorical)(step_keys, kept).astype(jnp.int32)
+        token = pick(share, jax.vmap(jax.random.uniform)(step_keys))
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def pick(share: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The first token whose running sum of shares exceeds uniform x their sum: one random number a row instead of one a token.
+
+    The running sum is taken over runs of RUN tokens, then inside the run that was hit.
+
+    Args: share float32[B, V], not negative, some positive; uniform float32[B] in [0, 1).
+    Returns: int32[B]; never a token without a share.
+    """
+    rows, vocab = share.shape
+    runs = jnp.pad(share, ((0, 0), (0, -vocab % RUN))).reshape(rows, -1, RUN)
+    ends = jnp.cumsum(runs.sum(-1), axis=-1)
+    run, rest = _first_above(ends, uniform * ends[:, -1])
+    inside = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]
+    place, _ = _first_above(jnp.cumsum(inside, axis=-1), rest)
+    return (run * RUN + place).astype(jnp.int32)
+
+
+def _first_above(ends: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where each row of rising sums [B, N] first exceeds its target, and by how much the target exceeds the sum before."""
+    target = jnp.minimum(target, jnp.nextafter(ends[:, -1], 0.0))  # rounding must not push it past the end
+    place = jnp.argmax(ends > target[:, None], axis=-1)
+    before = jnp.take_along_axis(ends, jnp.maximum(place - 1, 0)[:, None], axis=-1)[:, 0]
+    return place, target - jnp.where(place > 0, before, 0.0)

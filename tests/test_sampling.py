@@ -75,6 +75,21 @@ def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_te
     np.testing.assert_allclose(logprobs, np.asarray(row)[0][np.asarray(tokens)], atol=1e-5)  # untempered
 
 
+def test_a_token_is_where_the_distribution_function_passes_the_random_number():
+    rng = np.random.default_rng(3)
+    share = np.where(rng.random((400, 1000)) < 0.3, rng.exponential(size=(400, 1000)) ** 4, 0.0).astype(np.float32)
+    share[:, 0] = share[:, -1] = 0.0
+    uniform = rng.random(400, np.float32)
+    uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    found = np.asarray(drawing.pick(jnp.asarray(share), jnp.asarray(uniform)))
+    ends = np.cumsum(share.astype(np.float64), axis=1) / share.sum(1, dtype=np.float64, keepdims=True)
+    rows = np.arange(400)
+    assert (share[rows, found] > 0).all()
+    # the token's own stretch of the distribution function holds the number, but for float32's rounding of the sums
+    assert (ends[rows, found] > uniform - 1e-5).all()
+    assert (ends[rows, found] - share[rows, found] / share.sum(1) <= uniform + 1e-5).all()
+
+
 def test_rows_batched_together_equal_rows_one_by_one(model, decoder):
     prompts, keys = make_prompts(model, 11), make_keys(11)
     together = Sampler(decoder).generate(None, model.base, prompts, keys, settings())
