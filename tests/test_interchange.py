@@ -122,9 +122,20 @@ def from_gguf(tmp_path_factory):
     return train(folder, "quickstart.py", SIZE | {"model": folder / "tiny.gguf"})
 
 
+# Asked for before a run is made, so that nothing is trained for a test that is skipped.
 @pytest.fixture
 def torch():
     return pytest.importorskip("torch", reason="reading our folders with other programs needs torch")
+
+
+@pytest.fixture
+def peft(torch):
+    return pytest.importorskip("peft", reason="reading our adapter needs peft")
+
+
+@pytest.fixture
+def lm_eval(torch):
+    return pytest.importorskip("lm_eval", reason="scoring with the harness needs lm_eval")
 
 
 def their_logits(torch, model, tokens, mask):
@@ -159,8 +170,7 @@ def test_model_from_a_gguf_leaves_with_its_tokenizer_and_chat_template(from_gguf
 
 @pytest.mark.live
 @pytest.mark.parametrize("trained", TINY_AND_SMOLLM2, indirect=True)
-def test_peft_gives_our_logits_with_the_exported_adapter(trained, torch, record_property):
-    peft = pytest.importorskip("peft", reason="reading our adapter needs peft")
+def test_peft_gives_our_logits_with_the_exported_adapter(torch, peft, trained, record_property):
     tokens, mask = trained.batch(8)
     ours = trained.logits(trained.lora, tokens, mask)
     assert np.abs(ours - trained.logits(None, tokens, mask)).max() > 0.1  # the adapter does something
@@ -171,7 +181,7 @@ def test_peft_gives_our_logits_with_the_exported_adapter(trained, torch, record_
 
 @pytest.mark.live
 @pytest.mark.parametrize("trained", [*TINY_AND_SMOLLM2, "from_gguf"], indirect=True)
-def test_transformers_gives_our_logits_with_the_merged_model(trained, torch, record_property):
+def test_transformers_gives_our_logits_with_the_merged_model(torch, trained, record_property):
     from transformers import AutoModelForCausalLM
 
     tokens, mask = trained.batch(8)
@@ -181,9 +191,8 @@ def test_transformers_gives_our_logits_with_the_merged_model(trained, torch, rec
     assert largest_difference(ours, theirs, "transformers' logits", record_property) < 1e-3
 
 
-def harness(folder, tmp_path):
+def harness(lm_eval, folder, tmp_path):
     """The guide's lm-eval task on the merged model: the harness's model, its samples in their order, its accuracy."""
-    lm_eval = pytest.importorskip("lm_eval", reason="scoring with the harness needs lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -202,11 +211,11 @@ def harness(folder, tmp_path):
 
 @pytest.mark.live
 @pytest.mark.parametrize("trained", TINY_AND_SMOLLM2, indirect=True)
-def test_lm_eval_scores_every_option_as_evaluate_does(trained, torch, tmp_path, monkeypatch, record_property):
+def test_lm_eval_scores_every_option_as_evaluate_does(lm_eval, trained, tmp_path, monkeypatch, record_property):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (write_questions,) = [block for block in blocks("python") if "questions.jsonl" in block]
     python(trained.folder, "-c", write_questions)
-    model, samples, accuracy = harness(trained.folder, tmp_path)
+    model, samples, accuracy = harness(lm_eval, trained.folder, tmp_path)
     evaluator, base = trained.built.evaluator, trained.built.model.base
     for sample, prompt, example in zip(samples, evaluator.prompts, evaluator.examples, strict=True):
         ids = [model._encode_pair(*pair) for pair in sample["arguments"]]  # how the harness tokenises
