@@ -44,7 +44,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         model = built.model
         save_model(out, jax.tree.map(np.asarray, merged), model.raw_config, model.tokenizer, model.generation_config)
     else:
-        save_adapter(out, lora, built.decoder.lora, built.model.config, config.model)
+        # PEFT loads the base from this name; the embedded model has a folder only
+        base = str(built.model.source) if config.model == "tiny" else config.model
+        save_adapter(out, lora, built.decoder.lora, built.model.config, base)
     if not args.quiet:
         print(f"round {int(state.round)} of {args.workdir} -> {out}")
     return {"out": str(out), "round": int(state.round), "merged": args.merge}

@@ -271,6 +271,8 @@ def test_the_exported_adapter_is_the_servers(finished, tmp_path):
     built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     tree, _ = adapters.load_adapter(tmp_path / "adapter", built.model.config)
     assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
+    raw = json.loads((tmp_path / "adapter" / adapters.CONFIG).read_text())
+    assert raw["base_model_name_or_path"] == str(experiment.TINY)  # "tiny" is no name that PEFT could load
 
 
 @pytest.mark.parametrize("task", ["facts", "reasoned"])
