@@ -53,6 +53,7 @@ setup(
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2"],  # live parity and benchmarks only
+        # live parity, interchange and benchmarks only
+        "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2", "lm-eval>=0.4.13,<0.5"],
     },
 )
