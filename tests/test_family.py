@@ -126,13 +126,15 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
 
 
 def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
-    built = build("grpo", **{"grpo.updates": 2, "train.steps": 4, "train.rate": 0.02, "train.rate_min": 0.02})
+    # eight prompts a step: some group has right and wrong answers, whatever is drawn
+    changes = {"grpo.updates": 2, "train.steps": 4, "train.rate": 0.02, "train.rate_min": 0.02, "train.batch_size": 8}
+    built = build("grpo", **changes)
     assert built.algorithm.phases == 2
     state = built.initial_state()
     state, metrics, told = rounds.run_round(
         built, state.replace(lora=built.on_devices(moved(state.lora))), rounds.Spent()
     )
-    assert len(told) == 2 * 3 * 2 * built.algorithm.settings.group
+    assert len(told) == 2 * 3 * 8 * built.algorithm.settings.group
     assert metrics["grpo/clip_fraction"] > 0  # the second update is off-policy
 
 
