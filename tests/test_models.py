@@ -299,5 +299,6 @@ def test_unreachable_hub_is_a_user_error_with_a_remedy(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(UserError, match=r"nobody/nothing.*no network.*spear_jax\.fetch"):
         load_model("nobody/nothing", "float32")
