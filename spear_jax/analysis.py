@@ -224,4 +224,5 @@ def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, flo
     """The 95 % score interval of a fraction p of n."""
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # it holds p itself, which rounding must not push out of it where p is 0 or 1
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spear_jax import grids, report
+from spear_jax import analysis, grids, report
 from spear_jax.config import default_config, flatten
 from spear_jax.errors import UserError
 from spear_jax.reports import figures, page, runs, traces
@@ -402,3 +402,10 @@ def measure(text, file, profile, width):
     found = re.search(r'<pre id="seen">(\{.*?\})</pre>', done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(found[1])
+
+
+def test_an_interval_holds_its_fraction_to_the_last_bit():
+    for count in range(1, 400):
+        for right in (0, 1, count // 2, count):
+            low, high = analysis.wilson(right / count, count)
+            assert 0.0 <= low <= right / count <= high <= 1.0
