@@ -1,7 +1,6 @@
 """Whole runs of `train` as a user starts them: the run folder, resuming, killing, and no silent recompilation."""
 
 import json
-import pathlib
 import random
 import shutil
 import signal
@@ -317,18 +316,6 @@ def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="federation.rule"):
         run_folder.open_workdir(str(tmp_path), config, "must")
-
-
-def test_the_notebooks_code_runs_on_the_run(finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORKDIR", str(finished[0]))
-    notebook = json.loads((pathlib.Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb").read_text())
-    names = {}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            exec("".join(cell["source"]), names)
-    assert (tmp_path / "accuracy.png").stat().st_size > 0
-    assert "user:" in capsys.readouterr().out
 
 
 def test_a_round_on_eight_devices_equals_the_round_on_one():
