@@ -90,6 +90,7 @@ def test_mistakes_are_named(source, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match):
             fetch.fetch(name, str(tmp_path / out))
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     refused("Did you mean 'smollm2-135m-instruct'", name="smollm2")
     refused(r"some/model.*no network", name="some/model")
     (tmp_path / "file").write_text("")
