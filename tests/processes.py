@@ -9,7 +9,8 @@ def environment(devices: int = 1) -> dict[str, str]:
     """This Python, so many virtual CPU devices, and a shared compilation cache, which keeps many processes affordable."""
     cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
     flags = "--xla_llvm_disable_expensive_passes=true"  # as in conftest.py
-    mine = {name: value for name, value in os.environ.items() if name != "VENV"}  # scripts would make it anew, for themselves
+    # without $VENV, which launch scripts would make anew for themselves
+    mine = {name: value for name, value in os.environ.items() if name != "VENV"}
     return mine | {
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
