@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from spear_jax import cells, cli, grids
+from spear_jax import analysis, cells, cli, grids
 from spear_jax.errors import UserError, unknown
 
 EXAMPLES = """
@@ -118,7 +118,7 @@ def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
 
     Args: request: what has to be equal for all cells of a folder; methods and seeds may be added later.
     """
-    old = grids.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
+    old = analysis.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
     for name, value in request.items():
         if name in old and old[name] != value:
             raise UserError(f"{folder} compares with {name} {old[name]}, now it is {value}; give a new --workdir.")

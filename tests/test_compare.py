@@ -14,7 +14,7 @@ import pytest
 from processes import environment
 
 import configs
-from spear_jax import cells, cli, compare, grids, run_folder, workers
+from spear_jax import analysis, cells, cli, compare, grids, run_folder, workers
 from spear_jax.config import default_config
 from spear_jax.errors import UserError
 
@@ -290,7 +290,7 @@ def test_finished_cells_are_not_repeated_and_methods_and_seeds_can_be_added(fake
         ("sft", 2),
         ("spear", 3),
     ]  # 0.4, 0.7 and 0.4, 0.5, 0.7
-    request = grids.read_request(tmp_path)
+    request = analysis.read_request(tmp_path)
     assert set(request["labels"]) == {"spear", "sft"} and request["labels"]["spear"]["gold"] == "pairs"
     assert request["cores"] == os.cpu_count() and "jax" in request["versions"]
 
@@ -369,5 +369,5 @@ def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_pa
     tables = [pd.read_csv(folder / "table.csv").drop(columns="seconds") for folder in (killed, whole)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert list(tables[0]["seeds"]) == [2, 2] and dict(tables[0][["method", "tokens"]].to_numpy())["sft"] == 0
-    request = grids.read_request(whole)
+    request = analysis.read_request(whole)
     assert request["labels"]["sft"]["gold"] == "responses" and request["budget"] == {"kind": "rounds", "amount": 2}

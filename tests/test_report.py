@@ -205,7 +205,7 @@ def test_results_of_seeds_are_those_of_compare(grid):
 
 
 def write_budgets(grid):
-    """Adds what `grids.cell_result` reads beyond this file's lines."""
+    """Adds what `analysis.cell_result` reads beyond this file's lines."""
     for file in grid.glob("*/seed*/metrics.jsonl"):
         lines = [
             json.loads(text) | {"budget/flops": 1.0, "budget/seconds": 1.0} for text in file.read_text().splitlines()

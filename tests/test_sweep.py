@@ -126,7 +126,7 @@ def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake,
     more = arguments(tmp_path, "--quiet", grid=("lora.rank=4,16,8", "train.steps=2,3"), seeds="0,2")
     found = grid_sweep.main(more)
     assert len(fake) == 8 and sum("rank=8" in name for name in fake) == 4 and capsys.readouterr() == ("", "")
-    assert grids.read_request(tmp_path, "sweep")["seeds"] == [0, 1, 2]
+    assert analysis.read_request(tmp_path, "sweep")["seeds"] == [0, 1, 2]
     (row,) = [row for row in found["table"] if row["lora.rank"] == 4 and row["train.steps"] == 3]
     assert row["seeds"] == 3 and row["accuracy"] == pytest.approx((0.44 + 0.54 + 0.64) / 3)
 
