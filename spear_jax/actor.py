@@ -9,6 +9,8 @@ import numpy as np
 from spear_jax import trees
 from spear_jax.drawing import SamplingConfig
 from spear_jax.feedback import Feedback, Request
+from spear_jax.models.decoder import merge
+from spear_jax.models.lora import LoraConfig
 from spear_jax.packing import Row
 from spear_jax.sampling import Completion, Sampler
 from spear_jax.tasks.base import Task
@@ -25,17 +27,24 @@ Ask = tuple[int, int, int]  # (client, position in the training set, sample numb
 
 @dataclasses.dataclass
 class Policy:
-    """Weights that answer: one adapter merged into the base for everybody, or every client's own beside it.
+    """Weights that answer: one adapter for everybody, merged into the base or beside it, or every client's own beside it.
 
     Attributes:
         base: decoder parameters.
-        lora: None where merged; else adapters stacked behind the layer axis, leaves [L, C, ...].
+        lora: None where merged; else an adapter, or several stacked behind the layer axis, leaves [L, C, ...].
         slots: {client: its place on the stacked axis}.
     """
 
     base: dict
     lora: dict | None = None
     slots: dict[int, int] = dataclasses.field(default_factory=dict)
+
+
+def as_policy(base: dict, lora: dict, settings: LoraConfig, quantize: str) -> Policy:
+    """The adapter beside the base; merged into a copy of it where a copy is needed anyhow: decoding reads weights layer by
+    layer, which a CPU has as views of the stacked ones (`devices.layer_of`), and nothing is added to quantised ones."""
+    merged = quantize == "none" and next(iter(base["embed"].devices())).platform != "cpu"
+    return Policy(merge(base, lora, settings)) if merged else Policy(base, lora)
 
 
 @dataclasses.dataclass
@@ -65,7 +74,7 @@ class Actor:
         first: how first answers are sampled.
         revise: how revisions are sampled.
         num_revisions: attempts after a wrong first answer.
-        merge: lora -> Policy with that adapter merged into the base.
+        merge: lora -> Policy that answers with that adapter (`as_policy`).
         scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without gradient.
         responses, rejected: token ids of each training example's gold and dispreferred completion; empty lists where the
             method does not train on them.

@@ -2,29 +2,19 @@
 
 import gzip
 import json
-import math
 import pathlib
 from typing import Any
 
 import pandas as pd
 
 from spear_jax.errors import UserError
+from spear_jax.records import read_lines as read_lines  # part of what this module offers, as is wilson
+from spear_jax.records import wilson
 
 Folder = str | pathlib.Path
 
 # Okabe-Ito: told apart by readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-
-
-def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut short, is left out."""
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
@@ -218,11 +208,3 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The 95 % score interval of a fraction p of n."""
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # it holds p itself, which rounding must not push out of it where p is 0 or 1
-    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))

@@ -115,6 +115,18 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
+def layer_of(leaf: jax.Array, index: int) -> jax.Array:
+    """leaf[index] of an array whose first axis lies whole on each device; on CPU devices a view of its memory, not a copy."""
+    if isinstance(leaf, jax.core.Tracer) or next(iter(leaf.devices())).platform != "cpu":
+        return leaf[index]
+    # `device_put` takes a numpy array as it lies where its address is aligned, and copies it elsewhere
+    parts = [jax.device_put(np.asarray(shard.data)[index], shard.device) for shard in leaf.addressable_shards]
+    if not isinstance(leaf.sharding, NamedSharding):
+        return parts[0]
+    sharding = NamedSharding(leaf.sharding.mesh, Spec(*leaf.sharding.spec[1:]))
+    return jax.make_array_from_single_device_arrays(leaf.shape[1:], sharding, parts)
+
+
 def to_host(tree: Any) -> Any:
     """The tree as numpy arrays, whole, in every process."""
 

@@ -21,7 +21,8 @@ class SamplingConfig:
         eos_ids: generation of a row stops at any of them; the EOS is part of the completion.
         pad_id: fills unused positions.
         segment: decoding steps between two compactions.
-        max_rows: rows of one device batch.
+        max_rows: rows of one batch, on all devices.
+        max_tokens: places for prompts and completions in one batch's cache, on each device.
     """
 
     max_new_tokens: int
@@ -32,6 +33,7 @@ class SamplingConfig:
     pad_id: int
     segment: int = 32
     max_rows: int = 64
+    max_tokens: int = 1 << 16
 
 
 def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import tqdm
 
 from spear_jax import cli, experiment, run_folder
-from spear_jax.actor import Policy
+from spear_jax.actor import Policy, as_policy
 from spear_jax.config import check_config, default_config
 from spear_jax.devices import make_mesh, replicate
 from spear_jax.errors import UserError
@@ -101,7 +101,7 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
         return score(evaluator, Policy(model.base), args.quiet), args.model
     policy = Policy(model.base, replicate(tree, mesh))
     if evaluator.method == "generate":
-        policy = experiment.as_policy(policy.base, policy.lora, lora, config.quantize)
+        policy = as_policy(policy.base, policy.lora, lora, config.quantize)
     return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
 
 

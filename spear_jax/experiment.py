@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from spear_jax import casting, memory, packing, partition, rooms, trees
 from spear_jax import config as configs
-from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.actor import Actor, Cohort, Policy, as_policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.devices import CLIENTS, agree, base_placer, make_mesh, replicate, shard_rows
@@ -22,7 +22,7 @@ from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models import adapters
-from spear_jax.models.decoder import Decoder, merge
+from spear_jax.models.decoder import Decoder
 from spear_jax.models.load import LoadedModel, load_model
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
 from spear_jax.models.quantize import quantiser
@@ -181,11 +181,6 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
         completion_length=completion_length,
         adapter=adapter,
     )
-
-
-def as_policy(base: dict, lora: dict, settings: LoraConfig, quantize: str) -> Policy:
-    """The adapter merged into the base, or beside a base that is quantised."""
-    return Policy(merge(base, lora, settings)) if quantize == "none" else Policy(base, lora)
 
 
 def build_task(config: ml_collections.ConfigDict) -> Task:

@@ -1,6 +1,7 @@
 """The padded sizes of what goes through a model: how they are rounded, and which of them a run has opened."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ class Shapes:
     """The padded sizes that a run has opened. A batch takes an open one that holds it with little waste; once frozen any that
     holds it, so that nothing compiles any more. Part of what a run must remember (`save`, `load`)."""
 
-    WASTE = 1.15  # how much larger than wanted, in its product, an open shape may be before freezing
+    WASTE = 1.15  # how much dearer than wanted an open shape may be before freezing
 
     def __init__(self):
         self.frozen = False
@@ -67,23 +68,26 @@ class Shapes:
         self.frozen = True
 
     def fit(
-        self, name: str, wanted: tuple[int, ...], holds: Callable[[tuple[int, ...]], bool] | None = None
+        self, name: str, wanted: tuple[int, ...], cost: Callable[[tuple[int, ...]], float] | None = None
     ) -> tuple[int, ...]:
-        """An open shape of this name that holds what is wanted, or `wanted` itself, opened.
+        """The cheapest open shape of this name that holds what is wanted, or `wanted` itself, opened.
 
-        Args: holds: whether a shape would do; None: it is as large as `wanted` in every size.
+        Args: cost: of a shape, infinite where it would not do; None: its product where it is as large as `wanted` in every
+            size.
         """
+
+        def product(shape: tuple[int, ...]) -> float:
+            large = all(a >= b for a, b in zip(shape, wanted, strict=True))
+            return float(np.prod(shape, dtype=float)) if large else np.inf
+
+        cost = cost or product
         found = self._open.setdefault(name, set())
-        large = holds or (lambda shape: all(a >= b for a, b in zip(shape, wanted, strict=True)))
-        limit = np.inf if self.frozen else self.WASTE * float(np.prod(wanted))
-        fitting = [shape for shape in found if large(shape) and np.prod(shape, dtype=float) <= limit]
-        best = min(fitting, key=lambda s: (np.prod(s, dtype=float), s), default=wanted)
+        limit = sys.float_info.max if self.frozen else self.WASTE * cost(wanted)
+        costs = {shape: cost(shape) for shape in found}
+        fitting = [shape for shape in found if costs[shape] <= limit]
+        best = min(fitting, key=lambda s: (costs[s], s), default=wanted)
         found.add(best)
         return best
-
-    def held(self, name: str, holds: Callable[[tuple[int, ...]], bool]) -> bool:
-        """Whether an open shape of this name would do."""
-        return any(map(holds, self._open.get(name, ())))
 
     def opened(self, name: str) -> list[tuple[int, ...]]:
         """The open shapes of this name."""

@@ -1,15 +1,14 @@
-"""Generation with a KV cache: prompts of all clients in one batch, each row with its own key, finished rows leaving early.
+"""Generation with a KV cache: prompts of all clients together, each row with its own key, finished rows leaving early.
 
-Prompts are sorted by length and read as one flat pack, equal ones once; their keys and values are then spread over left-padded
-rows. Decoding runs in segments; after each one the rows that still generate are compacted into the smallest row bucket that
-holds them. A row's tokens depend on its prompt and its key, never on its neighbours.
+Prompts are read as flat packs, equal ones once (`batches` says which together); their keys and values are spread over
+left-padded rows. Decoding runs in segments; after each one the rows that still generate are compacted into the smallest row
+bucket that holds them. A row's tokens depend on its prompt and its key, never on its neighbours.
 
 Rows stand in equal groups: one for each device, or where every client answers with its own adapter one for each client.
 """
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax import packs, rooms
+from spear_jax.batches import plan_batches, row_bucket
 from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig, draw
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
@@ -31,53 +31,65 @@ class Completion:
     logprobs: list[float]
 
 
-def length_bucket(length: int, step: int = 16) -> int:
-    """The padded length for `length` tokens: multiples of `step`, coarser as they grow, at most a third of it padding."""
-    size = step
-    while size < length:
-        size += max(step, step * (size // (4 * step)))
-    return size
+def blank(decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype) -> dict:
+    """A decoding state without prompts, its rows laid on devices as `live` bool[B] is: a dict of arrays with leading axis B,
+    caches a pair [B, N, P + new, K] a layer. Args: width: P."""
+    model, rows, room = decoder.config, live.shape[0], config.max_new_tokens
+    zeros = functools.partial(jnp.zeros, device=live.sharding)
+    cell = rows, model.kv_heads, width + room, model.head_width
+    return {
+        "cache": tuple((zeros(cell, dtype), zeros(cell, dtype)) for _ in range(model.layers)),
+        "cache_mask": zeros((rows, width + room), bool),
+        "tokens": zeros((rows, room), jnp.int32),
+        "logprobs": zeros((rows, room), jnp.float32),
+        "live": zeros(rows, bool),
+        "keys": zeros((rows, 2), jnp.uint32),
+    }
 
 
-def row_bucket(rows: int, max_rows: int) -> int:
-    """The padded row count for `rows`: max_rows divided by 1, 4, 16, ... while at least 4 remain."""
-    size = max_rows
-    while size // 4 >= max(rows, 4):
-        size //= 4
-    return size
+def read(decoder: Decoder, config: SamplingConfig, lora, base, state, pack: Pack, index, mask, keys, live, at):
+    """Reads prompts into some rows of a decoding state and draws their first tokens.
 
-
-def start(decoder: Decoder, config: SamplingConfig, lora, base, pack: Pack, index, mask, keys, live):
-    """Reads a batch's prompts and draws its first tokens.
-
-    Args: pack, index, mask: as from `packs.pack_prompts`, leading axis G; keys [B]; live bool[B], false for padding rows;
+    Args:
         lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis ([L, G, in, R]).
-    Returns: the decoding state, a dict of arrays with leading axis B = G * rows (caches: a pair [B, N, P + new, K] a layer).
+        pack, index, mask: of r prompts of each of G groups, as from `packs.pack_prompts`. The groups' rows are equal shares
+            of the state's.
+        keys: [G * r]; live: bool[G * r], false for padding rows.
+        at: int32[], the first of the rows in each group's share.
+    Returns: the state.
     """
-    spread = functools.partial(_spread, config.max_new_tokens)
 
-    def read(lora, pack, index):
+    def one(lora, pack, index):
         hidden, layers = packed_states(decoder, lora, base, pack)
-        return hidden[index[:, -1]], jax.tree.map(lambda x: spread(x, index), layers)
+        if not isinstance(base["layers"], tuple):
+            layers = tuple(zip(*layers, strict=True))
+        return hidden[index[:, -1]], jax.tree.map(lambda x: _spread(x, index), layers)
 
     own = 1 if lora is not None and jax.tree.leaves(lora)[0].ndim == 4 else None
-    hidden, cache = jax.vmap(read, in_axes=(own, 0, 0))(lora, pack, index)
-    hidden, cache, mask = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (hidden, cache, mask))
-    rows, room = mask.shape[0], config.max_new_tokens
-    state = {
-        "cache": cache,
-        "cache_mask": jnp.pad(mask, ((0, 0), (0, room))),
+    groups = index.shape[0]
+    hidden, cache = jax.vmap(one, in_axes=(own, 0, 0))(lora, pack, index)
+
+    def write(whole, new):
+        """`new` [G, r, ...] into `whole` [B, ...], from the first place of the other axes on."""
+        split = whole.reshape(groups, -1, *whole.shape[1:])
+        return jax.lax.dynamic_update_slice(split, new, (0, at, *[0] * (new.ndim - 2))).reshape(whole.shape)
+
+    rows, room = live.shape[0], config.max_new_tokens
+    drawn = {
         "tokens": jnp.full((rows, room), config.pad_id, jnp.int32),
         "logprobs": jnp.zeros((rows, room), jnp.float32),
         "live": live,
         "keys": keys,
     }
-    return _emit(config, state, _head(base, hidden), jnp.int32(0))
+    drawn = _emit(config, drawn, _head(base, hidden.reshape(rows, -1)), jnp.int32(0))
+    drawn = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), drawn | {"keys": jax.random.key_data(keys)})
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, room)))
+    return jax.tree.map(write, state, drawn | {"cache": cache, "cache_mask": mask})
 
 
-def _spread(room: int, flat: jax.Array, index: jax.Array) -> jax.Array:
-    """Keys or values of packed tokens [N_tokens, N, K] -> [rows, N, P + room, K]."""
-    return jnp.pad(jnp.swapaxes(flat[index], 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
+def _spread(flat: jax.Array, index: jax.Array) -> jax.Array:
+    """Keys or values of packed tokens [N_tokens, N, K] -> [rows, N, P, K]."""
+    return jnp.swapaxes(flat[index], 1, 2)
 
 
 def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, step, until):
@@ -120,10 +132,9 @@ def _emit(config, state, logits, step):
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(decoder, config, lora, base, pack, index, mask, keys, live):
-    state = start(decoder, config, lora, base, pack, index, mask, jax.random.wrap_key_data(keys), live)
-    return {**state, "keys": jax.random.key_data(state["keys"])}
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _read(decoder, config, lora, base, state, pack, index, mask, keys, live, at):
+    return read(decoder, config, lora, base, state, pack, index, mask, jax.random.wrap_key_data(keys), live, at)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -181,56 +192,57 @@ class Sampler:
         Returns: one Completion a prompt, in their order.
         """
         done: list[Completion | None] = [None] * len(prompts)
-        base = unstack(base)
-        for adapters, whole in self._batches(prompts, config.max_rows, lora, owners):
-            for groups in self._parts(config, whole, prompts):
-                self._batch(adapters, base, prompts, keys, groups, config, done, report)
+        bases = base, unstack(base)  # prompts are read by a scan over layers, where they are stacked
+        for adapters, groups in self._groups(prompts, config.max_rows, lora, owners):
+            # groups of clients need not fill the devices evenly; they are then on all of them
+            even = len(groups) % self.devices == 0
+            plan, batches = plan_batches(config, groups, prompts, self.devices if even else 1, self.shapes)
+            for parts in batches:
+                place = self.place if even else self.spread
+                self._batch(adapters, bases, prompts, keys, plan, parts, config, done, report, place)
         return done
 
-    def _batches(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
-        """(adapters, groups of prompt numbers), the longest prompts first."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    def _groups(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
+        """(adapters, groups of prompt numbers)."""
         if owners is None:
-            for begin in range(0, len(order), max_rows):
-                part = order[begin : begin + max_rows]
-                yield lora, [part[device :: self.devices] for device in range(self.devices)]
+            order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
+            yield lora, [order[device :: self.devices] for device in range(self.devices)]
             return
         clients = jax.tree.leaves(lora)[0].shape[1]
-        own = [[i for i in order if owners[i] == client] for client in range(clients)]
+        own = [[i for i, owner in enumerate(owners) if owner == client] for client in range(clients)]
         together = min(clients, max_rows)
-        rows = max(1, max_rows // together)
         for first in range(0, clients, together):
             # the last clients fill up with clients that are there already, so that one shape serves
             chosen = np.arange(first, first + together) % clients
             adapters = lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
-            mine = [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
-            for begin in range(0, max(map(len, mine)), rows):
-                yield adapters, [one[begin : begin + rows] for one in mine]
+            yield adapters, [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
 
-    def _batch(self, lora, base, prompts, keys, groups, config, done, report) -> None:
-        rows, width, room = self._fit(config, [[prompts[i] for i in group] for group in groups])
-        packed = packs.pack_prompts([[prompts[i] for i in group] for group in groups], rows, width, room)
-        owner = np.full((len(groups), rows), -1)
-        for slot, group in enumerate(groups):
-            owner[slot, : len(group)] = group
-        owner = owner.reshape(-1)
-        row_keys = np.where(owner[:, None] >= 0, keys[owner], 0)
-        # groups of clients need not fill the devices evenly; they are then on all of them
-        place = self.place if len(groups) % self.devices == 0 else self.spread
-        inputs = jax.tree.map(place, (*packed, row_keys, owner >= 0))
-        state = _start(self.decoder, config, lora, base, *inputs)
-        step = 1
+    def _batch(self, lora, bases, prompts, keys, plan, parts, config, done, report, place) -> None:
+        groups, rows = len(parts[0]), plan.part
+        owner = np.full((groups, plan.rows), -1)
+        for number, part in enumerate(parts):
+            for slot, own in enumerate(part):
+                owner[slot, number * rows : number * rows + len(own)] = own
+        state = blank(self.decoder, config, plan.width, place(np.zeros(owner.size, bool)), bases[0]["embed"].dtype)
+        for number, part in enumerate(parts):
+            packed = packs.pack_prompts([[prompts[i] for i in own] for own in part], rows, plan.width, plan.room)
+            mine = owner[:, number * rows : (number + 1) * rows].reshape(-1)
+            row_keys = np.where(mine[:, None] >= 0, keys[mine], 0)
+            inputs = jax.tree.map(place, (*packed, row_keys, mine >= 0))
+            state = _read(self.decoder, config, lora, bases[0], state, *inputs, np.int32(number * rows))
+        owner, step = owner.reshape(-1), 1
         while True:
             until = min(step + config.segment, config.max_new_tokens)
             if step < until:
-                state, reached = _advance(self.decoder, config, lora, base, state, np.int32(step), np.int32(until))
+                limits = np.int32(step), np.int32(until)
+                state, reached = _advance(self.decoder, config, lora, bases[1], state, *limits)
                 step = int(reached)
             live = to_host(state["live"])
             over = step >= config.max_new_tokens or not live.any()
             report(self._harvest(state, owner, np.ones_like(live) if over else ~live, config, done))
             if over:
                 return
-            state, owner = self._compact(state, owner, live, config, width, len(groups), place)
+            state, owner = self._compact(state, owner, live, config, plan.width, groups, place)
 
     def _harvest(self, state, owner, ended, config, done) -> int:
         """Copies finished rows to the host, once; returns how many there were."""
@@ -254,45 +266,3 @@ class Sampler:
         order = np.argsort(~live.reshape(groups, -1), axis=1, kind="stable")[:, :rows]
         order = (order + before * np.arange(groups)[:, None]).reshape(-1)
         return _take(state, place(order)), np.where(live, owner, -1)[order]
-
-    def _parts(self, config: SamplingConfig, groups: list[list[int]], prompts) -> Iterator[list[list[int]]]:
-        """The groups, or once frozen, where no open shape holds them, halves of them: two batches cost less than a program."""
-        whole = not self.shapes.frozen or max(map(len, groups)) < 2
-        if not whole:
-            wanted = _Wanted(config, [[prompts[i] for i in group] for group in groups])
-            whole = self.shapes.held(wanted.name, wanted.held_by)
-        if whole:
-            yield groups
-            return
-        for half in (0, 1):
-            yield from self._parts(config, [group[half::2] for group in groups], prompts)
-
-    def _fit(self, config: SamplingConfig, groups: list[list[list[int]]]) -> tuple[int, int, rooms.Room]:
-        """The rows of a group, the prompt width, and the room that a batch is padded to."""
-        wanted = _Wanted(config, groups)
-        found = self.shapes.fit(wanted.name, wanted.shape, wanted.held_by)
-        return found[0], found[1], wanted.room(found)
-
-
-class _Wanted:
-    """What a batch's prompts ask of a shape: (rows of a group, prompt width, packed tokens, rows and length of each grid).
-
-    Args: groups: the prompts of each group.
-    """
-
-    def __init__(self, config: SamplingConfig, groups: list[list[list[int]]]):
-        self.name, self._groups = f"{len(groups)} {config!r}", groups
-        rows = row_bucket(max(map(len, groups)), -(-config.max_rows // len(groups)))
-        width = length_bucket(max(len(prompt) for group in groups for prompt in group))
-        self._room = packs.prompt_room(groups, width)
-        self.shape = (rows, width, self._room.tokens, *itertools.chain(*self._room.grids))
-
-    def room(self, shape: tuple[int, ...]) -> rooms.Room:
-        """The room of a shape."""
-        grids = tuple(zip(shape[3::2], shape[4::2], strict=True))
-        return dataclasses.replace(self._room, tokens=shape[2], grids=grids)
-
-    def held_by(self, shape: tuple[int, ...]) -> bool:
-        """Whether a shape holds the batch."""
-        large = shape[0] >= self.shape[0] and shape[1] >= self.shape[1]
-        return large and packs.holds_prompts(self.room(shape), self._groups)

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from spear_jax import analysis, cli, devices, experiment, run_folder
+from spear_jax import cli, devices, experiment, run_folder
 from spear_jax.compiles import Compiles
 from spear_jax.dry_run import dry_run, write_split
 from spear_jax.experiment import Experiment
@@ -166,6 +166,8 @@ def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
 
 def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """summary.json, accuracy.png and, unless quiet, a table."""
+    from spear_jax import analysis  # here, not above: training does without the memory that pandas takes
+
     summary = analysis.summarise(workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     analysis.plot_accuracy([workdir], workdir / "accuracy.png")

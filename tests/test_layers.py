@@ -9,12 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
-    ("errors", "types", "trees", "losses", "analysis", "grids", "tokens", "sweeps", "reports", "settings"),
+    ("errors", "types", "trees", "losses", "records", "analysis", "grids", "tokens", "sweeps", "reports", "settings"),
     (
         "models",
         "sampling",
         "packing",
         "packs",
+        "batches",
         "rooms",
         "drawing",
         "partition",

@@ -85,7 +85,8 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_room(prompts, 5))
     pack = jax.tree.map(lambda x: x[0], pack)
     hidden, cache = packed_states(decoder, None, base, pack)
-    hidden, cache = hidden[index[0, :, -1]], jax.tree.map(lambda x: sampling._spread(room, x, index[0]), cache)
+    padded = lambda x: jnp.pad(sampling._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
+    hidden, cache = hidden[index[0, :, -1]], jax.tree.map(padded, cache)
     for step in range(5, tokens.shape[1] + 1):
         np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)
         if step < tokens.shape[1]:

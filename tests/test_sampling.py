@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import drawing, sampling, trees
+from spear_jax import batches, drawing, sampling, trees
 from spear_jax.drawing import SamplingConfig
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model
@@ -147,20 +147,20 @@ def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
     sampler = Sampler(decoder)
     sampler.generate(None, model.base, make_prompts(model, 16), make_keys(16), settings())
     sampler.shapes.freeze()
-    before = sampling._start._cache_size(), sampling._advance._cache_size()
+    before = sampling._read._cache_size(), sampling._advance._cache_size()
     for seed in (1, 2, 3):
         short = [p[:20] for p in make_prompts(model, 5 + seed, seed)]
         sampler.generate(None, model.base, short, make_keys(len(short)), settings())
-    assert (sampling._start._cache_size(), sampling._advance._cache_size()) == before
+    assert (sampling._read._cache_size(), sampling._advance._cache_size()) == before
 
 
 def test_buckets_hold_what_they_are_asked_to_hold():
     for length in range(1, 3000, 7):
-        bucket = sampling.length_bucket(length)
+        bucket = batches.length_bucket(length)
         assert bucket >= length and (length <= 16 or bucket < 1.5 * length)
-    assert len({sampling.length_bucket(n) for n in range(1, 2048)}) < 30
+    assert len({batches.length_bucket(n) for n in range(1, 2048)}) < 30
     for rows in range(1, 65):
-        assert sampling.row_bucket(rows, 64) >= rows
+        assert batches.row_bucket(rows, 64) >= rows
 
 
 def test_paths_of_keys_do_not_collide_where_the_published_sum_does():

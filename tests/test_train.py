@@ -280,7 +280,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
     built = experiment.build(config, jax.devices()[:1])
     programs = (
-        sampling._start, sampling._advance, sampling._take, rounds._train, rounds._aggregate, merge,
+        sampling._read, sampling._advance, sampling._take, rounds._train, rounds._aggregate, merge,
         evaluation._last_scores, evaluation._token_scores,
     )  # fmt: skip
     state = built.initial_state()

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from spear_jax import packing
+from spear_jax.actor import Policy, as_policy
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.bench.side import Side
@@ -22,7 +23,7 @@ from spear_jax.federated import clients, server
 from spear_jax.federated.checkpoint import Checkpoints
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models.config import ModelConfig, parse_config
-from spear_jax.models.decoder import Decoder, merge
+from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
 from spear_jax.models.weights import MODULES, fill, places
@@ -105,27 +106,28 @@ class System:
         self.rounds = itertools.count(1)
         self.cohort_size = 0
 
-    def merged(self) -> dict:
-        """The base with the adapter in it, as rollouts and evaluations take it."""
-        return merge(self.base, self.lora, self.decoder.lora)
+    def policy(self) -> Policy:
+        """The base with the adapter, as rollouts take it."""
+        return as_policy(self.base, self.lora, self.decoder.lora, "none")
 
-    def generate(self, policy: dict, prompts: list[list[list[int]]]) -> Told:
+    def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Told:
         """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
         flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
         sampler, sampling = Sampler(self.decoder), sampling_config(self.preset, len(flat))
-        done = sampler.generate(None, policy, flat, keys, sampling)
-        held = sum(shape[0] * new + shape[2] for shape in sampler.shapes.opened(f"1 {sampling!r}"))
+        done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
+        ((rows, part, _, tokens, *_),) = sampler.shapes.opened(f"1 {sampling!r}")
+        held = -(-len(flat) // rows) * (rows * new + rows // part * tokens)
         return {
             "answers": [completion.tokens for completion in done],
             "padding": 1 - sum(len(prompt) + new for prompt in flat) / held,
         }
 
     def rollout(self) -> Told:
-        return self.generate(self.merged(), self.work.prompts)
+        return self.generate(self.policy(), self.work.prompts)
 
     def revision(self) -> Told:
-        return self.generate(self.merged(), self.work.revisions)
+        return self.generate(self.policy(), self.work.revisions)
 
     def evaluation(self) -> Told:
         names = tuple(map(str, range(len(self.work.options))))
@@ -187,7 +189,7 @@ class System:
         return {}
 
     def round(self) -> Told:
-        policy = self.merged()
+        policy = self.policy()
         self.generate(policy, self.work.prompts)
         self.generate(policy, self.work.revisions)
         del policy  # as in a round, the merged weights are not held while training

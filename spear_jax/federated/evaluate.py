@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.analysis import wilson
 from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
 from spear_jax.models.decoder import Decoder, head_weight
 from spear_jax.models.token_logprobs import Scorer, block_positions, by_row, over_chunks
 from spear_jax.packing import Row, choose_room, fold_rows
+from spear_jax.records import wilson
 from spear_jax.rooms import Room
 from spear_jax.sampling import Sampler
 from spear_jax.tasks.base import Task

@@ -11,8 +11,8 @@ from typing import Any
 import tensorboardX
 import tqdm
 
-from spear_jax.analysis import read_lines
 from spear_jax.federated.tracking import Tracking
+from spear_jax.records import read_lines
 from spear_jax.types import Trace
 
 Pieces = Callable[[list[int]], list[str]]

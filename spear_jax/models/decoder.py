@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from spear_jax.devices import layer_of
 from spear_jax.models.attention import attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
@@ -136,13 +137,14 @@ def head_weight(base: dict) -> jax.Array:
 
 
 def unstack(base: dict) -> dict:
-    """The base with its layers as a tuple of trees. A pass then runs layer after layer instead of scanning them: it compiles
-    longer and copies no weights, which generation on a CPU needs. A base that is unstacked already is returned as it is."""
+    """The base with its layers as a tuple of trees, on a CPU views of the stacked ones. A pass then runs layer after layer
+    instead of scanning them: it compiles longer and copies no weights, which decoding on a CPU needs. A base that is unstacked
+    already is returned as it is."""
     layers = base["layers"]
     if isinstance(layers, tuple):
         return base
-    count = next(iter(layers.values())).shape[0]
-    return {**base, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], layers) for i in range(count))}
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return {**base, "layers": tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), layers) for i in range(count))}
 
 
 @functools.partial(jax.jit, static_argnums=2)

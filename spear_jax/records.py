@@ -1,0 +1,25 @@
+"""What both a run and its analysis read and compute; no pandas, which a run does without until its end."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+
+def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut short, is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The 95 % score interval of a fraction p of n."""
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # it holds p itself, which rounding must not push out of it where p is 0 or 1
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
