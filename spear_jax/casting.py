@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from spear_jax import trees
 from spear_jax.actor import Actor, Policy
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.drawing import SamplingConfig
@@ -106,4 +107,4 @@ def scorer(evaluator: Evaluator, prompt_room: int, length: int, max_rows: int) -
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score_rows(decoder, chunk, lora, base, blocks):
     """float32[G, B, T] of blocks with a leading axis."""
-    return jax.vmap(lambda block: clients.score_rows(decoder, chunk, lora, base, block))(blocks)
+    return trees.each(lambda block: clients.score_rows(decoder, chunk, lora, base, block))(blocks)

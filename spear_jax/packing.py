@@ -237,10 +237,13 @@ def choose_room(
     found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, grids=grids), keys)]
     # tokens are what costs: a block should be full of them before it is full of anything else
     spare = lambda counts: 1 + max(counts, default=0) * 5 // 4
-    used = [[10**6 - min(t.free[g] for t in b.trunks) for b in found] for g in range(len(widths))]
+    used = np.array([[[10**6 - free for free in t.free] for t in b.trunks] for b in found]).reshape(-1, len(widths))
+    long = spare(used[:, -1].tolist())
+    # a short tree may stand in a long one's row
+    counts = [max(1, spare(used.sum(1).tolist()) - long), long] if len(widths) == 2 else [long]
     return Room(
         tokens=best,
-        grids=tuple((spare(counts), width) for counts, width in zip(used, widths, strict=True)),
+        grids=tuple(zip(counts, widths, strict=True)),
         scored=max(size_bucket(spare([b.scored for b in found])), shared * length),
         items=spare([len(b.rows) for b in found]),
         kinds=kinds,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packs, rooms
+from spear_jax import packs, rooms, trees
 from spear_jax.batches import plan_batches, row_bucket
 from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig, draw
@@ -67,7 +67,7 @@ def read(decoder: Decoder, config: SamplingConfig, lora, base, state, pack: Pack
 
     own = 1 if lora is not None and jax.tree.leaves(lora)[0].ndim == 4 else None
     groups = index.shape[0]
-    hidden, cache = jax.vmap(one, in_axes=(own, 0, 0))(lora, pack, index)
+    hidden, cache = trees.each(one, in_axes=(own, 0, 0))(lora, pack, index)
 
     def write(whole, new):
         """`new` [G, r, ...] into `whole` [B, ...], from the first place of the other axes on."""

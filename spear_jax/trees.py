@@ -1,6 +1,7 @@
 """Small functions over pytrees, and the one place where random streams get their names."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,21 @@ def global_norm(tree: Any) -> jax.Array:
 def where(condition: jax.Array, left: Any, right: Any) -> Any:
     """Leaf by leaf `left` where the scalar condition holds, else `right`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
+
+
+def each(function: Callable, in_axes: Any = 0) -> Callable:
+    """`jax.vmap` (results with the new axis first), but one alone is not mapped: XLA's CPU kernels share their work over an
+    array's first axis, and where its length is 1 a single core would do all of it."""
+
+    def run(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        mapped = [(arg, axis) for arg, axis in zip(args, axes, strict=True) if axis is not None]
+        if any(leaf.shape[axis] != 1 for arg, axis in mapped for leaf in jax.tree.leaves(arg)):
+            return jax.vmap(function, axes)(*args)
+        only = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, axis), arg)
+        return jax.tree.map(lambda x: x[None], function(*map(only, args, axes)))
+
+    return run
 
 
 def purpose(name: str) -> int:

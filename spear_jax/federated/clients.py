@@ -240,7 +240,7 @@ def train_cohort(
 
         def chunk(sums, xs):
             carried, (work, keys, weight, active) = xs
-            mapped = jax.vmap(one, in_axes=(None if carried is None else 0, 0, 0))
+            mapped = trees.each(one, in_axes=(None if carried is None else 0, 0, 0))
             old, new, means = mapped(carried, work, keys)
             shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
             e = 0.0 if keep else config.ema_decay  # once a round, after the last phase

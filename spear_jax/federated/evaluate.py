@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spear_jax import trees
 from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError
@@ -200,7 +201,7 @@ def _last_scores(decoder, lora, base, blocks, candidates):
         logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
-    return jax.vmap(one)(blocks, candidates)
+    return trees.each(one)(blocks, candidates)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -221,4 +222,4 @@ def _token_scores(decoder, chunk, lora, base, blocks):
         hidden = Scorer(decoder, base, chunk).states(lora, block)
         return [by_row(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
 
-    return jax.vmap(one)(blocks)
+    return trees.each(one)(blocks)

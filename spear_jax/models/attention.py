@@ -4,7 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+KEPT = "product"  # the name of what the backward pass keeps under the decoder's remat "attention"
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 BLOCK, BLOCKS = 64, 4  # queries of a block where there are enough; blocks at most, as each is compiled
 
@@ -33,18 +35,62 @@ def attend(q, keys, values, visible):
     return jnp.concatenate(parts, axis=1)
 
 
+@jax.custom_vjp
 def _block(q, keys, values, visible):
     """`attend` for some of the queries."""
-    r, length, h, width = q.shape
+    return _forward(q, keys, values, visible)[0]
+
+
+def _forward(q, keys, values, visible):
+    """Mixed values, and what the backward pass reads: of the softmax a row's logarithm alone."""
+    raw = _scores(q, keys, visible)
+    most = raw.max(axis=-1, keepdims=True)
+    weight = jnp.exp(raw - most)
+    total = weight.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("rnls,rnsk->rnlk", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = checkpoint_name(_heads_last((mixed / total).astype(values.dtype), q), KEPT)
+    log_total = checkpoint_name(most + jnp.log(total), KEPT)
+    return mixed, (q, keys, values, visible, mixed, log_total)
+
+
+def _backward(held, change):
+    """Gradients from weights computed again: with P = softmax(S), dS = P (dP - rowsum(dO O)).
+
+    Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
+    """
+    q, keys, values, visible, mixed, log_total = held
+    weight = jnp.exp(_scores(q, keys, visible) - log_total)
+    along = _heads_first((change * mixed).sum(axis=-1, keepdims=True, dtype=jnp.float32), keys)
+    change = _heads_first(change, keys)
+    d_values = jnp.einsum("rnls,rnlk->rnsk", weight.astype(values.dtype), change)
+    d_weight = jnp.einsum("rnlk,rnsk->rnls", change, values, preferred_element_type=jnp.float32)
+    d_scores = (weight * (d_weight - along)).astype(q.dtype)
+    d_q = jnp.einsum("rnls,rnsk->rnlk", d_scores, keys) / math.sqrt(q.shape[-1])
+    d_keys = jnp.einsum("rnls,rnlk->rnsk", d_scores, _heads_first(q, keys) / math.sqrt(q.shape[-1]))
+    return _heads_last(d_q, q), d_keys, d_values, None
+
+
+_block.defvjp(_forward, _backward)
+
+
+def _scores(q, keys, visible):
+    """float32[R, N, group * L, S], masked."""
+    q = _heads_first(q / math.sqrt(q.shape[-1]), keys)
+    raw = jnp.einsum("rnlk,rnsk->rnls", q, keys, preferred_element_type=jnp.float32)
+    r, n, rows, length = raw.shape
+    mask = jnp.where(visible, 0.0, MASKED)[:, None, None]
+    return (raw.reshape(r, n, -1, visible.shape[1], length) + mask).reshape(r, n, rows, length)
+
+
+def _heads_first(x, keys):
+    """[R, L, H, K] -> [R, N, group * L, K]: the heads of a group under one another, so that there is one product a key head,
+    its operands contiguous."""
+    r, length, h, width = x.shape
     n = keys.shape[1]
-    group = h // n
-    # the heads of a group stand under one another: one product a key head, its operands contiguous
-    q = jnp.transpose((q / math.sqrt(width)).reshape(r, length, n, group, width), (0, 2, 3, 1, 4))
-    raw = jnp.einsum("rnlk,rnsk->rnls", q.reshape(r, n, -1, width), keys, preferred_element_type=jnp.float32)
-    raw = raw.reshape(r, n, group, length, -1) + jnp.where(visible, 0.0, MASKED)[:, None, None]
-    weight = jnp.exp(raw - jax.lax.stop_gradient(raw.max(axis=-1, keepdims=True)))
-    total = weight.sum(axis=-1)[..., None]
-    weight = weight.astype(values.dtype).reshape(r, n, group * length, -1)
-    mixed = jnp.einsum("rnls,rnsk->rnlk", weight, values, preferred_element_type=jnp.float32)
-    mixed = (mixed.reshape(r, n, group, length, width) / total).astype(values.dtype)
-    return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(r, length, h, width)
+    return jnp.transpose(x.reshape(r, length, n, h // n, width), (0, 2, 3, 1, 4)).reshape(r, n, -1, width)
+
+
+def _heads_last(x, q):
+    """Back to q's [R, L, H, K]."""
+    r, length, h, width = q.shape
+    return jnp.transpose(x.reshape(r, -1, h // x.shape[1], length, width), (0, 3, 1, 2, 4)).reshape(q.shape)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from spear_jax.devices import layer_of
-from spear_jax.models.attention import attend, seen_in_tree
+from spear_jax.models.attention import KEPT, attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.quantize import widen
@@ -30,7 +30,6 @@ Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
 # nothing: every activation is kept · attention: products with weights are kept, attention, norms and activation functions
 # computed again · layers: only each layer's input is kept
 REMAT = ("nothing", "attention", "layers")
-KEPT = "product"  # the name of what "attention" keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +232,11 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
             yield y
 
     x = _rms_norm(hidden, weights["attn_norm"], config.norm_eps)
-    q, k, v = (checkpoint_name(y, KEPT).reshape(*lead, -1, config.head_width) for y in project(x, "q", "k", "v"))
-    if config.qk_norm:
-        q = _rms_norm(q, weights["q_norm"], config.norm_eps)
-        k = _rms_norm(k, weights["k_norm"], config.norm_eps)
-    q, k = _rotate(q, rotation), _rotate(k, rotation)
+    q, k, v = (y.reshape(*lead, -1, config.head_width) for y in project(x, "q", "k", "v"))
+    if config.qk_norm:  # whose gradient needs what it was given
+        q = _rms_norm(checkpoint_name(q, KEPT), weights["q_norm"], config.norm_eps)
+        k = _rms_norm(checkpoint_name(k, KEPT), weights["k_norm"], config.norm_eps)
+    q, k, v = (checkpoint_name(y, KEPT) for y in (_rotate(q, rotation), _rotate(k, rotation), v))
     kept = (k, v)
     if cached is None:
         keys, values = ([jnp.swapaxes(part, 1, 2) for part in layout.to_grids(y)] for y in (k, v))
@@ -247,8 +246,8 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
         kept = tuple(map(write, cache, (k, v)))
         keys, values = ([part] for part in kept)
     attended = layout.from_grids(list(map(attend, layout.to_grids(q), keys, values, layout.visible)))
-    attended = checkpoint_name(attended.reshape(*lead, config.heads * config.head_width), KEPT)
-    hidden = hidden + next(project(attended, "o"))
+    attended = attended.reshape(*lead, config.heads * config.head_width)
+    hidden = checkpoint_name(hidden + next(project(attended, "o")), KEPT)
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
     gate, up = (checkpoint_name(y, KEPT) for y in project(x, "gate", "up"))
     hidden = hidden + next(project(jax.nn.silu(gate) * up, "down"))
