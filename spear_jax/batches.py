@@ -15,8 +15,6 @@ from spear_jax import packs
 from spear_jax.drawing import SamplingConfig
 from spear_jax.rooms import Room, Shapes
 
-READ = 2048  # prompt tokens that one pass reads on a device: enough to fill it, and more would only take memory
-
 Part = list[list[int]]  # prompt numbers of each group
 
 
@@ -83,19 +81,19 @@ def plan_batches(
 
 
 def _smallest(config, groups, prompts, devices) -> Plan:
-    """As few equal batches as rows and tokens allow, each read in as few equal parts as READ allows."""
+    """As few equal batches as rows and tokens allow, each read in as few equal parts as its tokens allow."""
     lengths = [len(prompts[i]) for group in groups for i in group]
     width, largest = length_bucket(max(lengths)), max(map(len, groups))
     held = config.max_tokens // (width + config.max_new_tokens) * devices
     most = max(1, min(config.max_rows, held) // len(groups))
     batches = -(-largest // most)
-    quarter = max(1, most // 4)
-    rows = min(most, -(-largest // batches // quarter) * quarter)
-    passes = min(rows, -(-sum(lengths) // (READ * batches * devices)))
+    finest = max(1, most // 8)
+    rows = min(most, -(-largest // batches // finest) * finest)
+    passes = min(rows, -(-sum(lengths) // (config.read_tokens * batches * devices)))
     part = -(-rows // passes)
     passes = -(-rows // part)
     shares = [own for group in groups for own in _shares(group, prompts, batches * passes, part)]
-    room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width)
+    room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width, batches * passes)
     return Plan(part * passes, part, width, room)
 
 

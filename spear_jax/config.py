@@ -87,6 +87,7 @@ def default_config() -> ml_collections.ConfigDict:
     rollout.feedback = "oracle"  # oracle, none, human, oracle_published (A4)
     rollout.hint_words = 3
     rollout.max_rows = 64  # rows of one generation batch
+    rollout.cache_mb = 0  # of its keys and values, on a device; 0: 224 on a CPU, else a quarter of the device's memory
     rollout.segment = 32  # decoding steps between compactions
 
     config.train = train = ml_collections.ConfigDict()
@@ -147,6 +148,7 @@ _RANGES = {
     "rollout.num_revisions": (0, None),
     "rollout.hint_words": (0, None),
     "rollout.max_rows": (1, None),
+    "rollout.cache_mb": (0, None),
     "rollout.segment": (1, None),
     "train.steps": (1, None),
     "train.accumulation": (1, None),

@@ -23,6 +23,7 @@ class SamplingConfig:
         segment: decoding steps between two compactions.
         max_rows: rows of one batch, on all devices.
         max_tokens: places for prompts and completions in one batch's cache, on each device.
+        read_tokens: prompt tokens that one pass reads on a device.
     """
 
     max_new_tokens: int
@@ -34,6 +35,7 @@ class SamplingConfig:
     segment: int = 32
     max_rows: int = 64
     max_tokens: int = 1 << 16
+    read_tokens: int = 1024
 
 
 def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:

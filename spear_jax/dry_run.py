@@ -75,10 +75,12 @@ def needs(built: Experiment) -> dict[str, int | None]:
     each = experiment.bytes_per_client(
         config, built.decoder, built.algorithm, built.prompt_length, built.completion_length
     )
-    # generation reads a copy of the base with the adapter merged in; beside a quantised base the adapter stays apart
-    merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base)) if config.quantize == "none" else 0
+    # generation reads a copy of the base with the adapter merged in, but on a CPU (actor.as_policy)
+    copied = config.quantize == "none" and jax.default_backend() != "cpu"
+    merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base)) if copied else 0
     length = longest_prompt(built) + max(config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision)
-    cache = memory.cache_bytes(model, config.rollout.max_rows, length, 2 if config.dtype == "bfloat16" else 4)
+    tokens = min(config.rollout.max_rows * length, max(length, built.actor.first.max_tokens))
+    cache = memory.cache_bytes(model, 1, tokens, 2 if config.dtype == "bfloat16" else 4)
     return {
         "clients_at_once": built.local.clients_at_once,
         "memory_training": built.local.clients_at_once * each,

@@ -285,6 +285,7 @@ def _prompt_limit(config: ml_collections.ConfigDict, model: LoadedModel) -> int:
 def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[SamplingConfig, ...]:
     """How first answers, revisions and greedy evaluations are drawn."""
     rollout = config.rollout
+    tokens, read = memory.generation_tokens(model.config, model.base["embed"].dtype.itemsize, rollout.cache_mb)
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
@@ -294,6 +295,8 @@ def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[Sa
         pad_id=model.pad_id,
         segment=rollout.segment,
         max_rows=rollout.max_rows,
+        max_tokens=tokens,
+        read_tokens=read,
     )
     revise = dataclasses.replace(first, max_new_tokens=rollout.max_new_tokens_revision)
     greedy = dataclasses.replace(first, temperature=0.0, max_new_tokens=config.eval.max_new_tokens)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from spear_jax.rooms import Room, size_bucket, split_grids
+from spear_jax.rooms import Room, split_grids
 from spear_jax.types import Pack
 
 
@@ -102,15 +102,21 @@ def pack_prompts(
     return jax.tree.map(lambda *parts: np.stack(parts), *packs), index, mask
 
 
-def prompt_room(groups: Sequence[Sequence[list[int]]], width: int) -> Room:
-    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum."""
+def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> Room:
+    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum.
+
+    Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
+    """
     lengths = _distinct(groups)
     short, *rest = split_grids(sum(lengths, []), width, cell=32)
-    counts = [max(sum((n <= short) == low for n in own) for own in lengths) for low in (True, False)]
-    grids = ((short, counts[0]), *((width, counts[1]) for width in rest))
+    total = max(1, *map(len, lengths))
+    long = min(total, 1 + max(sum(n > short for n in own) for own in lengths))
+    # a short prompt may stand in a long one's row
+    grids = ((total - long, short), (long, width)) if rest and long < total else ((total, width),)
+    spread = lambda own: 2.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
     return Room(
-        tokens=size_bucket(int(max(sum(own) + 2.5 * np.std(own or [0]) * len(own) ** 0.5 for own in lengths)), 32),
-        grids=tuple((size_bucket(max(1, count), 2), width) for width, count in grids),
+        tokens=-(-int(max(sum(own) + spread(own) for own in lengths)) // 32) * 32,
+        grids=grids,
         scored=1,
         items=1,
         kinds=1,

@@ -58,7 +58,6 @@ def test_prefill_and_decode_floors_by_hand():
     flops = 2 * (W + HEAD) * 4 + SEEN * 16
     assert floors.decode(counts(), lengths, 3) == Part(flops, 2 * 4 * (W + HEAD) + CACHE * 16)
     assert floors.decode(counts(), lengths, 1) == Part(0, 0)
-    assert floors.merge(counts()) == Part(2 * RANK * W, 2 * 4 * W)
     assert floors.aggregate(counts(), 3) == Part(2 * 3 * ADAPTER, 4 * 4 * ADAPTER)
 
 
@@ -90,8 +89,7 @@ def test_needs_of_the_phases_add_up_and_every_phase_has_some():
     steps = [floors.train(floors.count(parse_config(work.preset.shape), 4, "float32"), r) for c in work.rows for r in c]
     assert total("local_step") == steps[0].flops
     trained = sum(step.flops for step in steps)
-    merged = needs["rollout"][0].flops  # once in a round, and once in either phase alone
-    assert total("round") == total("rollout") + total("revision") - merged + trained + total("aggregation")
+    assert total("round") == total("rollout") + total("revision") + trained + total("aggregation")
     # two clients x four prompts x four new tokens, two clients x two revisions x four
     assert (tokens["rollout"], tokens["revision"]) == (32, 16)
 

@@ -8,14 +8,13 @@ LM head, L layers, H heads of width K, N key/value heads of width K and R the ra
                 head 2 V D for each position whose distribution is needed
     training    twice the forward's products with frozen weights (forward and input gradient), three times its attention
                 (whose both sides have gradients), and 6 R (in + out) a token and adapted projection
-    merging     2 R a weight
 
     prefill     bytes: weights once, the cache written once
     decode      bytes: weights once a step for the whole batch, and every row's cache up to its position
-    training    bytes: weights twice; merging: weights read and written
+    training    bytes: weights twice
 
 A floor is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the copy rate). Activations, norms, softmax,
-sampling and the optimiser are left out, so nothing reaches it.
+sampling, the optimiser, and adapters where nothing trains are left out, so nothing reaches it.
 """
 
 import collections
@@ -51,7 +50,6 @@ class Counts:
         adapter: R (in + out) over all adapted projections: the adapter's own numbers.
         cache: bytes of one token's keys and values.
         size: bytes of a weight.
-        rank: R.
     """
 
     layers: int
@@ -60,7 +58,6 @@ class Counts:
     adapter: int
     cache: int
     size: int
-    rank: int
 
     @property
     def weights(self) -> int:
@@ -78,13 +75,7 @@ def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
         adapter=rank * model.layers * sum(i + o for i, o in shapes),
         cache=2 * model.layers * model.kv_heads * model.head_width * size,
         size=size,
-        rank=rank,
     )
-
-
-def merge(c: Counts) -> Part:
-    """The adapter into the weights."""
-    return Part(2 * c.rank * c.layers, 2 * c.layers * c.size)
 
 
 def prefill(c: Counts, lengths: np.ndarray) -> Part:
@@ -131,7 +122,7 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
 
     def generation(prompts: list[list[list[int]]]) -> list[Part]:
-        return [merge(c), prefill(c, lengths(prompts)), decode(c, lengths(prompts), preset.new_tokens)]
+        return [prefill(c, lengths(prompts)), decode(c, lengths(prompts), preset.new_tokens)]
 
     mean = aggregate(c, preset.clients)
     steps = [train(c, rows) for own in work.rows for rows in own]
@@ -139,11 +130,11 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     return {
         "rollout": first,
         "revision": revised,
-        "evaluation": [merge(c), prefill(c, lengths([work.questions]))],
+        "evaluation": [prefill(c, lengths([work.questions]))],
         "local_step": [steps[0]],
         "aggregation": [mean],
         "checkpoint": [Part(0.0, 4.0 * c.adapter)],
-        "round": [*first, *revised[1:], *steps, mean],  # merged once
+        "round": [*first, *revised, *steps, mean],
     }
 
 
@@ -186,6 +177,8 @@ def memory_needed(work: Workload, rival: bool) -> int:
         return weights + max(cache, step)
 
     at_once = preset.clients_at_once or preset.clients
-    ours = held(preset.clients * preset.prompts, rows * at_once, 0.0) + c.layers * c.size  # merged weights
+    ours = (
+        held(preset.clients * preset.prompts, rows * at_once, 0.0) + c.layers * c.size
+    )  # weights merged, or in layers
     full = (c.size + 12) * (rows // 2) * length * model.vocab_size
     return int(ours + (held(preset.prompts, rows // 2, full) if rival else 0.0))

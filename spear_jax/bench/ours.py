@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import packing
+from spear_jax import memory, packing
 from spear_jax.actor import Policy, as_policy
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
@@ -26,7 +26,7 @@ from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
-from spear_jax.models.weights import MODULES, fill, places
+from spear_jax.models.weights import DTYPES, MODULES, fill, places
 from spear_jax.sampling import Sampler
 from spear_jax.types import Example
 
@@ -235,7 +235,9 @@ def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
 
 
 def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
-    """No EOS, so that every completion has exactly new_tokens; all rows in one device batch."""
+    """No EOS, so that every completion has exactly new_tokens; as many rows in a batch as the config's memory allows."""
+    itemsize = DTYPES[preset.dtype].itemsize
+    tokens, read = memory.generation_tokens(parse_config(preset.shape), itemsize, default_config().rollout.cache_mb)
     return SamplingConfig(
         max_new_tokens=preset.new_tokens,
         temperature=preset.temperature,
@@ -245,6 +247,8 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
         pad_id=0,
         segment=default_config().rollout.segment,
         max_rows=rows,
+        max_tokens=tokens,
+        read_tokens=read,
     )
 
 
