@@ -16,7 +16,7 @@ from spear_jax import config as configs
 from spear_jax.actor import Actor, Cohort, Policy, as_policy
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
-from spear_jax.devices import CLIENTS, agree, base_placer, make_mesh, replicate, shard_rows
+from spear_jax.devices import CLIENTS, MODEL, agree, base_placer, make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
@@ -86,14 +86,18 @@ class Experiment:
             return list(map(self.actor.merge, own))
         return [Policy(self.model.base, self.on_devices(one)) for one in own]  # one pass is not worth a merged copy
 
-    def training_room(self, steps: list) -> rooms.Room:
-        """The block size for local training, from the micro-batches of the first steps (every few of them, where many)."""
+    def training_rooms(self, steps: list, slots: int) -> tuple[rooms.Room, rooms.Room | None]:
+        """The block size for local training, from the micro-batches of the first steps (every few of them, where many), and a
+        smaller one for blocks that fit it (None: they do not, or clients train together). slots: items that no step exceeds."""
         some = [step for step in steps if any(step)]
         some = some[:: 1 + len(some) // 32]
-        algorithm, limit = self.algorithm, self.config.train.block_tokens
-        return packing.choose_room(
-            some, algorithm.kinds, algorithm.trunks, self.prompt_length, self.completion_length, limit
-        )
+        algorithm, shapes = self.algorithm, self.actor.sampler.shapes
+        sizes = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
+        room = shapes.room("train", lambda: packing.choose_room(some, algorithm.kinds, algorithm.trunks, *sizes))
+        if self.local.clients_at_once > 1 or self.mesh.shape[MODEL] > 1:
+            return room, None  # all that train together would go through both
+        small = shapes.room("train small", lambda: packing.choose_small(some, room))
+        return room, None if small == room else small
 
     def on_devices(self, tree: Any) -> Any:
         """A tree of host arrays on every device of the mesh."""

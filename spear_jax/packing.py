@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from spear_jax.packs import Tree, Trunk, fill
+from spear_jax.packs import Tree, Trunk, fill, fits
 from spear_jax.rooms import Room, size_bucket, split_grids
 from spear_jax.types import Batch, Block
 
@@ -205,7 +205,13 @@ def _tokens(family: list, trunks: int) -> int:
 
 
 def choose_room(
-    steps: Sequence[Sequence[Sequence[Item]]], kinds: int, trunks: int, prompt: int, length: int, limit: int
+    steps: Sequence[Sequence[Sequence[Item]]],
+    kinds: int,
+    trunks: int,
+    prompt: int,
+    length: int,
+    limit: int,
+    slots: int | None = None,
 ) -> Room:
     """The block size that wastes least on these steps.
 
@@ -214,6 +220,7 @@ def choose_room(
         kinds: rows of an item; trunks: packs.
         prompt: P, the longest prompt that will ever come; length: T, the longest completion.
         limit: tokens of a block, at most; more only where a single item needs them.
+        slots: items that no step exceeds, where that is known.
     Returns: a room into which every item fits that keeps to `prompt` and `length`.
     """
     shared = -(-kinds // trunks)  # rows of an item in one pack, under one prompt
@@ -236,20 +243,46 @@ def choose_room(
     grids = tuple((10**6, width) for width in widths)
     found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, grids=grids), keys)]
     # tokens are what costs: a block should be full of them before it is full of anything else
-    spare = lambda counts: 1 + max(counts, default=0) * 5 // 4
+    most_items = 10**9 if slots is None else slots
+
+    def spare(counts: Sequence[int], of_item: int = 1) -> int:
+        return min(1 + max(counts, default=0) * 5 // 4, most_items * of_item)
+
     used = np.array([[[10**6 - free for free in t.free] for t in b.trunks] for b in found]).reshape(-1, len(widths))
-    long = spare(used[:, -1].tolist())
+    long = spare(used[:, -1].tolist(), shared)
     # a short tree may stand in a long one's row
-    counts = [max(1, spare(used.sum(1).tolist()) - long), long] if len(widths) == 2 else [long]
+    counts = [max(1, spare(used.sum(1).tolist(), shared) - long), long] if len(widths) == 2 else [long]
     return Room(
         tokens=best,
         grids=tuple(zip(counts, widths, strict=True)),
-        scored=max(size_bucket(spare([b.scored for b in found])), shared * length),
+        scored=max(size_bucket(spare([b.scored for b in found], shared * length)), shared * length),
         items=spare([len(b.rows) for b in found]),
         kinds=kinds,
         trunks=trunks,
         length=length,
     )
+
+
+def choose_small(steps: Sequence[Sequence[Sequence[Item]]], room: Room) -> Room:
+    """A smaller room for the blocks of these steps that fit one: the size that saves most tokens; `room` itself where none
+    saves a twentieth."""
+    keys = Keys()
+    blocks = [block for step in steps for block in _plan(step, room, keys)]
+    tokens = [room.tokens - min(t.left for t in block.trunks) for block in blocks]
+    sizes = sorted({-(-n // 16) * 16 for n in tokens})
+    saved = [sum(n <= size for n in tokens) * (room.tokens - size) for size in sizes]
+    if not saved or max(saved) * 20 < room.tokens * len(blocks):
+        return room
+    size = sizes[int(np.argmax(saved))]
+    fitting = [block for block, n in zip(blocks, tokens, strict=True) if n <= size]
+
+    def rows(grid: int) -> int:
+        most = room.grids[grid][0]
+        return max(1, *(most - t.free[grid] for block in fitting for t in block.trunks))
+
+    scored = min(room.scored, -(-max(block.scored for block in fitting) // 16) * 16)
+    grids = tuple((rows(grid), width) for grid, (_, width) in enumerate(room.grids))
+    return dataclasses.replace(room, tokens=size, grids=grids, scored=scored)
 
 
 def _trees(plans: Iterable[list[_Open]]) -> Iterable[Tree]:
@@ -270,12 +303,17 @@ def most_blocks(steps: Sequence[Sequence[Sequence[Item]]], room: Room, slots: in
     return 1 + -int(-max(slots * longer / room.tokens, slots / room.items))
 
 
-def stack_blocks(steps: list[list[Block]], room: Room, count: int) -> tuple[Block, np.ndarray]:
-    """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; and int32[S], how many are in use."""
+def stack_blocks(
+    steps: list[list[Block]], room: Room, count: int, small: Room | None = None
+) -> tuple[Block, np.ndarray, np.ndarray]:
+    """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; int32[S], how many are in use; bool[S, K],
+    which of them fit the small room."""
     empty = _Open(room, 0).close()
     padded = [blocks + [empty] * (count - len(blocks)) for blocks in steps]
     inner = [jax.tree.map(lambda *parts: np.stack(parts), *blocks) for blocks in padded]
-    return jax.tree.map(lambda *parts: np.stack(parts), *inner), np.array([len(blocks) for blocks in steps], np.int32)
+    fitting = np.array([[small is not None and fits(block, small) for block in blocks] for blocks in padded])
+    used = np.array([len(blocks) for blocks in steps], np.int32)
+    return jax.tree.map(lambda *parts: np.stack(parts), *inner), used, fitting
 
 
 def draw(pool: list, count: int, rng: np.random.Generator) -> list:

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.rooms import Room, split_grids
-from spear_jax.types import Pack
+from spear_jax.types import Block, Pack
 
 
 class Trunk:
@@ -75,6 +76,43 @@ def fill(trunk: Trunk, room: Room) -> tuple[Pack, dict[int, int]]:
         cell[places] = offsets[tree.grid] + row * room.grids[tree.grid][1] + np.arange(tree.length)
         at += tree.length
     return Pack(tokens, positions, grids, branch, cell), base
+
+
+def fits(block: Block, room: Room) -> bool:
+    """Whether `shrink` would lose nothing of a block (numpy arrays)."""
+    for pack in block.packs:
+        if sum(int((branch >= 0).sum()) for branch in pack.branches) > room.tokens:
+            return False
+        used = [int((branch[:, 0] >= 0).sum()) for branch in pack.branches]
+        if any(rows > most for rows, (most, _) in zip(used, room.grids, strict=True)):
+            return False
+    ends = block.start + block.rows.completion_mask.sum(-1)
+    return int(ends.max()) <= room.scored
+
+
+def shrink(block: Block, room: Room) -> Block:
+    """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
+
+    def cut(pack: Pack) -> Pack:
+        cell, gone, offset = pack.cell[: room.tokens], 0, 0
+        shift = jnp.zeros_like(cell)
+        for grid, (rows, width) in zip(pack.grids, room.grids, strict=True):
+            shift = jnp.where(cell >= offset, gone, shift)  # cells of this grid, and for now of those behind it
+            offset, gone = offset + grid.shape[0] * width, gone + (grid.shape[0] - rows) * width
+        rows = [rows for rows, _ in room.grids]
+        return Pack(
+            tokens=pack.tokens[: room.tokens],
+            positions=pack.positions[: room.tokens],
+            grids=tuple(grid[:n] for grid, n in zip(pack.grids, rows, strict=True)),
+            branches=tuple(branch[:n] for branch, n in zip(pack.branches, rows, strict=True)),
+            cell=cell - shift,
+        )
+
+    return block.replace(
+        packs=tuple(map(cut, block.packs)),
+        source=tuple(places[: room.scored] for places in block.source),
+        target=block.target[: room.scored],
+    )
 
 
 def pack_prompts(

@@ -22,8 +22,9 @@ def logprobs(decoder, base, lora, rows, length):
     return jnp.where(mask[:, width:], picked, 0.0)
 
 
-def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0):
-    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`."""
+def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False):
+    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks that fit a smaller room go
+    through the model in it."""
     micros = [[[packing.items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
     steps = [step for client in micros for step in client]
     if normalize == "global" and not algorithm.micro:
@@ -32,5 +33,7 @@ def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded
     blocks = [packing.fold(step, room) for step in steps]
     per_client, clients = len(cohort[0]), max(padded, len(cohort))
     blocks += [[]] * (clients * per_client - len(blocks))
-    found, count = packing.stack_blocks(blocks, room, max(1, *map(len, blocks)))
-    return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), Work(found, count))
+    smaller = packing.choose_small(steps, room) if small else room
+    smaller = None if smaller == room else smaller
+    work = Work(*packing.stack_blocks(blocks, room, max(1, *map(len, blocks)), smaller), smaller)
+    return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), work)

@@ -89,6 +89,7 @@ def run(
     references=(),
     numbers=None,
     limit=64,
+    small=False,
 ):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
@@ -99,13 +100,24 @@ def run(
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
-    work = dense.work(cohort, algorithm, P, T, local.normalize, limit, padded=size)
+    work = dense.work(cohort, algorithm, P, T, local.normalize, limit, padded=size, small=small)
     train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
     base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
     shared = replicate(clients.Shared(lora, {}, references, numbers or {}, jnp.float32(1e-2)), mesh).replace(base=base)
     return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
+
+
+@pytest.mark.parametrize("limit", [64, 1000])
+def test_blocks_in_a_smaller_room_give_the_same_adapter_and_metrics(model, lora, cohort, limit):
+    fits = dense.work(cohort, spear(), P, T, limit=limit, small=True).fits
+    assert fits.any() and not fits.all()
+    (total, _, means), (wanted, _, plain) = (
+        run(model, lora, cohort, limit=limit, small=small) for small in (True, False)
+    )
+    for one, other in zip(jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def plain_step_loss(model, decoder, lora, step):

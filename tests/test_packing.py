@@ -106,6 +106,27 @@ def test_micro_batches_never_share_a_block_and_padding_rows_are_dropped():
     assert [int((block.rows.label != 0).sum()) for block in blocks] == [2, 1]
 
 
+def test_a_block_cut_to_a_smaller_room_still_holds_every_row():
+    steps = make_steps()
+    room = packing.choose_room(steps, 1, 1, P, T, 120)
+    small = packing.choose_small(steps, room)
+    assert small.tokens < room.tokens
+    kept = 0
+    for block in (block for step in steps for block in packing.fold(step, room)):
+        if not packs.fits(block, small):
+            continue
+        cut = packs.shrink(block, small)
+        (pack,), cells = cut.packs, np.concatenate([grid.reshape(-1) for grid in cut.packs[0].grids])
+        assert pack.tokens.shape == (small.tokens,) and cut.target.shape == (small.scored,)
+        assert [grid.shape for grid in pack.grids] == [tuple(size) for size in small.grids]
+        real = sum(int((branch >= 0).sum()) for branch in pack.branches)
+        assert cells[np.asarray(pack.cell[:real])].tolist() == list(range(real))  # each token's cell holds that token
+        for slot in np.flatnonzero(block.rows.label):
+            assert read_back(cut, slot) == read_back(block, slot)
+        kept += 1
+    assert kept
+
+
 def test_items_of_any_later_step_find_room():
     room = packing.choose_room(make_steps(4, rows=3), 1, 1, P, T, 40)
     rng = np.random.default_rng(5)

@@ -100,7 +100,10 @@ class System:
         steps = [[step_items(step)] for own in work.rows for step in own]
         longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
         limit = default_config().train.block_tokens
-        self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit)
+        slots = max(len(items) for (items,) in steps)
+        self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots)
+        small = packing.choose_small(steps, self.room)
+        self.small = None if small == self.room or self.local.clients_at_once > 1 else small
         self.folder = tempfile.TemporaryDirectory()
         self.checkpoints = Checkpoints(pathlib.Path(self.folder.name), keep_last=1, keep_best=0)
         self.rounds = itertools.count(1)
@@ -170,11 +173,16 @@ class System:
         keys = packing.Keys()
         blocks = [packing.fold([items], self.room, keys) for own in rows for items in map(step_items, own)]
         blocks += [[]] * (count * steps - len(blocks))
-        found, used = packing.stack_blocks(blocks, self.room, max(map(len, blocks)))
-        work = clients.Work(found, used)
+        small = self.small if at_once == 1 else None
+        found, used, fitting = packing.stack_blocks(blocks, self.room, max(map(len, blocks)), small)
+        fitting &= np.arange(fitting.shape[1]) < used[:, None]
         real = sum(int((branch >= 0).sum()) for branch in found.packs[0].branches)
+        read = self.room.tokens * int(used.sum())
+        if small is not None:
+            read -= (self.room.tokens - small.tokens) * int(fitting.sum())
+        work = clients.Work(found, used, fitting, small)
         work = jax.tree.map(lambda x: x.reshape(count, steps, *x.shape[1:]), work)
-        return work, 1 - real / (self.room.tokens * int(used.sum()))
+        return work, 1 - real / read
 
     def aggregation(self) -> Told:
         weight = np.ones(self.preset.clients, np.float32)

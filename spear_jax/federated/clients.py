@@ -20,6 +20,8 @@ from spear_jax.algorithms.base import Algorithm
 from spear_jax.devices import CLIENTS, MODEL
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.token_logprobs import Scorer, by_row
+from spear_jax.packs import shrink
+from spear_jax.rooms import Room
 from spear_jax.types import Block, ClientState, Mean
 
 DROPOUT = trees.purpose("dropout")
@@ -58,10 +60,14 @@ class Work:
     Attributes:
         blocks: leading axis K; those behind `count` are empty.
         count: int32, blocks of the step.
+        fits: bool, leading axis K: which blocks go through the model in the small room.
+        small: that room; None: all blocks as they are.
     """
 
     blocks: Block
     count: jax.Array
+    fits: jax.Array
+    small: Room | None = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -126,9 +132,15 @@ def local_update(
         sums, counts = _counts(algorithm, config.normalize, blocks, held, numbers)
 
         def gradient(k):
-            block, at, count = jax.tree.map(lambda x: x[k], (blocks, keys, counts))
-            objective = lambda lora: algorithm.loss(block.rows, by_row(block, forward(lora, block, at)), count, numbers)
-            return jax.value_and_grad(objective, has_aux=True)(lora)
+            block, at, count, fits = jax.tree.map(lambda x: x[k], (blocks, keys, counts, work.fits))
+
+            def of(block):
+                loss = lambda lora: algorithm.loss(block.rows, by_row(block, forward(lora, block, at)), count, numbers)
+                return jax.value_and_grad(loss, has_aux=True)(lora)
+
+            if work.small is None:
+                return of(block)
+            return jax.lax.cond(fits, lambda: of(shrink(block, work.small)), lambda: of(block))
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
         add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))

@@ -195,14 +195,14 @@ def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
         for step in rows:
             micros = [packing.items_of(micro, algorithm.kinds) if active else [] for micro in step]
             steps.append(micros if apart else [sum(micros, [])])
-    room = shapes.room("train", lambda: experiment.training_room(steps))
+    slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.kinds
+    room, small = experiment.training_rooms(steps, slots * algorithm.shell.accumulation)
     keys = packing.Keys()
     blocks = [packing.fold(step, room, keys) for step in steps]
-    slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.kinds
     expected = packing.most_blocks(steps, room, slots * algorithm.shell.accumulation)
     (deepest,) = shapes.fit("train blocks", (max(expected, *map(len, blocks)),))
     count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.shape[CLIENTS])
     steps_each = algorithm.steps_per_phase
     blocks += [[]] * (count * steps_each - len(blocks))
-    found, used = packing.stack_blocks(blocks, room, deepest)
-    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), clients.Work(found, used))
+    work = clients.Work(*packing.stack_blocks(blocks, room, deepest, small), small)
+    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), work)
