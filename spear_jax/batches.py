@@ -9,8 +9,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
 from spear_jax import packs
 from spear_jax.drawing import SamplingConfig
 from spear_jax.rooms import Room, Shapes
@@ -36,6 +34,11 @@ class Plan:
 
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.part, self.width, self.room.tokens, *itertools.chain(*self.room.grids))
+
+    def cells(self, new: int) -> int:
+        """Places of a batch's cache, tokens it reads and places of their grids, of each group; new: tokens to generate."""
+        read = self.room.tokens + sum(rows * width for rows, width in self.room.grids)
+        return self.rows * (self.width + new) + self.rows // self.part * read
 
     def of_shape(self, shape: tuple[int, ...]) -> "Plan":
         """The plan of another shape."""
@@ -72,8 +75,9 @@ def plan_batches(
     dealt: dict[tuple[int, ...], list[list[Part]] | None] = {}
 
     def cost(shape: tuple[int, ...]) -> float:
-        dealt[shape] = _deal(wanted.of_shape(shape), groups, prompts) if shape[2] >= wanted.width else None
-        return float("inf") if dealt[shape] is None else float(np.prod(shape, dtype=float)) * len(dealt[shape])
+        plan = wanted.of_shape(shape)
+        dealt[shape] = _deal(plan, groups, prompts) if plan.width >= wanted.width else None
+        return float("inf") if dealt[shape] is None else len(dealt[shape]) * plan.cells(config.max_new_tokens)
 
     shape = shapes.fit(f"{len(groups)} {config!r}", wanted.shape(), cost)
     plan = wanted.of_shape(shape)
@@ -91,6 +95,8 @@ def _smallest(config, groups, prompts, devices) -> Plan:
     rows = min(most, -(-largest // batches // finest) * finest)
     passes = min(rows, -(-sum(lengths) // (config.read_tokens * batches * devices)))
     part = -(-rows // passes)
+    while part * -(-rows // part) > most:
+        part -= 1
     passes = -(-rows // part)
     shares = [own for group in groups for own in _shares(group, prompts, batches * passes, part)]
     room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width, batches * passes)

@@ -101,3 +101,22 @@ def test_a_person_is_asked_by_one_process_only(monkeypatch):
     config.rollout.feedback = "human"
     with pytest.raises(UserError, match="each of which would ask"):
         experiment.build(config)
+
+
+@pytest.mark.parametrize("count, split", [(1, 1), (8, 1), (4, 2)])
+def test_a_layer_of_a_stacked_array_is_a_view_on_every_device_it_lies_on(count, split):
+    whole = np.random.default_rng(0).normal(size=(3, 64, 32)).astype(np.float32)
+    place = devices.base_placer(devices.make_mesh(jax.devices()[:count], split))
+    for name in ("q", "o", "attn_norm"):  # split over columns, over rows, and whole
+        stack = place(name, whole)
+        layer = devices.layer_of(stack, 1)
+        np.testing.assert_array_equal(np.asarray(layer), whole[1])
+        assert layer.sharding.is_equivalent_to(stack[1].sharding, 2)
+        for part, of in zip(layer.addressable_shards, stack.addressable_shards, strict=True):
+            step = of.data.nbytes // 3
+            assert part.data.unsafe_buffer_pointer() == of.data.unsafe_buffer_pointer() + step
+
+
+def test_a_layer_whose_address_is_not_aligned_is_copied():
+    stack = jax.device_put(np.arange(15, dtype=np.float32).reshape(5, 3))
+    np.testing.assert_array_equal(np.asarray(devices.layer_of(stack, 2)), [6, 7, 8])

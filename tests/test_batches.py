@@ -1,0 +1,105 @@
+"""Which prompts are generated together: everybody once, within the rows and tokens allowed, in shapes that are open."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spear_jax import batches, memory, packs
+from spear_jax.drawing import SamplingConfig
+from spear_jax.models.config import parse_config
+from spear_jax.rooms import Shapes
+
+CONFIG = SamplingConfig(
+    max_new_tokens=16, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), pad_id=0, max_rows=64, max_tokens=1600,
+    read_tokens=300,
+)  # fmt: skip
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 10, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 6, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def make_prompts(count, seed=0, low=20, high=81):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, 999, rng.integers(low, high)).tolist() for _ in range(count)]
+
+
+def plan(prompts, groups=None, shapes=None, devices=1, **changes):
+    groups = [list(range(len(prompts)))] if groups is None else groups
+    config = dataclasses.replace(CONFIG, **changes)
+    return batches.plan_batches(config, groups, prompts, devices, Shapes() if shapes is None else shapes)
+
+
+@pytest.mark.parametrize(
+    "count, groups, devices", [(1, 1, 1), (7, 1, 1), (50, 1, 1), (51, 4, 4), (30, 3, 1), (2, 8, 8)]
+)
+def test_every_prompt_stands_in_one_part_of_its_own_group(count, groups, devices):
+    prompts = make_prompts(count)
+    own = [list(range(count))[group::groups] for group in range(groups)]
+    found, dealt = plan(prompts, own, devices=devices)
+    assert found.rows % found.part == 0
+    for group in range(groups):
+        assert sorted(i for batch in dealt for part in batch for i in part[group]) == own[group]
+    for batch in dealt:
+        assert len(batch) <= found.rows // found.part
+        for part in batch:
+            assert max(map(len, part)) <= found.part and any(part)
+            assert packs.holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
+
+
+@pytest.mark.parametrize("allowed", [200, 900, 1600, 100_000])
+def test_a_batch_keeps_to_the_tokens_and_rows_allowed(allowed):
+    prompts = make_prompts(50)
+    found, _ = plan(prompts, max_tokens=allowed)
+    assert found.rows <= 64
+    # a batch of a single row is as small as batches get
+    assert found.rows * (found.width + CONFIG.max_new_tokens) <= allowed or found.rows == 1
+    fewer, _ = plan(prompts, max_rows=5)
+    assert fewer.rows <= 5
+
+
+def test_a_pass_reads_about_the_tokens_allowed_and_parts_are_even():
+    prompts = make_prompts(64, low=40, high=61)
+    found, dealt = plan(prompts, max_tokens=100_000, read_tokens=800)
+    read = [sum(len(prompts[i]) for i in part[0]) for batch in dealt for part in batch]
+    assert max(read) <= 800 and max(read) - min(read) <= 60 and sum(map(len, prompts)) == sum(read)
+    assert found.room.tokens < 1.15 * max(read)
+
+
+def test_equal_prompts_are_read_together():
+    prompts = [prompt for prompt in make_prompts(6) for _ in range(4)]
+    _, dealt = plan(prompts)
+    parts = [part[0] for batch in dealt for part in batch]
+    # each of the six is split at most where a part is full
+    assert sum(len({tuple(prompts[i]) for i in part}) for part in parts) <= 6 + len(parts)
+
+
+def test_once_frozen_any_number_of_prompts_goes_through_an_open_shape():
+    shapes = Shapes()
+    first, _ = plan(make_prompts(20), shapes=shapes)
+    shapes.freeze()
+    for count in (1, 3, 19, 45, 200):
+        prompts = make_prompts(count, seed=count)
+        found, dealt = plan(prompts, shapes=shapes)
+        assert found == first
+        assert sorted(i for batch in dealt for part in batch for i in part[0]) == list(range(count))
+    longer, _ = plan([[5] * 400], shapes=shapes)  # which nothing open holds
+    assert longer.width >= 400
+
+
+def test_an_open_shape_that_wastes_little_is_taken_again():
+    shapes = Shapes()
+    first, _ = plan(make_prompts(20, low=50, high=60), shapes=shapes)
+    again, _ = plan(make_prompts(20, seed=1, low=50, high=60), shapes=shapes)
+    short, _ = plan(make_prompts(20, low=5, high=10), shapes=shapes)
+    assert again == first and short.width < first.width
+
+
+def test_the_cache_holds_the_megabytes_given():
+    model = parse_config(SHAPE)
+    each = 2 * model.layers * model.kv_heads * model.head_width * 4
+    tokens, read = memory.generation_tokens(model, 4, 3)
+    assert tokens == 3_000_000 // each and read > 0
+    assert memory.generation_tokens(model, 4, 0)[0] == 224_000_000 // each  # the CPU's default
