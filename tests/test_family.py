@@ -105,17 +105,19 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
 def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monkeypatch):
     built = build("grpo", **{"train.steps": 3, "train.rate": 0.05, "train.rate_min": 0.05})
     state = built.initial_state()
+    start = jax.tree.map(np.array, state.lora)
     state = state.replace(lora=built.on_devices(state.lora))
     seen = []
     collect = type(built.algorithm).collect
 
     def spy(self, actor, policy, cohort, memory, key, phase):
-        seen.append(None if policy.lora is None else jax.tree.map(np.asarray, policy.lora))
+        seen.append(jax.tree.map(np.asarray, policy.lora))
         return collect(self, actor, policy, cohort, memory, key, phase)
 
     monkeypatch.setattr(type(built.algorithm), "collect", spy)
     state, metrics, told = rounds.run_round(built, state, rounds.Spent())
-    assert len(seen) == 3 and seen[0] is None
+    assert len(seen) == 3
+    jax.tree.map(np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.on_devices(start)))
     assert len(told) == 3 * 3 * 2 * built.algorithm.settings.group
     b1, b2 = (np.asarray(tree["q"]["b"]) for tree in seen[1:])
     assert b1.shape[1] == 3 and not np.allclose(b1[:, 0], b1[:, 1]) and not np.allclose(b1, b2)

@@ -122,7 +122,9 @@ def stand_in(tmp_path):
 
 def start_two(stand_in):
     command = ["bash", "launch/multihost.sh", "--processes=2", "--address=h:1", *TRAIN]
-    return subprocess.Popen(command, cwd=ROOT, env=stand_in, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a test run in a shell's background ignores
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=stand_in, preexec_fn=heed, **pipes)
 
 
 def gone(folder):

@@ -177,8 +177,7 @@ def memory_needed(work: Workload, rival: bool) -> int:
         return weights + max(cache, step)
 
     at_once = preset.clients_at_once or preset.clients
-    ours = (
-        held(preset.clients * preset.prompts, rows * at_once, 0.0) + c.layers * c.size
-    )  # weights merged, or in layers
+    merged = c.layers * c.size  # a copy of the weights, where generation takes one
+    ours = held(preset.clients * preset.prompts, rows * at_once, 0.0) + merged
     full = (c.size + 12) * (rows // 2) * length * model.vocab_size
     return int(ours + (held(preset.prompts, rows // 2, full) if rival else 0.0))
