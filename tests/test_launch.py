@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -122,9 +123,10 @@ def stand_in(tmp_path):
 
 def start_two(stand_in):
     command = ["bash", "launch/multihost.sh", "--processes=2", "--address=h:1", *TRAIN]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a test run in a shell's background ignores
+    # a test run in a shell's background ignores interrupts, and so would what it starts
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=stand_in, preexec_fn=heed, **pipes)
+    return subprocess.Popen([sys.executable, "-c", heed, *command], cwd=ROOT, env=stand_in, **pipes)
 
 
 def gone(folder):
