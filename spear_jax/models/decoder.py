@@ -27,8 +27,8 @@ from spear_jax.models.quantize import widen
 from spear_jax.types import Pack
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
-# nothing: every activation is kept · attention: products with weights are kept, attention, norms and activation functions
-# computed again · layers: only each layer's input is kept
+# nothing: every activation is kept · attention: what products with weights and attention give is kept; scores, norms and
+# activation functions are computed again · layers: only each layer's input is kept
 REMAT = ("nothing", "attention", "layers")
 
 
