@@ -104,13 +104,9 @@ class Actor:
         Args: key: the round's key; row keys are its path (client, example, attempt 0 of the sample).
         """
         prompts = [self.prompts[index] for _, index, _ in asks]
-        done = self._generate(policy, prompts, asks, key, 0, self.first, "rollout")
-        traces = []
-        for (client, index, _), prompt, completion in zip(asks, prompts, done, strict=True):
-            example = self.examples[index]
-            attempt = self._attempt(example, prompt, completion, "")
-            traces.append(Trace(client, example, [attempt]))
-        return traces
+        examples = [self.examples[index] for _, index, _ in asks]
+        done = self._attempts(policy, examples, prompts, asks, key, 0, self.first, "rollout")
+        return [Trace(ask[0], example, [one]) for ask, example, one in zip(asks, examples, done, strict=True)]
 
     def revise_until_right(
         self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array, limit: int | None = None
@@ -130,9 +126,10 @@ class Actor:
             prompts = [
                 self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i]) for i in pending
             ]
-            done = self._generate(policy, prompts, [asks[i] for i in pending], key, number, self.revise, "revision")
-            for i, prompt, completion in zip(pending, prompts, done, strict=True):
-                traces[i].attempts.append(self._attempt(traces[i].example, prompt, completion, said[i]))
+            examples, own = [traces[i].example for i in pending], [asks[i] for i in pending]
+            done = self._attempts(policy, examples, prompts, own, key, number, self.revise, "revision")
+            for i, attempt in zip(pending, done, strict=True):
+                traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
             pending = [i for i in pending if not traces[i].last.correct]
 
     def rewrite(
@@ -152,10 +149,10 @@ class Actor:
             self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
             for i in chosen
         ]
-        done = self._generate(policy, prompts, [asks[i] for i in chosen], key, REWRITE, self.revise, "rewrite")
+        examples, own = [traces[i].example for i in chosen], [asks[i] for i in chosen]
+        done = self._attempts(policy, examples, prompts, own, key, REWRITE, self.revise, "rewrite")
         rewrites: dict[int, Attempt | None] = {}
-        for i, prompt, completion in zip(chosen, prompts, done, strict=True):
-            attempt = self._attempt(traces[i].example, prompt, completion, "")
+        for i, attempt in zip(chosen, done, strict=True):
             whole = attempt.correct and self.task.well_formed(attempt.text, traces[i].example)
             rewrites[i] = attempt if whole else None
         return rewrites
@@ -165,21 +162,24 @@ class Actor:
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
         return self.scorer(policy, rows)
 
-    def _generate(self, policy, prompts, asks, key, attempt, config, stage) -> list[Completion]:
+    def _attempts(self, policy, examples, prompts, asks, key, number, config, stage) -> list[Attempt]:
+        """Graded completions of the prompts, without feedback; each is graded while the device completes others."""
         if not prompts:
             return []
-        keys = row_keys(key, asks, attempt)
+        made: dict[int, Attempt] = {}
+
+        def grade(i: int, completion: Completion) -> None:
+            text = self.renderer.decode(completion.tokens)
+            correct = self.task.grade(text, examples[i])
+            made[i] = Attempt(prompts[i], completion.tokens, completion.logprobs, text, correct, "")
+            self.report(stage, 1)
+
+        keys = row_keys(key, asks, number)
         owners = np.array([policy.slots[client] for client, _, _ in asks], np.int32) if policy.slots else None
-        report = lambda rows: self.report(stage, rows)
-        done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, report, owners)
+        done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, grade, owners)
         self.tally.prompt += sum(map(len, prompts))
         self.tally.generated += sum(len(completion.tokens) for completion in done)
-        return done
-
-    def _attempt(self, example, prompt, completion, feedback) -> Attempt:
-        text = self.renderer.decode(completion.tokens)
-        correct = self.task.grade(text, example)
-        return Attempt(prompt, completion.tokens, completion.logprobs, text, correct, feedback)
+        return [made[i] for i in range(len(prompts))]
 
 
 def row_keys(key: jax.Array, asks: list[Ask], attempt: int) -> np.ndarray:

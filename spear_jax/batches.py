@@ -1,8 +1,7 @@
-"""Which prompts generation takes together: their number, their padded sizes, and who stands with whom.
+"""Which prompts generation reads together: their number, their padded sizes, and who stands with whom.
 
-Prompts go through a model in batches of G groups of equally many rows: a group for each device, or for each client where
-every client answers with its own adapter. A batch's prompts are read part by part, so that what one pass holds does not grow
-with the batch.
+Completions grow in slots, G groups of equally many: a group for each device, or for each client where every client answers with
+its own adapter. Prompts are read part by part into slots that are free, so that what one pass holds does not grow with the slots.
 """
 
 import dataclasses
@@ -14,15 +13,16 @@ from spear_jax.drawing import SamplingConfig
 from spear_jax.rooms import Room, Shapes
 
 Part = list[list[int]]  # prompt numbers of each group
+PASSES = 3  # the fewest that fill all slots where prompts wait for them: a part waits until so many are free
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The padded sizes of batches.
+    """The padded sizes of generation.
 
     Attributes:
-        rows: B of each group.
-        part: r, rows of each group whose prompts are read together; divides B.
+        rows: slots of each group.
+        part: r, slots of each group whose prompts are read together.
         width: P.
         room: of a part's pack.
     """
@@ -35,10 +35,11 @@ class Plan:
     def shape(self) -> tuple[int, ...]:
         return (self.rows, self.part, self.width, self.room.tokens, *itertools.chain(*self.room.grids))
 
-    def cells(self, new: int) -> int:
-        """Places of a batch's cache, tokens it reads and places of their grids, of each group; new: tokens to generate."""
+    def cells(self, parts: int, new: int) -> int:
+        """Of each group: cache places that this many parts take, tokens read and places of their grids. Args: new: tokens to
+        generate."""
         read = self.room.tokens + sum(rows * width for rows, width in self.room.grids)
-        return self.rows * (self.width + new) + self.rows // self.part * read
+        return max(self.rows, parts * self.part) * (self.width + new) + parts * read
 
     def of_shape(self, shape: tuple[int, ...]) -> "Plan":
         """The plan of another shape."""
@@ -54,68 +55,70 @@ def length_bucket(length: int, step: int = 16) -> int:
     return size
 
 
-def row_bucket(rows: int, before: int) -> int:
-    """The padded row count for `rows` of `before`: that divided by 1, 4, 16, ... while at least 4 remain."""
-    size = before
-    while size // 4 >= max(rows, 4):
-        size //= 4
-    return size
+def fewer_rows(rows: int) -> list[int]:
+    """The row counts to which slots may shrink: theirs divided by 4, 16, ... while at least 4 remain."""
+    return [] if rows // 4 < 4 else [rows // 4, *fewer_rows(rows // 4)]
 
 
 def plan_batches(
-    config: SamplingConfig, groups: Sequence[Sequence[int]], prompts: Sequence[list[int]], devices: int, shapes: Shapes
-) -> tuple[Plan, list[list[Part]]]:
-    """The sizes for these prompts, and the parts of each batch.
+    config: SamplingConfig,
+    groups: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
+    devices: int,
+    shapes: Shapes,
+    opening: int = 0,
+) -> tuple[Plan, list[Part]]:
+    """The sizes for these prompts, and the parts in which they are read.
 
     Args:
         groups: numbers of the prompts of each of G groups.
         devices: how many the groups are split over.
+        opening: h tokens that all prompts begin with, and that are read once for all.
     """
-    wanted = _smallest(config, groups, prompts, devices)
-    dealt: dict[tuple[int, ...], list[list[Part]] | None] = {}
+    prompts = [prompt[opening:] for prompt in prompts]
+    wanted = _smallest(config, groups, prompts, devices, opening)
+    dealt: dict[tuple[int, ...], list[Part] | None] = {}
 
     def cost(shape: tuple[int, ...]) -> float:
         plan = wanted.of_shape(shape)
         dealt[shape] = _deal(plan, groups, prompts) if plan.width >= wanted.width else None
-        return float("inf") if dealt[shape] is None else len(dealt[shape]) * plan.cells(config.max_new_tokens)
+        return float("inf") if dealt[shape] is None else plan.cells(len(dealt[shape]), config.max_new_tokens)
 
-    shape = shapes.fit(f"{len(groups)} {config!r}", wanted.shape(), cost)
+    shape = shapes.fit(f"{len(groups)} {opening} {config!r}", wanted.shape(), cost)
     plan = wanted.of_shape(shape)
     return plan, dealt.get(shape) or _deal(plan, groups, prompts)
 
 
-def _smallest(config, groups, prompts, devices) -> Plan:
-    """As few equal batches as rows and tokens allow, each read in as few equal parts as its tokens allow."""
+def _smallest(config, groups, prompts, devices, opening) -> Plan:
+    """As many slots as rows and tokens allow, but no more than it takes to fill them equally often, and parts as large as a
+    pass allows. Args: prompts: without their opening."""
     lengths = [len(prompts[i]) for group in groups for i in group]
-    width, largest = length_bucket(max(lengths)), max(map(len, groups))
+    width, largest = length_bucket(max(lengths) + opening), max(map(len, groups))
     held = config.max_tokens // (width + config.max_new_tokens) * devices
     most = max(1, min(config.max_rows, held) // len(groups))
-    batches = -(-largest // most)
+    times = -(-largest // most)
     finest = max(1, most // 8)
-    rows = min(most, -(-largest // batches // finest) * finest)
-    passes = min(rows, -(-sum(lengths) // (config.read_tokens * batches * devices)))
-    part = -(-rows // passes)
-    while part * -(-rows // part) > most:
-        part -= 1
-    passes = -(-rows // part)
-    shares = [own for group in groups for own in _shares(group, prompts, batches * passes, part)]
-    room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width, batches * passes)
-    return Plan(part * passes, part, width, room)
+    rows = min(most, -(-largest // times // finest) * finest)
+    passes = -(-sum(lengths) // (config.read_tokens * times * devices))
+    part = -(-rows // passes) if times == 1 else max(1, rows // max(passes, PASSES))
+    count = -(-largest // part)
+    shares = [own for group in groups for own in _shares(group, prompts, count, part)]
+    room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width - opening, count)
+    return Plan(rows, part, width, room)
 
 
-def _deal(plan: Plan, groups, prompts) -> list[list[Part]] | None:
-    """The parts of each batch, in as few batches as the plan allows; None where not even single prompts fit."""
-    each, largest = plan.rows // plan.part, max(map(len, groups))
-    batches = -(-largest // plan.rows)
+def _deal(plan: Plan, groups, prompts) -> list[Part] | None:
+    """As few parts as the plan allows; None where not even single prompts fit."""
+    largest = max(map(len, groups))
+    count = -(-largest // plan.part)
     while True:
-        shares = [_shares(group, prompts, batches * each, plan.part) for group in groups]
+        shares = [_shares(group, prompts, count, plan.part) for group in groups]
         parts = [list(part) for part in zip(*shares, strict=True)]
         if all(packs.holds_prompts(plan.room, [[prompts[i] for i in own] for own in part]) for part in parts):
-            found = [parts[begin : begin + each] for begin in range(0, len(parts), each)]
-            return [[part for part in batch if any(part)] for batch in found]
-        if batches * each >= largest:
+            return [part for part in parts if any(part)]
+        if count >= largest:
             return None
-        batches = min(batches + 1 + batches // 4, -(-largest // each))
+        count = min(count + 1 + count // 4, largest)
 
 
 def _shares(group: Sequence[int], prompts, count: int, most: int) -> list[list[int]]:

@@ -88,7 +88,6 @@ def default_config() -> ml_collections.ConfigDict:
     rollout.hint_words = 3
     rollout.max_rows = 64  # rows of one generation batch
     rollout.cache_mb = 0  # of its keys and values, on a device; 0: 224 on a CPU, else a quarter of the device's memory
-    rollout.segment = 32  # decoding steps between compactions
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5  # optimiser steps per client and round
@@ -149,7 +148,6 @@ _RANGES = {
     "rollout.hint_words": (0, None),
     "rollout.max_rows": (1, None),
     "rollout.cache_mb": (0, None),
-    "rollout.segment": (1, None),
     "train.steps": (1, None),
     "train.accumulation": (1, None),
     "train.batch_size": (1, None),

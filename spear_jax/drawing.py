@@ -20,9 +20,8 @@ class SamplingConfig:
         top_p: then keep the smallest set of most likely tokens with at least this mass.
         eos_ids: generation of a row stops at any of them; the EOS is part of the completion.
         pad_id: fills unused positions.
-        segment: decoding steps between two compactions.
-        max_rows: rows of one batch, on all devices.
-        max_tokens: places for prompts and completions in one batch's cache, on each device.
+        max_rows: rows that generate at once, on all devices.
+        max_tokens: places for prompts and completions in their cache, on each device.
         read_tokens: prompt tokens that one pass reads on a device.
     """
 
@@ -32,7 +31,6 @@ class SamplingConfig:
     top_p: float
     eos_ids: tuple[int, ...]
     pad_id: int
-    segment: int = 32
     max_rows: int = 64
     max_tokens: int = 1 << 16
     read_tokens: int = 1024
@@ -78,7 +76,7 @@ def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array
 def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
     """One token a row.
 
-    Args: logits float32[B, V]; keys [B]; step int32[], folded into each row's key.
+    Args: logits float32[B, V]; keys [B]; step int32[B], folded into each row's key.
     Returns: token int32[B]; its untempered log-probability float32[B].
     """
     if config.temperature == 0.0:
@@ -87,7 +85,7 @@ def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingCo
         tempered = logits / config.temperature
         kept = keep_mask(tempered, config.top_k, config.top_p)
         share = jnp.where(kept, jnp.exp(tempered - tempered.max(-1, keepdims=True)), 0.0)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        step_keys = jax.vmap(jax.random.fold_in)(keys, step)
         token = pick(share, jax.vmap(jax.random.uniform)(step_keys))
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1)

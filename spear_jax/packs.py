@@ -115,28 +115,37 @@ def shrink(block: Block, room: Room) -> Block:
     )
 
 
+def one_sequence(tokens: Sequence[int]) -> Pack:
+    """A pack of nothing but one sequence."""
+    places = np.arange(len(tokens), dtype=np.int32)
+    return Pack(np.array(tokens, np.int32), places, (places[None],), (np.zeros_like(places)[None],), places)
+
+
 def pack_prompts(
-    groups: Sequence[Sequence[list[int]]], rows: int, width: int, room: Room
+    groups: Sequence[Sequence[list[int]]], rows: int, width: int, room: Room, opening: int = 0
 ) -> tuple[Pack, np.ndarray, np.ndarray]:
     """Prompts of groups that share nothing with one another; within a group equal prompts are read once.
 
     Args:
         groups: G lists of at most `rows` prompts.
         width: P; no prompt is longer.
-    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens, left-padded; bool[G, rows, P].
+        opening: h tokens that all prompts begin with and that are not in the pack.
+    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens behind h places for the
+        opening, left-padded; bool[G, rows, P].
     """
     packs, index, mask = [], np.zeros((len(groups), rows, width), np.int32), np.zeros((len(groups), rows, width), bool)
     for group, prompts in enumerate(groups):
         trunk = Trunk(room)
-        for prompt in sorted({tuple(p) for p in prompts}, key=len, reverse=True):
+        for prompt in sorted({tuple(p[opening:]) for p in prompts}, key=len, reverse=True):
             if trunk.place(prompt, (0,)) is None:
                 raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {room}")
         pack, base = fill(trunk, room)
         for row, prompt in enumerate(prompts):
-            begin = base[id(trunk.trees[tuple(prompt)][0])]
+            begin = base[id(trunk.trees[tuple(prompt[opening:])][0])]
             index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
+            index[group, row, width - len(prompt) :][:opening] = np.arange(opening)
             mask[group, row, width - len(prompt) :] = True
-        packs.append(pack)
+        packs.append(pack.replace(positions=pack.positions + opening))
     return jax.tree.map(lambda *parts: np.stack(parts), *packs), index, mask
 
 

@@ -93,12 +93,9 @@ class Shapes:
         """The open shapes of this name."""
         return sorted(self._open.get(name, ()))
 
-    def known(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a shape may be used: it is open already, or can still be opened (and then is)."""
-        found = self._open.setdefault(name, set())
-        if not self.frozen:
-            found.add(shape)
-        return shape in found
+    def open(self, name: str, shape: tuple[int, ...]) -> None:
+        """Opens a shape."""
+        self._open.setdefault(name, set()).add(shape)
 
     def room(self, name: str, choose: Callable[[], Room]) -> Room:
         """The room of this name, chosen once."""

@@ -1,12 +1,14 @@
 """Text to prompt ids and back: the chat template where the model has one, the header, and the length limit."""
 
 import functools
+import os.path
 
 from spear_jax.errors import UserError
 from spear_jax.tasks.base import Task
 from spear_jax.types import Example
 
 CHAT_MODES = ("auto", "always", "never")
+OPENING = 16  # the shortest opening in tokens that is worth a pass of its own
 
 
 class Renderer:
@@ -54,6 +56,20 @@ class Renderer:
                 return ids[-limit:]
             keep = max(0, len(answer) - 4 * (len(ids) - limit))
             answer = answer[:keep]
+
+    def openings(self, task: Task, examples: list[Example]) -> list[list[int]]:
+        """The token ids with which prompts open, whatever the example: those of questions, and those of revision prompts.
+        Fewer than OPENING do not count."""
+        few = examples[:64]
+        asked = [self.prompt(task, example) for example in few]
+        revised = [self.revision(task, example, str(i), str(i)) for i, example in enumerate(few)]
+        found = []
+        for prompts in (asked, revised):
+            shared = os.path.commonprefix(prompts)
+            shared = shared[: len(shared) // 8 * 8]  # what a few examples share by chance is seldom as long
+            if len(shared) >= OPENING and len(shared) < min(map(len, prompts)):
+                found.append(shared)
+        return found
 
     def privileged(self, task: Task, example: Example) -> list[int]:
         """Token ids of the teacher's privileged prompt. Its start, before the question, is cut where it would be too long.

@@ -39,14 +39,28 @@ def test_every_prompt_stands_in_one_part_of_its_own_group(count, groups, devices
     prompts = make_prompts(count)
     own = [list(range(count))[group::groups] for group in range(groups)]
     found, dealt = plan(prompts, own, devices=devices)
-    assert found.rows % found.part == 0
+    assert found.rows >= found.part
     for group in range(groups):
-        assert sorted(i for batch in dealt for part in batch for i in part[group]) == own[group]
-    for batch in dealt:
-        assert len(batch) <= found.rows // found.part
-        for part in batch:
-            assert max(map(len, part)) <= found.part and any(part)
-            assert packs.holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
+        assert sorted(i for part in dealt for i in part[group]) == own[group]
+    for part in dealt:
+        assert max(map(len, part)) <= found.part and any(part)
+        assert packs.holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
+
+
+def test_where_prompts_wait_a_part_takes_a_third_of_the_slots_at_most():
+    prompts = make_prompts(60)
+    assert plan(prompts, max_rows=12, max_tokens=100_000, read_tokens=10_000)[0].part == 4
+    assert plan(prompts, max_rows=60, max_tokens=100_000, read_tokens=10_000)[0].part == 60
+
+
+def test_what_prompts_open_with_is_left_out_of_their_parts():
+    tails = make_prompts(30)
+    whole = [[7] * 24 + tail for tail in tails]
+    roomy = dataclasses.replace(CONFIG, max_tokens=100_000)
+    found, dealt = batches.plan_batches(roomy, [list(range(30))], whole, 1, Shapes(), opening=24)
+    bare, same = plan(tails, max_tokens=100_000)
+    assert dealt == same and found.room.tokens == bare.room.tokens
+    assert found.width >= max(map(len, whole))  # of the cache, which holds the opening too
 
 
 @pytest.mark.parametrize("allowed", [200, 900, 1600, 100_000])
@@ -63,7 +77,7 @@ def test_a_batch_keeps_to_the_tokens_and_rows_allowed(allowed):
 def test_a_pass_reads_about_the_tokens_allowed_and_parts_are_even():
     prompts = make_prompts(64, low=40, high=61)
     found, dealt = plan(prompts, max_tokens=100_000, read_tokens=800)
-    read = [sum(len(prompts[i]) for i in part[0]) for batch in dealt for part in batch]
+    read = [sum(len(prompts[i]) for i in part[0]) for part in dealt]
     assert max(read) <= 800 and max(read) - min(read) <= 60 and sum(map(len, prompts)) == sum(read)
     assert found.room.tokens < 1.15 * max(read)
 
@@ -71,7 +85,7 @@ def test_a_pass_reads_about_the_tokens_allowed_and_parts_are_even():
 def test_equal_prompts_are_read_together():
     prompts = [prompt for prompt in make_prompts(6) for _ in range(4)]
     _, dealt = plan(prompts)
-    parts = [part[0] for batch in dealt for part in batch]
+    parts = [part[0] for part in dealt]
     # each of the six is split at most where a part is full
     assert sum(len({tuple(prompts[i]) for i in part}) for part in parts) <= 6 + len(parts)
 
@@ -84,7 +98,7 @@ def test_once_frozen_any_number_of_prompts_goes_through_an_open_shape():
         prompts = make_prompts(count, seed=count)
         found, dealt = plan(prompts, shapes=shapes)
         assert found == first
-        assert sorted(i for batch in dealt for part in batch for i in part[0]) == list(range(count))
+        assert sorted(i for part in dealt for i in part[0]) == list(range(count))
     longer, _ = plan([[5] * 400], shapes=shapes)  # which nothing open holds
     assert longer.width >= 400
 

@@ -400,7 +400,7 @@ def test_privileged_ids_are_cut_at_their_start_and_keep_the_question_whole():
 def make_evaluator(folder, task, examples, method, rows=4, responses=True, seen="prompt"):
     model = load_model(str(folder), "float32")
     decoder = Decoder(model.config, LoraConfig(1, 1.0, 0.0, ()))
-    greedy = SamplingConfig(40, 0.0, 0, 1.0, model.eos_ids, model.pad_id, segment=16)
+    greedy = SamplingConfig(40, 0.0, 0, 1.0, model.eos_ids, model.pad_id)
     render = Renderer(model.tokenizer, "auto", 250)
     prompts = [getattr(render, seen)(task, example) for example in examples]
     ids = [render.response(task, example, 40)[0] for example in examples] if responses else ()

@@ -1,5 +1,7 @@
 """Generation: filters against numpy, batching invariances, stopping, and buckets."""
 
+import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from spear_jax import batches, drawing, sampling, trees
+from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.load import load_model
@@ -29,9 +32,7 @@ def decoder(model):
 
 
 def settings(**changes):
-    defaults = dict(
-        max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(-1,), pad_id=0, segment=4, max_rows=16
-    )
+    defaults = dict(max_new_tokens=12, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(-1,), pad_id=0, max_rows=16)
     return SamplingConfig(**(defaults | changes))
 
 
@@ -67,7 +68,7 @@ def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_te
     row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     config = settings(temperature=0.5, top_k=3)
     keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, logprobs = drawing.draw(jnp.repeat(row, 4000, 0), keys, jnp.int32(0), config)
+    tokens, logprobs = drawing.draw(jnp.repeat(row, 4000, 0), keys, jnp.zeros(4000, jnp.int32), config)
     # p^2 over the three kept: 0.25, 0.09, 0.0225 of 0.3625
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
     found = np.bincount(np.asarray(tokens), minlength=4) / 4000
@@ -124,14 +125,99 @@ def test_generation_stops_at_any_eos_and_keeps_it(model, decoder):
 
 def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
     prompts, keys = make_prompts(model, 16), make_keys(16)
-    config = settings(max_new_tokens=24, segment=2)
+    config = settings(max_new_tokens=24)
     free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
     stops = tuple({c.tokens[1] for c in free[:14]})  # most rows stop at once
     rows = []
     original = sampling._advance
     monkeypatch.setattr(sampling, "_advance", lambda *a: rows.append(a[4]["live"].shape[0]) or original(*a))
-    Sampler(decoder).generate(None, model.base, prompts, keys, settings(max_new_tokens=24, segment=2, eos_ids=stops))
+    Sampler(decoder).generate(None, model.base, prompts, keys, settings(max_new_tokens=24, eos_ids=stops))
     assert rows[0] == 16 and rows[-1] == 4
+
+
+def some_stops(model, decoder, prompts, keys, config):
+    """EOS ids that end completions at many different lengths."""
+    free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
+    return tuple({c.tokens[3 * i % config.max_new_tokens] for i, c in enumerate(free)})
+
+
+def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(model, decoder, monkeypatch):
+    prompts, keys, config = make_prompts(model, 23), make_keys(23), settings(max_new_tokens=24)
+    config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts[:8], keys[:8], config))
+    together = Sampler(decoder).generate(None, model.base, prompts, keys, dataclasses.replace(config, max_rows=32))
+    assert len({len(c.tokens) for c in together}) > 5
+    going, rows = [], []
+    original = sampling._read
+
+    def read(*args):
+        going.append(int(args[4]["live"].sum()))
+        rows.append(args[4]["live"].shape[0])
+        return original(*args)
+
+    monkeypatch.setattr(sampling, "_read", read)
+    few = Sampler(decoder).generate(None, model.base, prompts, keys, dataclasses.replace(config, max_rows=6))
+    assert set(rows) == {6} and len(rows) >= 11  # parts of two
+    # every read but the first three finds others in the middle of their completions
+    assert min(going[3:]) > 0
+    for one, other in zip(few, together, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder, monkeypatch, own):
+    opening = np.random.default_rng(8).integers(3, 60, 20).tolist()
+    prompts, keys = [opening + p for p in make_prompts(model, 12)], make_keys(12)
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    owners = None
+    if own:
+        lora = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 0 * x], axis=1), lora)
+        owners = np.arange(12, dtype=np.int32) % 3
+    read = []
+    original = sampling._read
+    monkeypatch.setattr(sampling, "_read", lambda *a: read.append(a[6].tokens.size) or original(*a))
+    config = settings()
+    without = Sampler(decoder).generate(lora, model.base, prompts, keys, config, owners=owners)
+    whole, read[:] = sum(read), []
+    sampler = Sampler(decoder, openings=[opening[:16], opening, [*opening, 1]])
+    found = sampler.generate(lora, model.base, prompts, keys, config, owners=owners)
+    assert sum(read) <= whole - 8 * 20  # of twelve prompts; rooms are rounded up
+    for one, other in zip(found, without, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    if not own:  # where not all prompts open so, all are read whole
+        bare = sampler.generate(lora, model.base, [[5, 6], *prompts], np.insert(keys, 0, 0, axis=0), config)[1:]
+        assert [c.tokens for c in bare] == [c.tokens for c in without]
+
+
+def test_slots_on_four_devices_give_what_slots_on_one_give(model, decoder):
+    prompts, keys, config = make_prompts(model, 30), make_keys(30), settings(max_rows=8)
+    opening = prompts[0][:1]
+    prompts = [opening + p for p in prompts]
+    config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts[:6], keys[:6], config))
+    one = Sampler(decoder).generate(None, model.base, prompts, keys, config)
+    mesh = make_mesh(jax.devices()[:4])
+    place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
+    sampler = Sampler(decoder, place, 4, spread=spread, openings=[opening])
+    four = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
+    assert [c.tokens for c in four] == [c.tokens for c in one]
+
+
+def test_each_completion_is_told_once_as_it_finishes(model, decoder, monkeypatch):
+    prompts, keys, config = make_prompts(model, 12), make_keys(12), settings(max_rows=4)
+    config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts, keys, config))
+    told, reads = {}, []
+    original = sampling._read
+    monkeypatch.setattr(sampling, "_read", lambda *a: reads.append(len(told)) or original(*a))
+
+    def finished(number, completion):
+        assert number not in told
+        told[number] = completion
+
+    done = Sampler(decoder).generate(None, model.base, prompts, keys, config, finished)
+    assert [told[i] for i in range(12)] == done
+    assert 0 < reads[-1] < 12  # some before the last prompts were read
 
 
 def test_an_adapter_beside_the_base_generates_what_the_merged_weights_generate(model, decoder):
@@ -159,8 +245,7 @@ def test_buckets_hold_what_they_are_asked_to_hold():
         bucket = batches.length_bucket(length)
         assert bucket >= length and (length <= 16 or bucket < 1.5 * length)
     assert len({batches.length_bucket(n) for n in range(1, 2048)}) < 30
-    for rows in range(1, 65):
-        assert batches.row_bucket(rows, 64) >= rows
+    assert batches.fewer_rows(64) == [16, 4] and batches.fewer_rows(19) == [4] and batches.fewer_rows(15) == []
 
 
 def test_paths_of_keys_do_not_collide_where_the_published_sum_does():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import os.path
 import pathlib
 import tempfile
 from typing import Any
@@ -117,13 +118,14 @@ class System:
         """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
         flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
-        sampler, sampling = Sampler(self.decoder), sampling_config(self.preset, len(flat))
+        opening = os.path.commonprefix(flat)
+        sampler, sampling = Sampler(self.decoder, openings=[opening]), sampling_config(self.preset, len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
-        ((rows, part, _, tokens, *_),) = sampler.shapes.opened(f"1 {sampling!r}")
+        ((rows, part, _, tokens, *_),) = sampler.shapes.opened(f"1 {len(opening)} {sampling!r}")
         held = -(-len(flat) // rows) * (rows * new + rows // part * tokens)
         return {
             "answers": [completion.tokens for completion in done],
-            "padding": 1 - sum(len(prompt) + new for prompt in flat) / held,
+            "padding": 1 - sum(len(prompt) - len(opening) + new for prompt in flat) / held,
         }
 
     def rollout(self) -> Told:
@@ -253,7 +255,6 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
         top_p=preset.top_p,
         eos_ids=(),
         pad_id=0,
-        segment=default_config().rollout.segment,
         max_rows=rows,
         max_tokens=tokens,
         read_tokens=read,

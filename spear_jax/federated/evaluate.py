@@ -24,7 +24,7 @@ from spear_jax.models.token_logprobs import Scorer, block_positions, by_row, ove
 from spear_jax.packing import Row, choose_room, fold_rows
 from spear_jax.records import wilson
 from spear_jax.rooms import Room
-from spear_jax.sampling import Sampler
+from spear_jax.sampling import Completion, Sampler
 from spear_jax.tasks.base import Task
 from spear_jax.text import Renderer
 from spear_jax.types import Block, Example
@@ -117,9 +117,14 @@ class Evaluator:
 
     def _generate(self, policy, lora) -> list[bool]:
         keys = np.zeros((len(self.prompts), 2), np.uint32)  # greedy: never read
-        done = self.sampler.generate(lora, policy, self.prompts, keys, self.sampling, self.report)
-        texts = [self.renderer.decode(completion.tokens) for completion in done]
-        return [self.task.grade(text, example) for text, example in zip(texts, self.examples, strict=True)]
+        right = [False] * len(self.prompts)
+
+        def grade(i: int, completion: Completion) -> None:
+            right[i] = self.task.grade(self.renderer.decode(completion.tokens), self.examples[i])
+            self.report(1)
+
+        self.sampler.generate(lora, policy, self.prompts, keys, self.sampling, grade)
+        return right
 
     def _likelihood(self, policy, lora) -> Accuracy:
         """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""

@@ -22,16 +22,15 @@ def attend(q, keys, values, visible):
 
     Args:
         q: [R, L, H, K]; keys, values: [R, N, S, K].
-        visible: bool[R, L, S]; where S is L, no cell sees one behind it.
+        visible: bool[R, L, S]; the cells are the last L of the S keys, and none sees one behind it.
     Returns: [R, L, H, K].
     """
-    length = q.shape[1]
-    if length != keys.shape[2]:
-        return _block(q, keys, values, visible)
+    length, before = q.shape[1], keys.shape[2] - q.shape[1]
     # block by block of queries, each against the keys up to its end: what lies above the diagonal is hardly touched
     size = -(-length // min(BLOCKS, max(1, round(length / BLOCK))))
     ends = [(begin, min(begin + size, length)) for begin in range(0, length, size)]
-    parts = [_block(q[:, a:b], keys[:, :, :b], values[:, :, :b], visible[:, a:b, :b]) for a, b in ends]
+    upto = lambda x, axis, b: jax.lax.slice_in_dim(x, 0, before + b, axis=axis)
+    parts = [_block(q[:, a:b], upto(keys, 2, b), upto(values, 2, b), upto(visible[:, a:b], 2, b)) for a, b in ends]
     return jnp.concatenate(parts, axis=1)
 
 

@@ -53,16 +53,25 @@ class _Layout:
 
     Attributes:
         positions: int32, shaped like the tokens.
-        visible: for each grid bool[R, L, S], whether cell (r, l) attends to key s.
+        visible: for each grid bool[R, L, S], whether cell (r, l) attends to key s; the cells' own keys are the last.
         pack: None where the tokens are the one grid [R, L] themselves; else what maps flat tokens [N] to grids and back.
+        opening: keys that stand before the tokens' own, and that every cell sees.
     """
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
     pack: Pack | None = None
+    opening: int = 0
 
     def to_grids(self, x: jax.Array) -> list[jax.Array]:
         return [x] if self.pack is None else [x[grid] for grid in self.pack.grids]
+
+    def to_key_grids(self, x: jax.Array) -> list[jax.Array]:
+        if not self.opening:
+            return self.to_grids(x)
+        first = jnp.arange(self.opening)
+        whole = lambda grid: jnp.concatenate([jnp.tile(first, (len(grid), 1)), grid + self.opening], axis=1)
+        return [x[whole(grid)] for grid in self.pack.grids]
 
     def from_grids(self, parts: list[jax.Array]) -> jax.Array:
         if self.pack is None:
@@ -71,17 +80,28 @@ class _Layout:
 
 
 def packed_states(
-    decoder: Decoder, lora: dict | None, base: dict, pack: Pack, dropout_key: jax.Array | None = None
+    decoder: Decoder,
+    lora: dict | None,
+    base: dict,
+    pack: Pack,
+    dropout_key: jax.Array | None = None,
+    opening: Layers | None = None,
 ) -> tuple[jax.Array, Layers]:
     """Final-norm hidden states of packed trees: every product sees the N real tokens, attention alone the padded grid.
 
     Args:
         lora: adapter tree, or None (no adapter, or one that is merged into `base`).
         dropout_key: turns LoRA dropout on.
-    Returns: [N, D] in the base's dtype; each layer's (keys, values), [N, kv heads, K] (stacked where the base is).
+        opening: what this function returned as keys and values for h tokens that stand before every tree.
+    Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the opening's first (stacked where
+        the base is).
     """
-    visible = tuple(map(seen_in_tree, pack.branches))
-    return _run(decoder, lora, base, pack.tokens, _Layout(pack.positions, visible, pack), dropout_key)
+    before = 0 if opening is None else jax.tree.leaves(opening)[0].shape[-3]
+    visible = tuple(
+        jnp.pad(seen_in_tree(b), ((0, 0), (0, 0), (before, 0)), constant_values=True) for b in pack.branches
+    )
+    layout = _Layout(pack.positions, visible, pack, before)
+    return _run(decoder, lora, base, pack.tokens, layout, dropout_key, opening=opening)
 
 
 def hidden_states(
@@ -167,33 +187,36 @@ def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, m
     return jnp.einsum("btd,vd->btv", hidden, head_weight(base), preferred_element_type=jnp.float32)
 
 
-def _run(decoder, lora, base, tokens, layout, dropout_key, past=None):
-    """The one forward pass: layers without adapters first, then those that carry them."""
+def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, opening=None):
+    """The one forward pass: layers without adapters first, then those that carry them.
+
+    Args: past: (cache, place of the new token); opening: as for `packed_states`.
+    """
     config = decoder.config
     hidden = base["embed"][tokens]
     rotation = _rotation(config, layout.positions, hidden.dtype)
     adapted = jax.tree.leaves(lora)[0].shape[0] if lora else 0
     plain = config.layers - adapted
 
-    def layer(hidden, weights, pairs, index, cached):
+    def layer(hidden, weights, pairs, index, cached, before):
         weights = widen(weights)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key)
+        return _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, key)
 
     if isinstance(base["layers"], tuple):
         caches = []
         for index, weights in enumerate(base["layers"]):
             pairs = None if index < plain else jax.tree.map(lambda x, i=index - plain: x[i], lora)
             cached = None if past is None else (*past[0][index], past[1])
-            hidden, cache = layer(hidden, weights, pairs, index, cached)
+            hidden, cache = layer(hidden, weights, pairs, index, cached, opening and opening[index])
             caches.append(cache)
         return _rms_norm(hidden, base["norm"], config.norm_eps), tuple(caches)
 
     def body(hidden, xs):
         index, pairs = xs
         # Weights are indexed inside the loop: slicing the stack first would copy it.
-        weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), base["layers"])
-        return layer(hidden, weights, pairs, index, None)
+        own = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+        return layer(hidden, own(base["layers"]), pairs, index, None, own(opening))
 
     body = _recomputed(body, decoder.remat)
     caches = []
@@ -214,7 +237,7 @@ def _recomputed(body, remat: str):
     return jax.checkpoint(body, policy=policy)
 
 
-def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
+def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, key):
     """One block: attention and gated MLP, both on a pre-normed residual stream. Returns (hidden, (keys, values))."""
     config = decoder.config
     lead = hidden.shape[:-1]
@@ -239,7 +262,9 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, key):
     q, k, v = (checkpoint_name(y, KEPT) for y in (_rotate(q, rotation), _rotate(k, rotation), v))
     kept = (k, v)
     if cached is None:
-        keys, values = ([jnp.swapaxes(part, 1, 2) for part in layout.to_grids(y)] for y in (k, v))
+        if before is not None:
+            kept = tuple(jnp.concatenate(pair) for pair in zip(before, kept, strict=True))
+        keys, values = ([jnp.swapaxes(part, 1, 2) for part in layout.to_key_grids(y)] for y in kept)
     else:
         *cache, at = cached
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
