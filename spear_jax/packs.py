@@ -145,7 +145,7 @@ def pack_prompts(
             index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
             index[group, row, width - len(prompt) :][:opening] = np.arange(opening)
             mask[group, row, width - len(prompt) :] = True
-        packs.append(pack.replace(positions=pack.positions + opening))
+        packs.append(pack)
     return jax.tree.map(lambda *parts: np.stack(parts), *packs), index, mask
 
 

@@ -1,10 +1,8 @@
 """Generation with a KV cache: prompts of all clients together, each row with its own key, its slot taken over when it ends.
 
-Prompts are read as flat packs, equal ones once, and so are the tokens that all of them open with (`batches` says which together);
-their keys and values are spread over rows. A row's cache is a ring of P + T columns. Every row writes the same column in a
-step, wherever its prompt stands, so that a prompt may be read while others are being completed: it is laid to end where the
-ring is. Decoding runs until enough slots are free for the next prompts. When none wait any longer, the rows that still generate
-are compacted into fewer. A row's tokens depend on its prompt and its key, never on its neighbours.
+Prompts are read as flat packs, equal ones once, and so is what all of them open with; `batches` says which together. Decoding
+(`decoding`) runs until enough slots are free for the next prompts. When none wait any longer, the rows that still generate are
+compacted into fewer slots. A row's tokens depend on its prompt and its key, never on its neighbours.
 
 Rows stand in equal groups: one for each device, or where every client answers with its own adapter one for each client.
 """
@@ -18,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packs, rooms, trees
+from spear_jax import decoding, packs, rooms
 from spear_jax.batches import Part, Plan, fewer_rows, plan_batches
 from spear_jax.devices import to_host
-from spear_jax.drawing import SamplingConfig, draw
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states, unstack
-from spear_jax.types import Pack
+from spear_jax.drawing import SamplingConfig
+from spear_jax.models.decoder import Decoder, unstack
 
 
 @dataclasses.dataclass
@@ -34,140 +31,19 @@ class Completion:
     logprobs: list[float]
 
 
-def blank(decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype) -> dict:
-    """A decoding state of free slots, laid on devices as `live` bool[B] is: a dict of arrays with leading axis B, caches a pair
-    [B, N, P + T, K] a layer. Args: width: P."""
-    model, rows, room = decoder.config, live.shape[0], config.max_new_tokens
-    zeros = functools.partial(jnp.zeros, device=live.sharding)
-    cell = rows, model.kv_heads, width + room, model.head_width
-    return {
-        "cache": tuple((zeros(cell, dtype), zeros(cell, dtype)) for _ in range(model.layers)),
-        "cache_mask": zeros((rows, width + room), bool),
-        "tokens": zeros((rows, room), jnp.int32),
-        "logprobs": zeros((rows, room), jnp.float32),
-        "step": zeros(rows, jnp.int32),
-        "live": zeros(rows, bool),
-        "keys": zeros((rows, 2), jnp.uint32),
-    }
-
-
-def read(
-    decoder: Decoder, config: SamplingConfig, lora, base, state, opening, pack: Pack, index, mask, keys, live, slots, at
-):
-    """Reads prompts into free slots of a decoding state and draws their first tokens.
-
-    Args:
-        lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis ([L, G, in, R]).
-        opening: None, or as from `read_opening`.
-        pack, index, mask: of r prompts of each of G groups, as from `packs.pack_prompts`. The groups' slots are equal shares
-            of the state's.
-        keys: [G * r]; live: bool[G * r], false for padding rows.
-        slots: int32[G, r], places in each group's share; padding rows have one behind its end.
-        at: int32[], the ring's next column.
-    Returns: the state.
-    """
-    (groups, _, width), room = index.shape, config.max_new_tokens
-    ring = lambda x: jnp.roll(jnp.pad(x, ((0, 0), (0, 0), (0, room))), at - width, axis=2)
-
-    def one(lora, pack, last, places, opening):
-        hidden, layers = packed_states(decoder, lora, base, pack, opening=opening)
-        if opening is not None:
-            last = last - jax.tree.leaves(opening)[0].shape[-3]
-        if not isinstance(base["layers"], tuple):
-            layers = tuple(zip(*layers, strict=True))
-        return hidden[last], jax.tree.map(lambda x: _spread(x, places), layers)
-
-    own = (1, 0) if _own(lora) else (None, None)
-    run = trees.each(one, in_axes=(own[0], 0, 0, 0, own[1]))
-    hidden, cache = run(lora, pack, index[:, :, -1], ring(index), opening)
-    rows = live.shape[0]
-    drawn = {
-        "tokens": jnp.full((rows, room), config.pad_id, jnp.int32),
-        "logprobs": jnp.zeros((rows, room), jnp.float32),
-        "step": jnp.zeros(rows, jnp.int32),
-        "live": live,
-        "keys": keys,
-    }
-    drawn = _emit(config, drawn, _head(base, hidden.reshape(rows, -1)))
-    drawn = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), drawn | {"keys": jax.random.key_data(keys)})
-
-    def write(whole, new):
-        """`new` [G, r, ...] into its slots of `whole` [B, ...]."""
-        split = whole.reshape(groups, -1, *whole.shape[1:])
-        return trees.each(lambda x, y, at: x.at[at].set(y, mode="drop"))(split, new, slots).reshape(whole.shape)
-
-    return jax.tree.map(write, state, drawn | {"cache": cache, "cache_mask": ring(mask)})
-
-
-def _own(lora) -> bool:
-    """Whether each group has an adapter of its own."""
-    return lora is not None and jax.tree.leaves(lora)[0].ndim == 4
-
-
-def _spread(flat: jax.Array, index: jax.Array) -> jax.Array:
-    """Keys or values of packed tokens [N_tokens, N, K] -> [rows, N, columns, K]."""
-    return jnp.swapaxes(flat[index], 1, 2)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def read_opening(decoder: Decoder, lora, base, pack: Pack):
-    """Keys and values of the tokens that all prompts open with, as `packed_states` gives them; with a leading axis G where each
-    of G groups has its own adapter. Args: pack: of that one sequence."""
-    one = lambda lora: packed_states(decoder, lora, base, pack)[1]
-    return trees.each(one, in_axes=1)(lora) if _own(lora) else one(lora)
-
-
-def advance(decoder: Decoder, config: SamplingConfig, lora, base, state, at, enough):
-    """Decodes from the ring's column `at` on, until no group has more than its `enough` int32[G] of live rows. Returns the state
-    and the next column."""
-    columns = state["cache_mask"].shape[1]
-
-    def going(carry):
-        live = carry[0]["live"].reshape(enough.shape[0], -1)
-        return (live.sum(1) > enough).any()
-
-    def body(carry):
-        state, at = carry
-        token = jnp.take_along_axis(state["tokens"], jnp.maximum(state["step"] - 1, 0)[:, None], axis=1)[:, 0]
-        new = jnp.ones((token.shape[0], 1), bool)
-        seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], new, at, axis=1)
-        hidden, cache = decode_step(decoder, lora, base, token, state["cache"], seen, at)
-        state = {**state, "cache": cache, "cache_mask": seen}
-        return _emit(config, state, _head(base, hidden)), (at + 1) % columns
-
-    return jax.lax.while_loop(going, body, (state, at))
-
-
-def _head(base, hidden):
-    return jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
-
-
-def _emit(config, state, logits):
-    """Draws a token for each row, writes it where the row is live, and ends the rows that drew an EOS or are full."""
-    token, logprob = draw(logits, state["keys"], state["step"], config)
-    room = config.max_new_tokens
-    here = (jnp.arange(room) == state["step"][:, None]) & state["live"][:, None]
-    step = state["step"] + state["live"]
-    ended = jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32)) | (step >= room)
-    return {
-        **state,
-        "tokens": jnp.where(here, token[:, None], state["tokens"]),
-        "logprobs": jnp.where(here, logprob[:, None], state["logprobs"]),
-        "step": step,
-        "live": state["live"] & ~ended,
-    }
+_read_opening = jax.jit(decoding.read_opening, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _read(decoder, config, lora, base, state, opening, pack, index, mask, keys, live, slots, at):
     keys = jax.random.wrap_key_data(keys)
-    return read(decoder, config, lora, base, state, opening, pack, index, mask, keys, live, slots, at)
+    return decoding.read(decoder, config, lora, base, state, opening, pack, index, mask, keys, live, slots, at)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _advance(decoder, config, lora, base, state, at, enough):
     state = {**state, "keys": jax.random.wrap_key_data(state["keys"])}
-    state, at = advance(decoder, config, lora, base, state, at, enough)
+    state, at = decoding.advance(decoder, config, lora, base, state, at, enough)
     return {**state, "keys": jax.random.key_data(state["keys"])}, at
 
 
@@ -223,8 +99,7 @@ class Sampler:
         """
         done: dict[int, Completion] = {}
         bases = base, unstack(base)  # prompts are read by a scan over layers, where they are stacked
-        begins = lambda opening: all(len(p) > len(opening) and p[: len(opening)] == opening for p in prompts)
-        opening = next(filter(begins, self.openings), [])
+        opening = self.opening(prompts)
         for adapters, groups in self._groups(prompts, config.max_rows, lora, owners):
             # groups of clients need not fill the devices evenly; they are then on all of them
             even = len(groups) % self.devices == 0
@@ -237,6 +112,17 @@ class Sampler:
                     finished(number, completion)
                 done |= new
         return [done[number] for number in range(len(prompts))]
+
+    def opening(self, prompts: Sequence[list[int]]) -> list[int]:
+        """What these prompts all open with, of `openings`; none of them is nothing but that."""
+        begins = lambda opening: all(len(p) > len(opening) and p[: len(opening)] == opening for p in prompts)
+        return next(filter(begins, self.openings), [])
+
+    def read_opening(self, lora: dict | None, base: dict, tokens: list[int]):
+        """`read_opening` of these tokens; None where there are none."""
+        if not tokens:
+            return None
+        return _read_opening(self.decoder, lora, base, jax.tree.map(self.spread, packs.one_sequence(tokens)))
 
     def _groups(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
         """(adapters, groups of prompt numbers)."""
@@ -266,13 +152,10 @@ class _Slots:
         self.decoder, self.shapes, self.place = sampler.decoder, sampler.shapes, place
         self.lora, self.bases, self.config, self.plan = lora, bases, config, plan
         self.owner, self.at = np.full((groups, plan.rows), -1), np.int32(0)
-        self.state = blank(
+        self.state = decoding.blank(
             self.decoder, config, plan.width, place(np.zeros(self.owner.size, bool)), bases[0]["embed"].dtype
         )
-        self.length, self.opening = len(opening), None
-        if opening:
-            pack = jax.tree.map(sampler.spread, packs.one_sequence(opening))
-            self.opening = read_opening(self.decoder, lora, bases[0], pack)
+        self.length, self.opening = len(opening), sampler.read_opening(lora, bases[0], opening)
 
     def run(self, parts: list[Part], prompts: list[list[int]], keys: np.ndarray) -> Iterator[dict[int, Completion]]:
         """Completes all prompts; yields those that have finished, while the device goes on."""

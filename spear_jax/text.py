@@ -65,9 +65,9 @@ class Renderer:
         revised = [self.revision(task, example, str(i), str(i)) for i, example in enumerate(few)]
         found = []
         for prompts in (asked, revised):
-            shared = os.path.commonprefix(prompts)
+            shared = os.path.commonprefix(prompts) if len({*map(tuple, prompts)}) > 1 else []
             shared = shared[: len(shared) // 8 * 8]  # what a few examples share by chance is seldom as long
-            if len(shared) >= OPENING and len(shared) < min(map(len, prompts)):
+            if len(shared) >= OPENING:
                 found.append(shared)
         return found
 

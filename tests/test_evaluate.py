@@ -12,6 +12,7 @@ from spear_jax import experiment
 from spear_jax.federated.evaluate import Accuracy
 from spear_jax.models.decoder import logits
 from spear_jax.models.lora import merge_lora
+from spear_jax.sampling import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,25 @@ def test_adapter_beside_the_base_scores_like_the_merged_one(built):
     merged = merge_lora(built.model.base, lora, built.decoder.lora)
     beside = built.evaluator.choice_scores(built.model.base, lora)
     np.testing.assert_allclose(beside, built.evaluator.choice_scores(merged), atol=2e-3)
+
+
+def test_what_questions_open_with_is_read_once_and_changes_no_score(built):
+    opening = np.random.default_rng(0).integers(5, 200, 16).tolist()
+    prompts = [opening + prompt for prompt in built.evaluator.prompts]
+    labels = {label: built.evaluator.renderer.continuation(label) for label in "ABCD"}
+    lora = jax.tree.map(lambda x: x + 0.03, built.initial_state().lora)
+    found = {}
+    for name, openings in (("once", [opening]), ("each", [])):
+        evaluator = dataclasses.replace(
+            built.evaluator, prompts=prompts, sampler=Sampler(built.decoder, openings=openings)
+        )
+        *_, blocks, places = evaluator._blocks("x", [evaluator._row(i, [1]) for i in range(37)])
+        read = sum(int((branch >= 0).sum()) for block in blocks for branch in block.packs[0].branches)
+        ways = evaluator._one_forward, evaluator._full_continuations
+        found[name] = read, [way(built.model.base, lora, labels, *[[]][: way is ways[0]]) for way in ways]
+    assert found["once"][0] == found["each"][0] - 37 * 16
+    for once, each in zip(found["once"][1], found["each"][1], strict=True):
+        np.testing.assert_allclose(once, each, atol=1e-4)
 
 
 def test_intervals_match_the_score_test():

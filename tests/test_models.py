@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spear_jax import sampling
+from spear_jax import decoding
 from spear_jax.errors import UserError
 from spear_jax.models.attention import attend, seen_in_tree
 from spear_jax.models.config import parse_config
@@ -85,7 +85,7 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_room(prompts, 5))
     pack = jax.tree.map(lambda x: x[0], pack)
     hidden, cache = packed_states(decoder, None, base, pack)
-    padded = lambda x: jnp.pad(sampling._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
+    padded = lambda x: jnp.pad(decoding._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
     hidden, cache = hidden[index[0, :, -1]], jax.tree.map(padded, cache)
     for step in range(5, tokens.shape[1] + 1):
         np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)

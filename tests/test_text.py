@@ -55,6 +55,22 @@ def test_a_long_previous_answer_is_cut_and_the_feedback_stays(tokenizer, asked):
     assert len(ids) <= 110 and "Think of a kind of spice." in text and text.endswith("Answer:") and "copper" in text
 
 
+def test_openings_are_what_a_template_puts_before_every_question_and_every_revision(tokenizer):
+    task = get_task("facts")
+    examples = task.generate("train")[::50]
+    assert Renderer(tokenizer, "never", 400).openings(task, examples) == []  # nothing, or too short to be worth it
+    system = "The market opens at dawn, and every trader sells one thing alone. Ask for it by name, and pay in copper."
+    tokenizer.chat_template = system + TEMPLATE
+    renderer = Renderer(tokenizer, "auto", 400)
+    least = len(tokenizer.encode(system, add_special_tokens=False))
+    asked, revised = renderer.openings(task, examples)
+    assert len(asked) > least - 8 and len(revised) > least - 8  # cut to a multiple of 8
+    for example in task.generate("test")[:40]:
+        assert renderer.prompt(task, example)[: len(asked)] == asked
+        assert renderer.revision(task, example, "copper", "Wrong.")[: len(revised)] == revised
+    assert renderer.openings(task, examples[:1]) == []  # of one example nobody knows what others share
+
+
 def test_token_span_finds_the_letters_token_behind_reasoning(tokenizer):
     renderer = Renderer(tokenizer, "auto", 200)
     text = " Velmar sells copper. Answer: yes"

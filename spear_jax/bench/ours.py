@@ -141,7 +141,7 @@ class System:
             task=None,
             renderer=Labels(self.work.options),
             decoder=self.decoder,
-            sampler=Sampler(self.decoder),
+            sampler=Sampler(self.decoder, openings=[os.path.commonprefix(questions)]),
             examples=[Example("", "", names, names, 0) for _ in questions],
             prompts=questions,
             method="choice",

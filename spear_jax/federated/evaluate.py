@@ -92,6 +92,7 @@ class Evaluator:
     responses: Sequence[list[int]] = ()
 
     def __post_init__(self):
+        self._opening = self.sampler.opening(self.prompts)
         problem = ""
         if self.method == "choice" and any(len(example.labels) < 2 for example in self.examples):
             problem = "compares options, and its questions have none"
@@ -130,7 +131,8 @@ class Evaluator:
         """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""
         rows = [self._row(i, response) for i, response in enumerate(self.responses)]
         room, blocks, _ = self._blocks("likelihood", rows)
-        found = self.over_devices(lambda b: _token_scores(self.decoder, 0, lora, policy, b), blocks, room)
+        opening = self._read_opening(policy, lora)
+        found = self.over_devices(lambda b: _token_scores(self.decoder, 0, lora, policy, b, opening), blocks, room)
         real = np.stack([block.rows.completion_mask for block in blocks])
         logprobs, hit = (array[real] for array in found)
         return Accuracy(int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit))
@@ -151,7 +153,8 @@ class Evaluator:
         last = np.zeros((len(blocks), room.items, width), np.int32)
         for example, place in zip(self.examples, places, strict=True):
             last[place][: len(example.labels)] = [ids[name][-1] for name in example.labels]
-        score = lambda xs: _last_scores(self.decoder, lora, policy, *xs)
+        opening = self._read_opening(policy, lora)
+        score = lambda xs: _last_scores(self.decoder, lora, policy, *xs, opening)
         found = self.over_devices(score, list(zip(blocks, last, strict=True)), room)
         scores = np.full((len(rows), width), -np.inf, np.float32)
         for index, (example, place) in enumerate(zip(self.examples, places, strict=True)):
@@ -164,15 +167,21 @@ class Evaluator:
         pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
         rows = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in pairs]
         room, blocks, places = self._blocks("continuations", rows)
-        score = lambda block: _token_scores(self.decoder, 0, lora, policy, block)
+        opening = self._read_opening(policy, lora)
+        score = lambda block: _token_scores(self.decoder, 0, lora, policy, block, opening)
         found, _ = self.over_devices(score, blocks, room)
         scores = np.full((len(self.prompts), width), -np.inf, np.float32)
         for pair, place in zip(pairs, places, strict=True):
             scores[pair] = found[place].sum()
         return scores
 
+    def _read_opening(self, policy, lora):
+        """What `_row` leaves out, read."""
+        return self.sampler.read_opening(lora, policy, self._opening)
+
     def _row(self, index: int, tokens: list[int], prefix: Sequence[int] = ()) -> Row:
-        return Row([*self.prompts[index], *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
+        prompt = self.prompts[index][len(self._opening) :]
+        return Row([*prompt, *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
 
     def _blocks(self, name: str, rows: list[Row]) -> tuple[Room, list[Block], list[tuple[int, int]]]:
         """Rows in blocks of about `self.rows` questions; block and row of each."""
@@ -198,11 +207,11 @@ class Evaluator:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_scores(decoder, lora, base, blocks, candidates):
+def _last_scores(decoder, lora, base, blocks, candidates, opening=None):
     """float32[G, B, n]: log-probabilities of candidate next tokens int32[G, B, n]."""
 
     def one(block, candidates):
-        hidden = Scorer(decoder, base, 0).states(lora, block)[block.start]
+        hidden = Scorer(decoder, base, 0, opening=opening).states(lora, block)[block.start]
         logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
@@ -210,7 +219,7 @@ def _last_scores(decoder, lora, base, blocks, candidates):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_scores(decoder, chunk, lora, base, blocks):
+def _token_scores(decoder, chunk, lora, base, blocks, opening=None):
     """float32[G, B, T] log-probability of each completion token, and whether it is the most likely one; 0 at padding.
 
     Logits are held for `chunk` positions at a time (0: as `block_positions`).
@@ -224,7 +233,7 @@ def _token_scores(decoder, chunk, lora, base, blocks):
         return picked - jax.nn.logsumexp(logits, axis=-1), (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
 
     def one(block):
-        hidden = Scorer(decoder, base, chunk).states(lora, block)
+        hidden = Scorer(decoder, base, chunk, opening=opening).states(lora, block)
         return [by_row(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
 
     return trees.each(one)(blocks)

@@ -92,7 +92,8 @@ def packed_states(
     Args:
         lora: adapter tree, or None (no adapter, or one that is merged into `base`).
         dropout_key: turns LoRA dropout on.
-        opening: what this function returned as keys and values for h tokens that stand before every tree.
+        opening: what this function returned as keys and values for h tokens that stand before every tree; positions in the
+            pack do not count them.
     Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the opening's first (stacked where
         the base is).
     """
@@ -100,7 +101,7 @@ def packed_states(
     visible = tuple(
         jnp.pad(seen_in_tree(b), ((0, 0), (0, 0), (before, 0)), constant_values=True) for b in pack.branches
     )
-    layout = _Layout(pack.positions, visible, pack, before)
+    layout = _Layout(pack.positions + before, visible, pack, before)
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, opening=opening)
 
 

@@ -28,12 +28,14 @@ class Scorer:
         base: decoder parameters (never differentiated).
         chunk: positions per LM-head block, 0 for as many as take LOGITS; memory is chunk * V instead of M * V.
         dropout_key: turns LoRA dropout on.
+        opening: keys and values of what stands before every tree, as for `packed_states`.
     """
 
     decoder: Decoder
     base: dict
     chunk: int
     dropout_key: jax.Array | None = None
+    opening: Any = None
 
     def logprobs(self, lora: dict | None, block: Block, temperature: float = 1.0) -> jax.Array:
         """log p(token | everything before it) of each scored token, of logits divided by the temperature.
@@ -44,7 +46,7 @@ class Scorer:
 
     def states(self, lora: dict | None, block: Block, trunk: int = 0) -> jax.Array:
         """[M, D]: the states from which each scored token is predicted, in one of the block's packs."""
-        hidden, _ = packed_states(self.decoder, lora, self.base, block.packs[trunk], self.dropout_key)
+        hidden, _ = packed_states(self.decoder, lora, self.base, block.packs[trunk], self.dropout_key, self.opening)
         return hidden[block.source[trunk]]
 
 
