@@ -3,8 +3,9 @@
 Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows are random tokens of real
 lengths, and every completion has exactly the preset's number of new tokens. --against=hf runs the same work as a user would
 otherwise: transformers' generate, PEFT and torch's AdamW, clients one after another, in the same dtype and with as many
-threads. Each side has a process of its own; repeats alternate between them, and the first call of each, which compiles, is told
-apart. A floor is the FLOPs and bytes that a phase needs (real tokens, each once) at the machine's measured ceilings.
+threads. Each side has a process of its own for each phase; repeats alternate between them, and the first call of each, which
+compiles, is told apart. A floor is the FLOPs and bytes that a phase needs (real tokens, each once) at the machine's measured
+ceilings.
 
 --clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an experiment's sizes.
 Other jobs on the machine distort all of it.
@@ -153,23 +154,24 @@ def check_memory(name: str, needed: int, found: dict[str, Any]) -> None:
 
 
 def run_phases(work: Workload, phases: list[str], sides: tuple[str, ...], repeats: int, quiet: bool) -> dict[str, dict]:
-    """{phase: {side: its answers, the first call's first}}; the sides take turns."""
+    """{phase: {side: its answers, the first call's first}}; the sides take turns.
+
+    A phase has processes of its own: programs that other phases compiled are not its memory, and a GPU's high-water mark cannot
+    be reset.
+    """
     from spear_jax.federated.writer import on_terminal
 
     found: dict[str, dict[str, list]] = {phase: {name: [] for name in sides} for phase in phases}
     total = len(phases) * len(sides) * (repeats + 1)
-    # a GPU's high-water mark cannot be reset, so that each phase needs processes of its own there
-    groups = [[phase] for phase in phases] if work.platform == "gpu" else [phases]
     with tqdm.tqdm(total=total, disable=not on_terminal(quiet)) as bar:
-        for group in groups:
+        for phase in phases:
             with contextlib.ExitStack() as stack:
                 peers = {name: stack.enter_context(workers.Peer(side.serve, name, work)) for name in sides}
-                for phase in group:
-                    for _ in range(repeats + 1):
-                        for name, peer in peers.items():
-                            bar.set_description(f"{phase}, {name}")
-                            found[phase][name].append(peer.ask((phase,)))
-                            bar.update(1)
+                for _ in range(repeats + 1):
+                    for name, peer in peers.items():
+                        bar.set_description(f"{phase}, {name}")
+                        found[phase][name].append(peer.ask((phase,)))
+                        bar.update(1)
     return found
 
 

@@ -11,6 +11,7 @@ import ml_collections
 from spear_jax import partition, settings
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.errors import UserError, unknown
+from spear_jax.models.attention import KERNELS
 from spear_jax.models.decoder import REMAT
 from spear_jax.models.quantize import KINDS
 
@@ -25,6 +26,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.model = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
     config.dtype = "float32"  # of the base: float32 or bfloat16; adapters are float32
     config.quantize = "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
+    config.attention = "xla"  # or cudnn: its flash attention for training and prompts (NVIDIA GPUs, bfloat16)
     config.rounds = 10
     config.record_traces = True  # write every rollout to traces/
     config.imports = ()  # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
@@ -171,6 +173,7 @@ _BELOW_ONE = ("train.ema_decay",)
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "quantize": KINDS,
+    "attention": KERNELS,
     "data.chat_template": ("auto", "always", "never"),
     "data.extractor": ("bounded", "published"),
     "federation.sampling": ("uniform", "weighted"),

@@ -92,7 +92,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
     """The tree with its leading axis split over the mesh's clients."""
-    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, Spec(CLIENTS))), tree)
+    # over a single one nothing is split, and that is how XLA names what it returns: another name compiles again
+    spec = Spec(CLIENTS) if mesh.shape[CLIENTS] > 1 else Spec()
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), tree)
 
 
 def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:

@@ -22,6 +22,7 @@ from spear_jax.errors import UserError, unknown
 from spear_jax.federated import clients, server
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models import adapters
+from spear_jax.models.attention import check_kernel
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.load import LoadedModel, load_model
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
@@ -157,7 +158,8 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     model = open_model(config, mesh)
     algorithm = build_algorithm(config, model.eos_ids)
     algorithm.check(task, train_set, config.rollout.feedback)
-    decoder = Decoder(model.config, _lora_config(config, model), config.train.remat)
+    check_kernel(config.attention, jax.default_backend(), config.dtype, model.config.head_width)
+    decoder = Decoder(model.config, _lora_config(config, model), config.train.remat, config.attention)
     adapter = _start_adapter(config, decoder)
     evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
     used = sorted({int(i) for part in parts for i in part})

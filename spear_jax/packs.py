@@ -150,7 +150,8 @@ def pack_prompts(
 
 
 def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> Room:
-    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum.
+    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum. It
+    holds any single prompt of at most `width` tokens.
 
     Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
     """
@@ -162,7 +163,7 @@ def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 
     grids = ((total - long, short), (long, width)) if rest and long < total else ((total, width),)
     spread = lambda own: 2.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
     return Room(
-        tokens=-(-int(max(sum(own) + spread(own) for own in lengths)) // 32) * 32,
+        tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 32) * 32,
         grids=grids,
         scored=1,
         items=1,

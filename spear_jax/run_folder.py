@@ -39,6 +39,9 @@ def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -
     return folder, False
 
 
+RETIRED = (("rollout", "segment"),)  # fields of older versions that changed speed alone; they are dropped
+
+
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The resolved config of a run folder, fields that are younger than the run at their defaults.
 
@@ -51,6 +54,8 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error
+    for group, name in RETIRED:
+        found.get(group, {}).pop(name, None)
     config = configs.default_config()
     with config.unlocked():  # a field that is no longer there stays to be seen, and differs
         config.update(found)

@@ -53,7 +53,10 @@ def test_constants_of_a_small_model_by_hand():
 def test_prefill_and_decode_floors_by_hand():
     lengths = np.array([2, 3])
     # 5 tokens; positions seen 1 + 2 and 1 + 2 + 3; the head after each prompt
-    assert floors.prefill(counts(), lengths) == Part(2 * W * 5 + SEEN * 9 + 2 * HEAD * 2, 4 * (W + HEAD) + CACHE * 5)
+    bytes_ = 4 * (W + HEAD) + CACHE * 5
+    assert floors.prefill(counts(), lengths, 0) == Part(2 * W * 5 + SEEN * 9 + 2 * HEAD * 2, bytes_)
+    # a first token that both have: one token less, which saw itself
+    assert floors.prefill(counts(), lengths, 1) == Part(2 * W * 4 + SEEN * 8 + 2 * HEAD * 2, bytes_)
     # two steps for three new tokens: the first prompt's see 3 and 4 positions, the second's 4 and 5; both read all of them
     flops = 2 * (W + HEAD) * 4 + SEEN * 16
     assert floors.decode(counts(), lengths, 3) == Part(flops, 2 * 4 * (W + HEAD) + CACHE * 16)

@@ -16,6 +16,7 @@ LAYERS = [
         "packing",
         "packs",
         "batches",
+        "decoding",
         "rooms",
         "drawing",
         "partition",

@@ -1,5 +1,6 @@
 """Models against what Hugging Face computed for the same folders (tests/make_fixtures.py), and in and out of them."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from spear_jax import decoding
 from spear_jax.errors import UserError
-from spear_jax.models.attention import attend, seen_in_tree
+from spear_jax.models.attention import attend, check_kernel, library, seen_in_tree
 from spear_jax.models.config import parse_config
 from spear_jax.models.decoder import (
     Decoder,
@@ -106,16 +107,20 @@ def test_layer_after_layer_equals_the_scan(family):
     np.testing.assert_allclose(looped[inputs[1]], scanned[inputs[1]], atol=1e-5)
 
 
+# one block of queries, and two to four, the last one shorter; keys of an opening before them; JAX's own attention
 @pytest.mark.parametrize(
-    "length", [64, 95, 96, 163, 300]
-)  # one block of queries, and two to four, the last one shorter
-def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(length):
+    "length, opening, attention",
+    [(64, 0, attend), (95, 0, attend), (96, 0, attend), (163, 0, attend), (300, 0, attend), (20, 7, attend)]
+    + [(163, 7, attend), (163, 7, functools.partial(library, implementation="xla"))],
+)
+def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(length, opening, attention):
     rng = np.random.default_rng(length)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    q, keys, values, pull = draw(2, length, 4, 8), draw(2, 2, length, 8), draw(2, 2, length, 8), draw(2, length, 4, 8)
+    seen = length + opening
+    q, keys, values, pull = draw(2, length, 4, 8), draw(2, 2, seen, 8), draw(2, 2, seen, 8), draw(2, length, 4, 8)
     branch = np.sort(rng.integers(-1, 3, (2, length)), axis=1) % 4  # prompt, two branches, padding
     branch = np.where(branch == 3, -1, branch)
-    visible = np.asarray(seen_in_tree(jnp.asarray(branch)))
+    visible = np.pad(seen_in_tree(jnp.asarray(branch)), ((0, 0), (0, 0), (opening, 0)), constant_values=True)
 
     def plain(q, keys, values):
         scores = jnp.einsum("rlhk,rhsk->rhls", q, jnp.repeat(keys, 2, axis=1)) / np.sqrt(8)
@@ -123,7 +128,7 @@ def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(leng
         return jnp.einsum("rhls,rhsk->rlhk", weights, jnp.repeat(values, 2, axis=1))
 
     seen = visible.any(-1)[..., None, None]
-    blocks = lambda *x: attend(*x, jnp.asarray(visible))
+    blocks = lambda *x: attention(*x, jnp.asarray(visible))
     np.testing.assert_allclose(
         np.where(seen, blocks(q, keys, values), 0), np.where(seen, plain(q, keys, values), 0), atol=2e-5
     )
@@ -132,6 +137,21 @@ def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(leng
     ]
     for a, b in zip(*slopes, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "where, told",
+    [
+        (("cpu", "bfloat16", 64), "runs on NVIDIA GPUs, and JAX runs on a cpu"),
+        (("gpu", "float32", 64), "takes bfloat16, and the base's dtype is float32"),
+        (("gpu", "bfloat16", 256), "at most 128 in multiples of 8, and the model's are 256 wide"),
+    ],
+)
+def test_flash_attention_that_cannot_be_had_is_refused(where, told):
+    check_kernel("cudnn", "gpu", "bfloat16", 128)
+    check_kernel("xla", *where)
+    with pytest.raises(UserError, match=f"{told}.*attention=xla"):
+        check_kernel("cudnn", *where)
 
 
 def test_bfloat16_model_stays_in_bfloat16_and_close():

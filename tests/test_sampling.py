@@ -191,17 +191,21 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
         assert [c.tokens for c in bare] == [c.tokens for c in without]
 
 
-def test_slots_on_four_devices_give_what_slots_on_one_give(model, decoder):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(model, decoder, devices):
     prompts, keys, config = make_prompts(model, 30), make_keys(30), settings(max_rows=8)
     opening = prompts[0][:1]
     prompts = [opening + p for p in prompts]
     config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts[:6], keys[:6], config))
     one = Sampler(decoder).generate(None, model.base, prompts, keys, config)
-    mesh = make_mesh(jax.devices()[:4])
+    mesh = make_mesh(jax.devices()[:devices])
     place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
-    sampler = Sampler(decoder, place, 4, spread=spread, openings=[opening])
-    four = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
-    assert [c.tokens for c in four] == [c.tokens for c in one]
+    sampler = Sampler(decoder, place, devices, spread=spread, openings=[opening])
+    before = sampling._read._cache_size(), sampling._advance._cache_size()
+    found = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
+    assert [c.tokens for c in found] == [c.tokens for c in one]
+    # reads into a blank state, one that was read into, and one that was decoded
+    assert (sampling._read._cache_size(), sampling._advance._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 def test_each_completion_is_told_once_as_it_finishes(model, decoder, monkeypatch):

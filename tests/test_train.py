@@ -312,6 +312,9 @@ def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
     del old["wandb"], old["eval"]["first_rounds"], old["spear"]["answer_only"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert run_folder.open_workdir(str(tmp_path), config, "must") == (tmp_path, True)
+    old["rollout"]["segment"] = 32  # a retired field that changed no result
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert run_folder.open_workdir(str(tmp_path), config, "must") == (tmp_path, True)
     old["federation"]["rule"] = "fedavg"  # a field that is no longer there is told
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="federation.rule"):

@@ -1,8 +1,8 @@
 """What a phase needs, whoever runs it: floating-point operations and bytes, and from the machine's ceilings its floor in seconds.
 
-Counted are real tokens, never padding: a distinct (prompt, completion) once, and a prompt that several completions share
-once. A head that different prompts open with counts for each of them. With W the weights of all projections, V D those of the
-LM head, L layers, H heads of width K, N key/value heads of width K and R the rank:
+Counted are real tokens, never padding: a distinct (prompt, completion) once, a prompt that several completions share once, and
+once what all prompts of a phase open with (in training, where that has a gradient, for each of them). With W the weights of all
+projections, V D those of the LM head, L layers, H heads of width K, N key/value heads of width K and R the rank:
 
     forward     2 W a token; attention 4 H K a token, layer and visible position (causal: the n-th token sees n);
                 head 2 V D for each position whose distribution is needed
@@ -19,6 +19,7 @@ sampling, the optimiser, and adapters where nothing trains are left out, so noth
 
 import collections
 import dataclasses
+import os.path
 
 import numpy as np
 
@@ -78,10 +79,11 @@ def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
     )
 
 
-def prefill(c: Counts, lengths: np.ndarray) -> Part:
-    """Prompts of int[B] tokens, and the distribution after each."""
-    seen = (lengths * (lengths + 1) / 2).sum()
-    flops = 2 * c.layers * lengths.sum() + c.attention * seen + 2 * c.head * len(lengths)
+def prefill(c: Counts, lengths: np.ndarray, opening: int) -> Part:
+    """Prompts of int[B] tokens that all open with the same ones, and the distribution after each."""
+    again = opening * (len(lengths) - 1)
+    seen = (lengths * (lengths + 1) / 2).sum() - again * (opening + 1) / 2
+    flops = 2 * c.layers * (lengths.sum() - again) + c.attention * seen + 2 * c.head * len(lengths)
     return Part(float(flops), float(c.weights + c.cache * lengths.sum()))
 
 
@@ -121,8 +123,11 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     c = count(parse_config(preset.shape), preset.rank, preset.dtype)
     lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
 
+    def reading(prompts: list[list[list[int]]]) -> Part:
+        return prefill(c, lengths(prompts), len(os.path.commonprefix(sum(prompts, []))))
+
     def generation(prompts: list[list[list[int]]]) -> list[Part]:
-        return [prefill(c, lengths(prompts)), decode(c, lengths(prompts), preset.new_tokens)]
+        return [reading(prompts), decode(c, lengths(prompts), preset.new_tokens)]
 
     mean = aggregate(c, preset.clients)
     steps = [train(c, rows) for own in work.rows for rows in own]
@@ -130,7 +135,7 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     return {
         "rollout": first,
         "revision": revised,
-        "evaluation": [prefill(c, lengths([work.questions]))],
+        "evaluation": [reading([work.questions])],
         "local_step": [steps[0]],
         "aggregation": [mean],
         "checkpoint": [Part(0.0, 4.0 * c.adapter)],

@@ -109,8 +109,8 @@ def peak_source(platform: str) -> str:
     if platform == "gpu":
         return "the allocator's high-water mark on the device, in fresh processes for each phase"
     if CLEAR.exists():
-        return "VmHWM of each side's process, reset before the first call and before the first repeat"
-    return "ru_maxrss of each side's process, never reset"
+        return "VmHWM, in fresh processes for each phase, reset before the first call and before the first repeat"
+    return "ru_maxrss, in fresh processes for each phase, never reset"
 
 
 def reset_peak() -> int:

@@ -1,4 +1,4 @@
-"""Who sees whom in a packed tree, and grouped-query attention."""
+"""Who sees whom in a packed tree, and grouped-query attention: by XLA everywhere, by cuDNN's flash attention on request."""
 
 import math
 
@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from spear_jax.errors import UserError
+
 KEPT = "product"  # the name of what the backward pass keeps under the decoder's remat "attention"
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
+KERNELS = ("xla", "cudnn")
 BLOCK, BLOCKS = 64, 4  # queries of a block where there are enough; blocks at most, as each is compiled
 
 
@@ -17,21 +20,45 @@ def seen_in_tree(branch: jax.Array) -> jax.Array:
     return jnp.tril(jnp.ones((branch.shape[1], branch.shape[1]), bool)) & same
 
 
-def attend(q, keys, values, visible):
+def check_kernel(kernel: str, platform: str, dtype: str, head_width: int) -> None:
+    """Raises UserError where cuDNN's flash attention is asked for and cannot be had."""
+    if kernel != "cudnn":
+        return
+    problem = ""
+    if platform != "gpu":
+        problem = f"runs on NVIDIA GPUs, and JAX runs on a {platform} here"
+    elif dtype != "bfloat16":
+        problem = f"takes bfloat16, and the base's dtype is {dtype}"
+    elif head_width > 128 or head_width % 8:
+        problem = f"takes heads of at most 128 in multiples of 8, and the model's are {head_width} wide"
+    if problem:
+        raise UserError(f"attention is 'cudnn', which {problem}. Set --config.attention=xla.")
+
+
+def attend(q, keys, values, visible, kernel="xla"):
     """Grouped-query softmax attention, softmax in float32.
 
     Args:
         q: [R, L, H, K]; keys, values: [R, N, S, K].
         visible: bool[R, L, S]; the cells are the last L of the S keys, and none sees one behind it.
+        kernel: one of KERNELS. A single query, as when decoding, is always XLA's.
     Returns: [R, L, H, K].
     """
     length, before = q.shape[1], keys.shape[2] - q.shape[1]
+    if kernel == "cudnn" and length > 1:
+        return library(q, keys, values, visible, "cudnn")
     # block by block of queries, each against the keys up to its end: what lies above the diagonal is hardly touched
     size = -(-length // min(BLOCKS, max(1, round(length / BLOCK))))
     ends = [(begin, min(begin + size, length)) for begin in range(0, length, size)]
     upto = lambda x, axis, b: jax.lax.slice_in_dim(x, 0, before + b, axis=axis)
     parts = [_block(q[:, a:b], upto(keys, 2, b), upto(values, 2, b), upto(visible[:, a:b], 2, b)) for a, b in ends]
     return jnp.concatenate(parts, axis=1)
+
+
+def library(q, keys, values, visible, implementation):
+    """`attend` by `jax.nn.dot_product_attention`; implementation: "xla" or "cudnn", which never holds a head's scores."""
+    keys, values = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
+    return jax.nn.dot_product_attention(q, keys, values, mask=visible[:, None], implementation=implementation)
 
 
 @jax.custom_vjp

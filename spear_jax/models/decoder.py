@@ -40,11 +40,13 @@ class Decoder:
         config: shapes.
         lora: adapter settings; its scale, dropout and layers are read when an adapter tree is passed.
         remat: what the backward pass recomputes; one of REMAT.
+        attention: one of attention.KERNELS.
     """
 
     config: ModelConfig
     lora: LoraConfig
     remat: str = "attention"
+    attention: str = "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +273,8 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, ke
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
         kept = tuple(map(write, cache, (k, v)))
         keys, values = ([part] for part in kept)
-    attended = layout.from_grids(list(map(attend, layout.to_grids(q), keys, values, layout.visible)))
+    attention = functools.partial(attend, kernel=decoder.attention)
+    attended = layout.from_grids(list(map(attention, layout.to_grids(q), keys, values, layout.visible)))
     attended = attended.reshape(*lead, config.heads * config.head_width)
     hidden = checkpoint_name(hidden + next(project(attended, "o")), KEPT)
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
