@@ -5,6 +5,7 @@ its own adapter. Prompts are read part by part into slots that are free, so that
 """
 
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Sequence
 
@@ -126,14 +127,14 @@ def _shares(group: Sequence[int], prompts, count: int, most: int) -> list[list[i
     are read once, stay together."""
     order = sorted(group, key=lambda i: (-len(prompts[i]), prompts[i]))
     parts: list[list[int]] = [[] for _ in range(count)]
-    tokens = [0] * count
+    least = [(0, 0, part) for part in range(count)]  # a heap of (tokens, rows, part) that have room
     for prompt, same in itertools.groupby(order, key=lambda i: prompts[i]):
         rows = list(same)
         while rows:
-            free = (p for p in range(count) if len(parts[p]) < most)
-            least = min(free, key=lambda p: (tokens[p], len(parts[p])))
-            space = most - len(parts[least])
-            parts[least] += rows[:space]
-            tokens[least] += len(prompt)
+            tokens, taken, part = heapq.heappop(least)
+            space = most - taken
+            parts[part] += rows[:space]
+            if len(rows) < space:
+                heapq.heappush(least, (tokens + len(prompt), taken + len(rows), part))
             rows = rows[space:]
     return parts
