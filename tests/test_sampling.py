@@ -12,7 +12,7 @@ import pytest
 from spear_jax import batches, drawing, sampling, trees
 from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
-from spear_jax.models.decoder import Decoder, logits
+from spear_jax.models.decoder import Decoder, logits, unstack
 from spear_jax.models.load import load_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
 from spear_jax.sampling import Sampler
@@ -189,6 +189,8 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
     if not own:  # where not all prompts open so, all are read whole
         bare = sampler.generate(lora, model.base, [[5, 6], *prompts], np.insert(keys, 0, 0, axis=0), config)[1:]
         assert [c.tokens for c in bare] == [c.tokens for c in without]
+        unrolled = sampler.generate(lora, unstack(model.base), prompts, keys, config)
+        assert [c.tokens for c in unrolled] == [c.tokens for c in without]
 
 
 @pytest.mark.parametrize("devices", [1, 4])
