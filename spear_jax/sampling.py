@@ -105,9 +105,8 @@ class Sampler:
             even = len(groups) % self.devices == 0
             place, devices = (self.place, self.devices) if even else (self.spread, 1)
             plan, parts = plan_batches(config, groups, prompts, devices, self.shapes, len(opening))
-            for new in _Slots(self, adapters, bases, config, plan, len(groups), place, opening).run(
-                parts, prompts, keys
-            ):
+            slots = _Slots(self, adapters, bases, config, plan, len(groups), place, opening)
+            for new in slots.run(parts, prompts, keys):
                 for number, completion in new.items():
                     finished(number, completion)
                 done |= new
