@@ -148,6 +148,7 @@ def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
         return float(table[name].sum()) if name in table else 0.0
 
     seconds = {name: total(f"time/{name}") for name in ("rollout", "train", "aggregate", "eval", "checkpoint", "round")}
+    seconds["compile"] = total("compile/seconds")  # a part of the others
     return {
         "rounds": int(table["round"].max()),
         "eval": {"first": at(accuracy.iloc[0]), "best": at(best), "last": at(accuracy.iloc[-1])},
@@ -171,6 +172,7 @@ def round_table(workdir: str | pathlib.Path) -> str:
         "rollout/loses": "loses",
         "train/loss": "loss",
         "time/round": "seconds",
+        "compile/seconds": "compiling",
     }
     shown = rows[[name for name in wanted if name in rows]].rename(columns=wanted)
     return shown.to_string(index=False, float_format=lambda x: f"{x:.3f}", na_rep="-")
