@@ -19,6 +19,7 @@ from spear_jax.types import Attempt, Example, Tally, Trace
 
 ROLLOUT = trees.purpose("rollout")
 REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
+KEYS = 256  # that are made at a time
 SAMPLE_BITS = 21  # of a key path's last step, those below hold the attempt, those above the sample number
 
 
@@ -184,12 +185,11 @@ class Actor:
 
 def row_keys(key: jax.Array, asks: list[Ask], attempt: int) -> np.ndarray:
     """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and attempt) below the round's."""
-    # Padded to a power of two, so that the number of pending rows does not cause a compilation.
-    size = 1 << (len(asks) - 1).bit_length()
-    padded = np.zeros((size, 3), np.uint32)
-    padded[: len(asks)] = asks
-    padded[:, 2] = (padded[:, 2] << SAMPLE_BITS) + attempt
-    return np.asarray(_row_keys(key, padded))[: len(asks)]
+    # so many at a time, that the number of pending rows does not cause a compilation
+    padded = np.zeros((-(-len(asks) // KEYS), KEYS, 3), np.uint32)
+    padded.reshape(-1, 3)[: len(asks)] = asks
+    padded[..., 2] = (padded[..., 2] << SAMPLE_BITS) + attempt
+    return np.concatenate([np.asarray(_row_keys(key, some)) for some in padded])[: len(asks)]
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
 from spear_jax import score as score_command
+from spear_jax.compiles import Compiles
 from spear_jax.errors import UserError
 from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
@@ -284,11 +285,13 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
         evaluation._last_scores, evaluation._token_scores,
     )  # fmt: skip
     state = built.initial_state()
-    sizes = []
+    sizes, counted, compiles = [], [], Compiles()
     for _ in range(5):
         state, _, _ = train.one_round(built, state, 0.0, rounds.Spent())
         sizes.append([program._cache_size() for program in programs])
+        counted.append(compiles.take()["compile/programs"])
     assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
+    assert counted[2:] == [0, 0, 0]  # not the least operation
     embed = built.model.base["embed"]
     copies = [x for x in jax.live_arrays() if x.shape == embed.shape and x.dtype == embed.dtype and x is not embed]
     assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
