@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from spear_jax import cli, devices, experiment, run_folder
-from spear_jax.compiles import Compiles
+from spear_jax.compiles import Compiles, trim_after_compiling
 from spear_jax.dry_run import dry_run, write_split
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
@@ -74,6 +74,7 @@ def open_folder(built: Experiment, workdir: str, resume: str) -> pathlib.Path:
 
 def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """The round loop. Returns the summary."""
+    trim_after_compiling()
     config = built.config
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     state = built.initial_state()

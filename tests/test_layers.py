@@ -9,7 +9,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
 # A file imports from its own layer or from layers above it in this list. Longest prefix wins.
 LAYERS = [
-    ("errors", "types", "trees", "losses", "records", "analysis", "grids", "tokens", "sweeps", "reports", "settings"),
+    (
+        "errors",
+        "heap",
+        "types",
+        "trees",
+        "losses",
+        "records",
+        "analysis",
+        "grids",
+        "tokens",
+        "sweeps",
+        "reports",
+        "settings",
+    ),
     (
         "models",
         "sampling",

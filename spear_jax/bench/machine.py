@@ -3,7 +3,6 @@
 JAX is imported only where ceilings are measured: the rival's process reads this module, and its memory is measured.
 """
 
-import ctypes
 import gc
 import importlib.metadata
 import os
@@ -15,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from spear_jax import heap
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
@@ -118,9 +119,7 @@ def reset_peak() -> int:
     gc.collect()
     if not CLEAR.exists():
         return peak_bytes()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; what the allocator kept would count as used
-    if trim is not None:
-        trim(0)
+    heap.trim()  # what the allocator kept would count as used
     CLEAR.write_text("5")
     return _status("VmRSS")
 
