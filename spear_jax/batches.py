@@ -101,7 +101,10 @@ def _smallest(config, groups, prompts, devices, opening) -> Plan:
     finest = max(1, most // 8)
     rows = min(most, -(-largest // times // finest) * finest)
     passes = -(-sum(lengths) // (config.read_tokens * times * devices))
-    part = -(-rows // passes) if times == 1 else max(1, rows // max(passes, PASSES))
+    if times > 1:  # equal parts that fill all slots, where there are such: completions of one length end together
+        least = max(passes, PASSES)
+        passes = next((n for n in range(least, 2 * least) if rows % n == 0), min(rows, least))
+    part = -(-rows // passes) if times == 1 else rows // passes
     count = -(-largest // part)
     shares = [own for group in groups for own in _shares(group, prompts, count, part)]
     room = packs.prompt_room([[prompts[i] for i in own] for own in shares], width - opening, count)

@@ -15,6 +15,7 @@ from spear_jax import memory, packing
 from spear_jax.actor import Policy, as_policy
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.batches import plan_batches
 from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
 from spear_jax.compiles import trim_after_compiling
@@ -123,8 +124,9 @@ class System:
         opening = os.path.commonprefix(flat)
         sampler, sampling = Sampler(self.decoder, openings=[opening]), sampling_config(self.preset, len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
-        ((rows, part, _, tokens, *_),) = sampler.shapes.opened(f"1 {len(opening)} {sampling!r}")
-        held = -(-len(flat) // rows) * (rows * new + rows // part * tokens)
+        plan, parts = plan_batches(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(opening))
+        fills = -(-len(parts) // (plan.rows // plan.part))  # all completions are of one length, and end together
+        held = fills * plan.rows * new + len(parts) * plan.room.tokens
         return {
             "answers": [completion.tokens for completion in done],
             "padding": 1 - sum(len(prompt) - len(opening) + new for prompt in flat) / held,
