@@ -68,8 +68,7 @@ class Experiment:
 
     def initial_state(self) -> ServerState:
         """The server before round 1."""
-        key = jax.random.key(self.config.seed)
-        lora = self.adapter
+        key, lora = jax.random.key(self.config.seed), self.adapter
         if lora is None:
             lora = init_lora(jax.random.fold_in(key, LORA_INIT), self.decoder.lora, self.model.config)
         kept = self.algorithm.init_memory(lora, len(self.actor.examples), self.completion_length)
@@ -91,13 +90,14 @@ class Experiment:
         """The block size for local training, from the micro-batches of the first steps (every few of them, where many), and a
         smaller one for blocks that fit it (None: they do not, or clients train together). slots: items that no step exceeds."""
         some = [step for step in steps if any(step)]
-        some = some[:: 1 + len(some) // 32]
-        algorithm, shapes = self.algorithm, self.actor.sampler.shapes
-        sizes = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
-        room = shapes.room("train", lambda: packing.choose_room(some, algorithm.kinds, algorithm.trunks, *sizes))
+        shapes, opening = self.actor.sampler.shapes, self.actor.sampler.opening(packing.prompts(some))
+        some, name = some[:: 1 + len(some) // 32], f"train {len(opening)}"
+        most = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
+        kinds = self.algorithm.kinds, self.algorithm.trunks
+        room = shapes.room(name, lambda: packing.choose_room(some, *kinds, *most, opening))
         if self.local.clients_at_once > 1 or self.mesh.shape[MODEL] > 1:
             return room, None  # all that train together would go through both
-        small = shapes.room("train small", lambda: packing.choose_small(some, room))
+        small = shapes.room(f"{name} small", lambda: packing.choose_small(some, room))
         return room, None if small == room else small
 
     def on_devices(self, tree: Any) -> Any:

@@ -141,6 +141,12 @@ class Keys:
         return found
 
 
+def prompts(steps: Iterable[Iterable[Iterable[Item]]]) -> list[list[int]]:
+    """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands once."""
+    rows = (row for step in steps for micro in step for item in micro for row in item)
+    return list({id(row.prompt): row.prompt for row in rows}.values())
+
+
 def items_of(rows: Sequence[Row | None], kinds: int) -> list[Item]:
     """A micro-batch's items: row i of each of `kinds` equal blocks; None rows make none."""
     size = len(rows) // kinds
@@ -164,7 +170,7 @@ def _plan(micros, room: Room, keys: Keys) -> list[_Open]:
         for item in items:
             key = tuple((keys(row.prompt), keys(row.completion)) for row in item)
             families[key[0][0]].append((key, item))
-        sizes = {prompt: _tokens(family, room.trunks) for prompt, family in families.items()}
+        sizes = {prompt: _tokens(family, room) for prompt, family in families.items()}
         opened: list[_Open] = []
         for prompt in sorted(families, key=lambda p: -sizes[p]):
             fits = (b for b in opened if min(t.left for t in b.trunks) >= sizes[prompt])
@@ -188,8 +194,9 @@ def _next(opened: list[_Open], room: Room, micro: int, key: tuple, item: Item) -
     return block
 
 
-def _tokens(family: list, trunks: int) -> int:
-    """Tokens that a family adds to the fuller trunk: its prompts once, its distinct completions."""
+def _tokens(family: list, room: Room) -> int:
+    """Tokens that a family adds to the fuller trunk: its prompts once, without the opening, and its distinct completions."""
+    trunks = room.trunks
     total = [0] * trunks
     seen: set = set()
     for key, item in family:
@@ -197,7 +204,7 @@ def _tokens(family: list, trunks: int) -> int:
             trunk = kind % trunks
             if (trunk, prompt) not in seen:
                 seen.add((trunk, prompt))
-                total[trunk] += len(row.prompt)
+                total[trunk] += len(row.prompt) - len(room.opening)
             if (trunk, prompt, completion) not in seen:
                 seen.add((trunk, prompt, completion))
                 total[trunk] += len(row.completion) - 1
@@ -212,6 +219,7 @@ def choose_room(
     length: int,
     limit: int,
     slots: int | None = None,
+    opening: Sequence[int] = (),
 ) -> Room:
     """The block size that wastes least on these steps.
 
@@ -221,13 +229,14 @@ def choose_room(
         prompt: P, the longest prompt that will ever come; length: T, the longest completion.
         limit: tokens of a block, at most; more only where a single item needs them.
         slots: items that no step exceeds, where that is known.
+        opening: token ids with which every prompt begins.
     Returns: a room into which every item fits that keeps to `prompt` and `length`.
     """
     shared = -(-kinds // trunks)  # rows of an item in one pack, under one prompt
-    longest = prompt + max(2, shared) * (length - 1)
+    longest = prompt - len(opening) + max(2, shared) * (length - 1)
     least = size_bucket(prompt + shared * (length - 1))
     most = max(least, limit)
-    wide = Room(most, ((10**6, longest),), 10**9, 10**9, kinds, trunks, length)
+    wide = Room(most, ((10**6, longest),), 10**9, 10**9, kinds, trunks, length, tuple(opening))
     keys = Keys()
     trees = [tree.length for tree in _trees(_plan([sum(map(list, step), [])], wide, keys) for step in steps)]
     widths = split_grids(trees, longest)
@@ -252,14 +261,12 @@ def choose_room(
     long = spare(used[:, -1].tolist(), shared)
     # a short tree may stand in a long one's row
     counts = [max(1, spare(used.sum(1).tolist(), shared) - long), long] if len(widths) == 2 else [long]
-    return Room(
+    return dataclasses.replace(
+        wide,
         tokens=best,
         grids=tuple(zip(counts, widths, strict=True)),
         scored=max(size_bucket(spare([b.scored for b in found], shared * length)), shared * length),
         items=spare([len(b.rows) for b in found]),
-        kinds=kinds,
-        trunks=trunks,
-        length=length,
     )
 
 
@@ -298,9 +305,10 @@ def _read(step, keys: Keys, room: Room) -> int:
 def most_blocks(steps: Sequence[Sequence[Sequence[Item]]], room: Room, slots: int) -> int:
     """Blocks that a step may come to take, when all of its `slots` items are distinct and a quarter longer than these."""
     items = [item for step in steps for micro in step for item in micro]
-    tokens = sum(len(row.prompt) + len(row.completion) for item in items for row in item) / room.trunks
+    shared = len(room.opening)
+    tokens = sum(len(row.prompt) - shared + len(row.completion) for item in items for row in item) / room.trunks
     longer = 1.25 * tokens / max(1, len(items))
-    return 1 + -int(-max(slots * longer / room.tokens, slots / room.items))
+    return 1 + -int(-max(slots * longer / (room.tokens - shared), slots / room.items))
 
 
 def stack_blocks(

@@ -14,31 +14,37 @@ class Trunk:
     """One pack under construction."""
 
     def __init__(self, room: Room):
+        self.opening = room.opening
         self.free = [count for count, _ in room.grids]
         self.widths = [width for _, width in room.grids]
-        self.left = room.tokens
+        self.left = room.tokens - len(room.opening)
         self.trees: dict[tuple[int, ...], list[Tree]] = {}
 
     def place(self, prompt: tuple[int, ...], completion: Sequence[int]) -> "tuple[Tree, int] | None":
-        """The tree and branch that a completion joins; None where there is no room. Its last token is never read."""
-        read = len(completion) - 1
+        """The tree and branch that a completion joins; None where there is no room. Its last token is never read.
+
+        Raises: ValueError for a prompt that does not go on from the opening.
+        """
+        read, shared = len(completion) - 1, len(self.opening)
         for tree in self.trees.get(prompt, ()):
             if read <= min(self.left, self.widths[tree.grid] - tree.length):
                 self.left -= read
                 return tree, tree.add(completion)
-        need = len(prompt) + read
+        if prompt[:shared] != self.opening or len(prompt) == shared:
+            raise ValueError(f"the prompt {prompt} does not go on from the opening {self.opening}")
+        need = len(prompt) - shared + read
         fitting = [g for g, free in enumerate(self.free) if free and self.widths[g] >= need]
         if not fitting or need > self.left:
             return None
         self.free[fitting[0]] -= 1
         self.left -= need
-        tree = Tree(prompt, fitting[0])
+        tree = Tree(prompt[shared:], fitting[0])
         self.trees.setdefault(prompt, []).append(tree)
         return tree, tree.add(completion)
 
 
 class Tree:
-    """A prompt with completions behind it."""
+    """A prompt without its opening, with completions behind it."""
 
     def __init__(self, prompt: tuple[int, ...], grid: int):
         self.prompt, self.grid, self.length = prompt, grid, len(prompt)
@@ -54,37 +60,49 @@ class Tree:
 
 def fill(trunk: Trunk, room: Room) -> tuple[Pack, dict[int, int]]:
     """A trunk's arrays, and the flat place where each tree (by id) begins."""
+    shared = len(room.opening)
     tokens, positions, cell = (np.zeros(room.tokens, np.int32) for _ in range(3))
     grids = tuple(np.zeros(shape, np.int32) for shape in room.grids)
-    branch = tuple(np.full(shape, -1, np.int32) for shape in room.grids)
-    offsets = np.cumsum([0, *(rows * width for rows, width in room.grids)])
-    used, base, at = [0] * len(grids), {}, 0
+    branch = tuple(np.full((rows, shared + width), -1, np.int32) for rows, width in room.grids)
+    offsets = np.cumsum([shared, *(rows * width for rows, width in room.grids)])
+    used, base, at = [0] * len(grids), {}, shared
+    tokens[:shared] = room.opening
+    positions[:shared] = cell[:shared] = np.arange(shared)
     for tree in (tree for trees in trunk.trees.values() for tree in trees):
         row, size = used[tree.grid], len(tree.prompt)
         used[tree.grid] += 1
         base[id(tree)] = at
         tokens[at : at + size] = tree.prompt
-        positions[at : at + tree.length] = np.arange(tree.length)
-        branch[tree.grid][row, :size] = 0
+        positions[at : at + tree.length] = shared + np.arange(tree.length)
+        branch[tree.grid][row, : shared + size] = 0
         for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
             read = len(completion) - 1
             tokens[at + start : at + start + read] = completion[:-1]
-            positions[at + start : at + start + read] = size + np.arange(read)
-            branch[tree.grid][row, start : start + read] = number
+            positions[at + start : at + start + read] = shared + size + np.arange(read)
+            branch[tree.grid][row, shared + start : shared + start + read] = number
         places = np.arange(at, at + tree.length)
         grids[tree.grid][row, : tree.length] = places
         cell[places] = offsets[tree.grid] + row * room.grids[tree.grid][1] + np.arange(tree.length)
         at += tree.length
+    if shared:
+        own = np.arange(shared, dtype=np.int32)[None]
+        grids, branch = (own, *grids), (np.full_like(own, 0 if at > shared else -1), *branch)
     return Pack(tokens, positions, grids, branch, cell), base
+
+
+def real_tokens(pack: Pack) -> int:
+    """How many of a pack's tokens (numpy arrays, any leading axes) are not padding."""
+    own = (branch[..., -grid.shape[-1] :] for grid, branch in zip(pack.grids, pack.branches, strict=True))
+    return sum(int((branch >= 0).sum()) for branch in own)
 
 
 def fits(block: Block, room: Room) -> bool:
     """Whether `shrink` would lose nothing of a block (numpy arrays)."""
     for pack in block.packs:
-        if sum(int((branch >= 0).sum()) for branch in pack.branches) > room.tokens:
+        if real_tokens(pack) > room.tokens:
             return False
         used = [int((branch[:, 0] >= 0).sum()) for branch in pack.branches]
-        if any(rows > most for rows, (most, _) in zip(used, room.grids, strict=True)):
+        if any(rows > most for rows, most in zip(used, _grid_rows(room), strict=True)):
             return False
     ends = block.start + block.rows.completion_mask.sum(-1)
     return int(ends.max()) <= room.scored
@@ -93,13 +111,14 @@ def fits(block: Block, room: Room) -> bool:
 def shrink(block: Block, room: Room) -> Block:
     """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
 
+    rows = _grid_rows(room)
+
     def cut(pack: Pack) -> Pack:
         cell, gone, offset = pack.cell[: room.tokens], 0, 0
         shift = jnp.zeros_like(cell)
-        for grid, (rows, width) in zip(pack.grids, room.grids, strict=True):
+        for grid, kept in zip(pack.grids, rows, strict=True):
             shift = jnp.where(cell >= offset, gone, shift)  # cells of this grid, and for now of those behind it
-            offset, gone = offset + grid.shape[0] * width, gone + (grid.shape[0] - rows) * width
-        rows = [rows for rows, _ in room.grids]
+            offset, gone = offset + grid.size, gone + grid[kept:].size
         return Pack(
             tokens=pack.tokens[: room.tokens],
             positions=pack.positions[: room.tokens],
@@ -113,6 +132,11 @@ def shrink(block: Block, room: Room) -> Block:
         source=tuple(places[: room.scored] for places in block.source),
         target=block.target[: room.scored],
     )
+
+
+def _grid_rows(room: Room) -> list[int]:
+    """Rows of each of a pack's grids, the opening's among them."""
+    return [1] * bool(room.opening) + [rows for rows, _ in room.grids]
 
 
 def one_sequence(tokens: Sequence[int]) -> Pack:

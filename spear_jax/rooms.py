@@ -20,6 +20,7 @@ class Room:
         kinds: rows of an item.
         trunks: packs; kind k stands in pack k % trunks.
         length: T.
+        opening: h token ids with which every prompt begins, and which a pack holds once.
     """
 
     tokens: int
@@ -29,6 +30,7 @@ class Room:
     kinds: int
     trunks: int
     length: int
+    opening: tuple[int, ...] = ()
 
 
 def size_bucket(size: int, finest: int = 16) -> int:
@@ -115,5 +117,5 @@ class Shapes:
         """Restores what `save` gave."""
         self.frozen = saved["frozen"]
         self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
-        rooms = saved["rooms"].items()
-        self._rooms = {name: Room(**room | {"grids": tuple(map(tuple, room["grids"]))}) for name, room in rooms}
+        whole = lambda room: {"grids": tuple(map(tuple, room["grids"])), "opening": tuple(room.get("opening", ()))}
+        self._rooms = {name: Room(**room | whole(room)) for name, room in saved["rooms"].items()}

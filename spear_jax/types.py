@@ -106,16 +106,19 @@ class Mean:
 
 @flax.struct.dataclass
 class Pack:
-    """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat behind one another.
+    """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat behind one another. What
+    all prompts open with may stand once before them.
 
     Products with weights see the flat tokens; attention sees grids of one tree a row. Unused places of any array hold 0,
     but for `branches`.
 
     Attributes:
-        tokens: int32[..., N].
-        positions: int32[..., N], rotary positions; every branch goes on from the prompt's.
-        grids: int32[..., R, L] each, the flat place of each cell's token; short trees stand in one grid, long ones in another.
-        branches: likewise, 0 in a prompt, 1, 2, ... in its completions, -1 where a cell is empty.
+        tokens: int32[..., N], an opening's h tokens the first.
+        positions: int32[..., N], rotary positions; prompts go on from the opening's, every branch from its prompt's.
+        grids: int32[..., R, L] each, the flat place of each cell's token; the opening has one of its own, [1, h], before the
+            others; short trees stand in one grid, long ones in another.
+        branches: int32[..., R, L], or behind an opening [..., R, h + L], its tokens before the cells: 0 in a prompt and its
+            opening, 1, 2, ... in its completions, -1 where a cell is empty.
         cell: int32[..., N], the place of each token among the cells of all grids, in row-major order.
     """
 

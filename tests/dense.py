@@ -22,14 +22,14 @@ def logprobs(decoder, base, lora, rows, length):
     return jnp.where(mask[:, width:], picked, 0.0)
 
 
-def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False):
+def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False, opening=()):
     """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks that fit a smaller room go
-    through the model in it."""
+    through the model in it. opening: what all prompts begin with, read once a block."""
     micros = [[[packing.items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
     steps = [step for client in micros for step in client]
     if normalize == "global" and not algorithm.micro:
         steps = [[sum(step, [])] for step in steps]
-    room = packing.choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit)
+    room = packing.choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit, opening=opening)
     blocks = [packing.fold(step, room) for step in steps]
     per_client, clients = len(cohort[0]), max(padded, len(cohort))
     blocks += [[]] * (clients * per_client - len(blocks))

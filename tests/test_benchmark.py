@@ -71,11 +71,14 @@ def row(prompt, completion, label=1):
 def test_training_floor_by_hand_counts_shared_prompts_and_repeated_rows_once():
     # one row: 2 + 1 tokens that see 1 + 2 + 3 positions; one of them is predicted
     alone = Part(4 * W * 3 + 3 * SEEN * 6 + 4 * HEAD * 1 + 6 * ADAPTER * 3, 2 * 4 * (W + HEAD))
-    assert floors.train(counts(), [row((1, 2), (3,))]) == alone
-    assert floors.train(counts(), [row((1, 2), (3,)), row((1, 2), (3,))]) == alone
+    assert floors.train(counts(), [row((1, 2), (3,))], 0) == alone
+    assert floors.train(counts(), [row((1, 2), (3,)), row((1, 2), (3,))], 0) == alone
     # a second completion of two tokens under the same prompt: they see 3 and 4 positions; the prompt is not read again
     both = Part(4 * W * 5 + 3 * SEEN * 13 + 4 * HEAD * 3 + 6 * ADAPTER * 5, 2 * 4 * (W + HEAD))
-    assert floors.train(counts(), [row((1, 2), (3,)), row((1, 2), (3, 4), -1)]) == both
+    assert floors.train(counts(), [row((1, 2), (3,)), row((1, 2), (3, 4), -1)], 1) == both
+    # another prompt that opens with the first token: 2 more tokens, which see 2 and 3 positions
+    behind = Part(4 * W * 5 + 3 * SEEN * 11 + 4 * HEAD * 2 + 6 * ADAPTER * 5, 2 * 4 * (W + HEAD))
+    assert floors.train(counts(), [row((1, 2), (3,)), row((1, 4), (3,))], 1) == behind
 
 
 def test_a_floor_is_the_sum_of_what_bounds_each_part():
@@ -89,7 +92,8 @@ def test_needs_of_the_phases_add_up_and_every_phase_has_some():
     needs, tokens = floors.needs(work), floors.tokens(work)
     assert set(needs) == set(PHASES)
     total = lambda name: sum(part.flops for part in needs[name])
-    steps = [floors.train(floors.count(parse_config(work.preset.shape), 4, "float32"), r) for c in work.rows for r in c]
+    model, head = floors.count(parse_config(work.preset.shape), 4, "float32"), work.preset.head
+    steps = [floors.train(model, rows, head) for own in work.rows for rows in own]
     assert total("local_step") == steps[0].flops
     trained = sum(step.flops for step in steps)
     assert total("round") == total("rollout") + total("revision") + trained + total("aggregation")

@@ -90,6 +90,7 @@ def run(
     numbers=None,
     limit=64,
     small=False,
+    opening=(),
 ):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
@@ -100,7 +101,8 @@ def run(
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
-    work = dense.work(cohort, algorithm, P, T, local.normalize, limit, padded=size, small=small)
+    longest = max(len(row.prompt) for client in cohort for row in sum(sum(client, []), []))
+    work = dense.work(cohort, algorithm, longest, T, local.normalize, limit, size, small, opening)
     train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
@@ -118,6 +120,32 @@ def test_blocks_in_a_smaller_room_give_the_same_adapter_and_metrics(model, lora,
     )
     for one, other in zip(jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once, small, limit", [(1, False, 64), (1, True, 1000), (3, False, 1000)])
+def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
+    model, lora, cohort, at_once, small, limit
+):
+    opening = np.random.default_rng(3).integers(3, model.config.vocab_size, 20).tolist()
+    behind = lambda rows: [dataclasses.replace(row, prompt=[*opening, *row.prompt]) for row in rows]
+    cohort = [[[behind(micro) for micro in step] for step in client] for client in cohort]
+    (total, _, means), (wanted, _, plain) = (
+        run(
+            model,
+            lora,
+            cohort,
+            None,
+            spear(),
+            local_config(clients_at_once=at_once),
+            limit=limit,
+            small=small,
+            opening=own,
+        )
+        for own in (opening, ())
+    )
+    assert dense.work(cohort, spear(), P + 20, T, limit=limit, small=True, opening=opening).fits.any() or not small
+    for one, other in zip(jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
 def plain_step_loss(model, decoder, lora, step):

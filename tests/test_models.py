@@ -120,7 +120,7 @@ def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(leng
     q, keys, values, pull = draw(2, length, 4, 8), draw(2, 2, seen, 8), draw(2, 2, seen, 8), draw(2, length, 4, 8)
     branch = np.sort(rng.integers(-1, 3, (2, length)), axis=1) % 4  # prompt, two branches, padding
     branch = np.where(branch == 3, -1, branch)
-    visible = np.pad(seen_in_tree(jnp.asarray(branch)), ((0, 0), (0, 0), (opening, 0)), constant_values=True)
+    visible = seen_in_tree(jnp.pad(branch, ((0, 0), (opening, 0))), length)
 
     def plain(q, keys, values):
         scores = jnp.einsum("rlhk,rhsk->rhls", q, jnp.repeat(keys, 2, axis=1)) / np.sqrt(8)

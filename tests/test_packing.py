@@ -18,10 +18,10 @@ def make_row(rng, prompt=None, label=1):
     return Row(prompt or ids(2, P), completion, rng.random(len(completion)) < 0.7, float(rng.random()), label, 0.5)
 
 
-def make_steps(seed=0, steps=6, rows=12, prompts=5):
-    """Steps of single-row items, drawn with repetition from few prompts."""
+def make_steps(seed=0, steps=6, rows=12, prompts=5, opening=()):
+    """Steps of single-row items, drawn with repetition from few prompts that open with the same tokens."""
     rng = np.random.default_rng(seed)
-    asked = [make_row(rng).prompt for _ in range(prompts)]
+    asked = [[*opening, *make_row(rng).prompt] for _ in range(prompts)]
     pool = [make_row(rng, list(asked[rng.integers(prompts)]), int(rng.choice([1, -1]))) for _ in range(rows)]
     return [[[(pool[i],) for i in rng.integers(len(pool), size=rows)]] for _ in range(steps)]
 
@@ -29,11 +29,13 @@ def make_steps(seed=0, steps=6, rows=12, prompts=5):
 def read_back(block, slot, trunk=0):
     """(prompt, completion) of a row, walked over the pack as attention sees it."""
     pack, length = block.packs[trunk], int(block.rows.completion_mask[slot].sum())
-    first = int(block.start[slot])
-    source = block.source[trunk][first : first + length]
+    begin = int(block.start[slot])
+    source = block.source[trunk][begin : begin + length]
     seen = []
     for grid, branch in zip(pack.grids, pack.branches, strict=True):
-        for places, kinds in zip(grid, branch, strict=True):
+        first = np.arange(branch.shape[1] - grid.shape[1])
+        for own, kinds in zip(grid, branch, strict=True):
+            places = [*first, *own]
             where = [i for i in range(len(places)) if kinds[i] >= 0 and places[i] == source[-1]]
             if where:
                 own = [i for i in range(where[0] + 1) if kinds[i] == 0 or kinds[i] == kinds[where[0]]]
@@ -41,13 +43,17 @@ def read_back(block, slot, trunk=0):
     tokens = [int(pack.tokens[i]) for i in seen]
     assert [int(pack.positions[i]) for i in seen] == list(range(len(seen)))
     assert seen[-length:] == list(source)
-    return tokens[: len(tokens) - length + 1], block.target[first : first + length].tolist()
+    return tokens[: len(tokens) - length + 1], block.target[begin : begin + length].tolist()
 
 
+OPENING = list(range(300, 317))
+
+
+@pytest.mark.parametrize("opening", [[], OPENING])
 @pytest.mark.parametrize("limit", [1, 120, 10_000])
-def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(limit):
-    steps = make_steps()
-    room = packing.choose_room(steps, 1, 1, P, T, limit)
+def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(limit, opening):
+    steps = make_steps(opening=opening)
+    room = packing.choose_room(steps, 1, 1, P + len(opening), T, limit, opening=opening)
     for step in steps:
         found = []
         for block in packing.fold(step, room):
@@ -78,6 +84,20 @@ def test_a_prompt_and_a_repeated_row_are_read_once():
     assert (block.rows.label != 0).sum() == 11 and len(set(block.start[block.rows.label != 0].tolist())) == 6
 
 
+def test_what_all_prompts_open_with_is_read_once_a_block():
+    steps = make_steps(opening=OPENING)
+    rows = [row for (row,) in steps[0][0]]
+    room, plain = (packing.choose_room(steps, 1, 1, P + len(OPENING), T, 10_000, opening=own) for own in (OPENING, []))
+    once, each = (packs.real_tokens(packing.fold(steps[0], size)[0].packs[0]) for size in (room, plain))
+    # at least so many trees, all but one of them without it
+    assert each - once >= len(OPENING) * (len({tuple(row.prompt) for row in rows}) - 1) > 0
+    empty = packing.stack_blocks([[]], room, 1)[0]
+    assert packs.real_tokens(empty.packs[0]) == 0
+    for other in (OPENING, [5, *OPENING]):  # nothing behind it; something before it
+        with pytest.raises(ValueError, match="does not go on from the opening"):
+            packing.fold([[(dataclasses.replace(rows[0], prompt=other),)]], room)
+
+
 def test_an_items_rows_stay_together_each_kind_in_its_trunk():
     rng = np.random.default_rng(2)
     items = []
@@ -106,9 +126,10 @@ def test_micro_batches_never_share_a_block_and_padding_rows_are_dropped():
     assert [int((block.rows.label != 0).sum()) for block in blocks] == [2, 1]
 
 
-def test_a_block_cut_to_a_smaller_room_still_holds_every_row():
-    steps = make_steps()
-    room = packing.choose_room(steps, 1, 1, P, T, 120)
+@pytest.mark.parametrize("opening", [[], OPENING])
+def test_a_block_cut_to_a_smaller_room_still_holds_every_row(opening):
+    steps = make_steps(opening=opening)
+    room = packing.choose_room(steps, 1, 1, P + len(opening), T, 120, opening=opening)
     small = packing.choose_small(steps, room)
     assert small.tokens < room.tokens
     kept = 0
@@ -118,8 +139,8 @@ def test_a_block_cut_to_a_smaller_room_still_holds_every_row():
         cut = packs.shrink(block, small)
         (pack,), cells = cut.packs, np.concatenate([grid.reshape(-1) for grid in cut.packs[0].grids])
         assert pack.tokens.shape == (small.tokens,) and cut.target.shape == (small.scored,)
-        assert [grid.shape for grid in pack.grids] == [tuple(size) for size in small.grids]
-        real = sum(int((branch >= 0).sum()) for branch in pack.branches)
+        assert [grid.shape for grid in pack.grids] == [(1, 17)] * bool(opening) + [tuple(size) for size in small.grids]
+        real = packs.real_tokens(pack)
         assert cells[np.asarray(pack.cell[:real])].tolist() == list(range(real))  # each token's cell holds that token
         for slot in np.flatnonzero(block.rows.label):
             assert read_back(cut, slot) == read_back(block, slot)
@@ -187,7 +208,8 @@ def test_shapes_are_reused_where_they_hold_and_come_back_from_a_checkpoint():
     assert shapes.fit("a", (8, 95)) == (8, 100)  # 5 % more than needed
     assert shapes.fit("a", (4, 50)) == (4, 50)  # four times more would have been wasted
     shapes.open("b", (3,))
-    room = shapes.room("r", lambda: packing.choose_room(make_steps(), 1, 1, P, T, 100))
+    steps = make_steps(opening=OPENING)
+    room = shapes.room("r", lambda: packing.choose_room(steps, 1, 1, P + 17, T, 100, opening=OPENING))
     shapes.freeze()
     again = rooms.Shapes()
     again.load(shapes.save())

@@ -95,12 +95,13 @@ def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
     return Part(float(flops), float(steps * c.weights + c.cache * seen))
 
 
-def train(c: Counts, rows: list[Row]) -> Part:
-    """One forward and backward of a client's rows."""
+def train(c: Counts, rows: list[Row], opening: int) -> Part:
+    """One forward and backward of a client's rows, whose prompts all open with the same tokens."""
     answers = collections.defaultdict(set)
     for row in rows:
         answers[tuple(row.prompt)].add(tuple(row.completion))
-    tokens = scored = seen = 0.0
+    again = opening * (len(answers) - 1)
+    tokens, scored, seen = -again, 0, -again * (opening + 1) / 2
     for prompt, completions in answers.items():
         p = len(prompt)
         tokens += p
@@ -109,7 +110,7 @@ def train(c: Counts, rows: list[Row]) -> Part:
             tokens, scored = tokens + n, scored + n
             seen += n * p + n * (n + 1) / 2
     flops = 4 * c.layers * tokens + 3 * c.attention * seen + 4 * c.head * scored + 6 * c.adapter * tokens
-    return Part(flops, 2.0 * c.weights)
+    return Part(float(flops), 2.0 * c.weights)
 
 
 def aggregate(c: Counts, clients: int) -> Part:
@@ -123,14 +124,16 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     c = count(parse_config(preset.shape), preset.rank, preset.dtype)
     lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
 
+    shared = lambda prompts: len(os.path.commonprefix(sum(prompts, [])))
+
     def reading(prompts: list[list[list[int]]]) -> Part:
-        return prefill(c, lengths(prompts), len(os.path.commonprefix(sum(prompts, []))))
+        return prefill(c, lengths(prompts), shared(prompts))
 
     def generation(prompts: list[list[list[int]]]) -> list[Part]:
         return [reading(prompts), decode(c, lengths(prompts), preset.new_tokens)]
 
     mean = aggregate(c, preset.clients)
-    steps = [train(c, rows) for own in work.rows for rows in own]
+    steps = [train(c, rows, shared(work.prompts)) for own in work.rows for rows in own]
     first, revised = generation(work.prompts), generation(work.revisions)
     return {
         "rollout": first,

@@ -30,6 +30,7 @@ from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
 from spear_jax.models.weights import DTYPES, MODULES, fill, places
+from spear_jax.packs import real_tokens
 from spear_jax.sampling import Sampler
 from spear_jax.types import Example
 
@@ -105,7 +106,8 @@ class System:
         longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
         limit = default_config().train.block_tokens
         slots = max(len(items) for (items,) in steps)
-        self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots)
+        opening = os.path.commonprefix(sum(work.prompts, []))
+        self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots, opening)
         small = packing.choose_small(steps, self.room)
         self.small = None if small == self.room or self.local.clients_at_once > 1 else small
         self.folder = tempfile.TemporaryDirectory()
@@ -182,7 +184,7 @@ class System:
         small = self.small if at_once == 1 else None
         found, used, fitting = packing.stack_blocks(blocks, self.room, max(map(len, blocks)), small)
         fitting &= np.arange(fitting.shape[1]) < used[:, None]
-        real = sum(int((branch >= 0).sum()) for branch in found.packs[0].branches)
+        real = real_tokens(found.packs[0])
         read = self.room.tokens * int(used.sum())
         if small is not None:
             read -= (self.room.tokens - small.tokens) * int(fitting.sum())

@@ -13,6 +13,7 @@ from spear_jax.algorithms.base import Collected
 from spear_jax.devices import CLIENTS, agree, shard_rows, to_host
 from spear_jax.experiment import Experiment
 from spear_jax.federated import clients, server
+from spear_jax.packs import real_tokens
 from spear_jax.types import ClientState, ServerState, Trace
 
 ROUND = trees.purpose("round")
@@ -182,7 +183,7 @@ def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax
     weight[: len(got.weight)] = server.client_weights(experiment.server, got.weight, got.active)
     active = np.zeros(size, bool)
     active[: len(got.active)] = got.active
-    tokens = sum(int((branch >= 0).sum()) for pack in work.blocks.packs for branch in pack.branches)
+    tokens = sum(map(real_tokens, work.blocks.packs))
     return shard_rows((work, keys, weight, active), experiment.mesh), tokens
 
 

@@ -14,10 +14,12 @@ KERNELS = ("xla", "cudnn")
 BLOCK, BLOCKS = 64, 4  # queries of a block where there are enough; blocks at most, as each is compiled
 
 
-def seen_in_tree(branch: jax.Array) -> jax.Array:
-    """bool[R, L, L] of a tree's branches int32[R, L]: a cell sees its prompt and its own branch, up to itself."""
-    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-    return jnp.tril(jnp.ones((branch.shape[1], branch.shape[1]), bool)) & same
+def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
+    """bool[R, L, S] of the branches int32[R, S] of a tree's keys, its `cells` (L) the last of them: a cell sees its prompt, what
+    stands before it, and its own branch, up to itself."""
+    before = branch.shape[1] - cells
+    same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, before:, None])
+    return jnp.tril(jnp.ones((cells, before + cells), bool), before) & same
 
 
 def check_kernel(kernel: str, platform: str, dtype: str, head_width: int) -> None:

@@ -57,23 +57,24 @@ class _Layout:
         positions: int32, shaped like the tokens.
         visible: for each grid bool[R, L, S], whether cell (r, l) attends to key s; the cells' own keys are the last.
         pack: None where the tokens are the one grid [R, L] themselves; else what maps flat tokens [N] to grids and back.
-        opening: keys that stand before the tokens' own, and that every cell sees.
     """
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
     pack: Pack | None = None
-    opening: int = 0
 
     def to_grids(self, x: jax.Array) -> list[jax.Array]:
         return [x] if self.pack is None else [x[grid] for grid in self.pack.grids]
 
     def to_key_grids(self, x: jax.Array) -> list[jax.Array]:
-        if not self.opening:
-            return self.to_grids(x)
-        first = jnp.arange(self.opening)
-        whole = lambda grid: jnp.concatenate([jnp.tile(first, (len(grid), 1)), grid + self.opening], axis=1)
-        return [x[whole(grid)] for grid in self.pack.grids]
+        """Of x [h + N, ...], with what was read before in front: each grid's own, behind the first of x that its cells see."""
+        if self.pack is None:
+            return [x]
+        read, found = len(x) - len(self.positions), []
+        for grid, visible in zip(self.pack.grids, self.visible, strict=True):
+            first = jnp.arange(visible.shape[2] - grid.shape[1], dtype=grid.dtype)
+            found.append(x[jnp.concatenate([jnp.tile(first, (len(grid), 1)), grid + read], axis=1)])
+        return found
 
     def from_grids(self, parts: list[jax.Array]) -> jax.Array:
         if self.pack is None:
@@ -94,16 +95,15 @@ def packed_states(
     Args:
         lora: adapter tree, or None (no adapter, or one that is merged into `base`).
         dropout_key: turns LoRA dropout on.
-        opening: what this function returned as keys and values for h tokens that stand before every tree; positions in the
-            pack do not count them.
+        opening: what this function returned as keys and values for h tokens that stand before every tree; the pack, which
+            has no opening of its own then, does not count them.
     Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the opening's first (stacked where
         the base is).
     """
-    before = 0 if opening is None else jax.tree.leaves(opening)[0].shape[-3]
-    visible = tuple(
-        jnp.pad(seen_in_tree(b), ((0, 0), (0, 0), (before, 0)), constant_values=True) for b in pack.branches
-    )
-    layout = _Layout(pack.positions + before, visible, pack, before)
+    read = 0 if opening is None else jax.tree.leaves(opening)[0].shape[-3]
+    keys = (jnp.pad(branch, ((0, 0), (read, 0))) for branch in pack.branches)
+    visible = tuple(seen_in_tree(own, grid.shape[1]) for own, grid in zip(keys, pack.grids, strict=True))
+    layout = _Layout(pack.positions + read, visible, pack)
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, opening=opening)
 
 
