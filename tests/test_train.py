@@ -324,6 +324,28 @@ def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
         run_folder.open_workdir(str(tmp_path), config, "must")
 
 
+def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not():
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3})
+    config.data.templates.question = "The traders of the market sell one thing each. A friend asks you what. {question}"
+    results = []
+    for once in (True, False):
+        built = experiment.build(config)
+        asked = [built.actor.renderer.prompt(built.actor.task, example) for example in built.actor.examples]
+        opening = built.actor.sampler.openings[-1] * once
+        assert len(opening) >= 16 * once and all(prompt[: len(opening)] == opening for prompt in asked)
+        built.actor.sampler.openings = [opening] * once
+        state, metrics, told = rounds.run_round(built, built.initial_state(), rounds.Spent())
+        assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
+        results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told]))
+        rooms = built.actor.sampler.shapes.save()["rooms"]
+        assert rooms and all(room["opening"] == tuple(opening) for room in rooms.values())
+    (one, said), (other, plainly) = results
+    assert said == plainly
+    everything = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)]
+    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
+
+
 def test_a_round_on_eight_devices_equals_the_round_on_one():
     config = quickstart.get_config()
     config.update_from_flattened_dict(SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3})
