@@ -91,7 +91,7 @@ class Experiment:
         smaller one for blocks that fit it (None: they do not, or clients train together). slots: items that no step exceeds."""
         some = [step for step in steps if any(step)]
         shapes, opening = self.actor.sampler.shapes, self.actor.sampler.opening(packing.prompts(some))
-        some, name = some[:: 1 + len(some) // 32], f"train {len(opening)}"
+        some, name = some[:: 1 + len(some) // 32], f"train {len(opening)}" if opening else "train"
         most = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
         kinds = self.algorithm.kinds, self.algorithm.trunks
         room = shapes.room(name, lambda: packing.choose_room(some, *kinds, *most, opening))

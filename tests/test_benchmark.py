@@ -290,7 +290,12 @@ def test_the_first_call_stands_apart_from_the_repeats():
     told = report.summarise([answer(9, loss=3.0), answer(3), answer(1), answer(2)])
     assert told["seconds"] == {"median": 2, "min": 1, "all": [3, 1, 2]}
     assert (told["first_seconds"], told["first_peak_bytes"], told["peak_bytes"]) == (9, 900, 300)
-    assert told["loss"] == 3.0 and "padding" not in told
+    assert told["loss"] == 3.0 and not {"padding", "compile_seconds"} & set(told)
+    compiled = lambda programs, seconds: {"compile/programs": float(programs), "compile/seconds": seconds}
+    told = report.summarise(
+        [answer(9, **compiled(4, 6.5)), answer(2, **compiled(1, 0.5)), answer(2, **compiled(2, 0.1))]
+    )
+    assert (told["compile_programs"], told["compile_seconds"], told["compiled_later"]) == (4, 6.5, 3)
 
 
 def test_a_ratio_is_the_rival_s_seconds_over_ours():
@@ -327,6 +332,9 @@ def test_the_command_measures_both_sides_and_writes_its_files(tmp_path):
             assert len(told["seconds"]["all"]) == 2 and 0 < told["seconds"]["min"] <= told["seconds"]["median"]
             assert told["peak_bytes"] >= told["resting_bytes"] > 50e6 and told["first_seconds"] > 0
             assert 0 < told["floor_share"] < 1
+        ours = phase["ours"]
+        assert ours["compiled_later"] == 0 and 0 <= ours["compile_seconds"] < ours["first_seconds"]
+        assert (ours["compile_programs"] > 0) == (name != "checkpoint") and "compile_seconds" not in phase["rival"]
         ratio = phase["rival"]["seconds"]["median"] / phase["ours"]["seconds"]["median"]
         assert phase["ratio"] == pytest.approx(ratio) and result["ratios"].get(name, ratio) == pytest.approx(ratio)
     for name in ("local_step", "round"):  # the second has two clients of two steps, each from the global adapter

@@ -18,7 +18,7 @@ from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.batches import plan_batches
 from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
-from spear_jax.compiles import trim_after_compiling
+from spear_jax.compiles import Compiles, trim_after_compiling
 from spear_jax.config import default_config
 from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
@@ -44,7 +44,7 @@ def build(work: Workload) -> Side:
     """Loads or makes the weights on JAX's first device, and binds the phases."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # as `cli.run` does
     trim_after_compiling()  # as `train` does
-    system = System(work)
+    compiles, system = Compiles(), System(work)
     device = jax.devices()[0]
     return Side(
         {
@@ -58,6 +58,7 @@ def build(work: Workload) -> Side:
             "cohort": system.cohort,
         },
         None if device.platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"],
+        compiles.take,
     )
 
 

@@ -55,11 +55,21 @@ def summarise(answers: Answers) -> dict[str, Any]:
     return {
         "seconds": {"median": statistics.median(seconds), "min": min(seconds), "all": seconds},
         "first_seconds": first["seconds"],
+        **_compiled(answers),
         "first_peak_bytes": first["peak_bytes"],
         "peak_bytes": repeats[0]["peak_bytes"],
         "resting_bytes": repeats[0]["resting_bytes"],
         **{name: first[name] for name in ("loss", "padding") if name in first},
     }
+
+
+def _compiled(answers: Answers) -> dict[str, float]:
+    """Of a side that compiles: programs and seconds of the first call, and programs of all later ones together."""
+    if "compile/programs" not in answers[0]:
+        return {}
+    programs = [int(answer["compile/programs"]) for answer in answers]
+    seconds = answers[0]["compile/seconds"]
+    return {"compile_programs": programs[0], "compile_seconds": seconds, "compiled_later": sum(programs[1:])}
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:
@@ -80,6 +90,7 @@ def _phase_row(name: str, phase: dict[str, Any]) -> dict[str, str]:
         "tokens/s": f"{ours['tokens_per_second']:,.0f}" if "tokens_per_second" in ours else "-",
         "padding": f"{ours['padding']:.0%}" if "padding" in ours else "-",
         "first call s": _number(ours["first_seconds"]),
+        "compiling s": _number(ours["compile_seconds"]),
         "peak GB": f"{ours['peak_bytes'] / GB:.2f}",
     }
     return row | ({"rival peak GB": f"{rival['peak_bytes'] / GB:.2f}"} if rival else {})

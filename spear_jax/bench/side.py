@@ -18,18 +18,21 @@ class Side:
     Attributes:
         phases: by name; a call runs the phase, waits until all of it is done, and returns what there is to tell.
         device_peak: the device's high-water mark in bytes, which nothing resets; None where memory is the process's own.
+        compiled: what was compiled since it was last asked; empty on a side that does not compile.
     """
 
     phases: dict[str, Callable[..., dict[str, Any]]]
     device_peak: Callable[[], int] | None
+    compiled: Callable[[], dict[str, float]] = dict
 
 
 def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
     """Builds a side; returns what answers (phase, *arguments).
 
-    An answer holds what the phase tells, and seconds. The first two answers to a question also hold resting_bytes and
-    peak_bytes, resident before the phase and at most during it (on a GPU 0, and the device's mark since the process began).
-    Before these two the allocator gives back what it kept; not before later ones, which would have to fetch it again.
+    An answer holds what the phase tells, seconds, and what was compiled. The first two answers to a question also hold
+    resting_bytes and peak_bytes, resident before the phase and at most during it (on a GPU 0, and the device's mark since the
+    process began). Before these two the allocator gives back what it kept; not before later ones, which would have to fetch it
+    again.
 
     All but the first answer run the phase again until `preset.settle` seconds have passed, and time the last run: a virtual
     machine takes memory that nobody touches while the other side has its turn, and fetching it back is not the phase's work.
@@ -44,6 +47,7 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
         asked[question] += 1
         fresh = asked[question] <= 2
         resting = machine.reset_peak() if fresh else 0
+        side.compiled()  # building the side compiles, too
         turn = time.perf_counter()
         while True:
             began = time.perf_counter()
@@ -51,7 +55,7 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
             ended = time.perf_counter()
             if asked[question] == 1 or ended - turn >= work.preset.settle:
                 break
-        told["seconds"] = ended - began
+        told |= {"seconds": ended - began, **side.compiled()}
         if not fresh:
             return told
         if side.device_peak is not None:

@@ -70,7 +70,7 @@ class Preset:
     margin: float = 0.3
     lose_weight: float = 0.1
     rate: float = 5e-5
-    settle: float = 5.0
+    settle: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
