@@ -110,7 +110,6 @@ def fits(block: Block, room: Room) -> bool:
 
 def shrink(block: Block, room: Room) -> Block:
     """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
-
     rows = _grid_rows(room)
 
     def cut(pack: Pack) -> Pack:

@@ -123,7 +123,6 @@ def needs(work: Workload) -> dict[str, list[Part]]:
     preset = work.preset
     c = count(parse_config(preset.shape), preset.rank, preset.dtype)
     lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
-
     shared = lambda prompts: len(os.path.commonprefix(sum(prompts, [])))
 
     def reading(prompts: list[list[list[int]]]) -> Part:

@@ -107,7 +107,8 @@ class System:
         longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
         limit = default_config().train.block_tokens
         slots = max(len(items) for (items,) in steps)
-        opening = os.path.commonprefix(sum(work.prompts, []))
+        asked = sum(work.prompts, [])
+        opening = os.path.commonprefix(asked)[: min(map(len, asked)) - 1]  # no prompt is nothing but that
         self.room = packing.choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots, opening)
         small = packing.choose_small(steps, self.room)
         self.small = None if small == self.room or self.local.clients_at_once > 1 else small
