@@ -34,18 +34,18 @@ class Plan:
     room: Room
 
     def shape(self) -> tuple[int, ...]:
-        return (self.rows, self.part, self.width, self.room.tokens, *itertools.chain(*self.room.grids))
+        return (self.rows, self.part, self.width, self.room.tokens, *itertools.chain(*self.room.columns))
 
     def cells(self, parts: int, new: int) -> int:
-        """Of each group: cache places that this many parts take, tokens read and places of their grids. Args: new: tokens to
+        """Of each group: cache places that this many parts take, tokens read and queries of their grids. Args: new: tokens to
         generate."""
-        read = self.room.tokens + sum(rows * width for rows, width in self.room.grids)
+        read = self.room.tokens + sum(rows * width for rows, width in self.room.columns)
         return max(self.rows, parts * self.part) * (self.width + new) + parts * read
 
     def of_shape(self, shape: tuple[int, ...]) -> "Plan":
         """The plan of another shape."""
-        grids = tuple(zip(shape[4::2], shape[5::2], strict=True))
-        return Plan(*shape[:3], dataclasses.replace(self.room, tokens=shape[3], grids=grids))
+        columns = tuple(zip(shape[4::2], shape[5::2], strict=True))
+        return Plan(*shape[:3], dataclasses.replace(self.room, tokens=shape[3], columns=columns))
 
 
 def length_bucket(length: int, step: int = 16) -> int:
@@ -85,7 +85,7 @@ def plan_batches(
         dealt[shape] = _deal(plan, groups, prompts) if plan.width >= wanted.width else None
         return float("inf") if dealt[shape] is None else plan.cells(len(dealt[shape]), config.max_new_tokens)
 
-    shape = shapes.fit(f"{len(groups)} {opening} {config!r}", wanted.shape(), cost)
+    shape = shapes.fit(f"read {len(groups)} {opening} {config!r}", wanted.shape(), cost)
     plan = wanted.of_shape(shape)
     return plan, dealt.get(shape) or _deal(plan, groups, prompts)
 

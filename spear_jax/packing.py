@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from spear_jax.packs import Tree, Trunk, fill, fits
-from spear_jax.rooms import Room, size_bucket, split_grids
+from spear_jax.rooms import Room, size_bucket, split_columns
 from spear_jax.types import Batch, Block
 
 HEADROOM = 12  # a block's size is chosen as if 1 / HEADROOM of it were to stay free
@@ -238,8 +238,6 @@ def choose_room(
     most = max(least, limit)
     wide = Room(most, ((10**6, longest),), 10**9, 10**9, kinds, trunks, length, tuple(opening))
     keys = Keys()
-    trees = [tree.length for tree in _trees(_plan([sum(map(list, step), [])], wide, keys) for step in steps)]
-    widths = split_grids(trees, longest)
     total = max((_read(step, keys, wide) for step in steps), default=least)
     best, lowest = most, float("inf")
     sizes = np.geomspace(least, max(least, min(most, total * HEADROOM / (HEADROOM - 1))), 48)
@@ -249,22 +247,19 @@ def choose_room(
         cost = sum(len(_plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
         if cost < lowest:
             best, lowest = size, cost
-    grids = tuple((10**6, width) for width in widths)
-    found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, grids=grids), keys)]
+    columns = tuple((10**6, width) for width in split_columns(longest))
+    found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, columns=columns), keys)]
     # tokens are what costs: a block should be full of them before it is full of anything else
     most_items = 10**9 if slots is None else slots
 
     def spare(counts: Sequence[int], of_item: int = 1) -> int:
         return min(1 + max(counts, default=0) * 5 // 4, most_items * of_item)
 
-    used = np.array([[[10**6 - free for free in t.free] for t in b.trunks] for b in found]).reshape(-1, len(widths))
-    long = spare(used[:, -1].tolist(), shared)
-    # a short tree may stand in a long one's row
-    counts = [max(1, spare(used.sum(1).tolist(), shared) - long), long] if len(widths) == 2 else [long]
+    reaching = [[10**6 - trunk.free[c] for block in found for trunk in block.trunks] for c in range(len(columns))]
     return dataclasses.replace(
         wide,
         tokens=best,
-        grids=tuple(zip(counts, widths, strict=True)),
+        columns=tuple((spare(own, shared), width) for own, (_, width) in zip(reaching, columns, strict=True)),
         scored=max(size_bucket(spare([b.scored for b in found], shared * length)), shared * length),
         items=spare([len(b.rows) for b in found]),
     )
@@ -283,17 +278,13 @@ def choose_small(steps: Sequence[Sequence[Sequence[Item]]], room: Room) -> Room:
     size = sizes[int(np.argmax(saved))]
     fitting = [block for block, n in zip(blocks, tokens, strict=True) if n <= size]
 
-    def rows(grid: int) -> int:
-        most = room.grids[grid][0]
-        return max(1, *(most - t.free[grid] for block in fitting for t in block.trunks))
+    def rows(column: int) -> int:
+        most = room.columns[column][0]
+        return max(1, *(most - t.free[column] for block in fitting for t in block.trunks))
 
     scored = min(room.scored, -(-max(block.scored for block in fitting) // 16) * 16)
-    grids = tuple((rows(grid), width) for grid, (_, width) in enumerate(room.grids))
-    return dataclasses.replace(room, tokens=size, grids=grids, scored=scored)
-
-
-def _trees(plans: Iterable[list[_Open]]) -> Iterable[Tree]:
-    return (t for plan in plans for b in plan for trunk in b.trunks for trees in trunk.trees.values() for t in trees)
+    columns = tuple((rows(column), width) for column, (_, width) in enumerate(room.columns))
+    return dataclasses.replace(room, tokens=size, columns=columns, scored=scored)
 
 
 def _read(step, keys: Keys, room: Room) -> int:

@@ -1,13 +1,15 @@
 """Trees of tokens -> flat packs, and prompts as packs that generation reads."""
 
+import bisect
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.rooms import Room, split_grids
-from spear_jax.types import Block, Pack
+from spear_jax.rooms import Room, split_columns
+from spear_jax.types import Block, Pack, spans
 
 
 class Trunk:
@@ -15,8 +17,8 @@ class Trunk:
 
     def __init__(self, room: Room):
         self.opening = room.opening
-        self.free = [count for count, _ in room.grids]
-        self.widths = [width for _, width in room.grids]
+        self.free = [rows for rows, _ in room.columns]  # trees that may yet reach each column
+        self.ends = [end for *_, end in spans(room.columns)]
         self.left = room.tokens - len(room.opening)
         self.trees: dict[tuple[int, ...], list[Tree]] = {}
 
@@ -27,27 +29,33 @@ class Trunk:
         """
         read, shared = len(completion) - 1, len(self.opening)
         for tree in self.trees.get(prompt, ()):
-            if read <= min(self.left, self.widths[tree.grid] - tree.length):
-                self.left -= read
+            if self._take(tree.length, tree.length + read):
                 return tree, tree.add(completion)
         if prompt[:shared] != self.opening or len(prompt) == shared:
             raise ValueError(f"the prompt {prompt} does not go on from the opening {self.opening}")
-        need = len(prompt) - shared + read
-        fitting = [g for g, free in enumerate(self.free) if free and self.widths[g] >= need]
-        if not fitting or need > self.left:
+        tree = Tree(prompt[shared:])
+        if not self._take(0, tree.length + read):
             return None
-        self.free[fitting[0]] -= 1
-        self.left -= need
-        tree = Tree(prompt[shared:], fitting[0])
         self.trees.setdefault(prompt, []).append(tree)
         return tree, tree.add(completion)
+
+    def _take(self, length: int, longer: int) -> bool:
+        """Takes the room for a tree (0: a new one) that grows; False where there is not as much."""
+        reached = bisect.bisect_left(self.ends, length) + 1 if length else 0
+        columns = range(reached, bisect.bisect_left(self.ends, longer) + 1)
+        if longer > self.ends[-1] or longer - length > self.left or not all(self.free[c] for c in columns):
+            return False
+        for column in columns:
+            self.free[column] -= 1
+        self.left -= longer - length
+        return True
 
 
 class Tree:
     """A prompt without its opening, with completions behind it."""
 
-    def __init__(self, prompt: tuple[int, ...], grid: int):
-        self.prompt, self.grid, self.length = prompt, grid, len(prompt)
+    def __init__(self, prompt: tuple[int, ...]):
+        self.prompt, self.length = prompt, len(prompt)
         self.branches: list[Sequence[int]] = []
         self.starts: list[int] = []  # of each branch, relative to the tree
 
@@ -62,38 +70,42 @@ def fill(trunk: Trunk, room: Room) -> tuple[Pack, dict[int, int]]:
     """A trunk's arrays, and the flat place where each tree (by id) begins."""
     shared = len(room.opening)
     tokens, positions, cell = (np.zeros(room.tokens, np.int32) for _ in range(3))
-    grids = tuple(np.zeros(shape, np.int32) for shape in room.grids)
-    branch = tuple(np.full((rows, shared + width), -1, np.int32) for rows, width in room.grids)
-    offsets = np.cumsum([shared, *(rows * width for rows, width in room.grids)])
-    used, base, at = [0] * len(grids), {}, shared
-    tokens[:shared] = room.opening
-    positions[:shared] = cell[:shared] = np.arange(shared)
-    for tree in (tree for trees in trunk.trees.values() for tree in trees):
-        row, size = used[tree.grid], len(tree.prompt)
-        used[tree.grid] += 1
+    size = room.columns[0][0], shared + sum(width for _, width in room.columns)
+    pack = Pack(tokens, positions, np.zeros(size, np.int32), np.full(size, -1, np.int32), cell, _columns(room))
+    trees = sorted((tree for trees in trunk.trees.values() for tree in trees), key=lambda tree: -tree.length)
+    base, at = {}, shared if trees else 0
+    tokens[:at], positions[:at], cell[:at] = room.opening[:at], np.arange(at), np.arange(at)
+    for row, tree in enumerate(trees):
+        grid, branch = pack.grid[row], pack.branch[row]
+        begin = len(tree.prompt)
         base[id(tree)] = at
-        tokens[at : at + size] = tree.prompt
+        tokens[at : at + begin] = tree.prompt
         positions[at : at + tree.length] = shared + np.arange(tree.length)
-        branch[tree.grid][row, : shared + size] = 0
+        branch[: shared + begin] = 0
         for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
             read = len(completion) - 1
             tokens[at + start : at + start + read] = completion[:-1]
-            positions[at + start : at + start + read] = shared + size + np.arange(read)
-            branch[tree.grid][row, shared + start : shared + start + read] = number
-        places = np.arange(at, at + tree.length)
-        grids[tree.grid][row, : tree.length] = places
-        cell[places] = offsets[tree.grid] + row * room.grids[tree.grid][1] + np.arange(tree.length)
+            positions[at + start : at + start + read] = shared + begin + np.arange(read)
+            branch[shared + start : shared + start + read] = number
+        grid[:shared] = np.arange(shared)
+        grid[shared : shared + tree.length] = np.arange(at, at + tree.length)
         at += tree.length
-    if shared:
-        own = np.arange(shared, dtype=np.int32)[None]
-        grids, branch = (own, *grids), (np.full_like(own, 0 if at > shared else -1), *branch)
-    return Pack(tokens, positions, grids, branch, cell), base
+    before = 0
+    for rows, begin, end in spans(pack.columns):
+        own = pack.branch[:rows, begin:end] >= 0
+        cell[pack.grid[:rows, begin:end][own]] = before + np.flatnonzero(own)
+        before += own.size
+    return pack, base
+
+
+def _columns(room: Room) -> tuple[tuple[int, int], ...]:
+    """Of a pack: the room's, behind the opening's."""
+    return ((1, len(room.opening)),) * bool(room.opening) + room.columns
 
 
 def real_tokens(pack: Pack) -> int:
     """How many of a pack's tokens (numpy arrays, any leading axes) are not padding."""
-    own = (branch[..., -grid.shape[-1] :] for grid, branch in zip(pack.grids, pack.branches, strict=True))
-    return sum(int((branch >= 0).sum()) for branch in own)
+    return sum(int((pack.branch[..., :rows, begin:end] >= 0).sum()) for rows, begin, end in spans(pack.columns))
 
 
 def fits(block: Block, room: Room) -> bool:
@@ -101,8 +113,7 @@ def fits(block: Block, room: Room) -> bool:
     for pack in block.packs:
         if real_tokens(pack) > room.tokens:
             return False
-        used = [int((branch[:, 0] >= 0).sum()) for branch in pack.branches]
-        if any(rows > most for rows, most in zip(used, _grid_rows(room), strict=True)):
+        if any((pack.branch[rows:, begin] >= 0).any() for rows, begin, _ in spans(room.columns, len(room.opening))):
             return False
     ends = block.start + block.rows.completion_mask.sum(-1)
     return int(ends.max()) <= room.scored
@@ -110,20 +121,21 @@ def fits(block: Block, room: Room) -> bool:
 
 def shrink(block: Block, room: Room) -> Block:
     """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
-    rows = _grid_rows(room)
+    columns, rows = _columns(room), room.columns[0][0]
 
     def cut(pack: Pack) -> Pack:
-        cell, gone, offset = pack.cell[: room.tokens], 0, 0
+        cell, gone, before = pack.cell[: room.tokens], 0, 0
         shift = jnp.zeros_like(cell)
-        for grid, kept in zip(pack.grids, rows, strict=True):
-            shift = jnp.where(cell >= offset, gone, shift)  # cells of this grid, and for now of those behind it
-            offset, gone = offset + grid.size, gone + grid[kept:].size
+        for (most, width), (kept, _) in zip(pack.columns, columns, strict=True):
+            shift = jnp.where(cell >= before, gone, shift)  # queries of this column, and for now of those behind it
+            before, gone = before + most * width, gone + (most - kept) * width
         return Pack(
             tokens=pack.tokens[: room.tokens],
             positions=pack.positions[: room.tokens],
-            grids=tuple(grid[:n] for grid, n in zip(pack.grids, rows, strict=True)),
-            branches=tuple(branch[:n] for branch, n in zip(pack.branches, rows, strict=True)),
+            grid=pack.grid[:rows],
+            branch=pack.branch[:rows],
             cell=cell - shift,
+            columns=columns,
         )
 
     return block.replace(
@@ -133,15 +145,11 @@ def shrink(block: Block, room: Room) -> Block:
     )
 
 
-def _grid_rows(room: Room) -> list[int]:
-    """Rows of each of a pack's grids, the opening's among them."""
-    return [1] * bool(room.opening) + [rows for rows, _ in room.grids]
-
-
 def one_sequence(tokens: Sequence[int]) -> Pack:
     """A pack of nothing but one sequence."""
     places = np.arange(len(tokens), dtype=np.int32)
-    return Pack(np.array(tokens, np.int32), places, (places[None],), (np.zeros_like(places)[None],), places)
+    grid = places[None]
+    return Pack(np.array(tokens, np.int32), places, grid, np.zeros_like(grid), places, ((1, len(tokens)),))
 
 
 def pack_prompts(
@@ -179,15 +187,13 @@ def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 
     Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
     """
     lengths = _distinct(groups)
-    short, *rest = split_grids(sum(lengths, []), width, cell=32)
-    total = max(1, *map(len, lengths))
-    long = min(total, 1 + max(sum(n > short for n in own) for own in lengths))
-    # a short prompt may stand in a long one's row
-    grids = ((total - long, short), (long, width)) if rest and long < total else ((total, width),)
+    total, widths = max(1, *map(len, lengths)), split_columns(width)
+    begins = itertools.accumulate(widths[:-1], initial=0)
+    reaching = [min(total, 1 + max(sum(n > begin for n in own) for own in lengths)) for begin in begins]
     spread = lambda own: 2.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
     return Room(
         tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 32) * 32,
-        grids=grids,
+        columns=tuple(zip(reaching, widths, strict=True)),
         scored=1,
         items=1,
         kinds=1,
@@ -198,12 +204,12 @@ def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 
 
 def holds_prompts(room: Room, groups: Sequence[Sequence[list[int]]]) -> bool:
     """Whether `pack_prompts` finds room for all of them."""
+    columns = spans(room.columns)
+    longest = columns[-1][-1]
     for own in _distinct(groups):
-        places = sum(rows for rows, _ in room.grids)
-        long = sum(n > room.grids[0][1] for n in own)
-        if sum(own) > room.tokens or len(own) > places or long > sum(rows for rows, _ in room.grids[1:]):
+        if sum(own) > room.tokens or max(own, default=0) > longest:
             return False
-        if max(own, default=0) > room.grids[-1][1]:
+        if any(sum(n > begin for n in own) > rows for rows, begin, _ in columns):
             return False
     return True
 

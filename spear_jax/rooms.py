@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+COLUMN, COLUMNS = 64, 6  # tokens of a column where that makes few enough; columns at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Room:
 
     Attributes:
         tokens: N of each pack.
-        grids: (R, L) of each pack's attention grids, by rising L.
+        columns: (R, W) of each column of a pack's attention grid: so many trees may reach so far.
         scored: M.
         items: row i and row i + items, i + 2 items, ... are one item's.
         kinds: rows of an item.
@@ -24,7 +26,7 @@ class Room:
     """
 
     tokens: int
-    grids: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
     scored: int
     items: int
     kinds: int
@@ -39,19 +41,12 @@ def size_bucket(size: int, finest: int = 16) -> int:
     return -(-size // step) * step
 
 
-def split_grids(lengths: Sequence[int], longest: int, cell: int = 8) -> tuple[int, ...]:
-    """The one or two tree lengths L, up to `longest`, that make the attention over these trees cheapest (Σ R L²)."""
-    up = lambda n: -(-n // cell) * cell
-    found = np.sort([up(n) for n in lengths])
-    longest = up(longest)
-    if not len(found):
-        return (longest,)
-    short = np.unique(found)
-    counts = np.searchsorted(found, short, side="right")
-    # at least one long tree must always fit
-    costs = counts * short.astype(float) ** 2 + np.maximum(1, len(found) - counts) * float(longest) ** 2
-    best = int(np.argmin(costs))
-    return (longest,) if short[best] == longest else (int(short[best]), longest)
+def split_columns(longest: int) -> list[int]:
+    """The widths of the columns of trees of up to `longest` tokens: at most COLUMNS, as each is compiled."""
+    up = lambda n: -(-n // 8) * 8
+    width = max(COLUMN, up(-(-longest // COLUMNS)))
+    full = (longest - 1) // width
+    return [width] * full + [up(longest - full * width)]
 
 
 class Shapes:
@@ -117,5 +112,7 @@ class Shapes:
         """Restores what `save` gave."""
         self.frozen = saved["frozen"]
         self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
-        whole = lambda room: {"grids": tuple(map(tuple, room["grids"])), "opening": tuple(room.get("opening", ()))}
-        self._rooms = {name: Room(**room | whole(room)) for name, room in saved["rooms"].items()}
+        whole = lambda room: {"columns": tuple(map(tuple, room["columns"])), "opening": tuple(room["opening"])}
+        # a run of before 0.8.0 had rooms of another kind
+        rooms = ((name, room) for name, room in saved["rooms"].items() if "columns" in room)
+        self._rooms = {name: Room(**room | whole(room)) for name, room in rooms}

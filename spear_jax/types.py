@@ -7,6 +7,8 @@ Dimension key
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -104,29 +106,35 @@ class Mean:
         return float(self.total) / float(self.count) if float(self.count) else 0.0
 
 
+def spans(columns: Sequence[tuple[int, int]], first: int = 0) -> list[tuple[int, int, int]]:
+    """(rows, begin, end) of each (rows, width), the first of which begins at `first`."""
+    *begins, _ = itertools.accumulate((width for _, width in columns), initial=first)
+    return [(rows, begin, begin + width) for (rows, width), begin in zip(columns, begins, strict=True)]
+
+
 @flax.struct.dataclass
 class Pack:
     """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat behind one another. What
     all prompts open with may stand once before them.
 
-    Products with weights see the flat tokens; attention sees grids of one tree a row. Unused places of any array hold 0,
-    but for `branches`.
+    Products with weights see the flat tokens; attention sees a grid of one tree a row, the longest first. Its queries are taken
+    column by column, each from as many rows as trees reach it. Unused places of any array hold 0, but for `branch`.
 
     Attributes:
         tokens: int32[..., N], an opening's h tokens the first.
         positions: int32[..., N], rotary positions; prompts go on from the opening's, every branch from its prompt's.
-        grids: int32[..., R, L] each, the flat place of each cell's token; the opening has one of its own, [1, h], before the
-            others; short trees stand in one grid, long ones in another.
-        branches: int32[..., R, L], or behind an opening [..., R, h + L], its tokens before the cells: 0 in a prompt and its
-            opening, 1, 2, ... in its completions, -1 where a cell is empty.
-        cell: int32[..., N], the place of each token among the cells of all grids, in row-major order.
+        grid: int32[..., R, L], the flat place of each cell's token; the opening's stand before every tree's.
+        branch: int32[..., R, L], 0 in a prompt and its opening, 1, 2, ... in its completions, -1 where a cell is empty.
+        cell: int32[..., N], the place of each token among the queries: column after column, each in row-major order.
+        columns: (rows, width) of each; an opening is one of its own, (1, h).
     """
 
     tokens: jax.Array
     positions: jax.Array
-    grids: tuple[jax.Array, ...]
-    branches: tuple[jax.Array, ...]
+    grid: jax.Array
+    branch: jax.Array
     cell: jax.Array
+    columns: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass

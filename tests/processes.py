@@ -8,7 +8,7 @@ import sys
 def environment(devices: int = 1) -> dict[str, str]:
     """This Python, so many virtual CPU devices, and a shared compilation cache, which keeps many processes affordable."""
     cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
-    flags = "--xla_llvm_disable_expensive_passes=true"  # as in conftest.py
+    flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"  # as in conftest.py
     # without $VENV, which launch scripts would make anew for themselves
     mine = {name: value for name, value in os.environ.items() if name != "VENV"}
     return mine | {

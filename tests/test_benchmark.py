@@ -7,12 +7,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from spear_jax import benchmark, cli, workers
-from spear_jax.bench import floors, machine, report, rival, workload
+from spear_jax.bench import floors, machine, report, rival, side, workload
 from spear_jax.bench.floors import Part
 from spear_jax.bench.workload import PHASES, Row
 from spear_jax.config import default_config
@@ -286,6 +287,21 @@ def answer(seconds, **more):
     return {"seconds": seconds, "resting_bytes": 10, "peak_bytes": int(100 * seconds), **more}
 
 
+@pytest.mark.parametrize(
+    "settle, seconds, calls", [(10.0, 2.0, 6), (0.0, 4.0, 1), (2.0, 4.0, 1), (1.5, 4.0, 1), (3.0, 5.0, 2)]
+)
+def test_a_phase_is_timed_once_it_has_settled(monkeypatch, settle, seconds, calls):
+    takes, clock = [4.0, 5.0, 3.0, 1.0, 2.0, 9.0], [0.0]
+
+    def phase():
+        clock.append(clock[-1] + takes[len(clock) - 1])
+        return {"calls": len(clock) - 1}
+
+    monkeypatch.setattr(side, "time", types.SimpleNamespace(perf_counter=lambda: clock[-1]))
+    # ten seconds: three runs settle, and those of 1, 2 and 9 s are timed
+    assert side.run_settled(phase, settle) == ({"calls": calls}, seconds)
+
+
 def test_the_first_call_stands_apart_from_the_repeats():
     told = report.summarise([answer(9, loss=3.0), answer(3), answer(1), answer(2)])
     assert told["seconds"] == {"median": 2, "min": 1, "all": [3, 1, 2]}
@@ -327,8 +343,8 @@ def test_the_command_measures_both_sides_and_writes_its_files(tmp_path):
     assert list(result["phases"]) == list(PHASES)
     for name, phase in result["phases"].items():
         assert phase["bytes"] > 0 and phase["floor_seconds"] > 0
-        for side in ("ours", "rival"):
-            told = phase[side]
+        for who in ("ours", "rival"):
+            told = phase[who]
             assert len(told["seconds"]["all"]) == 2 and 0 < told["seconds"]["min"] <= told["seconds"]["median"]
             assert told["peak_bytes"] >= told["resting_bytes"] > 50e6 and told["first_seconds"] > 0
             assert 0 < told["floor_share"] < 1

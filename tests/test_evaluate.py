@@ -12,6 +12,7 @@ from spear_jax import experiment
 from spear_jax.federated.evaluate import Accuracy
 from spear_jax.models.decoder import logits
 from spear_jax.models.lora import merge_lora
+from spear_jax.packs import real_tokens
 from spear_jax.sampling import Sampler
 
 
@@ -87,7 +88,7 @@ def test_what_questions_open_with_is_read_once_and_changes_no_score(built):
             built.evaluator, prompts=prompts, sampler=Sampler(built.decoder, openings=openings)
         )
         *_, blocks, places = evaluator._blocks("x", [evaluator._row(i, [1]) for i in range(37)])
-        read = sum(int((branch >= 0).sum()) for block in blocks for branch in block.packs[0].branches)
+        read = sum(real_tokens(block.packs[0]) for block in blocks)
         ways = evaluator._one_forward, evaluator._full_continuations
         found[name] = read, [way(built.model.base, lora, labels, *[[]][: way is ways[0]]) for way in ways]
     assert found["once"][0] == found["each"][0] - 37 * 16

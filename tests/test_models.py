@@ -28,6 +28,7 @@ from spear_jax.models.load import end_ids, load_model, save_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.weights import places
 from spear_jax.packs import pack_prompts, prompt_room
+from spear_jax.types import spans
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
@@ -107,34 +108,41 @@ def test_layer_after_layer_equals_the_scan(family):
     np.testing.assert_allclose(looped[inputs[1]], scanned[inputs[1]], atol=1e-5)
 
 
-# one block of queries, and two to four, the last one shorter; keys of an opening before them; JAX's own attention
-@pytest.mark.parametrize(
-    "length, opening, attention",
-    [(64, 0, attend), (95, 0, attend), (96, 0, attend), (163, 0, attend), (300, 0, attend), (20, 7, attend)]
-    + [(163, 7, attend), (163, 7, functools.partial(library, implementation="xla"))],
-)
-def test_attention_in_blocks_of_queries_equals_softmax_over_what_is_visible(length, opening, attention):
+# a column of queries, and three from ever fewer rows; keys of an opening before them; JAX's own attention
+@pytest.mark.parametrize("attention", [attend, functools.partial(library, implementation="xla")])
+@pytest.mark.parametrize("opening", [0, 7])
+@pytest.mark.parametrize("columns", [((3, 20),), ((3, 20), (2, 16), (1, 30))])
+def test_attention_by_columns_of_queries_equals_softmax_over_what_is_visible(columns, opening, attention):
+    length = sum(width for _, width in columns)
     rng = np.random.default_rng(length)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     seen = length + opening
-    q, keys, values, pull = draw(2, length, 4, 8), draw(2, 2, seen, 8), draw(2, 2, seen, 8), draw(2, length, 4, 8)
-    branch = np.sort(rng.integers(-1, 3, (2, length)), axis=1) % 4  # prompt, two branches, padding
+    q, keys, values, pull = draw(3, length, 4, 8), draw(3, 2, seen, 8), draw(3, 2, seen, 8), draw(3, length, 4, 8)
+    branch = np.sort(rng.integers(-1, 3, (3, length)), axis=1) % 4  # prompt, two branches, padding
     branch = np.where(branch == 3, -1, branch)
-    visible = seen_in_tree(jnp.pad(branch, ((0, 0), (opening, 0))), length)
+    branch = np.pad(branch, ((0, 0), (opening, 0)))
+    whole = seen_in_tree(jnp.asarray(branch), length)
+    own = spans(columns)
 
     def plain(q, keys, values):
         scores = jnp.einsum("rlhk,rhsk->rhls", q, jnp.repeat(keys, 2, axis=1)) / np.sqrt(8)
-        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -1e30), axis=-1)
-        return jnp.einsum("rhls,rhsk->rlhk", weights, jnp.repeat(values, 2, axis=1))
+        weights = jax.nn.softmax(jnp.where(whole[:, None], scores, -1e30), axis=-1)
+        mixed = jnp.einsum("rhls,rhsk->rlhk", weights, jnp.repeat(values, 2, axis=1))
+        return [mixed[:rows, begin:end] for rows, begin, end in own]
 
-    seen = visible.any(-1)[..., None, None]
-    blocks = lambda *x: attention(*x, jnp.asarray(visible))
-    np.testing.assert_allclose(
-        np.where(seen, blocks(q, keys, values), 0), np.where(seen, plain(q, keys, values), 0), atol=2e-5
-    )
-    slopes = [
-        jax.grad(lambda x, f=f: (jnp.where(seen, f(*x), 0) * pull).sum())((q, keys, values)) for f in (blocks, plain)
-    ]
+    def by_columns(q, keys, values):
+        found = []
+        for rows, begin, end in own:
+            visible = seen_in_tree(jnp.asarray(branch[:rows, : opening + end]), end - begin)
+            cut = (slice(None),) if attention is attend else (slice(rows), slice(None), slice(opening + end))
+            found.append(attention(q[:rows, begin:end], keys[cut], values[cut], visible))
+        return found
+
+    taken = [pull[:rows, begin:end] for rows, begin, end in own]
+    for a, b in zip(by_columns(q, keys, values), plain(q, keys, values), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    value = lambda f: lambda x: sum((a * b).sum() for a, b in zip(f(*x), taken, strict=True))
+    slopes = [jax.grad(value(f))((q, keys, values)) for f in (by_columns, plain)]
     for a, b in zip(*slopes, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 

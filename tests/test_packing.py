@@ -8,6 +8,7 @@ import pytest
 
 from spear_jax import packing, packs, rooms
 from spear_jax.packing import Row
+from spear_jax.types import spans
 
 P, T = 24, 8
 
@@ -29,21 +30,19 @@ def make_steps(seed=0, steps=6, rows=12, prompts=5, opening=()):
 def read_back(block, slot, trunk=0):
     """(prompt, completion) of a row, walked over the pack as attention sees it."""
     pack, length = block.packs[trunk], int(block.rows.completion_mask[slot].sum())
-    begin = int(block.start[slot])
-    source = block.source[trunk][begin : begin + length]
+    first = int(block.start[slot])
+    source = block.source[trunk][first : first + length]
     seen = []
-    for grid, branch in zip(pack.grids, pack.branches, strict=True):
-        first = np.arange(branch.shape[1] - grid.shape[1])
-        for own, kinds in zip(grid, branch, strict=True):
-            places = [*first, *own]
-            where = [i for i in range(len(places)) if kinds[i] >= 0 and places[i] == source[-1]]
+    for rows, begin, end in spans(pack.columns):
+        for places, kinds in zip(pack.grid[:rows, :end], pack.branch[:rows, :end], strict=True):
+            where = [i for i in range(begin, end) if kinds[i] >= 0 and places[i] == source[-1]]
             if where:
                 own = [i for i in range(where[0] + 1) if kinds[i] == 0 or kinds[i] == kinds[where[0]]]
                 seen = [int(places[i]) for i in own]
     tokens = [int(pack.tokens[i]) for i in seen]
     assert [int(pack.positions[i]) for i in seen] == list(range(len(seen)))
     assert seen[-length:] == list(source)
-    return tokens[: len(tokens) - length + 1], block.target[begin : begin + length].tolist()
+    return tokens[: len(tokens) - length + 1], block.target[first : first + length].tolist()
 
 
 OPENING = list(range(300, 317))
@@ -77,8 +76,7 @@ def test_a_prompt_and_a_repeated_row_are_read_once():
     step = [[(row,) for row in [win] * 6 + loses]]
     (block,) = packing.fold(step, packing.choose_room([step], 1, 1, P, T, 10_000))
     (pack,) = block.packs
-    trees = sum(int((branch[:, 0] == 0).sum()) for branch in pack.branches)
-    real = sum(int((branch >= 0).sum()) for branch in pack.branches)
+    trees, real = int((pack.branch[:, 0] == 0).sum()), packs.real_tokens(pack)
     branches = sum(len(row.completion) - 1 for row in [win, *loses])
     assert real == 10 * trees + branches and trees <= 3  # a tree holds at least two completions of any length
     assert (block.rows.label != 0).sum() == 11 and len(set(block.start[block.rows.label != 0].tolist())) == 6
@@ -137,9 +135,10 @@ def test_a_block_cut_to_a_smaller_room_still_holds_every_row(opening):
         if not packs.fits(block, small):
             continue
         cut = packs.shrink(block, small)
-        (pack,), cells = cut.packs, np.concatenate([grid.reshape(-1) for grid in cut.packs[0].grids])
+        (pack,) = cut.packs
+        cells = np.concatenate([pack.grid[:rows, begin:end].reshape(-1) for rows, begin, end in spans(pack.columns)])
         assert pack.tokens.shape == (small.tokens,) and cut.target.shape == (small.scored,)
-        assert [grid.shape for grid in pack.grids] == [(1, 17)] * bool(opening) + [tuple(size) for size in small.grids]
+        assert pack.columns == ((1, 17),) * bool(opening) + small.columns and len(pack.grid) == small.columns[0][0]
         real = packs.real_tokens(pack)
         assert cells[np.asarray(pack.cell[:real])].tolist() == list(range(real))  # each token's cell holds that token
         for slot in np.flatnonzero(block.rows.label):
@@ -181,7 +180,7 @@ def test_padding_of_training_stays_under_fifteen_percent_of_the_tokens():
         steps = [[[(row,) for row in packing.draw(wins, 8, rng) + packing.draw(loses, 8, rng)]] for _ in range(24)]
         room = packing.choose_room(steps[:8], 1, 1, 232, 32, 4096)
         blocks = [block for step in steps for block in packing.fold(step, room)]
-        real = sum(int((b >= 0).sum()) for block in blocks for b in block.packs[0].branches)
+        real = sum(packs.real_tokens(block.packs[0]) for block in blocks)
         shares.append(1 - real / (room.tokens * len(blocks)))
     assert np.mean(shares) < 0.15 and max(shares) < 0.25
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +35,8 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
     process began). Before these two the allocator gives back what it kept; not before later ones, which would have to fetch it
     again.
 
-    All but the first answer run the phase again until `preset.settle` seconds have passed, and time the last run: a virtual
-    machine takes memory that nobody touches while the other side has its turn, and fetching it back is not the phase's work.
+    All but the first answer let the phase settle: a virtual machine takes memory that nobody touches while the other side has
+    its turn, and fetching it back is not the phase's work.
 
     Args: name: "ours" or "rival".
     """
@@ -45,17 +46,12 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
     def answer(question: tuple) -> dict[str, Any]:
         phase, *arguments = question
         asked[question] += 1
+        settle = 0.0 if asked[question] == 1 else work.preset.settle
         fresh = asked[question] <= 2
         resting = machine.reset_peak() if fresh else 0
         side.compiled()  # building the side compiles, too
-        turn = time.perf_counter()
-        while True:
-            began = time.perf_counter()
-            told = side.phases[phase](*arguments)
-            ended = time.perf_counter()
-            if asked[question] == 1 or ended - turn >= work.preset.settle:
-                break
-        told |= {"seconds": ended - began, **side.compiled()}
+        told, seconds = run_settled(lambda: side.phases[phase](*arguments), settle)
+        told |= {"seconds": seconds, **side.compiled()}
         if not fresh:
             return told
         if side.device_peak is not None:
@@ -63,3 +59,18 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
         return told | {"resting_bytes": resting, "peak_bytes": machine.peak_bytes()}
 
     return answer
+
+
+def run_settled(run: Callable[[], dict[str, Any]], settle: float) -> tuple[dict[str, Any], float]:
+    """Runs a phase again and again, `settle` seconds untimed and as many timed.
+
+    Returns: what the last run told; the median seconds of the runs begun in the timed half, or of the last where none did.
+    """
+    turn = time.perf_counter()
+    runs: list[tuple[float, float]] = []  # seconds into the turn, and seconds taken
+    while not runs or sum(runs[-1]) < 2 * settle:
+        began = time.perf_counter()
+        told = run()
+        runs.append((began - turn, time.perf_counter() - began))
+    timed = [took for begin, took in runs if begin >= settle] or [runs[-1][1]]
+    return told, statistics.median(timed)

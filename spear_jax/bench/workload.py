@@ -40,7 +40,7 @@ class Preset:
         clients_at_once: clients trained together (ours); 0 means all.
         temperature, top_p: of sampling; 0 is greedy.
         margin: of unlikelihood; lose_weight: its weight beside likelihood's 1; rate: of AdamW.
-        settle: seconds for which a side runs a phase before it is timed.
+        settle: seconds for which a side runs a phase before it is timed, and then for as long timed.
     """
 
     name: str

@@ -11,12 +11,11 @@ from spear_jax.errors import UserError
 KEPT = "product"  # the name of what the backward pass keeps under the decoder's remat "attention"
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 KERNELS = ("xla", "cudnn")
-BLOCK, BLOCKS = 64, 4  # queries of a block where there are enough; blocks at most, as each is compiled
 
 
 def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
-    """bool[R, L, S] of the branches int32[R, S] of a tree's keys, its `cells` (L) the last of them: a cell sees its prompt, what
-    stands before it, and its own branch, up to itself."""
+    """bool[R, L, S] of the branches int32[R, S] of trees' keys: each of the last `cells` (L) sees its prompt, what stands before
+    that, and its own branch, up to itself."""
     before = branch.shape[1] - cells
     same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, before:, None])
     return jnp.tril(jnp.ones((cells, before + cells), bool), before) & same
@@ -41,20 +40,17 @@ def attend(q, keys, values, visible, kernel="xla"):
     """Grouped-query softmax attention, softmax in float32.
 
     Args:
-        q: [R, L, H, K]; keys, values: [R, N, S, K].
-        visible: bool[R, L, S]; the cells are the last L of the S keys, and none sees one behind it.
+        q: [R, L, H, K].
+        keys, values: [at least R, N, at least S, K]; what is more is not read.
+        visible: bool[R, L, S].
         kernel: one of KERNELS. A single query, as when decoding, is always XLA's.
     Returns: [R, L, H, K].
     """
-    length, before = q.shape[1], keys.shape[2] - q.shape[1]
+    rows, length, seen = visible.shape
+    keys, values = keys[:rows, :, :seen], values[:rows, :, :seen]
     if kernel == "cudnn" and length > 1:
         return library(q, keys, values, visible, "cudnn")
-    # block by block of queries, each against the keys up to its end: what lies above the diagonal is hardly touched
-    size = -(-length // min(BLOCKS, max(1, round(length / BLOCK))))
-    ends = [(begin, min(begin + size, length)) for begin in range(0, length, size)]
-    upto = lambda x, axis, b: jax.lax.slice_in_dim(x, 0, before + b, axis=axis)
-    parts = [_block(q[:, a:b], upto(keys, 2, b), upto(values, 2, b), upto(visible[:, a:b], 2, b)) for a, b in ends]
-    return jnp.concatenate(parts, axis=1)
+    return _own_gradient(q, keys, values, visible)
 
 
 def library(q, keys, values, visible, implementation):
@@ -64,8 +60,7 @@ def library(q, keys, values, visible, implementation):
 
 
 @jax.custom_vjp
-def _block(q, keys, values, visible):
-    """`attend` for some of the queries."""
+def _own_gradient(q, keys, values, visible):
     return _forward(q, keys, values, visible)[0]
 
 
@@ -98,7 +93,7 @@ def _backward(held, change):
     return _heads_last(d_q, q), d_keys, d_values, None
 
 
-_block.defvjp(_forward, _backward)
+_own_gradient.defvjp(_forward, _backward)
 
 
 def _scores(q, keys, visible):

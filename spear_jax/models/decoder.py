@@ -24,7 +24,7 @@ from spear_jax.models.attention import KEPT, attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.quantize import widen
-from spear_jax.types import Pack
+from spear_jax.types import Pack, spans
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
 # nothing: every activation is kept · attention: what products with weights and attention give is kept; scores, norms and
@@ -55,28 +55,28 @@ class _Layout:
 
     Attributes:
         positions: int32, shaped like the tokens.
-        visible: for each grid bool[R, L, S], whether cell (r, l) attends to key s; the cells' own keys are the last.
-        pack: None where the tokens are the one grid [R, L] themselves; else what maps flat tokens [N] to grids and back.
+        visible: of each column of queries bool[R, L, S], whether query (r, l) sees key s.
+        pack: None where the tokens stand in a grid [R, L] themselves; else what maps flat tokens [N] to its grid and back.
     """
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
     pack: Pack | None = None
 
-    def to_grids(self, x: jax.Array) -> list[jax.Array]:
-        return [x] if self.pack is None else [x[grid] for grid in self.pack.grids]
-
-    def to_key_grids(self, x: jax.Array) -> list[jax.Array]:
-        """Of x [h + N, ...], with what was read before in front: each grid's own, behind the first of x that its cells see."""
+    def to_queries(self, x: jax.Array) -> list[jax.Array]:
         if self.pack is None:
             return [x]
-        read, found = len(x) - len(self.positions), []
-        for grid, visible in zip(self.pack.grids, self.visible, strict=True):
-            first = jnp.arange(visible.shape[2] - grid.shape[1], dtype=grid.dtype)
-            found.append(x[jnp.concatenate([jnp.tile(first, (len(grid), 1)), grid + read], axis=1)])
-        return found
+        return [x[self.pack.grid[:rows, begin:end]] for rows, begin, end in spans(self.pack.columns)]
 
-    def from_grids(self, parts: list[jax.Array]) -> jax.Array:
+    def to_keys(self, x: jax.Array) -> jax.Array:
+        """Of x [h + N, ...], with what was read before the pack in front."""
+        if self.pack is None:
+            return x
+        read, grid = len(x) - len(self.positions), self.pack.grid
+        first = jnp.tile(jnp.arange(read, dtype=grid.dtype), (len(grid), 1))
+        return x[jnp.concatenate([first, grid + read], axis=1)]
+
+    def from_queries(self, parts: list[jax.Array]) -> jax.Array:
         if self.pack is None:
             return parts[0]
         return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])[self.pack.cell]
@@ -101,8 +101,8 @@ def packed_states(
         the base is).
     """
     read = 0 if opening is None else jax.tree.leaves(opening)[0].shape[-3]
-    keys = (jnp.pad(branch, ((0, 0), (read, 0))) for branch in pack.branches)
-    visible = tuple(seen_in_tree(own, grid.shape[1]) for own, grid in zip(keys, pack.grids, strict=True))
+    branch = jnp.pad(pack.branch, ((0, 0), (read, 0)))
+    visible = tuple(seen_in_tree(branch[:rows, : read + end], end - begin) for rows, begin, end in spans(pack.columns))
     layout = _Layout(pack.positions + read, visible, pack)
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, opening=opening)
 
@@ -267,14 +267,13 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, ke
     if cached is None:
         if before is not None:
             kept = tuple(jnp.concatenate(pair) for pair in zip(before, kept, strict=True))
-        keys, values = ([jnp.swapaxes(part, 1, 2) for part in layout.to_key_grids(y)] for y in kept)
+        keys, values = (jnp.swapaxes(layout.to_keys(y), 1, 2) for y in kept)
     else:
         *cache, at = cached
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
-        kept = tuple(map(write, cache, (k, v)))
-        keys, values = ([part] for part in kept)
-    attention = functools.partial(attend, kernel=decoder.attention)
-    attended = layout.from_grids(list(map(attention, layout.to_grids(q), keys, values, layout.visible)))
+        keys, values = kept = tuple(map(write, cache, (k, v)))
+    columns = zip(layout.to_queries(q), layout.visible, strict=True)
+    attended = layout.from_queries([attend(own, keys, values, seen, decoder.attention) for own, seen in columns])
     attended = attended.reshape(*lead, config.heads * config.head_width)
     hidden = checkpoint_name(hidden + next(project(attended, "o")), KEPT)
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
