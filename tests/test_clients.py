@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from spear_jax import rooms
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.devices import base_placer, make_mesh, replicate, shard_rows
@@ -146,6 +147,17 @@ def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
     assert dense.work(cohort, spear(), P + 20, T, limit=limit, small=True, opening=opening).fits.any() or not small
     for one, other in zip(jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once, small", [(1, True), (3, False)])
+def test_attention_by_many_columns_gives_the_same_adapter_and_metrics(model, lora, cohort, monkeypatch, at_once, small):
+    found = []
+    for width, count in ((64, 1), (8, 3)):  # trees of up to P + 2 (T - 1) = 17 tokens
+        monkeypatch.setattr(rooms, "COLUMN", width)
+        assert len(rooms.split_columns(P + 2 * (T - 1))) == count
+        total, _, means = run(model, lora, cohort, local=local_config(clients_at_once=at_once), limit=1000, small=small)
+        found.append((total, means))
+    close(*found)
 
 
 def plain_step_loss(model, decoder, lora, step):

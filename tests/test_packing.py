@@ -48,9 +48,15 @@ def read_back(block, slot, trunk=0):
 OPENING = list(range(300, 317))
 
 
+@pytest.fixture(params=[64, 8])
+def columns(request, monkeypatch):
+    """Attention grids of one column, and of several."""
+    monkeypatch.setattr(rooms, "COLUMN", request.param)
+
+
 @pytest.mark.parametrize("opening", [[], OPENING])
 @pytest.mark.parametrize("limit", [1, 120, 10_000])
-def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(limit, opening):
+def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(limit, opening, columns):
     steps = make_steps(opening=opening)
     room = packing.choose_room(steps, 1, 1, P + len(opening), T, limit, opening=opening)
     for step in steps:
@@ -125,7 +131,7 @@ def test_micro_batches_never_share_a_block_and_padding_rows_are_dropped():
 
 
 @pytest.mark.parametrize("opening", [[], OPENING])
-def test_a_block_cut_to_a_smaller_room_still_holds_every_row(opening):
+def test_a_block_cut_to_a_smaller_room_still_holds_every_row(opening, columns):
     steps = make_steps(opening=opening)
     room = packing.choose_room(steps, 1, 1, P + len(opening), T, 120, opening=opening)
     small = packing.choose_small(steps, room)
@@ -145,6 +151,15 @@ def test_a_block_cut_to_a_smaller_room_still_holds_every_row(opening):
             assert read_back(cut, slot) == read_back(block, slot)
         kept += 1
     assert kept
+
+
+def test_columns_cover_the_longest_tree_and_few_trees_reach_the_last():
+    # 64 wide while six of them are enough: 130 = 64 + 64 + 2, up to 8; 1,000 / 6 = 166.7, up to 168, and 1,000 - 5 * 168 = 160
+    assert rooms.split_columns(130) == [64, 64, 8] and rooms.split_columns(64) == [64] and rooms.split_columns(1) == [8]
+    assert rooms.split_columns(1000) == [168] * 5 + [160]
+    groups = [[[1] * 20, [2] * 70, [3] * 10, [4] * 129], [[5] * 30, [6] * 40]]
+    # of four prompts two are longer than 64 and one is longer than 128; one more of each may come
+    assert packs.prompt_room(groups, 130).columns == ((4, 64), (3, 64), (2, 8))
 
 
 def test_items_of_any_later_step_find_room():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import batches, drawing, sampling, trees
+from spear_jax import batches, drawing, rooms, sampling, trees
 from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.models.decoder import Decoder, logits, unstack
@@ -98,6 +98,17 @@ def test_rows_batched_together_equal_rows_one_by_one(model, decoder):
         alone = Sampler(decoder).generate(None, model.base, prompts[i : i + 1], keys[i : i + 1], settings())[0]
         assert alone.tokens == together[i].tokens
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+
+
+def test_prompts_read_by_many_columns_give_the_same_completions(model, decoder, monkeypatch):
+    prompts, keys, found = make_prompts(model, 11), make_keys(11), []
+    for width, count in ((64, 1), (8, 5)):
+        monkeypatch.setattr(rooms, "COLUMN", width)
+        assert len(rooms.split_columns(max(map(len, prompts)))) == count
+        found.append(Sampler(decoder).generate(None, model.base, prompts, keys, settings()))
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_greedy_equals_the_argmax_of_full_forwards(model, decoder):
