@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from configs import quickstart
-from spear_jax import cli, experiment, memory
+from spear_jax import cli, compiles, experiment, memory
 from spear_jax.federated import round as rounds
 
 EXAMPLES = """
@@ -60,7 +60,7 @@ def show(found: dict[str, Any]) -> None:
     for name, cache in found["caches"].items():
         print(f"cache {name}: {cache['path']}, {cache['bytes'] / 1e6:,.1f} MB")
     if "compilation" not in found["caches"]:
-        print("cache compilation: off; set JAX_COMPILATION_CACHE_DIR to a folder and later runs start faster")
+        print("cache compilation: off, as JAX_COMPILATION_CACHE_DIR is empty; unset it and later runs start faster")
     print("self-test, seconds: " + ", ".join(f"{name} {value}" for name, value in found["self_test"].items()))
 
 
@@ -73,7 +73,7 @@ def version_of(package: str) -> str | None:
 
 
 def caches() -> dict[str, pathlib.Path]:
-    """Where models, datasets and compiled programs are kept; compiled programs only where that is on."""
+    """Where models, datasets and compiled programs are kept; those only where they are."""
     import datasets  # here, not above: with huggingface_hub it takes seconds to import
     from huggingface_hub import constants
 
@@ -81,8 +81,8 @@ def caches() -> dict[str, pathlib.Path]:
         "models": pathlib.Path(constants.HF_HUB_CACHE),
         "datasets": pathlib.Path(datasets.config.HF_DATASETS_CACHE),
     }
-    compiled = jax.config.jax_compilation_cache_dir
-    return found | ({"compilation": pathlib.Path(compiled)} if compiled else {})
+    programs = compiles.kept_in()
+    return found | ({"compilation": programs} if programs else {})
 
 
 def size_of(folder: pathlib.Path) -> int:

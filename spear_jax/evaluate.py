@@ -9,6 +9,7 @@ import tqdm
 
 from spear_jax import cli, experiment, run_folder
 from spear_jax.actor import Policy, as_policy
+from spear_jax.compiles import keep_programs
 from spear_jax.config import check_config, default_config
 from spear_jax.devices import make_mesh, replicate
 from spear_jax.errors import UserError
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:
         raise UserError("--model needs --task, for example --task=arc_challenge.")
+    keep_programs()
     found, where = of_run(args) if args.workdir else of_model(args)
     low, high = found.interval
     if not args.quiet:

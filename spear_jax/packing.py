@@ -44,8 +44,8 @@ class Row:
 Item = tuple[Row, ...]  # rows that a loss needs together
 
 
-class _Open:
-    """A block under construction."""
+class OpenBlock:
+    """A block under construction: who stands where, but no arrays yet."""
 
     def __init__(self, room: Room, micro: int):
         self.room, self.micro = room, micro
@@ -155,15 +155,16 @@ def items_of(rows: Sequence[Row | None], kinds: int) -> list[Item]:
 
 
 def fold(micros: Sequence[Sequence[Item]], room: Room, keys: Keys | None = None) -> list[Block]:
-    """The blocks of an optimiser step; block by block, items of one micro-batch.
+    """The blocks of an optimiser step, as `plan` deals its items."""
+    return [block.close() for block in plan(micros, room, keys or Keys())]
+
+
+def plan(micros: Sequence[Sequence[Item]], room: Room, keys: Keys) -> list[OpenBlock]:
+    """An optimiser step's blocks before they are arrays; block by block, items of one micro-batch.
 
     Items with a common prompt are kept together, larger groups first; within a block an item that stands twice is read once.
     Raises: ValueError where an item alone is larger than a block.
     """
-    return [block.close() for block in _plan(micros, room, keys or Keys())]
-
-
-def _plan(micros, room: Room, keys: Keys) -> list[_Open]:
     found = []
     for number, items in enumerate(micros):
         families = collections.defaultdict(list)
@@ -171,7 +172,7 @@ def _plan(micros, room: Room, keys: Keys) -> list[_Open]:
             key = tuple((keys(row.prompt), keys(row.completion)) for row in item)
             families[key[0][0]].append((key, item))
         sizes = {prompt: _tokens(family, room) for prompt, family in families.items()}
-        opened: list[_Open] = []
+        opened: list[OpenBlock] = []
         for prompt in sorted(families, key=lambda p: -sizes[p]):
             fits = (b for b in opened if min(t.left for t in b.trunks) >= sizes[prompt])
             block = next(fits, None)
@@ -182,12 +183,12 @@ def _plan(micros, room: Room, keys: Keys) -> list[_Open]:
     return found
 
 
-def _next(opened: list[_Open], room: Room, micro: int, key: tuple, item: Item) -> _Open:
+def _next(opened: list[OpenBlock], room: Room, micro: int, key: tuple, item: Item) -> OpenBlock:
     """The first open block that takes an item, or a new one."""
     for block in opened:
         if block.add(key, item):
             return block
-    block = _Open(room, micro)
+    block = OpenBlock(room, micro)
     if not block.add(key, item):
         raise ValueError(f"an item of {[len(r.prompt) + len(r.completion) for r in item]} tokens exceeds {room}")
     opened.append(block)
@@ -244,11 +245,11 @@ def choose_room(
     for size in sorted({int(-(-size // 16) * 16) for size in sizes}):
         # other steps will be a little longer than these
         room = dataclasses.replace(wide, tokens=max(least, size - size // HEADROOM))
-        cost = sum(len(_plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
+        cost = sum(len(plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
         if cost < lowest:
             best, lowest = size, cost
     columns = tuple((10**6, width) for width in split_columns(longest))
-    found = [b for step in steps for b in _plan(step, dataclasses.replace(wide, tokens=best, columns=columns), keys)]
+    found = [b for step in steps for b in plan(step, dataclasses.replace(wide, tokens=best, columns=columns), keys)]
     # tokens are what costs: a block should be full of them before it is full of anything else
     most_items = 10**9 if slots is None else slots
 
@@ -269,7 +270,7 @@ def choose_small(steps: Sequence[Sequence[Sequence[Item]]], room: Room) -> Room:
     """A smaller room for the blocks of these steps that fit one: the size that saves most tokens; `room` itself where none
     saves a twentieth."""
     keys = Keys()
-    blocks = [block for step in steps for block in _plan(step, room, keys)]
+    blocks = [block for step in steps for block in plan(step, room, keys)]
     tokens = [room.tokens - min(t.left for t in block.trunks) for block in blocks]
     sizes = sorted({-(-n // 16) * 16 for n in tokens})
     saved = [sum(n <= size for n in tokens) * (room.tokens - size) for size in sizes]
@@ -289,7 +290,7 @@ def choose_small(steps: Sequence[Sequence[Sequence[Item]]], room: Room) -> Room:
 
 def _read(step, keys: Keys, room: Room) -> int:
     """Distinct tokens of a step."""
-    plans = _plan(step, dataclasses.replace(room, tokens=10**9), keys)
+    plans = plan(step, dataclasses.replace(room, tokens=10**9), keys)
     return max((10**9 - min(t.left for t in b.trunks) for b in plans), default=1)
 
 
@@ -307,7 +308,7 @@ def stack_blocks(
 ) -> tuple[Block, np.ndarray, np.ndarray]:
     """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; int32[S], how many are in use; bool[S, K],
     which of them fit the small room."""
-    empty = _Open(room, 0).close()
+    empty = OpenBlock(room, 0).close()
     padded = [blocks + [empty] * (count - len(blocks)) for blocks in steps]
     inner = [jax.tree.map(lambda *parts: np.stack(parts), *blocks) for blocks in padded]
     fitting = np.array([[small is not None and fits(block, small) for block in blocks] for blocks in padded])
@@ -329,6 +330,6 @@ def draw(pool: list, count: int, rng: np.random.Generator) -> list:
 def fold_rows(rows: Sequence[Row], room: Room) -> tuple[list[Block], list[tuple[int, int]]]:
     """Single rows as blocks, and for each the (block, row) where it stands."""
     items: list[Item] = [(row,) for row in rows]
-    plan = _plan([items], room, Keys())
-    places = {id(item): (b, slot) for b, block in enumerate(plan) for slot, (item, _) in enumerate(block.rows)}
-    return [block.close() for block in plan], [places[id(item)] for item in items]
+    blocks = plan([items], room, Keys())
+    places = {id(item): (b, slot) for b, block in enumerate(blocks) for slot, (item, _) in enumerate(block.rows)}
+    return [block.close() for block in blocks], [places[id(item)] for item in items]

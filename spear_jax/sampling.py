@@ -90,7 +90,8 @@ class Sampler:
         """Completes every prompt.
 
         Args:
-            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or several ([L, C, in, R]).
+            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or several ([L, C, in, R]), which
+                may wait on the host: as many are on the devices as `max_rows` rows need.
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
             finished: called with a prompt's number and its completion, while the device goes on with others.
@@ -131,12 +132,13 @@ class Sampler:
             return
         clients = jax.tree.leaves(lora)[0].shape[1]
         own = [[i for i, owner in enumerate(owners) if owner == client] for client in range(clients)]
-        together = min(clients, max_rows)
+        together = min(clients, max(1, max_rows // max(map(len, own))))  # no more adapters than rows can use
         for first in range(0, clients, together):
             # the last clients fill up with clients that are there already, so that one shape serves
             chosen = np.arange(first, first + together) % clients
             adapters = lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
-            yield adapters, [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
+            groups = [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
+            yield jax.tree.map(self.spread, adapters), groups
 
 
 class _Slots:
@@ -145,15 +147,14 @@ class _Slots:
     Attributes:
         owner: int[G, slots], the number of the prompt that a slot completes, or -1.
         at: the ring's next column.
+        state: as from `decoding.blank`; None until the first prompts are read.
     """
 
     def __init__(self, sampler: Sampler, lora, bases, config: SamplingConfig, plan: Plan, groups: int, place, opening):
         self.decoder, self.shapes, self.place = sampler.decoder, sampler.shapes, place
         self.lora, self.bases, self.config, self.plan = lora, bases, config, plan
-        self.owner, self.at = np.full((groups, plan.rows), -1), np.int32(0)
-        self.state = decoding.blank(
-            self.decoder, config, plan.width, place(np.zeros(self.owner.size, bool)), bases[0]["embed"].dtype
-        )
+        self.dtype = bases[0]["embed"].dtype
+        self.owner, self.at, self.state = np.full((groups, plan.rows), -1), np.int32(0), None
         self.length, self.opening = len(opening), sampler.read_opening(lora, bases[0], opening)
 
     def run(self, parts: list[Part], prompts: list[list[int]], keys: np.ndarray) -> Iterator[dict[int, Completion]]:
@@ -184,17 +185,35 @@ class _Slots:
         numbers = numbers.reshape(-1)
         row_keys = np.where(numbers[:, None] >= 0, keys[numbers], 0)
         inputs = jax.tree.map(self.place, (*packed, row_keys, numbers >= 0, slots))
-        self.state = _read(
-            self.decoder, self.config, self.lora, self.bases[0], self.state, self.opening, *inputs, self.at
-        )
+        if self.state is None:
+            self.state = self._begin(inputs)
+        self.state = _read(*self._of(0), self.state, self.opening, *inputs, self.at)
+
+    def _begin(self, inputs: tuple):
+        """A state of free slots. What reads and what decodes is compiled before it is there: compiling takes memory, too, and
+        many keys and values would lie there meanwhile."""
+        free = self.place(np.zeros(self.owner.size, bool))
+        blank = functools.partial(decoding.blank, self.decoder, self.config, self.plan.width, free, self.dtype)
+        like = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        shapes = jax.eval_shape(blank)
+        begun = jax.tree.map(functools.partial(like, free.sharding), shapes)
+        read = _read.lower(*self._of(0), begun, self.opening, *inputs, self.at).compile()
+        if self.config.max_new_tokens > 1:
+            after = jax.tree.map(like, read.output_shardings, shapes)
+            _advance.lower(*self._of(1), after, self.at, self._enough(0)).compile()
+        return blank()
+
+    def _of(self, base: int) -> tuple:
+        """The arguments that reading (0) and decoding (1) begin with."""
+        return self.decoder, self.config, self.lora, self.bases[base]
+
+    def _enough(self, rows: int | list[int]) -> np.ndarray:
+        return np.broadcast_to(np.asarray(rows, np.int32), len(self.owner))
 
     def _advance(self, enough: int | list[int]) -> None:
         """Decodes until no group has more than `enough` rows that go on; returns before that is done."""
         if self.config.max_new_tokens > 1:
-            enough = np.broadcast_to(np.asarray(enough, np.int32), len(self.owner))
-            self.state, self.at = _advance(
-                self.decoder, self.config, self.lora, self.bases[1], self.state, self.at, enough
-            )
+            self.state, self.at = _advance(*self._of(1), self.state, self.at, self._enough(enough))
 
     def _harvest(self) -> dict[int, Completion]:
         """Waits for the device; frees the slots of finished rows and returns their completions."""

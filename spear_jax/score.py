@@ -16,6 +16,7 @@ import tqdm
 
 from spear_jax import analysis, cli, experiment, run_folder
 from spear_jax.actor import Policy
+from spear_jax.compiles import keep_programs
 from spear_jax.errors import UserError
 from spear_jax.experiment import Experiment
 from spear_jax.federated.checkpoint import restore, saved_rounds
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--rounds", default="", help="saved rounds to score under, for example 0,4,8 (default: all)")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
+    keep_programs()
     folder = pathlib.Path(args.workdir)
     traces = analysis.load_traces(folder, args.traces)
     built = experiment.build(run_folder.read_run_config(folder))

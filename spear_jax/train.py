@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from spear_jax import cli, devices, experiment, run_folder
-from spear_jax.compiles import Compiles, trim_after_compiling
+from spear_jax.compiles import Compiles, keep_programs, trim_after_compiling
 from spear_jax.dry_run import dry_run, write_split
 from spear_jax.experiment import Experiment
 from spear_jax.federated import round as rounds
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     cli.go_offline(args.offline)
     config = cli.read_config(rest)
     check_tracking(config)
+    keep_programs()
     devices.join(args.distributed)
     built = experiment.build(config)
     if args.dry_run:

@@ -3,10 +3,18 @@
 import gc
 import os
 import pathlib
+import tempfile
 
 # Before anything imports JAX. Most of the suite's time is compilation: the second and third flags make it much cheaper.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+
+# Programs that several files, processes and runs of the suite's subprocesses have in common are compiled once. pytest-xdist's
+# workers find the folder in what they inherit.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="spear-jax-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

@@ -6,14 +6,11 @@ import sys
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """This Python, so many virtual CPU devices, and a shared compilation cache, which keeps many processes affordable."""
-    cache = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / "spear_jax_test_cache"
+    """This Python, so many virtual CPU devices, and what conftest.py sets for compilation."""
     flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"  # as in conftest.py
     # without $VENV, which launch scripts would make anew for themselves
     mine = {name: value for name, value in os.environ.items() if name != "VENV"}
     return mine | {
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

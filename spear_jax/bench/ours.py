@@ -20,9 +20,9 @@ from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
 from spear_jax.compiles import Compiles, trim_after_compiling
 from spear_jax.config import default_config
-from spear_jax.devices import make_mesh, replicate, shard_rows
+from spear_jax.devices import make_mesh, replicate
 from spear_jax.drawing import SamplingConfig
-from spear_jax.federated import clients, server
+from spear_jax.federated import clients, cohort, server
 from spear_jax.federated.checkpoint import Checkpoints
 from spear_jax.federated.evaluate import Evaluator
 from spear_jax.models.config import ModelConfig, parse_config
@@ -30,13 +30,11 @@ from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
 from spear_jax.models.shards import SafetensorsFolder
 from spear_jax.models.weights import DTYPES, MODULES, fill, places
-from spear_jax.packs import real_tokens
 from spear_jax.sampling import Sampler
 from spear_jax.types import Example
 
 SERVER = server.ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)
 Told = dict[str, Any]
-_train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
 _aggregate = jax.jit(server.aggregate, static_argnums=0)
 
 
@@ -160,39 +158,24 @@ class System:
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
     def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Told]:
-        """Every client's optimiser steps in one program; rows: [C][S] lists.
+        """Every client's optimiser steps; rows: [C][S] lists.
 
         Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of the rows.
         """
-        local = dataclasses.replace(self.local, clients_at_once=min(self.local.clients_at_once, len(rows)))
-        work, padding = self.pack(rows, local.clients_at_once)
-        count = len(work.count)
-        active = np.arange(count) < len(rows)
-        weight = active.astype(np.float32)
-        keys = np.zeros((count, 2), np.uint32)  # no dropout: never read
-        shared = clients.Shared(self.lora, self.base, (), {}, self.rate)
-        per_client = shard_rows((work, keys, weight, active), self.mesh)
-        total, mass, means, _ = _train(self.algorithm, self.decoder, local, self.mesh, False, shared, None, *per_client)
-        jax.block_until_ready(total)
-        loss = means["loss"].total.sum() / means["loss"].count.sum()
-        return total, mass, {"loss": float(loss), "padding": padding}
-
-    def pack(self, rows: list[list[list[Row]]], at_once: int) -> tuple[clients.Work, float]:
-        """[C, S, ...] numpy arrays, C padded to whole chunks, and the share of their tokens that is padding."""
-        count, steps = clients.padded_clients(len(rows), at_once, 1), len(rows[0])
+        at_once = min(self.local.clients_at_once, len(rows))
+        local, small = dataclasses.replace(self.local, clients_at_once=at_once), self.small if at_once == 1 else None
         keys = packing.Keys()
-        blocks = [packing.fold([items], self.room, keys) for own in rows for items in map(step_items, own)]
-        blocks += [[]] * (count * steps - len(blocks))
-        small = self.small if at_once == 1 else None
-        found, used, fitting = packing.stack_blocks(blocks, self.room, max(map(len, blocks)), small)
-        fitting &= np.arange(fitting.shape[1]) < used[:, None]
-        real = real_tokens(found.packs[0])
-        read = self.room.tokens * int(used.sum())
-        if small is not None:
-            read -= (self.room.tokens - small.tokens) * int(fitting.sum())
-        work = clients.Work(found, used, fitting, small)
-        work = jax.tree.map(lambda x: x.reshape(count, steps, *x.shape[1:]), work)
-        return work, 1 - real / read
+        blocks = [[packing.plan([step_items(step)], self.room, keys) for step in own] for own in rows]
+        depth = max(len(step) for own in blocks for step in own)
+        count = len(rows)
+        # without dropout no key is read
+        members = np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, bool)
+        shared = clients.Shared(self.lora, self.base, (), {}, self.rate)
+        packed = cohort.Rows(blocks, depth, self.room, small)
+        found = cohort.train(self.algorithm, self.decoder, local, self.mesh, shared, packed, members)
+        jax.block_until_ready(found.total)
+        loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
+        return found.total, found.mass, {"loss": float(loss), "padding": 1 - found.tokens / found.read}
 
     def aggregation(self) -> Told:
         weight = np.ones(self.preset.clients, np.float32)

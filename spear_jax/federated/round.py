@@ -10,11 +10,11 @@ import numpy as np
 from spear_jax import memory, packing, trees
 from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Collected
-from spear_jax.devices import CLIENTS, agree, shard_rows, to_host
+from spear_jax.devices import agree, to_host
 from spear_jax.experiment import Experiment
 from spear_jax.federated import clients, server
-from spear_jax.packs import real_tokens
-from spear_jax.types import ClientState, ServerState, Trace
+from spear_jax.federated import cohort as training
+from spear_jax.types import ServerState, Trace
 
 ROUND = trees.purpose("round")
 LOCAL = trees.purpose("local")
@@ -37,14 +37,7 @@ class Spent:
         return cls(*(line.get(f"budget/{field.name}", 0.0) for field in dataclasses.fields(cls)))
 
 
-_train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
 _aggregate = jax.jit(server.aggregate, static_argnums=0)
-
-
-@jax.jit
-def _as_policy(lora):
-    """Clients' adapters [C, L, ...] -> [L, C, ...], as generation takes them."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lora)
 
 
 def run_round(experiment: Experiment, state: ServerState, spent: Spent) -> tuple[ServerState, dict[str, float], Told]:
@@ -122,21 +115,22 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
             rate=np.float32(rate),
         )
         keep = phase + 1 < algorithm.phases
-        per_client, tokens = _per_client(experiment, cohort, got, phase_key)
-        total, mass, found, carried = _train(
-            algorithm, experiment.decoder, experiment.local, experiment.mesh, keep, shared, carried, *per_client
-        )
-        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), to_host(found))
+        static = algorithm, experiment.decoder, experiment.local, experiment.mesh
+        rows, members = rows_of(experiment, got), _members(experiment, cohort, got, phase_key)
+        trained = training.train(*static, shared, rows, members, keep, carried)
+        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), trained.means)
         means = found if means is None else jax.tree.map(np.add, means, found)
+        carried = trained.states
         passes = 4 + 2 * ((experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old)
-        work += tokens * (passes + 2 * len(shared.references))
+        work += trained.tokens * (passes + 2 * len(shared.references))
         if keep:
-            policy = _stacked(experiment, carried, cohort)
+            slots = {client: slot for slot, client in enumerate(cohort.clients)}
+            policy = Policy(experiment.model.base, training.stacked(carried, len(slots)), slots)
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
 
     began = time.perf_counter()
-    state, change = _aggregate(experiment.server, state.replace(lora=start, memory={}), total, mass)
+    state, change = _aggregate(experiment.server, state.replace(lora=start, memory={}), trained.total, trained.mass)
     change = float(change)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active = phases[-1].active
@@ -167,43 +161,29 @@ def _metric(method: str, name: str) -> str:
     return f"train/{name}" if name in _COMMON else f"{method}/{name}"
 
 
-def _stacked(experiment: Experiment, carried: ClientState, cohort: Cohort) -> Policy:
-    slots = {client: slot for slot, client in enumerate(cohort.clients)}
-    return Policy(experiment.model.base, experiment.on_devices(_as_policy(carried.lora)), slots)
-
-
-def _per_client(experiment: Experiment, cohort: Cohort, got: Collected, key: jax.Array):
-    """What `train_cohort` takes per client, sharded; and the number of real tokens in the batches."""
-    work = pack_cohort(experiment, got)
-    size = len(work.count)
-    keys = np.zeros((size, 2), np.uint32)
+def _members(experiment: Experiment, cohort: Cohort, got: Collected, key: jax.Array) -> tuple[np.ndarray, ...]:
+    """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(trees.path_key(key, LOCAL, c)))
-    keys[: len(cohort.clients)] = client_keys(jnp.asarray(cohort.clients))
-    weight = np.zeros(size, np.float32)
-    weight[: len(got.weight)] = server.client_weights(experiment.server, got.weight, got.active)
-    active = np.zeros(size, bool)
-    active[: len(got.active)] = got.active
-    tokens = sum(map(real_tokens, work.blocks.packs))
-    return shard_rows((work, keys, weight, active), experiment.mesh), tokens
+    weight = server.client_weights(experiment.server, got.weight, got.active)
+    return np.asarray(client_keys(jnp.asarray(cohort.clients))), np.asarray(weight, np.float32), got.active
 
 
-def pack_cohort(experiment: Experiment, got: Collected) -> clients.Work:
-    """Numpy arrays [C, S, ...], C padded to whole chunks on every device; a client that does not train has no blocks."""
+def rows_of(experiment: Experiment, got: Collected) -> training.Rows:
+    """The rows in blocks; a client that does not train has none."""
     algorithm, shapes = experiment.algorithm, experiment.actor.sampler.shapes
     apart = algorithm.micro or experiment.local.normalize == "micro"
-    steps = []
-    for rows, active in zip(got.rows, got.active, strict=True):
-        for step in rows:
-            micros = [packing.items_of(micro, algorithm.kinds) if active else [] for micro in step]
-            steps.append(micros if apart else [sum(micros, [])])
+
+    def micros(step, active: bool):
+        own = [packing.items_of(micro, algorithm.kinds) if active else [] for micro in step]
+        return own if apart else [sum(own, [])]
+
+    steps = [[micros(step, active) for step in own] for own, active in zip(got.rows, got.active, strict=True)]
     slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.kinds
-    room, small = experiment.training_rooms(steps, slots * algorithm.shell.accumulation)
+    slots *= algorithm.shell.accumulation
+    flat = sum(steps, [])
+    room, small = experiment.training_rooms(flat, slots)
     keys = packing.Keys()
-    blocks = [packing.fold(step, room, keys) for step in steps]
-    expected = packing.most_blocks(steps, room, slots * algorithm.shell.accumulation)
-    (deepest,) = shapes.fit("train blocks", (max(expected, *map(len, blocks)),))
-    count = clients.padded_clients(len(got.rows), experiment.local.clients_at_once, experiment.mesh.shape[CLIENTS])
-    steps_each = algorithm.steps_per_phase
-    blocks += [[]] * (count * steps_each - len(blocks))
-    work = clients.Work(*packing.stack_blocks(blocks, room, deepest, small), small)
-    return jax.tree.map(lambda x: x.reshape(count, steps_each, *x.shape[1:]), work)
+    blocks = [[packing.plan(step, room, keys) for step in own] for own in steps]
+    deepest = max(len(step) for own in blocks for step in own)
+    (depth,) = shapes.fit("train blocks", (max(packing.most_blocks(flat, room, slots), deepest),))
+    return training.Rows(blocks, depth, room, small)
