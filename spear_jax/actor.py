@@ -80,7 +80,7 @@ class Actor:
         responses, rejected: token ids of each training example's gold and dispreferred completion; empty lists where the
             method does not train on them.
         tally: tokens so far in this round.
-        report: called with (stage, rows finished).
+        report: called with (stage, rows finished since the last call, rows of the stage).
     """
 
     task: Task
@@ -97,7 +97,7 @@ class Actor:
     responses: list[list[int]] = dataclasses.field(default_factory=list)
     rejected: list[list[int]] = dataclasses.field(default_factory=list)
     tally: Tally = dataclasses.field(default_factory=Tally)
-    report: Callable[[str, int], None] = lambda stage, rows: None
+    report: Callable[[str, int, int], None] = lambda stage, rows, total: None
 
     def answer(self, policy: Policy, asks: list[Ask], key: jax.Array) -> list[Trace]:
         """First answers of all clients in one batch.
@@ -173,7 +173,7 @@ class Actor:
             text = self.renderer.decode(completion.tokens)
             correct = self.task.grade(text, examples[i])
             made[i] = Attempt(prompts[i], completion.tokens, completion.logprobs, text, correct, "")
-            self.report(stage, 1)
+            self.report(stage, 1, len(prompts))
 
         keys = row_keys(key, asks, number)
         owners = np.array([policy.slots[client] for client, _, _ in asks], np.int32) if policy.slots else None

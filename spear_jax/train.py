@@ -94,7 +94,8 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     writer = Writer(workdir, None if found is None else done, line, tracking) if first else Nowhere()
     progress = Progress(quiet or not first, config.rounds, done)
     built.actor.report = progress.stage_rows
-    built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows)
+    questions = len(built.evaluator.prompts)
+    built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows, questions)
     if found is None:
         line = {"round": 0, "time": time.time()} | evaluate(built, state)
         writer.write(line)

@@ -10,7 +10,7 @@ from test_train import SMALL
 from configs import grpo
 from spear_jax import experiment, packing
 from spear_jax.devices import make_mesh, replicate
-from spear_jax.federated import clients
+from spear_jax.federated import clients, writer
 from spear_jax.federated import cohort as training
 from spear_jax.federated import round as rounds
 
@@ -25,7 +25,7 @@ def rows_of(cohort):  # noqa: F811
     return training.Rows(blocks, max(len(step) for own in blocks for step in own), room, small)
 
 
-def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None):  # noqa: F811
+def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, **more):  # noqa: F811
     mesh, rows = make_mesh(jax.devices()[:devices]), rows_of(cohort)
     if at_once > 1:
         rows = training.Rows(rows.blocks, rows.depth, rows.room, None)
@@ -33,10 +33,10 @@ def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None): 
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     members = keys, np.arange(1, C + 1, dtype=np.float32), np.arange(C) != 1
     static = spear(), make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once), mesh
-    return training.train(*static, shared, rows, members, keep, carried)
+    return training.train(*static, shared, rows, members, keep, carried, **more)
 
 
-@pytest.mark.parametrize("devices, at_once, portions", [(1, 1, 6), (1, 4, 2), (2, 1, 3)])
+@pytest.mark.parametrize("devices, at_once, portions", [(1, 4, 2), (2, 1, 3)])
 def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_states(
     model,  # noqa: F811
     lora,  # noqa: F811
@@ -80,7 +80,9 @@ def test_no_third_portions_rows_lie_on_the_device(model, lora, cohort, monkeypat
         return work
 
     monkeypatch.setattr(training.Rows, "arrays", arrays)
-    train(model, lora, cohort)
+    done = []
+    train(model, lora, cohort, report=done.append)
+    assert done == [0] + [1] * C
     # `target` and `source` have this shape. While a portion is packed, only that before it is there.
     assert len(found) == C and max(found) <= 2
 
@@ -110,3 +112,19 @@ def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_
     (one, said, loss), (other, again, same) = results
     assert said == again and loss == pytest.approx(same, rel=1e-4)
     close(other, one)
+
+
+def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeypatch):
+    monkeypatch.setattr(writer, "on_terminal", lambda quiet: True)
+    progress, seen = writer.Progress(False, 2, 0), []
+    for stage, rows, total in [
+        ("revision", 1, 2),
+        ("revision", 1, 2),
+        ("revision", 1, 3),
+        ("train", 0, 5),
+        ("train", 4, 5),
+    ]:
+        progress.stage_rows(stage, rows, total)
+        seen.append((progress.stage.n, progress.stage.total))
+    progress.close()
+    assert seen == [(1, 2), (2, 2), (1, 3), (0, 5), (4, 5)]

@@ -22,7 +22,7 @@ from spear_jax.algorithms import ALGORITHMS
 from spear_jax.compiles import Compiles
 from spear_jax.config import check_config
 from spear_jax.errors import UserError
-from spear_jax.federated import clients
+from spear_jax.federated import clients, cohort
 from spear_jax.federated import round as rounds
 
 CONFIGURED = ("train", "benchmark", "pretrain")  # what is left of their arguments is a config
@@ -179,7 +179,7 @@ def written_metrics(method: str, monkeypatch) -> set[str]:
         shapes = jax.eval_shape(lambda *arrays: clients.train_cohort(*static, *arrays), *arrays)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-    monkeypatch.setattr(rounds, "_train", trace_alone)
+    monkeypatch.setattr(cohort, "_train", trace_alone)
     config = common.method_config(method, "facts,tiny,small")
     small = {
         "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_rows": 32,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import batches, drawing, rooms, sampling, trees
+from spear_jax import batches, compiles, drawing, rooms, sampling, trees
 from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.models.decoder import Decoder, logits, unstack
@@ -134,14 +134,27 @@ def test_generation_stops_at_any_eos_and_keeps_it(model, decoder):
         assert short.tokens == long.tokens[: first + 1]
 
 
+def watch(monkeypatch, name, note):
+    """Calls note(*arguments) before every call of a jitted function of `sampling`."""
+    original = getattr(sampling, name)
+
+    class Watched:
+        lower = original.lower
+
+        def __call__(self, *args):
+            note(*args)
+            return original(*args)
+
+    monkeypatch.setattr(sampling, name, Watched())
+
+
 def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
     prompts, keys = make_prompts(model, 16), make_keys(16)
     config = settings(max_new_tokens=24)
     free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
     stops = tuple({c.tokens[1] for c in free[:14]})  # most rows stop at once
     rows = []
-    original = sampling._advance
-    monkeypatch.setattr(sampling, "_advance", lambda *a: rows.append(a[4]["live"].shape[0]) or original(*a))
+    watch(monkeypatch, "_advance", lambda *a: rows.append(a[4]["live"].shape[0]))
     Sampler(decoder).generate(None, model.base, prompts, keys, settings(max_new_tokens=24, eos_ids=stops))
     assert rows[0] == 16 and rows[-1] == 4
 
@@ -158,14 +171,12 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(model, 
     together = Sampler(decoder).generate(None, model.base, prompts, keys, dataclasses.replace(config, max_rows=32))
     assert len({len(c.tokens) for c in together}) > 5
     going, rows = [], []
-    original = sampling._read
 
     def read(*args):
         going.append(int(args[4]["live"].sum()))
         rows.append(args[4]["live"].shape[0])
-        return original(*args)
 
-    monkeypatch.setattr(sampling, "_read", read)
+    watch(monkeypatch, "_read", read)
     few = Sampler(decoder).generate(None, model.base, prompts, keys, dataclasses.replace(config, max_rows=6))
     assert set(rows) == {6} and len(rows) >= 11  # parts of two
     # every read but the first three finds others in the middle of their completions
@@ -186,8 +197,7 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
         lora = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 0 * x], axis=1), lora)
         owners = np.arange(12, dtype=np.int32) % 3
     read = []
-    original = sampling._read
-    monkeypatch.setattr(sampling, "_read", lambda *a: read.append(a[6].tokens.size) or original(*a))
+    watch(monkeypatch, "_read", lambda *a: read.append(a[6].tokens.size))
     config = settings()
     without = Sampler(decoder).generate(lora, model.base, prompts, keys, config, owners=owners)
     whole, read[:] = sum(read), []
@@ -214,19 +224,22 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(mod
     mesh = make_mesh(jax.devices()[:devices])
     place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
     sampler = Sampler(decoder, place, devices, spread=spread, openings=[opening])
-    before = sampling._read._cache_size(), sampling._advance._cache_size()
+    before, compiled = (sampling._read._cache_size(), sampling._advance._cache_size()), []
+    named = lambda event, _, fun_name="", **__: compiled.append(fun_name) if event == compiles._EVENT else None
+    jax.monitoring.register_event_duration_secs_listener(named)
     found = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
     assert [c.tokens for c in found] == [c.tokens for c in one]
     # reads into a blank state, one that was read into, and one that was decoded
     assert (sampling._read._cache_size(), sampling._advance._cache_size()) == (before[0] + 1, before[1] + 1)
+    # what is compiled before there is a state is what then runs
+    assert [compiled.count(name) for name in ("jit(_read)", "jit(_advance)")] == [1, 1], compiled
 
 
 def test_each_completion_is_told_once_as_it_finishes(model, decoder, monkeypatch):
     prompts, keys, config = make_prompts(model, 12), make_keys(12), settings(max_rows=4)
     config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts, keys, config))
     told, reads = {}, []
-    original = sampling._read
-    monkeypatch.setattr(sampling, "_read", lambda *a: reads.append(len(told)) or original(*a))
+    watch(monkeypatch, "_read", lambda *a: reads.append(len(told)))
 
     def finished(number, completion):
         assert number not in told

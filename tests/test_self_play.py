@@ -25,6 +25,7 @@ from spear_jax.algorithms.spin import Spin, spin_loss
 from spear_jax.algorithms.tpaw import Tpaw, tpaw_loss
 from spear_jax.algorithms.tspin import Tspin, tspin_loss
 from spear_jax.errors import UserError
+from spear_jax.federated import cohort
 from spear_jax.federated import round as rounds
 from spear_jax.packing import Row
 from spear_jax.types import Attempt, Batch, Trace
@@ -861,5 +862,5 @@ def test_tpaws_growing_team_compiles_nothing_after_the_first_rounds():
     state, sizes = built.initial_state(), []
     for _ in range(3):
         state, _, _ = round_after(built, state)
-        sizes.append(rounds._train._cache_size())
+        sizes.append(cohort._train._cache_size())
     assert sizes[1] == sizes[2]

@@ -21,6 +21,7 @@ from spear_jax import report as report_command
 from spear_jax import score as score_command
 from spear_jax.compiles import Compiles
 from spear_jax.errors import UserError
+from spear_jax.federated import cohort
 from spear_jax.federated import evaluate as evaluation
 from spear_jax.federated import round as rounds
 from spear_jax.federated.checkpoint import Checkpoints, restore
@@ -281,7 +282,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
     built = experiment.build(config, jax.devices()[:1])
     programs = (
-        sampling._read, sampling._advance, sampling._take, rounds._train, rounds._aggregate, merge,
+        sampling._read, sampling._advance, sampling._take, cohort._train, rounds._aggregate, merge,
         evaluation._last_scores, evaluation._token_scores,
     )  # fmt: skip
     state = built.initial_state()

@@ -7,6 +7,7 @@ states, which then wait on the host.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,7 @@ def train(
     members: tuple[np.ndarray, np.ndarray, np.ndarray],
     keep: bool = False,
     carried: list[ClientState] | None = None,
+    report: Callable[[int], None] = lambda clients: None,
 ) -> Trained:
     """Trains a cohort of C clients.
 
@@ -101,6 +103,7 @@ def train(
         members: as `clients.train_cohort` takes them: keys uint32[C, 2], weight float32[C], active bool[C].
         keep: whether the clients' states come back, for a next phase.
         carried: those of the phase before; None: each client starts from the global adapter.
+        report: called with 0, and then with the clients of each portion when it is trained.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
     size = portion_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
@@ -113,7 +116,9 @@ def train(
     def finish(found, kept):
         means.append(to_host(found))  # waits for the portion
         states.append(rest(kept))
+        report(min(size, cohort - begins[len(means) - 1]))
 
+    report(0)
     for number, begin in enumerate(begins):
         work = rows.arrays(begin, size)
         tokens, read = tokens + sum(map(real_tokens, work.blocks.packs)), read + rows.read(work)

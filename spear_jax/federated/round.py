@@ -97,6 +97,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
     start = experiment.on_devices(state.lora)  # always placed alike, or the programs would compile again
     policy, carried, kept, means, phases = actor.merge(start), None, state.memory, None, []
     rate, work = 0.0, 0.0
+    report = lambda count: actor.report("train", count, len(cohort.clients))
     for phase in range(algorithm.phases):
         began = time.perf_counter()
         phase_key = trees.path_key(key, PHASE, phase) if phase else key
@@ -117,7 +118,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         keep = phase + 1 < algorithm.phases
         static = algorithm, experiment.decoder, experiment.local, experiment.mesh
         rows, members = rows_of(experiment, got), _members(experiment, cohort, got, phase_key)
-        trained = training.train(*static, shared, rows, members, keep, carried)
+        trained = training.train(*static, shared, rows, members, keep, carried, report)
         found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), trained.means)
         means = found if means is None else jax.tree.map(np.add, means, found)
         carried = trained.states

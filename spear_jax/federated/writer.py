@@ -129,13 +129,14 @@ class Progress:
         self.rounds = tqdm.tqdm(total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0)
         self.stage: tqdm.tqdm | None = None
 
-    def stage_rows(self, stage: str, rows: int) -> None:
-        """Counts finished rows of a stage inside the round."""
+    def stage_rows(self, stage: str, rows: int, total: int) -> None:
+        """Counts rows (in training: clients) of a stage inside the round. Args: rows: finished since the last call; total: of
+        the stage."""
         if not self.shown:
             return
-        if self.stage is None or self.stage.desc != f"  {stage}: ":
+        if self.stage is None or self.stage.desc != f"  {stage}: " or self.stage.n >= self.stage.total:
             self.end()
-            self.stage = tqdm.tqdm(desc=f"  {stage}", unit="row", position=1, leave=False)
+            self.stage = tqdm.tqdm(desc=f"  {stage}", total=total, unit="", position=1, leave=False)
         self.stage.update(rows)
 
     def end(self) -> None:
