@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from spear_jax import packs
 from spear_jax.drawing import SamplingConfig
-from spear_jax.rooms import Room, Shapes
+from spear_jax.rooms import Room, Shapes, size_bucket
 
 Part = list[list[int]]  # prompt numbers of each group
 PASSES = 3  # the fewest that fill all slots where prompts wait for them: a part waits until so many are free
@@ -77,12 +77,15 @@ def plan_batches(
         opening: h tokens that all prompts begin with, and that are read once for all.
     """
     prompts = [prompt[opening:] for prompt in prompts]
-    wanted = _smallest(config, groups, prompts, devices, opening)
+    # tight while sizes are still being opened; what exceeds all of them later is rare, and so is to be its successor
+    longest = max(map(len, prompts)) + opening
+    width = length_bucket(longest) if shapes.frozen else size_bucket(longest)
+    wanted = _smallest(config, groups, prompts, devices, opening, width)
     dealt: dict[tuple[int, ...], list[Part] | None] = {}
 
     def cost(shape: tuple[int, ...]) -> float:
         plan = wanted.of_shape(shape)
-        dealt[shape] = _deal(plan, groups, prompts) if plan.width >= wanted.width else None
+        dealt[shape] = _deal(plan, groups, prompts) if plan.width >= longest else None
         return float("inf") if dealt[shape] is None else plan.cells(len(dealt[shape]), config.max_new_tokens)
 
     shape = shapes.fit(f"read {len(groups)} {opening} {config!r}", wanted.shape(), cost)
@@ -90,11 +93,11 @@ def plan_batches(
     return plan, dealt.get(shape) or _deal(plan, groups, prompts)
 
 
-def _smallest(config, groups, prompts, devices, opening) -> Plan:
+def _smallest(config, groups, prompts, devices, opening, width) -> Plan:
     """As many slots as rows and tokens allow, but no more than it takes to fill them equally often, and parts as large as a
     pass allows. Args: prompts: without their opening."""
     lengths = [len(prompts[i]) for group in groups for i in group]
-    width, largest = length_bucket(max(lengths) + opening), max(map(len, groups))
+    largest = max(map(len, groups))
     held = config.max_tokens // (width + config.max_new_tokens) * devices
     most = max(1, min(config.max_rows, held) // len(groups))
     times = -(-largest // most)

@@ -36,14 +36,14 @@ def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> in
 def generation_tokens(model: ModelConfig, itemsize: int, megabytes: int) -> tuple[int, int]:
     """How many tokens one generation batch may hold on a device, and how many prompt tokens a pass may read.
 
-    More rows decode faster where memory is plenty. On a CPU they take the memory and give little, and 1,024 tokens fill it.
+    More rows decode faster where memory is plenty. On a CPU they take the memory, and 2,048 tokens fill it.
 
     Args: itemsize: bytes of a value; megabytes: of keys and values (0: by the device).
     """
     cpu = jax.default_backend() == "cpu"
     stats = None if cpu else jax.local_devices()[0].memory_stats()
-    size = megabytes * 1_000_000 or (stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 192_000_000)
-    return max(1, size // cache_bytes(model, 1, 1, itemsize)), 1024 if cpu else 8192
+    size = megabytes * 1_000_000 or (stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 216_000_000)
+    return max(1, size // cache_bytes(model, 1, 1, itemsize)), 2048 if cpu else 8192
 
 
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:

@@ -190,9 +190,9 @@ def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 
     total, widths = max(1, *map(len, lengths)), split_columns(width)
     begins = itertools.accumulate(widths[:-1], initial=0)
     reaching = [min(total, 1 + max(sum(n > begin for n in own) for own in lengths)) for begin in begins]
-    spread = lambda own: 2.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
+    spread = lambda own: 1.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
     return Room(
-        tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 32) * 32,
+        tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 16) * 16,
         columns=tuple(zip(reaching, widths, strict=True)),
         scored=1,
         items=1,
