@@ -134,7 +134,7 @@ class Progress:
         the stage."""
         if not self.shown:
             return
-        if self.stage is None or self.stage.desc != f"  {stage}: " or self.stage.n >= self.stage.total:
+        if self.stage is None or self.stage.desc != f"  {stage}" or self.stage.n >= self.stage.total:
             self.end()
             self.stage = tqdm.tqdm(desc=f"  {stage}", total=total, unit="", position=1, leave=False)
         self.stage.update(rows)
