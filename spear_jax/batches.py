@@ -77,7 +77,7 @@ def plan_batches(
         opening: h tokens that all prompts begin with, and that are read once for all.
     """
     prompts = [prompt[opening:] for prompt in prompts]
-    # tight while sizes are still being opened; what exceeds all of them later is rare, and so is to be its successor
+    # tight while sizes are being opened anyhow; a prompt that exceeds them all later opens a size with room to spare
     longest = max(map(len, prompts)) + opening
     width = length_bucket(longest) if shapes.frozen else size_bucket(longest)
     wanted = _smallest(config, groups, prompts, devices, opening, width)
