@@ -89,7 +89,7 @@ def default_config() -> ml_collections.ConfigDict:
     rollout.feedback = "oracle"  # oracle, none, human, oracle_published (A4)
     rollout.hint_words = 3
     rollout.max_rows = 64  # rows of one generation batch
-    rollout.cache_mb = 0  # of its keys and values, on a device; 0: 216 on a CPU, else a quarter of the device's memory
+    rollout.cache_mb = 0  # of its keys and values, on a device; 0: 272 on a CPU, else a quarter of the device's memory
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5  # optimiser steps per client and round

@@ -14,6 +14,10 @@ from spear_jax.drawing import SamplingConfig, draw
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states
 from spear_jax.types import Pack
 
+TURNS = (
+    4  # in which a part's rows get their keys and values: XLA spreads those of all layers before it writes the first
+)
+
 
 def blank(decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype) -> dict:
     """A decoding state of free slots, laid on devices as `live` bool[B] is: a dict of arrays with leading axis B, caches a pair
@@ -47,20 +51,30 @@ def read(
         at: int32[], the ring's next column.
     Returns: the state.
     """
-    (groups, _, width), room = index.shape, config.max_new_tokens
+    (groups, taken, width), room = index.shape, config.max_new_tokens
+    share = -(-taken // TURNS)
     ring = lambda x: jnp.roll(jnp.pad(x, ((0, 0), (0, 0), (0, room))), at - width, axis=2)
+    apart = lambda x: x.reshape(groups, -1, *x.shape[1:])
 
-    def one(lora, pack, last, places, opening):
+    def one(lora, pack, last, places, opening, slots, cache):
         hidden, layers = packed_states(decoder, lora, base, pack, opening=opening)
         if opening is not None:
             last = last - jax.tree.leaves(opening)[0].shape[-3]
         if not isinstance(base["layers"], tuple):
             layers = tuple(zip(*layers, strict=True))
-        return hidden[last], jax.tree.map(lambda x: _spread(x, places), layers)
+
+        def write(turn, cache):
+            # a slice that would pass the end begins earlier, and what is put twice is put alike
+            some = lambda x: jax.lax.dynamic_slice_in_dim(x, turn * share, share)
+            at = some(slots), some(places)
+            return jax.tree.map(lambda old, new: old.at[at[0]].set(_spread(new, at[1]), mode="drop"), cache, layers)
+
+        return hidden[last], jax.lax.fori_loop(0, -(-taken // share), write, cache)
 
     own = (1, 0) if _own(lora) else (None, None)
-    run = trees.each(one, in_axes=(own[0], 0, 0, 0, own[1]))
-    hidden, cache = run(lora, pack, index[:, :, -1], ring(index), opening)
+    run = trees.each(one, in_axes=(own[0], 0, 0, 0, own[1], 0, 0))
+    cache = jax.tree.map(apart, state["cache"])
+    hidden, cache = run(lora, pack, index[:, :, -1], ring(index), opening, slots, cache)
     rows = live.shape[0]
     drawn = {
         "tokens": jnp.full((rows, room), config.pad_id, jnp.int32),
@@ -70,14 +84,10 @@ def read(
         "keys": keys,
     }
     drawn = _emit(config, drawn, _head(base, hidden.reshape(rows, -1)))
-    drawn = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), drawn | {"keys": jax.random.key_data(keys)})
-
-    def write(whole, new):
-        """`new` [G, r, ...] into its slots of `whole` [B, ...]."""
-        split = whole.reshape(groups, -1, *whole.shape[1:])
-        return trees.each(lambda x, y, at: x.at[at].set(y, mode="drop"))(split, new, slots).reshape(whole.shape)
-
-    return jax.tree.map(write, state, drawn | {"cache": cache, "cache_mask": ring(mask)})
+    drawn = jax.tree.map(apart, drawn | {"keys": jax.random.key_data(keys)}) | {"cache_mask": ring(mask)}
+    put = trees.each(lambda old, new, at: old.at[at].set(new, mode="drop"))
+    written = {name: put(apart(state[name]), new, slots) for name, new in drawn.items()} | {"cache": cache}
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
 def _own(lora) -> bool:

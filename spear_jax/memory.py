@@ -42,7 +42,7 @@ def generation_tokens(model: ModelConfig, itemsize: int, megabytes: int) -> tupl
     """
     cpu = jax.default_backend() == "cpu"
     stats = None if cpu else jax.local_devices()[0].memory_stats()
-    size = megabytes * 1_000_000 or (stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 216_000_000)
+    size = megabytes * 1_000_000 or (stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 272_000_000)
     return max(1, size // cache_bytes(model, 1, 1, itemsize)), 2048 if cpu else 8192
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import decoding, packs, rooms
+from spear_jax import decoding, heap, packs, rooms
 from spear_jax.batches import Part, Plan, fewer_rows, plan_batches
 from spear_jax.devices import to_host
 from spear_jax.drawing import SamplingConfig
@@ -191,7 +191,7 @@ class _Slots:
 
     def _begin(self, inputs: tuple):
         """A state of free slots. What reads and what decodes is compiled before it is there: compiling takes memory, too, and
-        many keys and values would lie there meanwhile."""
+        many keys and values would lie there meanwhile. What that leaves, and what an earlier state was, is given back."""
         free = self.place(np.zeros(self.owner.size, bool))
         blank = functools.partial(decoding.blank, self.decoder, self.config, self.plan.width, free, self.dtype)
         like = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -201,6 +201,7 @@ class _Slots:
         if self.config.max_new_tokens > 1:
             after = jax.tree.map(like, read.output_shardings, shapes)
             _advance.lower(*self._of(1), after, self.at, self._enough(0)).compile()
+        heap.trim()
         return blank()
 
     def _of(self, base: int) -> tuple:

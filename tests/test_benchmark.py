@@ -177,6 +177,17 @@ def small(**changes):
     return workload.make_workload(dataclasses.replace(preset, temperature=0.0, margin=1e-6, **changes), "cpu")
 
 
+def test_our_side_lays_arrays_where_an_experiment_does_so_that_reading_compiles_once(monkeypatch):
+    from spear_jax import sampling
+    from spear_jax.bench import ours
+
+    chosen = ours.sampling_config
+    monkeypatch.setattr(ours, "sampling_config", lambda *a: dataclasses.replace(chosen(*a), max_rows=2))
+    system, before = ours.System(small()), sampling._read._cache_size()
+    system.rollout()  # reads into a blank state, and then into one that was read into or decoded
+    assert sampling._read._cache_size() == before + 1
+
+
 @pytest.fixture(scope="module")
 def both():
     """Both sides of the small workload in this process, without running a phase."""

@@ -235,6 +235,32 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(mod
     assert [compiled.count(name) for name in ("jit(_read)", "jit(_advance)")] == [1, 1], compiled
 
 
+def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, decoder, monkeypatch):
+    held, read = [], sampling._read
+    note = lambda *args: held.append(read.lower(*args).compile().memory_analysis().temp_size_in_bytes)
+    watch(monkeypatch, "_read", note)
+    # rows 2,016 places wide for prompts of one token, whose first answer ends them
+    config = settings(max_rows=32, max_new_tokens=2000, eos_ids=tuple(range(model.config.vocab_size)))
+    Sampler(decoder).generate(None, model.base, [[3 + i] for i in range(32)], make_keys(32), config)
+    shape = model.config
+    written = 32 * 2016 * 2 * shape.layers * shape.kv_heads * shape.head_width * 4
+    assert held[0] < written / 2
+
+
+def test_what_was_freed_is_given_back_before_keys_and_values_are_there(model, decoder, monkeypatch):
+    order, blank = [], sampling.decoding.blank
+
+    def noted(decoder, config, width, live, dtype):
+        if not isinstance(live, jax.core.Tracer):
+            order.append("keys and values")
+        return blank(decoder, config, width, live, dtype)
+
+    monkeypatch.setattr(sampling.heap, "trim", lambda: order.append("given back"))
+    monkeypatch.setattr(sampling.decoding, "blank", noted)
+    Sampler(decoder).generate(None, model.base, make_prompts(model, 3), make_keys(3), settings())
+    assert order[-2:] == ["given back", "keys and values"]
+
+
 def test_each_completion_is_told_once_as_it_finishes(model, decoder, monkeypatch):
     prompts, keys, config = make_prompts(model, 12), make_keys(12), settings(max_rows=4)
     config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts, keys, config))

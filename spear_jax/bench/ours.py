@@ -1,6 +1,7 @@
 """This system's side: each phase through the functions that a round runs. All calls into the system stand in this file."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import os.path
@@ -20,7 +21,7 @@ from spear_jax.bench.side import Side
 from spear_jax.bench.workload import Preset, Row, Workload, random_tensor
 from spear_jax.compiles import Compiles, trim_after_compiling
 from spear_jax.config import default_config
-from spear_jax.devices import make_mesh, replicate
+from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.drawing import SamplingConfig
 from spear_jax.federated import clients, cohort, server
 from spear_jax.federated.checkpoint import Checkpoints
@@ -124,7 +125,7 @@ class System:
         flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
         opening = os.path.commonprefix(flat)
-        sampler, sampling = Sampler(self.decoder, openings=[opening]), sampling_config(self.preset, len(flat))
+        sampler, sampling = self.sampler(opening), sampling_config(self.preset, len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
         plan, parts = plan_batches(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(opening))
         fills = -(-len(parts) // (plan.rows // plan.part))  # all completions are of one length, and end together
@@ -133,6 +134,11 @@ class System:
             "answers": [completion.tokens for completion in done],
             "padding": 1 - sum(len(prompt) - len(opening) + new for prompt in flat) / held,
         }
+
+    def sampler(self, opening: list[int]) -> Sampler:
+        """With arrays where an experiment has them: placed in another way they would be another program's."""
+        place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
+        return Sampler(self.decoder, place, spread=spread, openings=[opening])
 
     def rollout(self) -> Told:
         return self.generate(self.policy(), self.work.prompts)
@@ -147,7 +153,7 @@ class System:
             task=None,
             renderer=Labels(self.work.options),
             decoder=self.decoder,
-            sampler=Sampler(self.decoder, openings=[os.path.commonprefix(questions)]),
+            sampler=self.sampler(os.path.commonprefix(questions)),
             examples=[Example("", "", names, names, 0) for _ in questions],
             prompts=questions,
             method="choice",
