@@ -8,7 +8,7 @@ root = pathlib.Path(__file__).parent
 
 setup(
     name="spear-jax",
-    version="0.9.0",
+    version="0.10.0",
     description="Federated self-play fine-tuning of language models from feedback, in JAX",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -16,6 +16,7 @@ from pages import PAGES, ROOT, blocks, checked_commands
 from processes import environment
 
 import configs
+import spear_jax
 from configs import common
 from spear_jax import cli, experiment, train
 from spear_jax.algorithms import ALGORITHMS
@@ -127,6 +128,12 @@ def test_extras_that_pages_install_exist():
         for name in found.split(",")
     }
     assert named and not {name for name in named if f'"{name}":' not in extras}
+
+
+def test_one_version_is_told_everywhere():
+    setup = re.search(r'version="([\d.]+)"', (ROOT / "setup.py").read_text())[1]
+    newest = re.search(r"## Changelog\n\n- ([\d.]+):", (ROOT / "README.md").read_text())[1]
+    assert spear_jax.__version__ == setup == newest
 
 
 def test_local_links_lead_somewhere():
