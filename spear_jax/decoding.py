@@ -14,9 +14,8 @@ from spear_jax.drawing import SamplingConfig, draw
 from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states
 from spear_jax.types import Pack
 
-TURNS = (
-    4  # in which a part's rows get their keys and values: XLA spreads those of all layers before it writes the first
-)
+# Turns in which a part's rows get their keys and values: in one, XLA would spread those of all layers before it wrote the first.
+TURNS = 4
 
 
 def blank(decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype) -> dict:
@@ -65,9 +64,8 @@ def read(
 
         def write(turn, cache):
             # a slice that would pass the end begins earlier, and what is put twice is put alike
-            some = lambda x: jax.lax.dynamic_slice_in_dim(x, turn * share, share)
-            at = some(slots), some(places)
-            return jax.tree.map(lambda old, new: old.at[at[0]].set(_spread(new, at[1]), mode="drop"), cache, layers)
+            to, source = (jax.lax.dynamic_slice_in_dim(x, turn * share, share) for x in (slots, places))
+            return jax.tree.map(lambda old, new: old.at[to].set(_spread(new, source), mode="drop"), cache, layers)
 
         return hidden[last], jax.lax.fori_loop(0, -(-taken // share), write, cache)
 
