@@ -20,6 +20,7 @@ from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, opsd, rltf_sd
 from spear_jax.algorithms.base import Shell
 from spear_jax.devices import make_mesh, replicate, shard_rows
 from spear_jax.federated import clients
+from spear_jax.models import token_logprobs
 from spear_jax.models.token_logprobs import Scorer, by_row
 from spear_jax.packing import Row
 
@@ -222,7 +223,7 @@ def units(name, vocab):
     return found
 
 
-def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_000):  # noqa: F811
+def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_000, chunk=16):  # noqa: F811
     """Three clients, one optimiser step of `shape` = (micro-batches, items in each).
 
     Returns: AdamW's first moments afterwards, 0.1 times the clipped gradient that the step was made of (the step itself divides
@@ -245,10 +246,36 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     weight = np.where(np.arange(count) < 3, np.arange(1, count + 1), 0).astype(np.float32)
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
-    local = local_config(clients_at_once=at_once)
+    local = local_config(clients_at_once=at_once, head_chunk=chunk)
     _, _, means, states = run(algorithm, make_decoder(model), local, mesh, True, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
     return jax.tree.map(lambda x: x[:3], moments), means
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_fused_head_gives_what_full_logits_give(model, lora, name, monkeypatch):  # noqa: F811
+    """The loss, and its gradient by JAX's own rules through all logits at once."""
+    fused, means = trained(model, lora, name, (1, 16), {}, chunk=5)
+    used = []
+
+    def plain(block, hidden, fixed, head, chunk):
+        used.append(chunk)
+        return block(hidden, *jax.lax.stop_gradient((fixed, head)))
+
+    def full_logprobs(hidden, head, targets, chunk):
+        used.append(chunk)
+        every = jax.nn.log_softmax(hidden @ jax.lax.stop_gradient(head).T)
+        return every[jnp.arange(len(targets)), targets]
+
+    monkeypatch.setattr(token_logprobs, "token_logprobs", full_logprobs)
+    monkeypatch.setattr(opsd, "map_positions", plain)
+    # a chunk that no program was made with, so that this one is traced with what stands in for the fused head
+    whole, expected = trained(model, lora, name, (1, 16), {}, chunk=9_999)
+    assert used and set(used) == {9_999}
+    close(fused, whole)
+    for metric in ("loss", "grad_norm"):
+        found, wanted = (tree[metric].total / tree[metric].count for tree in (means, expected))
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", KINDS)
