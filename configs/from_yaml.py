@@ -10,7 +10,7 @@ faults are fixed; ",reference" repeats them.
 
 import ml_collections
 
-from spear_jax.published_yaml import config_of
+from spear_jax.published.yaml_config import config_of
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

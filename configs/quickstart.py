@@ -9,14 +9,14 @@ Reaches, on held-out phrasings and options: see the README's table of three seed
 
 import ml_collections
 
-from configs import common
-from spear_jax.errors import unknown
+from spear_jax.core.errors import unknown
+from spear_jax.experiment import presets
 
 
 def get_config(arg: str = "facts") -> ml_collections.ConfigDict:
     """Args: arg: "facts" (multiple choice) or "reasoned" (a reasoned answer with an answer line), then ",reference" for the
     published code's behaviour."""
     task, *variants = arg.split(",")
-    if task not in common.EMBEDDED:
-        raise unknown("embedded task", task, common.EMBEDDED)
-    return common.method_config("spear", ",".join([task, "tiny", *variants]))
+    if task not in presets.EMBEDDED:
+        raise unknown("embedded task", task, presets.EMBEDDED)
+    return presets.method_config("spear", ",".join([task, "tiny", *variants]))

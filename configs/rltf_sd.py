@@ -10,9 +10,9 @@ the README.
 
 import ml_collections
 
-from configs import common
+from spear_jax.experiment import presets
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Args: arg: "<task>,<model>[,variant...]"."""
-    return common.method_config("rltf_sd", arg)
+    return presets.method_config("rltf_sd", arg)

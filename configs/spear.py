@@ -12,9 +12,9 @@ Cost and result of the paper's sizes: not measured. Of the cpu variant and of th
 
 import ml_collections
 
-from configs import common
+from spear_jax.experiment import presets
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Args: arg: "<task>,<model>[,variant...]"."""
-    return common.method_config("spear", arg)
+    return presets.method_config("spear", arg)

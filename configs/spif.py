@@ -11,9 +11,9 @@ Cost and result: not measured.
 
 import ml_collections
 
-from configs import common
+from spear_jax.experiment import presets
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Args: arg: "<task>,<model>[,variant...]"."""
-    return common.method_config("spif", arg)
+    return presets.method_config("spif", arg)

@@ -11,8 +11,11 @@ seeds), and the figure sweep.png and .svg against the first field (or --x).
 
 from typing import Any
 
-from spear_jax import cells, cli, sweep, sweeps
-from spear_jax.errors import UserError, unknown
+from spear_jax import sweep
+from spear_jax.analysis import sweeps
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment import command_line
+from spear_jax.experiment.grid import read_seeds
 
 EXAMPLES = """
     python launch/sweep.py --config=configs/spear.py:facts,tiny,small --grid federation.num_clients=5,10,50 \\
@@ -23,7 +26,7 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("", __doc__, EXAMPLES)
+    parser = command_line.parser("", __doc__, EXAMPLES)
     parser.prog = "python launch/sweep.py"
     parser.add_argument("--config", required=True, help="FILE[:ARG], as for train")
     parser.add_argument("--grid", action="append", default=[], metavar="FIELD=VALUE,...", help="one dimension")
@@ -36,11 +39,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     x = args.x or next(iter(grid))
     if x not in grid:
         raise unknown("field of --x", x, grid)
-    settings = sweep.make_settings(args.config, sweep.product(grid), overrides, cells.read_seeds(args.seeds))
+    settings = sweep.make_settings(args.config, sweep.product(grid), overrides, read_seeds(args.seeds))
     request = {"config": args.config, "overrides": overrides, "fields": list(grid), "grid": grid}
     others = [name for name in grid if name != x]
     return sweep.sweep(args, request, settings, x, lambda table: sweeps.split_lines(table, others))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -22,8 +22,11 @@ from typing import Any
 import pandas as pd
 
 import configs
-from spear_jax import cells, cli, sweep, sweeps
-from spear_jax.errors import UserError, unknown
+from spear_jax import sweep
+from spear_jax.analysis import sweeps
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment import command_line
+from spear_jax.experiment.grid import known_methods, read_seeds
 
 EXAMPLES = """
     python launch/sweep_clients.py --workdir=runs/clients --jobs=2
@@ -51,7 +54,7 @@ SETTING = {
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("", __doc__, EXAMPLES)
+    parser = command_line.parser("", __doc__, EXAMPLES)
     parser.prog = "python launch/sweep_clients.py"
     parser.add_argument("--clients", default="5,10,50,100,500,1000,5000,10000", help="default: %(default)s")
     parser.add_argument("--cohort", default="10,10%", help="numbers or shares (default: 10,10%%)")
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 def make_settings(args: Any, grid: dict[str, list[str]], overrides: list[str]) -> list[sweep.Setting]:
     """Every cell's setting, the most clients first, so that the longest runs do not come last."""
     counts = sorted({read_count(text) for text in grid["clients"]}, reverse=True)
-    seeds, fixed = cells.read_seeds(args.seeds), [f"--config.{name}={value}" for name, value in SETTING.items()]
+    seeds, fixed = read_seeds(args.seeds), [f"--config.{name}={value}" for name, value in SETTING.items()]
     settings: list[sweep.Setting] = []
     for count in counts:
         points = sweep.product(
@@ -93,8 +96,8 @@ def make_settings(args: Any, grid: dict[str, list[str]], overrides: list[str]) -
 
 def source(method: str, task: str) -> str:
     """FILE:ARG of a method's config."""
-    if method not in cells.known_methods():
-        raise unknown("method", method, cells.known_methods())
+    if method not in known_methods():
+        raise unknown("method", method, known_methods())
     file = pathlib.Path(configs.__file__).parent / f"{method}.py"
     return f"{os.path.relpath(file)}:{task}"
 
@@ -134,4 +137,4 @@ def split_lines(table: pd.DataFrame, cohorts: list[str]) -> list[sweeps.Line]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -17,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from spear_jax import analysis, cells, cli, grids
-from spear_jax.errors import UserError, unknown
+from spear_jax.analysis import comparison, runs
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment import command_line
+from spear_jax.experiment.grid import Row, check_folder, check_rows, known_methods, machine, read_seeds, run, unfinished
 
 EXAMPLES = """
     python -m spear_jax.compare --methods=spear,grpo,sft --task=facts --seeds=0,1,2 --budget=tokens:50000 --workdir=runs/facts
@@ -31,7 +33,7 @@ BUDGETS = {"tokens": "budget.tokens", "rounds": "rounds", "seconds": "budget.sec
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry(cells.Row):
+class Entry(Row):
     """One row of the table: a method, and the fields that are its own."""
 
     method: str
@@ -39,7 +41,7 @@ class Entry(cells.Row):
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("compare", __doc__, EXAMPLES)
+    parser = command_line.parser("compare", __doc__, EXAMPLES)
     parser.add_argument("--methods", required=True, help="names of configs/<method>.py, separated by commas")
     parser.add_argument("--task", required=True, help="TASK[,MODEL[,VARIANT...]]; the model is tiny where not given")
     parser.add_argument("--seeds", required=True, help="for example 0,1,2")
@@ -48,27 +50,27 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--jobs", type=int, default=1, help="worker processes (default: 1)")
     parser.add_argument("--variant", action="append", default=[], help="LABEL:METHOD:key=value[,key=value...]")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
-    cli.add_offline(parser)
+    command_line.add_offline(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
     args, overrides = parser.parse_known_args(argv)
-    cli.go_offline(args.offline)
+    command_line.go_offline(args.offline)
     if args.jobs < 1:
         raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
-    seeds, budget = cells.read_seeds(args.seeds), read_budget(args.budget)
+    seeds, budget = read_seeds(args.seeds), read_budget(args.budget)
     entries = read_entries(args, seeds, budget, overrides)
     folder = pathlib.Path(args.workdir)
     same = {"task": args.task, "budget": budget, "overrides": overrides}
     known = check_request(folder, same)
-    cells.check_folder(folder, entries)
-    left = cells.unfinished(folder, entries)
+    check_folder(folder, entries)
+    left = unfinished(folder, entries)
     unchecked = [entry for entry in entries if entry.label not in known or entry.label in left]
-    golds = cells.check_rows(unchecked)
+    golds = check_rows(unchecked)
     if args.dry_run:
         count, waiting = len(entries) * len(seeds), sum(map(len, left.values()))
         return {"workdir": args.workdir, "budget": args.budget, "cells": count, "waiting": waiting}
     rows = {e.label: {"method": e.method, "overrides": e.overrides, "gold": golds[e.label]} for e in unchecked}
-    grids.write_request(folder, same | {"seeds": seeds, "labels": known | rows} | cells.machine(args.jobs))
-    failed = cells.run(folder, entries, args.jobs, args.quiet)
+    comparison.write_request(folder, same | {"seeds": seeds, "labels": known | rows} | machine(args.jobs))
+    failed = run(folder, entries, args.jobs, args.quiet)
     return {"workdir": args.workdir, "budget": args.budget, **conclude(folder, args.quiet), "failed": failed}
 
 
@@ -91,7 +93,7 @@ def read_entries(args: argparse.Namespace, seeds: list[int], budget: dict, overr
             raise UserError(f"--variant is {text!r}; write it as LABEL:METHOD:key=value[,key=value...].")
         # a comma inside a value, as in targets=('q','v'), is followed by no key
         rows.append((label, method, [f"--config.{field}" for field in re.split(r",(?=[\w.]+=)", fields)]))
-    known = cells.known_methods()
+    known = known_methods()
     arg, fixed = args.task if "," in args.task else f"{args.task},tiny", ("seed", BUDGETS[budget["kind"]])
     entries: list[Entry] = []
     for label, method, own in rows:
@@ -107,7 +109,7 @@ def read_entries(args: argparse.Namespace, seeds: list[int], budget: dict, overr
         made = {}
         for seed in seeds:
             config = importlib.import_module(f"configs.{method}").get_config(arg)
-            made[seed] = cli.apply_overrides(config, overrides + own)
+            made[seed] = command_line.apply_overrides(config, overrides + own)
             made[seed].update_from_flattened_dict({"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]})
         entries.append(Entry(label, made, method, own))
     return entries
@@ -118,7 +120,7 @@ def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
 
     Args: request: what has to be equal for all cells of a folder; methods and seeds may be added later.
     """
-    old = analysis.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
+    old = runs.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
     for name, value in request.items():
         if name in old and old[name] != value:
             raise UserError(f"{folder} compares with {name} {old[name]}, now it is {value}; give a new --workdir.")
@@ -129,12 +131,12 @@ def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """table.csv, table.md, compare.png and compare.svg from the finished cells, and the table on stdout."""
     if not any(folder.glob("*/seed*/summary.json")):
         return {"table": [], "files": []}
-    table = grids.grid_table(folder)
-    shown = grids.show_table(table)
+    table = comparison.grid_table(folder)
+    shown = comparison.show_table(table)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(grids.to_markdown(shown))
-    grids.plot_grid(folder, folder / "compare.png")
-    short = grids.short_of_budget(folder)
+    (folder / "table.md").write_text(comparison.to_markdown(shown))
+    comparison.plot_grid(folder, folder / "compare.png")
+    short = comparison.short_of_budget(folder)
     if short:
         print(
             f"ended at config.rounds, short of the budget: {', '.join(short)}; raise --config.rounds", file=sys.stderr
@@ -146,4 +148,4 @@ def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -10,13 +10,16 @@ from typing import Any
 import jax
 
 from configs import quickstart
-from spear_jax import cli, compiles, experiment, memory
+from spear_jax.core.compilation import kept_in
+from spear_jax.core.versions import PACKAGES
+from spear_jax.experiment import builder, command_line
 from spear_jax.federated import round as rounds
+from spear_jax.federated.round_metrics import Spent
+from spear_jax.models import cost_model
 
 EXAMPLES = """
     python -m spear_jax.doctor
 """
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 # package -> what it is for; setup.py has the extras
 OPTIONAL = {
     "qwix": "quantised bases",
@@ -29,7 +32,7 @@ OPTIONAL = {
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("doctor", __doc__, EXAMPLES)
+    parser = command_line.parser("doctor", __doc__, EXAMPLES)
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
     # read when JAX first looks for devices, below: most of the self-test is compilation, and nobody waits for its programs
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "optional": {name: version_of(name) for name in OPTIONAL},
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "memory_free": memory.device_bytes(),
+        "memory_free": cost_model.device_bytes(),
         "caches": {name: {"path": str(path), "bytes": size_of(path)} for name, path in caches().items()},
         "self_test": self_test(),
     }
@@ -81,7 +84,7 @@ def caches() -> dict[str, pathlib.Path]:
         "models": pathlib.Path(constants.HF_HUB_CACHE),
         "datasets": pathlib.Path(datasets.config.HF_DATASETS_CACHE),
     }
-    programs = compiles.kept_in()
+    programs = kept_in()
     return found | ({"compilation": programs} if programs else {})
 
 
@@ -111,17 +114,17 @@ def self_test() -> dict[str, float]:
     )
     seconds = {}
     began = time.perf_counter()
-    built = experiment.build(config)
+    built = builder.build(config)
     seconds["build"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     built.evaluator(built.model.base)
     seconds["evaluate"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     state = built.initial_state()
-    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), rounds.Spent())
+    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
     seconds["round"] = round(time.perf_counter() - began, 2)
     return seconds
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

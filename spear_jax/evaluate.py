@@ -7,19 +7,20 @@ from typing import Any
 
 import tqdm
 
-from spear_jax import cli, experiment, run_folder
-from spear_jax.actor import Policy, as_policy
-from spear_jax.compiles import keep_programs
-from spear_jax.config import check_config, default_config
-from spear_jax.devices import make_mesh, replicate
-from spear_jax.errors import UserError
-from spear_jax.federated.checkpoint import restore
-from spear_jax.federated.evaluate import Accuracy, Evaluator
-from spear_jax.federated.writer import on_terminal
-from spear_jax.models import adapters
+from spear_jax.core.compilation import keep_programs
+from spear_jax.core.errors import UserError
+from spear_jax.core.mesh import make_mesh, replicate
+from spear_jax.experiment import builder, command_line, run_folder
+from spear_jax.experiment.checkpoint import restore
+from spear_jax.experiment.config import check_config, default_config
+from spear_jax.experiment.data import build_task
+from spear_jax.experiment.evaluator import Accuracy, Evaluator
+from spear_jax.experiment.run_logger import on_terminal
 from spear_jax.models.decoder import Decoder
+from spear_jax.models.io import peft
 from spear_jax.models.lora import LoraConfig
-from spear_jax.tasks.rows import load_examples
+from spear_jax.rollout.policy import Policy, as_policy
+from spear_jax.tasks.loading import load_examples
 
 NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
 
@@ -32,7 +33,7 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("evaluate", __doc__, EXAMPLES)
+    parser = command_line.parser("evaluate", __doc__, EXAMPLES)
     parser.add_argument("--workdir", help="a run folder of `train`")
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
     parser.add_argument("--model", help='instead of a run: a model folder, Hub id, .gguf file, or "tiny"')
@@ -43,9 +44,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, for --model")
     parser.add_argument("--quantize", default="none", help="none, int8 or nf4, for --model")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
-    cli.add_offline(parser)
+    command_line.add_offline(parser)
     args = parser.parse_args(argv)
-    cli.go_offline(args.offline)
+    command_line.go_offline(args.offline)
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:
@@ -75,7 +76,7 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     if args.limit:
         with config.unlocked():
             config.eval.limit = args.limit
-    built = experiment.build(config)
+    built = builder.build(config)
     state, _ = restore(built, folder, args.round)
     where = f"{args.workdir}, round {int(state.round)}"
     found = [score(built.evaluator, policy, args.quiet) for policy in built.policies(state.lora)]
@@ -92,13 +93,13 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
     config.dtype, config.quantize, config.eval.limit = args.dtype, args.quantize, args.limit
     config.eval.max_new_tokens = 256
     check_config(config)
-    task = experiment.build_task(config)
+    task = build_task(config)
     examples = load_examples(task, "test", config.data.path, config.eval.limit)
     mesh = make_mesh()
-    model = experiment.open_model(config, mesh)
-    tree, lora = adapters.load_adapter(args.adapter, model.config) if args.adapter else (None, NO_LORA)
+    model = builder.open_model(config, mesh)
+    tree, lora = peft.load_adapter(args.adapter, model.config) if args.adapter else (None, NO_LORA)
     decoder = Decoder(model.config, lora)
-    evaluator = experiment.build_evaluator(config, task, examples, model, decoder, mesh)
+    evaluator = builder.build_evaluator(config, task, examples, model, decoder, mesh)
     if tree is None:
         return score(evaluator, Policy(model.base), args.quiet), args.model
     policy = Policy(model.base, replicate(tree, mesh))
@@ -115,4 +116,4 @@ def score(evaluator: Evaluator, policy: Policy, quiet: bool) -> Accuracy:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

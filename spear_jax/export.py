@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import cli, experiment, run_folder
-from spear_jax.errors import UserError
-from spear_jax.federated.checkpoint import restore
-from spear_jax.models.adapters import save_adapter
-from spear_jax.models.load import save_model
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, run_folder
+from spear_jax.experiment.checkpoint import restore
+from spear_jax.models.io.huggingface import save_model
+from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import merge_lora
 
 EXAMPLES = """
@@ -20,23 +20,23 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("export", __doc__, EXAMPLES)
+    parser = command_line.parser("export", __doc__, EXAMPLES)
     parser.add_argument("--workdir", required=True, help="a run folder of `train`")
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--client", type=int, help="whose adapter, of a run with federation.aggregation=local")
     parser.add_argument("--merge", action="store_true", help="write the whole model, adapter merged")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
-    cli.add_offline(parser)
+    command_line.add_offline(parser)
     args = parser.parse_args(argv)
-    cli.go_offline(args.offline)
+    command_line.go_offline(args.offline)
     out = pathlib.Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={args.out} exists and is not an empty folder; give a new one.")
     config = run_folder.read_run_config(pathlib.Path(args.workdir))
     with config.unlocked():
         config.quantize = "none"  # --merge adds the adapter to the weights as they were given
-    built = experiment.build(config)
+    built = builder.build(config)
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
     lora = _chosen(built, state.lora, args.client)
     if args.merge:
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     return {"out": str(out), "round": int(state.round), "merged": args.merge}
 
 
-def _chosen(built: experiment.Experiment, lora: dict, client: int | None) -> dict:
+def _chosen(built: builder.Experiment, lora: dict, client: int | None) -> dict:
     """The global adapter, or one client's of a local-only run."""
     if built.server.rule != "local":
         if client is not None:
@@ -67,4 +67,4 @@ def _chosen(built: experiment.Experiment, lora: dict, client: int | None) -> dic
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -24,10 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax import cli
-from spear_jax.errors import UserError, unknown
-from spear_jax.models.load import ModelFiles, download, open_model, save_model
-from spear_jax.models.weights import fill, places
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment import command_line
+from spear_jax.models.io.huggingface import ModelFiles, download, open_model, save_model
+from spear_jax.models.io.tensor_map import fill, places
 
 MARKER = "fetched.json"  # says which NAME a folder was made for, from the start of the download on
 
@@ -67,7 +67,7 @@ EXAMPLES = """
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Parses the command line and fetches; returns the result that is printed."""
-    parser = cli.parser("fetch", "Puts a model on disk as a Hugging Face folder.", EXAMPLES)
+    parser = command_line.parser("fetch", "Puts a model on disk as a Hugging Face folder.", EXAMPLES)
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(SOURCES)}, or a Hub id (owner/name)")
     parser.add_argument(
         "--out",
@@ -229,4 +229,4 @@ def _say(quiet: bool, text: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

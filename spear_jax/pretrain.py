@@ -20,15 +20,16 @@ import optax
 import tokenizers
 import transformers
 
-from spear_jax import cli
-from spear_jax.feedback import Request, get_feedback
+from spear_jax.core.types import Example
+from spear_jax.experiment import command_line
+from spear_jax.feedback.base import Request
+from spear_jax.feedback.registry import get_feedback
 from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.load import load_model, save_model
+from spear_jax.models.io.huggingface import load_model, save_model
 from spear_jax.models.lora import LoraConfig, projection_shapes
 from spear_jax.tasks import facts, reasoned, world
 from spear_jax.tasks.base import Task
-from spear_jax.types import Example
 
 EOS, PAD = "<|end|>", "<|pad|>"
 RAW_CONFIG = {
@@ -248,10 +249,10 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("pretrain", __doc__, EXAMPLES)
+    parser = command_line.parser("pretrain", __doc__, EXAMPLES)
     parser.add_argument("--out", required=True, help="the model folder to write")
     args, rest = parser.parse_known_args(argv)
-    return pretrain(cli.read_config(rest, default="configs/pretrain.py"), args.out)
+    return pretrain(command_line.read_config(rest, default="configs/pretrain.py"), args.out)
 
 
 def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
@@ -287,4 +288,4 @@ def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from spear_jax import analysis, cli
-from spear_jax.config import default_config, flatten
-from spear_jax.errors import UserError
-from spear_jax.reports import page, runs, traces
-from spear_jax.reports.sections import Author
+from spear_jax.analysis import runs as run_files
+from spear_jax.analysis.report import page, runs, traces
+from spear_jax.analysis.report.sections import Author
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line
+from spear_jax.experiment.config import default_config, flatten
 
 EXAMPLES = """
     python -m spear_jax.report --workdir=runs/quickstart --out=reports/quickstart
@@ -26,7 +27,7 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("report", __doc__, EXAMPLES)
+    parser = command_line.parser("report", __doc__, EXAMPLES)
     parser.add_argument("--workdir", required=True, nargs="+", help="run folders, or folders of `compare`")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
@@ -66,7 +67,7 @@ def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> 
     counts = [traces.client_counts(run).assign(run=run.name) for run in author.runs]
     tables = {
         "metrics": pd.concat(tidy, ignore_index=True),
-        "summary": pd.json_normalize([{"run": run.name, **analysis.summarise(run.folder)} for run in author.runs]),
+        "summary": pd.json_normalize([{"run": run.name, **run_files.summarise(run.folder)} for run in author.runs]),
         "results": author.results,
         "differences": between,
         "common": common,
@@ -78,4 +79,4 @@ def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

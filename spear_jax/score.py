@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from spear_jax import analysis, cli, experiment, run_folder
-from spear_jax.actor import Policy
-from spear_jax.compiles import keep_programs
-from spear_jax.errors import UserError
-from spear_jax.experiment import Experiment
-from spear_jax.federated.checkpoint import restore, saved_rounds
-from spear_jax.federated.writer import on_terminal
-from spear_jax.packing import Row
+from spear_jax.analysis import runs
+from spear_jax.core.compilation import keep_programs
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, run_folder
+from spear_jax.experiment.builder import Experiment
+from spear_jax.experiment.checkpoint import restore, saved_rounds
+from spear_jax.experiment.run_logger import on_terminal
+from spear_jax.packing.rows import Row
+from spear_jax.rollout.policy import Policy
 
 EXAMPLES = """
     python -m spear_jax.score --workdir=runs/quickstart --traces=1
@@ -30,7 +31,7 @@ EXAMPLES = """
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = cli.parser("score", __doc__, EXAMPLES)
+    parser = command_line.parser("score", __doc__, EXAMPLES)
     parser.add_argument("--workdir", required=True, help="a run folder of `train`")
     parser.add_argument("--traces", type=int, default=1, help="the round whose first answers are scored (default: 1)")
     parser.add_argument("--rounds", default="", help="saved rounds to score under, for example 0,4,8 (default: all)")
@@ -38,8 +39,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     args = parser.parse_args(argv)
     keep_programs()
     folder = pathlib.Path(args.workdir)
-    traces = analysis.load_traces(folder, args.traces)
-    built = experiment.build(run_folder.read_run_config(folder))
+    traces = runs.load_traces(folder, args.traces)
+    built = builder.build(run_folder.read_run_config(folder))
     rounds = read_rounds(args.rounds) or saved_rounds(folder)
     rows = recorded_rows(built, traces)
     lines = []
@@ -89,4 +90,4 @@ def score(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command_line.run(main)

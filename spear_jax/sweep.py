@@ -12,9 +12,11 @@ from typing import Any
 import ml_collections
 import pandas as pd
 
-from spear_jax import analysis, cells, cli, grids, sweeps
-from spear_jax.config import check_config, flatten
-from spear_jax.errors import UserError
+from spear_jax.analysis import comparison, runs, sweeps
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line
+from spear_jax.experiment.config import check_config, flatten
+from spear_jax.experiment.grid import Row, cell_folder, check_folder, check_rows, machine, programs, run, unfinished
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What makes a sweep: it has to stay as it is in a folder, but values and seeds may be added.
@@ -22,14 +24,14 @@ SAME = ("config", "overrides", "fields")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting(cells.Row):
+class Setting(Row):
     """A row of a sweep: the arguments of `train` that make its configs, but for seed and workdir."""
 
     arguments: list[str]
 
     def command(self, folder: pathlib.Path, seed: int) -> list[str]:
         """The arguments of `train` for one of its cells."""
-        workdir = cells.cell_folder(folder, self.label, seed)
+        workdir = cell_folder(folder, self.label, seed)
         return [*self.arguments, f"--config.seed={seed}", f"--workdir={workdir}"]
 
 
@@ -82,7 +84,7 @@ def make_settings(
             if any(override.split("=")[0] == f"--config.{name}" for override in overrides):
                 raise UserError(f"--config.{name} is what the sweep itself sets; leave it out.")
         arguments = [f"--config={source}", *overrides, *(f"--config.{name}={value}" for name, value in point.items())]
-        made = {seed: cli.read_config([*arguments, f"--config.seed={seed}"]) for seed in seeds}
+        made = {seed: command_line.read_config([*arguments, f"--config.seed={seed}"]) for seed in seeds}
         label = make_label(made[seeds[0]], list(point))
         for config in made.values():
             try:
@@ -122,8 +124,8 @@ def sweep(
         raise UserError(f"the sweep has {twice} twice; give each value once.")
     folder, seeds = pathlib.Path(args.workdir), sorted(settings[0].configs)
     request = merge_request(folder, request | {"seeds": seeds})
-    cells.check_folder(folder, settings)
-    left = cells.unfinished(folder, settings)
+    check_folder(folder, settings)
+    left = unfinished(folder, settings)
     count = {"workdir": args.workdir, "cells": len(settings) * len(seeds), "waiting": sum(map(len, left.values()))}
     commands = [setting.command(folder, seed) for setting in settings for seed in left.get(setting.label, ())]
     if args.dry_run:
@@ -131,12 +133,12 @@ def sweep(
             print(shlex.join(["python", "-m", "spear_jax.train", *command]))
         return count
     if args.slurm and commands:
-        grids.write_request(folder, request, "sweep")
+        comparison.write_request(folder, request, "sweep")
         write_array(pathlib.Path(args.slurm), folder, commands, args.jobs)
         return count | {"file": args.slurm}
-    cells.check_rows([setting for setting in settings if setting.label in left])
-    grids.write_request(folder, request | cells.machine(args.jobs or 1), "sweep")
-    failed = cells.run(folder, settings, args.jobs or 1, args.quiet)
+    check_rows([setting for setting in settings if setting.label in left])
+    comparison.write_request(folder, request | machine(args.jobs or 1), "sweep")
+    failed = run(folder, settings, args.jobs or 1, args.quiet)
     return count | conclude(folder, request["fields"], x, split, args.quiet) | {"failed": failed}
 
 
@@ -146,7 +148,7 @@ def merge_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
         if (folder / "compare.json").exists():
             raise UserError(f"{folder} holds a comparison; give a new --workdir.")
         return request
-    old = analysis.read_request(folder, "sweep")
+    old = runs.read_request(folder, "sweep")
     for name in SAME:
         if old[name] != request[name]:
             raise UserError(
@@ -190,7 +192,7 @@ def write_array(file: pathlib.Path, folder: pathlib.Path, commands: list[list[st
         limit=f"%{limit}" if limit else "",
         here=shlex.quote(str(pathlib.Path.cwd())),
         script=shlex.quote(str(ROOT / "launch" / "slurm.sbatch")),
-        programs=cells.programs(folder),
+        programs=programs(folder),
         cells=cases,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -203,12 +205,12 @@ def conclude(
     """cells.csv, table.csv, table.md, sweep.png and sweep.svg from the finished cells, and the table on stdout."""
     if not any(folder.glob("*/seed*/summary.json")):
         return {"table": [], "files": []}
-    found = analysis.load_sweep(folder)
+    found = runs.load_sweep(folder)
     table = sweeps.mean_table(found, fields)
     shown = sweeps.show_table(table, fields)
     found.to_csv(folder / "cells.csv", index=False)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(grids.to_markdown(shown))
+    (folder / "table.md").write_text(comparison.to_markdown(shown))
     over = "seeds" if found["seed"].nunique() > 1 else "questions"
     sweeps.plot_sweep(
         split(table), x, f"95 % intervals over {over}; points of a place stand a hair apart", folder / "sweep.png"

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import packing
-from spear_jax.federated.clients import Work
+from spear_jax.federated.local_training import Work
 from spear_jax.models.decoder import logits
+from spear_jax.packing.blocks import choose_room, choose_small, fold, stack_blocks
+from spear_jax.packing.rows import items_of
 
 
 def logprobs(decoder, base, lora, rows, length):
@@ -25,15 +26,15 @@ def logprobs(decoder, base, lora, rows, length):
 def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False, opening=()):
     """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks that fit a smaller room go
     through the model in it. opening: what all prompts begin with, read once a block."""
-    micros = [[[packing.items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
+    micros = [[[items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
     steps = [step for client in micros for step in client]
     if normalize == "global" and not algorithm.micro:
         steps = [[sum(step, [])] for step in steps]
-    room = packing.choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit, opening=opening)
-    blocks = [packing.fold(step, room) for step in steps]
+    room = choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit, opening=opening)
+    blocks = [fold(step, room) for step in steps]
     per_client, clients = len(cohort[0]), max(padded, len(cohort))
     blocks += [[]] * (clients * per_client - len(blocks))
-    smaller = packing.choose_small(steps, room) if small else room
+    smaller = choose_small(steps, room) if small else room
     smaller = None if smaller == room else smaller
-    work = Work(*packing.stack_blocks(blocks, room, max(1, *map(len, blocks)), smaller), smaller)
+    work = Work(*stack_blocks(blocks, room, max(1, *map(len, blocks)), smaller), smaller)
     return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), work)

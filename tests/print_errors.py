@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save_file
 
-from spear_jax import cli, experiment, run_folder
-from spear_jax.errors import UserError
-from spear_jax.federated.checkpoint import Checkpoints
-from spear_jax.models.adapters import save_adapter
-from spear_jax.models.load import load_model
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, run_folder
+from spear_jax.experiment.checkpoint import Checkpoints
+from spear_jax.models.io.huggingface import load_model
+from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora
 
 FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "llama"
@@ -28,8 +28,8 @@ Case = tuple[str, Callable[[], object]]
 
 def started(*overrides: str) -> None:
     """What `train` does before it compiles."""
-    config = cli.read_config(["--config=configs/quickstart.py", *(f"--config.{text}" for text in overrides)])
-    experiment.build(config, jax.devices()[:1])
+    config = command_line.read_config(["--config=configs/quickstart.py", *(f"--config.{text}" for text in overrides)])
+    builder.build(config, jax.devices()[:1])
 
 
 def model_cases(tmp: pathlib.Path) -> Iterator[Case]:
@@ -94,18 +94,18 @@ def data_cases(tmp: pathlib.Path) -> Iterator[Case]:
 
 def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
     def foreign_adapter():
-        model = load_model(str(experiment.TINY), "float32").config
+        model = load_model(str(builder.TINY), "float32").config
         lora = LoraConfig(4, 8.0, 0.0, ("q", "v"))
         save_adapter(tmp / "adapter", init_lora(jax.random.key(0), lora, model), lora, model, "tiny")
         started(f"lora.init_from={tmp / 'adapter'}")
 
     def foreign_workdir():
-        config = cli.read_config(["--config=configs/quickstart.py", "--config.seed=1"])
+        config = command_line.read_config(["--config=configs/quickstart.py", "--config.seed=1"])
         run_folder.open_workdir(str(tmp / "run"), config, "auto")
-        run_folder.open_workdir(str(tmp / "run"), cli.read_config(["--config=configs/quickstart.py"]), "auto")
+        run_folder.open_workdir(str(tmp / "run"), command_line.read_config(["--config=configs/quickstart.py"]), "auto")
 
     def ruined_checkpoint():
-        built = experiment.build(cli.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1])
+        built = builder.build(command_line.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1])
         checkpoints = Checkpoints(tmp / "checkpoints", 3, 1)
         checkpoints.save(built.initial_state(), {"round": 0}, {})
         checkpoints.close()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spear_jax.errors import UserError
-from spear_jax.models.adapters import load_adapter, save_adapter
+from spear_jax.core.errors import UserError
 from spear_jax.models.config import read_config
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.load import load_model
+from spear_jax.models.io.huggingface import load_model
+from spear_jax.models.io.peft import load_adapter, save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"

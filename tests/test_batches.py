@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spear_jax import batches, memory, packs
-from spear_jax.drawing import SamplingConfig
+from spear_jax.models import cost_model
 from spear_jax.models.config import parse_config
-from spear_jax.rooms import Shapes
+from spear_jax.packing.prefix_tree import holds_prompts
+from spear_jax.packing.shape_buckets import Shapes
+from spear_jax.rollout import prefill
+from spear_jax.rollout.token_sampling import SamplingConfig
 
 CONFIG = SamplingConfig(
     max_new_tokens=16, temperature=1.0, top_k=0, top_p=1.0, eos_ids=(), pad_id=0, max_rows=64, max_tokens=1600,
@@ -29,7 +31,7 @@ def make_prompts(count, seed=0, low=20, high=81):
 def plan(prompts, groups=None, shapes=None, devices=1, **changes):
     groups = [list(range(len(prompts)))] if groups is None else groups
     config = dataclasses.replace(CONFIG, **changes)
-    return batches.plan_batches(config, groups, prompts, devices, Shapes() if shapes is None else shapes)
+    return prefill.plan_batches(config, groups, prompts, devices, Shapes() if shapes is None else shapes)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_every_prompt_stands_in_one_part_of_its_own_group(count, groups, devices
         assert sorted(i for part in dealt for i in part[group]) == own[group]
     for part in dealt:
         assert max(map(len, part)) <= found.part and any(part)
-        assert packs.holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
+        assert holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
 
 
 def test_where_prompts_wait_a_part_takes_a_third_of_the_slots_at_most():
@@ -57,7 +59,7 @@ def test_what_prompts_open_with_is_left_out_of_their_parts():
     tails = make_prompts(30)
     whole = [[7] * 24 + tail for tail in tails]
     roomy = dataclasses.replace(CONFIG, max_tokens=100_000)
-    found, dealt = batches.plan_batches(roomy, [list(range(30))], whole, 1, Shapes(), opening=24)
+    found, dealt = prefill.plan_batches(roomy, [list(range(30))], whole, 1, Shapes(), opening=24)
     bare, same = plan(tails, max_tokens=100_000)
     assert dealt == same and found.room.tokens == bare.room.tokens
     assert found.width >= max(map(len, whole))  # of the cache, which holds the opening too
@@ -114,6 +116,6 @@ def test_an_open_shape_that_wastes_little_is_taken_again():
 def test_the_cache_holds_the_megabytes_given():
     model = parse_config(SHAPE)
     each = 2 * model.layers * model.kv_heads * model.head_width * 4
-    tokens, read = memory.generation_tokens(model, 4, 3)
+    tokens, read = cost_model.generation_tokens(model, 4, 3)
     assert tokens == 3_000_000 // each and read > 0
-    assert memory.generation_tokens(model, 4, 0)[0] == 272_000_000 // each  # the CPU's default
+    assert cost_model.generation_tokens(model, 4, 0)[0] == 272_000_000 // each  # the CPU's default

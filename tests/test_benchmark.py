@@ -11,12 +11,13 @@ import types
 import numpy as np
 import pytest
 
-from spear_jax import benchmark, cli, workers
-from spear_jax.bench import floors, machine, report, rival, side, workload
-from spear_jax.bench.floors import Part
-from spear_jax.bench.workload import PHASES, Row
-from spear_jax.config import default_config
-from spear_jax.errors import UserError
+from spear_jax.benchmark import __main__ as benchmark
+from spear_jax.benchmark import floors, machine, report, rival, side, workload
+from spear_jax.benchmark.floors import Part
+from spear_jax.benchmark.workload import PHASES, Row
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line, processes
+from spear_jax.experiment.config import default_config
 from spear_jax.models.config import parse_config
 
 # Width 4, two layers, 2 heads and 1 key/value head of width 2, mlp width 6, 10 tokens.
@@ -178,14 +179,14 @@ def small(**changes):
 
 
 def test_our_side_lays_arrays_where_an_experiment_does_so_that_reading_compiles_once(monkeypatch):
-    from spear_jax import sampling
-    from spear_jax.bench import ours
+    from spear_jax.benchmark import ours
+    from spear_jax.rollout import sampler
 
     chosen = ours.sampling_config
     monkeypatch.setattr(ours, "sampling_config", lambda *a: dataclasses.replace(chosen(*a), max_rows=2))
-    system, before = ours.System(small()), sampling._read._cache_size()
+    system, before = ours.System(small()), sampler._read._cache_size()
     system.rollout()  # reads into a blank state, and then into one that was read into or decoded
-    assert sampling._read._cache_size() == before + 1
+    assert sampler._read._cache_size() == before + 1
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def both():
     """Both sides of the small workload in this process, without running a phase."""
     pytest.importorskip("torch", reason="the rival needs torch")
     pytest.importorskip("peft", reason="the rival needs peft")
-    from spear_jax.bench import ours
+    from spear_jax.benchmark import ours
 
     work = small()
     return work, ours.build(work).phases, rival.build(work).phases
@@ -224,7 +225,7 @@ def test_the_rival_chooses_as_we_do(both):
 @pytest.mark.live
 def test_random_weights_are_the_same_on_both_sides():
     pytest.importorskip("peft", reason="the rival needs peft")
-    from spear_jax.bench import ours
+    from spear_jax.benchmark import ours
 
     work = small(model="", shape=SHAPE | {"model_type": "qwen2", "vocab_size": 100, "max_position_embeddings": 200})
     losses = [side.build(work).phases["local_step"]()["loss"] for side in (ours, rival)]
@@ -252,7 +253,7 @@ def test_random_weights_are_the_same_on_both_sides():
     ],
 )
 def test_a_bad_request_is_a_user_error_before_anything_runs(monkeypatch, flags, words):
-    monkeypatch.setattr(workers, "ask", None)
+    monkeypatch.setattr(processes, "ask", None)
     with pytest.raises(UserError, match=words):
         benchmark.main(flags)
 
@@ -265,7 +266,7 @@ def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
 
 def test_too_little_memory_is_a_user_error_that_says_how_much(monkeypatch):
     free = {"platform": "cpu", "device": "cpu", "free_bytes": 2 * 10**9}
-    monkeypatch.setattr(workers, "ask", lambda work, question: free)
+    monkeypatch.setattr(processes, "ask", lambda work, question: free)
     monkeypatch.setattr(rival, "require", lambda: None)  # the rival's packages need not be here
     for flags in ([], ["--against=hf"], ["--clients=1"]):
         with pytest.raises(UserError, match=r"'qwen2.5-1.5b' needs about \d+\.\d GB .* 2\.0 GB are free"):
@@ -386,7 +387,7 @@ def test_the_command_measures_cohorts_in_rising_order_and_draws_them(tmp_path):
 
 def test_a_mistake_ends_the_command_with_2_and_one_message(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run(benchmark.main, ["--preset=tinny"])
+        command_line.run(benchmark.main, ["--preset=tinny"])
     told = capsys.readouterr()
     assert (
         ended.value.code == 2

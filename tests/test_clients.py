@@ -10,17 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from spear_jax import rooms
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.spear import Spear, SpearSettings
-from spear_jax.devices import base_placer, make_mesh, replicate, shard_rows
-from spear_jax.federated import clients
-from spear_jax.federated.clients import LocalConfig
+from spear_jax.core.mesh import base_placer, make_mesh, replicate, shard_rows
+from spear_jax.federated import local_training
+from spear_jax.federated.local_training import LocalConfig
 from spear_jax.models.decoder import REMAT, Decoder
-from spear_jax.models.load import load_model
+from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.token_logprobs import LOGITS, Scorer, token_logprobs
-from spear_jax.packing import Row
+from spear_jax.packing import shape_buckets
+from spear_jax.packing.rows import Row
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
@@ -97,18 +97,20 @@ def run(
     local = local or local_config()
     algorithm = algorithm or spear()
     mesh = make_mesh(jax.devices()[:devices], split)
-    size = clients.padded_clients(C, local.clients_at_once, devices // split)
+    size = local_training.padded_clients(C, local.clients_at_once, devices // split)
     pad = lambda x: np.concatenate([np.asarray(x), np.zeros((size - C, *x.shape[1:]), x.dtype)])
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
     longest = max(len(row.prompt) for client in cohort for row in sum(sum(client, []), []))
     work = dense.work(cohort, algorithm, longest, T, local.normalize, limit, size, small, opening)
-    train = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
+    train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
     base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
-    shared = replicate(clients.Shared(lora, {}, references, numbers or {}, jnp.float32(1e-2)), mesh).replace(base=base)
+    shared = replicate(local_training.Shared(lora, {}, references, numbers or {}, jnp.float32(1e-2)), mesh).replace(
+        base=base
+    )
     return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
 
 
@@ -153,8 +155,8 @@ def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
 def test_attention_by_many_columns_gives_the_same_adapter_and_metrics(model, lora, cohort, monkeypatch, at_once, small):
     found = []
     for width, count in ((64, 1), (8, 3)):  # trees of up to P + 2 (T - 1) = 17 tokens
-        monkeypatch.setattr(rooms, "COLUMN", width)
-        assert len(rooms.split_columns(P + 2 * (T - 1))) == count
+        monkeypatch.setattr(shape_buckets, "COLUMN", width)
+        assert len(shape_buckets.split_columns(P + 2 * (T - 1))) == count
         total, _, means = run(model, lora, cohort, local=local_config(clients_at_once=at_once), limit=1000, small=small)
         found.append((total, means))
     close(*found)
@@ -328,7 +330,7 @@ def test_prox_and_anchor_hold_clients_near_the_global_adapter_and_the_published_
 
 def test_prox_gradient_is_mu_times_the_distance(lora):
     moved = jax.tree.map(lambda x: x + 0.5, lora)
-    grads = jax.grad(lambda t: clients._regulariser(local_config(prox=3.0), t, lora))(moved)
+    grads = jax.grad(lambda t: local_training._regulariser(local_config(prox=3.0), t, lora))(moved)
     jax.tree.map(lambda g: np.testing.assert_allclose(g, 1.5, rtol=1e-4), grads)
 
 
@@ -404,8 +406,8 @@ def matches(block, slot, row):
 
 def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, cohort):
     decoder = make_decoder(model)
-    shared = clients.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
-    text = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
+    shared = local_training.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
+    text = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
         spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), False, shared, None,
         dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
     ).as_text()  # fmt: skip

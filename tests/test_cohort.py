@@ -8,32 +8,34 @@ from test_clients import C, P, S, T, close, cohort, local_config, lora, make_dec
 from test_train import SMALL
 
 from configs import grpo
-from spear_jax import experiment, packing
-from spear_jax.devices import make_mesh, replicate
-from spear_jax.federated import clients, writer
-from spear_jax.federated import cohort as training
+from spear_jax.core.mesh import make_mesh, replicate
+from spear_jax.experiment import builder, run_logger
+from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated import round as rounds
+from spear_jax.federated.round_metrics import Spent
+from spear_jax.packing.blocks import Keys, choose_room, choose_small, plan
+from spear_jax.packing.rows import items_of
 
 
 def rows_of(cohort):  # noqa: F811
-    steps = [[[sum((packing.items_of(m, 1) for m in step), [])] for step in client] for client in cohort]
-    room = packing.choose_room(sum(steps, []), 1, 1, P, T, 64)
-    small = packing.choose_small(sum(steps, []), room)
+    steps = [[[sum((items_of(m, 1) for m in step), [])] for step in client] for client in cohort]
+    room = choose_room(sum(steps, []), 1, 1, P, T, 64)
+    small = choose_small(sum(steps, []), room)
     assert small != room
-    keys = packing.Keys()
-    blocks = [[packing.plan(step, room, keys) for step in own] for own in steps]
-    return training.Rows(blocks, max(len(step) for own in blocks for step in own), room, small)
+    keys = Keys()
+    blocks = [[plan(step, room, keys) for step in own] for own in steps]
+    return cohort_training.Rows(blocks, max(len(step) for own in blocks for step in own), room, small)
 
 
 def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, **more):  # noqa: F811
     mesh, rows = make_mesh(jax.devices()[:devices]), rows_of(cohort)
     if at_once > 1:
-        rows = training.Rows(rows.blocks, rows.depth, rows.room, None)
-    shared = replicate(clients.Shared(lora, model.base, (), {}, jnp.float32(1e-2)), mesh)
+        rows = cohort_training.Rows(rows.blocks, rows.depth, rows.room, None)
+    shared = replicate(local_training.Shared(lora, model.base, (), {}, jnp.float32(1e-2)), mesh)
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     members = keys, np.arange(1, C + 1, dtype=np.float32), np.arange(C) != 1
     static = spear(), make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once), mesh
-    return training.train(*static, shared, rows, members, keep, carried, **more)
+    return cohort_training.train(*static, shared, rows, members, keep, carried, **more)
 
 
 @pytest.mark.parametrize("devices, at_once, portions", [(1, 4, 2), (2, 1, 3)])
@@ -51,7 +53,7 @@ def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_s
         return first, train(model, lora, cohort, devices, at_once, keep=True, carried=first.states)
 
     whole = twice()
-    monkeypatch.setattr(training, "PORTION", 1)
+    monkeypatch.setattr(cohort_training, "PORTION", 1)
     parts = twice()
     for one, other in zip(whole, parts, strict=True):
         assert len(one.states) == 1 and len(other.states) == portions
@@ -61,15 +63,17 @@ def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_s
         assert all(mean.total.shape == mean.count.shape == (C,) for mean in one.means.values())
         for name, mean in one.means.items():
             np.testing.assert_allclose(other.means[name].total, mean.total, rtol=1e-5, atol=1e-6, err_msg=name)
-        adapters = [jax.tree.map(lambda x: np.asarray(x)[:, :C], training.stacked(x.states, C)) for x in (other, one)]
+        adapters = [
+            jax.tree.map(lambda x: np.asarray(x)[:, :C], cohort_training.stacked(x.states, C)) for x in (other, one)
+        ]
         close(*adapters)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), whole[0].total, whole[1].total)
     assert max(jax.tree.leaves(moved)) > 1e-3  # the second phase did go on
 
 
 def test_no_third_portions_rows_lie_on_the_device(model, lora, cohort, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(training, "PORTION", 1)
-    plain, found = training.Rows.arrays, []
+    monkeypatch.setattr(cohort_training, "PORTION", 1)
+    plain, found = cohort_training.Rows.arrays, []
     depth = rows_of(cohort).depth
 
     def arrays(rows, begin, size):
@@ -79,7 +83,7 @@ def test_no_third_portions_rows_lie_on_the_device(model, lora, cohort, monkeypat
         found.append(sum(x.shape == shape and x.dtype == jnp.int32 for x in jax.live_arrays()))
         return work
 
-    monkeypatch.setattr(training.Rows, "arrays", arrays)
+    monkeypatch.setattr(cohort_training.Rows, "arrays", arrays)
     done = []
     train(model, lora, cohort, report=done.append)
     assert done == [0] + [1] * C
@@ -87,12 +91,12 @@ def test_no_third_portions_rows_lie_on_the_device(model, lora, cohort, monkeypat
     assert len(found) == C and max(found) <= 2
 
 
-@pytest.mark.parametrize("each", [1, 300_000, training.PORTION, 3 * training.PORTION])
+@pytest.mark.parametrize("each", [1, 300_000, cohort_training.PORTION, 3 * cohort_training.PORTION])
 @pytest.mark.parametrize("cohort, at_once, devices", [(1, 1, 1), (1000, 1, 1), (1000, 16, 1), (333, 4, 8), (5, 64, 8)])
 def test_portions_are_whole_chunks_of_bounded_size_that_cover_the_cohort(cohort, at_once, devices, each):  # noqa: F811
-    size, chunk = training.portion_size(cohort, each, at_once, devices), at_once * devices
+    size, chunk = cohort_training.portion_size(cohort, each, at_once, devices), at_once * devices
     assert size % chunk == 0
-    assert size * each <= max(training.PORTION, chunk * each)
+    assert size * each <= max(cohort_training.PORTION, chunk * each)
     portions = -(-cohort // size)
     assert portions * size < cohort + portions * chunk  # less than a chunk of each portion is padding
 
@@ -103,10 +107,10 @@ def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_
         SMALL | {"federation.clients_per_round": 3, "train.steps": 2, "rollout.max_rows": 8}
     )
     results = []
-    for portion in (training.PORTION, 1):
-        monkeypatch.setattr(training, "PORTION", portion)
-        built = experiment.build(config, jax.devices()[:1])
-        state, metrics, told = rounds.run_round(built, built.initial_state(), rounds.Spent())
+    for portion in (cohort_training.PORTION, 1):
+        monkeypatch.setattr(cohort_training, "PORTION", portion)
+        built = builder.build(config, jax.devices()[:1])
+        state, metrics, told = rounds.run_round(built, built.initial_state(), Spent())
         assert metrics["grpo/mixed_groups"] > 0
         results.append((state.lora, [trace.first.completion for trace, _, _ in told], metrics["train/loss"]))
     (one, said, loss), (other, again, same) = results
@@ -115,8 +119,8 @@ def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_
 
 
 def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeypatch):
-    monkeypatch.setattr(writer, "on_terminal", lambda quiet: True)
-    progress, seen = writer.Progress(False, 2, 0), []
+    monkeypatch.setattr(run_logger, "on_terminal", lambda quiet: True)
+    progress, seen = run_logger.Progress(False, 2, 0), []
     for stage, rows, total in [
         ("revision", 1, 2),
         ("revision", 1, 2),

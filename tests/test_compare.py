@@ -14,9 +14,12 @@ import pytest
 from processes import environment
 
 import configs
-from spear_jax import analysis, cells, cli, compare, grids, run_folder, workers
-from spear_jax.config import default_config
-from spear_jax.errors import UserError
+from spear_jax import compare
+from spear_jax.analysis import comparison, runs
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line, processes, run_folder
+from spear_jax.experiment import grid as grid_module
+from spear_jax.experiment.config import default_config
 
 # The 97.5 % points of Student's t for 1, 2, 3, 4, 9 and 29 degrees of freedom, from printed tables.
 POINTS = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452}
@@ -39,7 +42,7 @@ def write_cell(folder, label, seed, accuracies, tokens=100.0, finished=True):
 
 
 def write_request(folder, kind="tokens", amount=200, **golds):
-    grids.write_request(
+    comparison.write_request(
         folder,
         {
             "budget": {"kind": kind, "amount": amount},
@@ -63,15 +66,15 @@ def grid(tmp_path):
 
 def test_t_quantiles_are_those_of_printed_tables():
     for freedom, point in POINTS.items():
-        assert grids.t_quantile(freedom) == pytest.approx(point, abs=5e-5)
+        assert comparison.t_quantile(freedom) == pytest.approx(point, abs=5e-5)
     # closed forms: tan(0.95 pi / 2) for 1; for 2, P = t / sqrt(2 + t^2), so t^2 = 2 * 0.95^2 / (1 - 0.95^2)
-    assert grids.t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
-    assert grids.t_quantile(2) == pytest.approx(math.sqrt(2 * 0.9025 / 0.0975), rel=1e-12)
+    assert comparison.t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert comparison.t_quantile(2) == pytest.approx(math.sqrt(2 * 0.9025 / 0.0975), rel=1e-12)
 
 
 @pytest.mark.parametrize("freedom", range(1, 30))
 def test_t_quantiles_enclose_95_percent_of_the_density(freedom):
-    t = grids.t_quantile(freedom)
+    t = comparison.t_quantile(freedom)
     x = np.linspace(0, t, 200_001)
     scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
     density = scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2)
@@ -79,7 +82,7 @@ def test_t_quantiles_enclose_95_percent_of_the_density(freedom):
 
 
 def test_the_table_has_hand_computed_means_and_half_widths(grid):
-    table = grids.grid_table(grid)
+    table = comparison.grid_table(grid)
     # by final accuracy: 0.9, 0.7, 0.6; unfinished cells are out
     assert list(table["method"]) == ["one", "three", "two"]
     assert list(table["seeds"]) == [1, 3, 2] and list(table["gold"]) == ["responses", "", "pairs"]
@@ -93,22 +96,22 @@ def test_the_table_has_hand_computed_means_and_half_widths(grid):
     # two rounds of 100 tokens, 1e9 FLOPs, 2 s and 30 bytes; and one round of 50 or 100 tokens
     assert tuple(three[["tokens", "flops", "seconds", "bytes", "rounds"]]) == (200, 2e9, 4, 60, 2)
     assert two["tokens"] == 75 and two["bytes"] == 30 and list(table["before"]) == pytest.approx([0.2] * 3)
-    assert grids.short_of_budget(grid) == ["two/seed0", "two/seed1"]
+    assert comparison.short_of_budget(grid) == ["two/seed0", "two/seed1"]
 
 
 def test_the_shown_table_has_a_dash_for_one_seed(grid):
-    shown = grids.show_table(grids.grid_table(grid))
+    shown = comparison.show_table(comparison.grid_table(grid))
     assert list(shown["± 95 %"]) == ["-", "0.248", "1.271"] and list(shown["gold text"]) == [
         "responses",
         "none",
         "pairs",
     ]
-    lines = grids.to_markdown(shown).splitlines()
+    lines = comparison.to_markdown(shown).splitlines()
     assert len(lines) == 5 and set(lines[1]) <= set("| -") and all(line.count("|") == 12 for line in lines)
 
 
 def test_load_grid_is_tidy_and_holds_unfinished_cells(grid):
-    tidy = grids.load_grid(grid)
+    tidy = comparison.load_grid(grid)
     assert list(tidy.columns) == ["label", "seed", "round", "metric", "value"]
     row = tidy[(tidy["label"] == "two") & (tidy["seed"] == 2) & (tidy["round"] == 1)].set_index("metric")["value"]
     assert row["eval/accuracy"] == 0.9 and row["budget/tokens"] == 100 and "time" not in row
@@ -116,7 +119,7 @@ def test_load_grid_is_tidy_and_holds_unfinished_cells(grid):
 
 
 def test_a_folder_without_cells_is_a_user_error(tmp_path):
-    for read in (grids.load_grid, grids.grid_table):
+    for read in (comparison.load_grid, comparison.grid_table):
         with pytest.raises(UserError, match="compare"):
             read(tmp_path)
 
@@ -124,26 +127,26 @@ def test_a_folder_without_cells_is_a_user_error(tmp_path):
 def test_the_mean_curve_interpolates_as_far_as_all_seeds_reach():
     one = (np.array([0.0, 10.0, 20.0]), np.array([0.2, 0.4, 0.6]))
     two = (np.array([0.0, 20.0, 30.0]), np.array([0.2, 0.4, 0.8]))
-    x, mean, half = grids.mean_curve([one, two])
+    x, mean, half = comparison.mean_curve([one, two])
     # at 10 the second is half-way between 0.2 and 0.4; differences of 0, 0.1 and 0.2 have s = d / sqrt(2), half = t(1) d / 2
     assert list(x) == [0, 10, 20] and mean == pytest.approx([0.2, 0.35, 0.5])
     assert half == pytest.approx([0, 12.7062 * 0.05, 12.7062 * 0.1], abs=1e-4)
-    x, mean, half = grids.mean_curve([one])
+    x, mean, half = comparison.mean_curve([one])
     assert list(mean) == [0.2, 0.4, 0.6] and np.isnan(half).all()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "rounds", "seconds"])
 def test_the_figure_names_every_method_and_what_generates_nothing(grid, kind):
     write_request(grid, kind=kind, one="", two="", three="")
-    grids.plot_grid(grid, grid / "compare.png")
+    comparison.plot_grid(grid, grid / "compare.png")
     assert (grid / "compare.png").stat().st_size > 0
     text = (grid / "compare.svg").read_text()
     assert ("<!-- one (no generation) -->" in text) == (kind == "tokens")
-    assert all(f"<!-- {name} -->" in text for name in ("two", "three", "before training", grids.AXES[kind][0]))
+    assert all(f"<!-- {name} -->" in text for name in ("two", "three", "before training", comparison.AXES[kind][0]))
 
 
 def test_overrides_reach_a_config_with_their_types():
-    config = cli.apply_overrides(
+    config = command_line.apply_overrides(
         default_config(),
         [
             "--config.rounds=3",
@@ -168,7 +171,7 @@ def test_overrides_reach_a_config_with_their_types():
 )
 def test_a_bad_override_is_a_user_error(override, words):
     with pytest.raises(UserError, match=words):
-        cli.apply_overrides(default_config(), [override])
+        command_line.apply_overrides(default_config(), [override])
 
 
 def arguments(folder, *more, methods="spear,sft", seeds="0,1", budget="rounds:2"):
@@ -201,7 +204,7 @@ def arguments(folder, *more, methods="spear,sft", seeds="0,1", budget="rounds:2"
     ],
 )
 def test_a_bad_request_is_a_user_error_before_anything_is_written(tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr(workers, "ask", None)  # nothing is built either
+    monkeypatch.setattr(processes, "ask", None)  # nothing is built either
     more = [change.pop("more")] if "more" in change else []
     with pytest.raises(UserError, match=words):
         compare.main(arguments(tmp_path / "grid", *more, **change))
@@ -209,15 +212,15 @@ def test_a_bad_request_is_a_user_error_before_anything_is_written(tmp_path, monk
 
 
 def test_a_config_that_cannot_run_is_a_user_error_of_its_label(monkeypatch):
-    monkeypatch.setattr(workers, "ask", lambda work, question: work(question))
+    monkeypatch.setattr(processes, "ask", lambda work, question: work(question))
     args = compare_args("--methods=spear", "--variant=greedy:spear:federation.num_clients=100000", "--task=facts")
     entries = compare.read_entries(args, [0], {"kind": "rounds", "amount": 1}, [])
     with pytest.raises(UserError, match="^greedy: "):
-        cells.check_rows(entries[1:])
+        grid_module.check_rows(entries[1:])
 
 
 def compare_args(*args):
-    parser = cli.parser("compare", "", "")
+    parser = command_line.parser("compare", "", "")
     parser.add_argument("--methods")
     parser.add_argument("--task")
     parser.add_argument("--variant", action="append", default=[])
@@ -269,9 +272,9 @@ def fake(monkeypatch):
         for name, items in tasks:
             yield from ((name, key, error) for key, error in work(name, items))
 
-    monkeypatch.setattr(cells, "train_cell", train_cell)
-    monkeypatch.setattr(workers, "run", run)
-    monkeypatch.setattr(workers, "ask", lambda work, question: {label: "pairs" for label, _ in question})
+    monkeypatch.setattr(grid_module, "train_cell", train_cell)
+    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(processes, "ask", lambda work, question: {label: "pairs" for label, _ in question})
     return made
 
 
@@ -290,7 +293,7 @@ def test_finished_cells_are_not_repeated_and_methods_and_seeds_can_be_added(fake
         ("sft", 2),
         ("spear", 3),
     ]  # 0.4, 0.7 and 0.4, 0.5, 0.7
-    request = analysis.read_request(tmp_path)
+    request = runs.read_request(tmp_path)
     assert set(request["labels"]) == {"spear", "sft"} and request["labels"]["spear"]["gold"] == "pairs"
     assert request["cores"] == os.cpu_count() and "jax" in request["versions"]
 
@@ -311,7 +314,7 @@ def test_another_task_budget_or_config_in_the_same_folder_is_a_user_error(fake, 
 def test_a_failing_cell_is_named_and_the_others_go_on(fake, tmp_path, capsys):
     args = arguments(tmp_path, "--variant=bad:spear:train.steps=13", "--quiet", budget="rounds:1")
     with pytest.raises(SystemExit) as ended:
-        cli.run(compare.main, args)
+        command_line.run(compare.main, args)
     assert ended.value.code == 1
     told = capsys.readouterr()
     result = json.loads(told.out.splitlines()[-1])
@@ -369,5 +372,5 @@ def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_pa
     tables = [pd.read_csv(folder / "table.csv").drop(columns="seconds") for folder in (killed, whole)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert list(tables[0]["seeds"]) == [2, 2] and dict(tables[0][["method", "tokens"]].to_numpy())["sft"] == 0
-    request = analysis.read_request(whole)
+    request = runs.read_request(whole)
     assert request["labels"]["sft"]["gold"] == "responses" and request["budget"] == {"kind": "rounds", "amount": 2}

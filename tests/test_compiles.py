@@ -7,7 +7,7 @@ import sys
 import pytest
 from processes import environment
 
-from spear_jax import compiles
+from spear_jax.core import compilation
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
@@ -48,10 +48,10 @@ def test_an_empty_name_keeps_nothing_and_another_folder_takes_the_place_of_the_u
 @pytest.mark.parametrize("flags", ["flags\t\t: fpu avx2\n", "Features\t: asimd\n", "nothing of the kind\n"])
 def test_each_kind_of_processor_has_a_folder_of_its_own(monkeypatch, tmp_path, flags):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setattr(compiles, "CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(compilation, "CPU", tmp_path / "cpuinfo")
     found = []
     for text in (flags, flags.replace("\n", " more\n")):
-        compiles.CPU.write_text(f"processor\t: 0\n{text}processor\t: 1\n{text}")
-        found.append(compiles.kept_in())
+        compilation.CPU.write_text(f"processor\t: 0\n{text}processor\t: 1\n{text}")
+        found.append(compilation.kept_in())
     assert (found[0] != found[1]) == ("nothing" not in flags)
     assert found[0].parent == found[1].parent

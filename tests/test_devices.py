@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from processes import environment
 
-from spear_jax import devices, experiment, run_folder
-from spear_jax.analysis import load_traces
-from spear_jax.errors import UserError
-from spear_jax.federated.checkpoint import restore
-from spear_jax.models.load import load_model
+from spear_jax.analysis.runs import load_traces
+from spear_jax.core.errors import UserError
+from spear_jax.core.mesh import base_placer, join, layer_of, make_mesh, to_host
+from spear_jax.experiment import builder, run_folder
+from spear_jax.experiment.checkpoint import restore
+from spear_jax.models.io.huggingface import load_model
 
 SMALL = {
     "rounds": 2,
@@ -28,31 +29,31 @@ SMALL = {
 @pytest.mark.parametrize("where", ["yes", "host,2,0", "host:1,2", "host:1,2,x"])
 def test_a_distributed_flag_of_another_form_is_refused(where):
     with pytest.raises(UserError, match="HOST:PORT,COUNT,NUMBER"):
-        devices.join(where)
+        join(where)
 
 
 def test_processes_are_numbered_below_their_count():
     with pytest.raises(UserError, match="numbered from 0"):
-        devices.join("host:1,2,2")
+        join("host:1,2,2")
 
 
 def test_a_base_is_shared_by_a_number_that_divides_the_devices():
     with pytest.raises(UserError, match="devices.model is 3, which does not divide the 8 devices"):
-        devices.make_mesh(jax.devices(), 3)
+        make_mesh(jax.devices(), 3)
 
 
 def test_each_device_holds_its_part_of_a_split_base():
-    mesh = devices.make_mesh(jax.devices(), 2)
-    base = load_model(str(experiment.TINY), "float32", devices.base_placer(mesh)).base
-    whole = load_model(str(experiment.TINY), "float32").base
+    mesh = make_mesh(jax.devices(), 2)
+    base = load_model(str(builder.TINY), "float32", base_placer(mesh)).base
+    whole = load_model(str(builder.TINY), "float32").base
     parts = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(base):
         parts[path[-1].key] = leaf.addressable_shards[0].data.size / leaf.size
     for name in ("q", "k", "v", "o", "gate", "up", "down", "embed"):
         assert parts[name] == 0.5, name
     assert parts["norm"] == parts["attn_norm"] == 1.0
-    jax.tree.map(np.testing.assert_array_equal, devices.to_host(base), whole)
-    odd = devices.base_placer(mesh)("q", np.zeros((2, 3, 5), np.float32))
+    jax.tree.map(np.testing.assert_array_equal, to_host(base), whole)
+    odd = base_placer(mesh)("q", np.zeros((2, 3, 5), np.float32))
     assert odd.addressable_shards[0].data.shape == (2, 3, 5)
 
 
@@ -67,7 +68,7 @@ def launch(script, *more, devices=1):
 
 def result(workdir):
     """The adapter as one vector, and everything that was said."""
-    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:2])
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:2])
     state, meta = restore(built, workdir, None)
     said = [
         (t["client"], t["example"], t["y0"], [r["text"] for r in t["revisions"]])
@@ -100,16 +101,16 @@ def test_a_person_is_asked_by_one_process_only(monkeypatch):
     config = quickstart.get_config()
     config.rollout.feedback = "human"
     with pytest.raises(UserError, match="each of which would ask"):
-        experiment.build(config)
+        builder.build(config)
 
 
 @pytest.mark.parametrize("count, split", [(1, 1), (8, 1), (4, 2)])
 def test_a_layer_of_a_stacked_array_is_a_view_on_every_device_it_lies_on(count, split):
     whole = np.random.default_rng(0).normal(size=(3, 64, 32)).astype(np.float32)
-    place = devices.base_placer(devices.make_mesh(jax.devices()[:count], split))
+    place = base_placer(make_mesh(jax.devices()[:count], split))
     for name in ("q", "o", "attn_norm"):  # split over columns, over rows, and whole
         stack = place(name, whole)
-        layer = devices.layer_of(stack, 1)
+        layer = layer_of(stack, 1)
         np.testing.assert_array_equal(np.asarray(layer), whole[1])
         assert layer.sharding.is_equivalent_to(stack[1].sharding, 2)
         for part, of in zip(layer.addressable_shards, stack.addressable_shards, strict=True):
@@ -119,4 +120,4 @@ def test_a_layer_of_a_stacked_array_is_a_view_on_every_device_it_lies_on(count, 
 
 def test_a_layer_whose_address_is_not_aligned_is_copied():
     stack = jax.device_put(np.arange(15, dtype=np.float32).reshape(5, 3))
-    np.testing.assert_array_equal(np.asarray(devices.layer_of(stack, 2)), [6, 7, 8])
+    np.testing.assert_array_equal(np.asarray(layer_of(stack, 2)), [6, 7, 8])

@@ -17,14 +17,14 @@ from processes import environment
 
 import configs
 import spear_jax
-from configs import common
-from spear_jax import cli, experiment, train
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.compiles import Compiles
-from spear_jax.config import check_config
-from spear_jax.errors import UserError
-from spear_jax.federated import clients, cohort
-from spear_jax.federated import round as rounds
+from spear_jax.core.compilation import Compiles
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, presets
+from spear_jax.experiment.config import check_config
+from spear_jax.experiment.loop import one_round
+from spear_jax.federated import cohort_training, local_training
+from spear_jax.federated.round_metrics import Spent
 
 CONFIGURED = ("train", "benchmark", "pretrain")  # what is left of their arguments is a config
 # Programs of others: what a page may do with them is not ours to check.
@@ -66,7 +66,7 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
     if any("..." in arg for arg in argv):  # an ellipsis for the reader to fill in: the flags are all there is to check
         return
     if name in CONFIGURED and any(arg.startswith("--config=") for arg in found.rest):
-        check_config(cli.read_config(found.rest))
+        check_config(command_line.read_config(found.rest))
     elif name == "compare":
         entries = module.read_entries(
             found.given,
@@ -183,19 +183,19 @@ def written_metrics(method: str, monkeypatch) -> set[str]:
 
     def trace_alone(*args):
         static, arrays = args[:5], args[5:]
-        shapes = jax.eval_shape(lambda *arrays: clients.train_cohort(*static, *arrays), *arrays)
+        shapes = jax.eval_shape(lambda *arrays: local_training.train_cohort(*static, *arrays), *arrays)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-    monkeypatch.setattr(cohort, "_train", trace_alone)
-    config = common.method_config(method, "facts,tiny,small")
+    monkeypatch.setattr(cohort_training, "_train", trace_alone)
+    config = presets.method_config(method, "facts,tiny,small")
     small = {
         "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_rows": 32,
         "train.steps": 2, "train.batch_size": 4, "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
     }  # fmt: skip
     config.update_from_flattened_dict(small)
-    built = experiment.build(config, jax.devices()[:1])
+    built = builder.build(config, jax.devices()[:1])
     state = built.initial_state()
-    _, line, _ = train.one_round(built, state, 0.0, rounds.Spent())
+    _, line, _ = one_round(built, state, 0.0, Spent())
     return set(line | Compiles().take()) - {"round", "time"}
 
 
@@ -229,7 +229,7 @@ def test_the_papers_settings_are_those_of_the_configs():
     rows = {cells[0]: cells[1:] for cells in re.findall(r"^\| (\w+) " + r"\| ([\d.]+) " * 8 + r"\|$", text, re.M)}
     assert set(rows) == {"arc_challenge", "hellaswag", "math_mcqa", "strategy_qa"}
     for task, cells in rows.items():
-        config = common.method_config("spear", f"{task},qwen2.5-1.5b")
+        config = presets.method_config("spear", f"{task},qwen2.5-1.5b")
         fed, rollout = config.federation, config.rollout
         there = (
             config.rounds, fed.clients_per_round, fed.max_examples_per_client, rollout.examples, config.train.steps,
@@ -250,6 +250,6 @@ def test_the_reference_is_built_from_the_docstrings_without_a_warning(tmp_path):
 
 
 def test_own_code_that_is_missing_is_a_mistake_of_one_line():
-    config = cli.read_config(["--config=configs/quickstart.py", "--config.imports=no_such_module"])
+    config = command_line.read_config(["--config=configs/quickstart.py", "--config.imports=no_such_module"])
     with pytest.raises(UserError, match="no_such_module.*PYTHONPATH"):
-        experiment.build(config, jax.devices()[:1])
+        builder.build(config, jax.devices()[:1])

@@ -7,6 +7,7 @@ import sys
 from processes import environment
 
 from spear_jax import doctor
+from spear_jax.core.versions import PACKAGES
 
 
 def test_doctor_names_devices_versions_optional_packages_and_caches_and_runs_a_round(tmp_path):
@@ -17,7 +18,7 @@ def test_doctor_names_devices_versions_optional_packages_and_caches_and_runs_a_r
     assert done.returncode == 0, done.stderr[-2000:]
     *told, last = done.stdout.splitlines()
     found = json.loads(last)
-    assert set(found["versions"]) == set(doctor.PACKAGES) and set(found["optional"]) == set(doctor.OPTIONAL)
+    assert set(found["versions"]) == set(PACKAGES) and set(found["optional"]) == set(doctor.OPTIONAL)
     assert found["devices"] and found["memory_free"] > 0
     assert found["caches"]["models"] == {"path": str(tmp_path / "hub/hub"), "bytes": 1000}
     assert found["caches"]["compilation"]["path"] == str(tmp_path / "programs")

@@ -6,11 +6,13 @@ import jax
 import pytest
 
 from configs import quickstart
-from configs.common import method_config
-from spear_jax import dry_run, experiment, train
-from spear_jax.config import default_config, flatten
+from spear_jax import train
+from spear_jax.experiment import builder, dry_run
+from spear_jax.experiment.config import default_config, flatten
+from spear_jax.experiment.evaluator import Evaluator
+from spear_jax.experiment.presets import method_config
 from spear_jax.federated import round as rounds
-from spear_jax.federated.evaluate import Evaluator
+from spear_jax.federated.round_metrics import Spent
 
 SMALL = {
     "federation.clients_per_round": 2,
@@ -26,7 +28,7 @@ FLAGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 def built(method, **changed):
     config = method_config(method, "facts,tiny")
     config.update_from_flattened_dict(SMALL | changed)
-    return experiment.build(config, jax.devices()[:1])
+    return builder.build(config, jax.devices()[:1])
 
 
 def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_path, capsys):
@@ -97,7 +99,7 @@ def test_the_estimates_bound_what_a_round_does():
     one = built("spear")
     found = dry_run.work_of(one)
     state = one.initial_state()
-    _, metrics, _ = rounds.run_round(one, state.replace(lora=one.on_devices(state.lora)), rounds.Spent())
+    _, metrics, _ = rounds.run_round(one, state.replace(lora=one.on_devices(state.lora)), Spent())
     assert metrics["rollout/tokens"] <= found["round_generated_tokens"]
     # every answer at full length and none right at once: more than the round does, and not by an order of magnitude
     assert metrics["round/flops"] <= found["round_flops"] <= 10 * metrics["round/flops"]

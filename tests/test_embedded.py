@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax import experiment
-from spear_jax.feedback import Request, get_feedback
+from spear_jax.experiment import builder
+from spear_jax.feedback.base import Request
+from spear_jax.feedback.registry import get_feedback
 from spear_jax.tasks import facts, get_task, reasoned, world
 
 
@@ -63,14 +64,14 @@ def test_old_and_new_traders_are_apart_and_wares_are_spread():
 
 @pytest.fixture(scope="module")
 def built():
-    return experiment.build(quickstart.get_config(), jax.devices()[:1])
+    return builder.build(quickstart.get_config(), jax.devices()[:1])
 
 
 def test_the_model_is_an_ordinary_small_hugging_face_folder():
-    raw = json.loads((experiment.TINY / "config.json").read_text())
+    raw = json.loads((builder.TINY / "config.json").read_text())
     assert raw["model_type"] == "llama" and raw["architectures"] == ["LlamaForCausalLM"]
-    assert sum(file.stat().st_size for file in experiment.TINY.iterdir()) < 4e6
-    assert (experiment.TINY / "tokenizer.json").exists()
+    assert sum(file.stat().st_size for file in builder.TINY.iterdir()) < 4e6
+    assert (builder.TINY / "tokenizer.json").exists()
 
 
 def accuracy(built, examples, prompts):

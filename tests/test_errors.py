@@ -3,7 +3,7 @@
 import pytest
 from print_errors import cases
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 
 
 def test_every_mistake_of_the_readmes_table_is_one_message(tmp_path, monkeypatch):

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax import experiment
-from spear_jax.federated.evaluate import Accuracy
+from spear_jax.experiment import builder
+from spear_jax.experiment.evaluator import Accuracy
 from spear_jax.models.decoder import logits
 from spear_jax.models.lora import merge_lora
-from spear_jax.packs import real_tokens
-from spear_jax.sampling import Sampler
+from spear_jax.packing.prefix_tree import real_tokens
+from spear_jax.rollout.sampler import Sampler
 
 
 @pytest.fixture(scope="module")
 def built():
     config = quickstart.get_config()
     config.eval.limit, config.eval.rows = 37, 16
-    return experiment.build(config, jax.devices()[:1])
+    return builder.build(config, jax.devices()[:1])
 
 
 def test_one_forward_equals_full_continuations_and_plain_logits(built):

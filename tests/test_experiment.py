@@ -8,11 +8,12 @@ import jax
 import pytest
 
 from configs import quickstart, spear
-from spear_jax import cli, experiment, memory, run_folder
 from spear_jax.algorithms.spear import Spear
-from spear_jax.config import check_config, default_config, flatten, set_preset
-from spear_jax.errors import UserError
-from spear_jax.models.adapters import save_adapter
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, run_folder
+from spear_jax.experiment.config import check_config, default_config, flatten, set_preset
+from spear_jax.models import cost_model
+from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora
 
 QUICK = "configs/quickstart.py"
@@ -72,7 +73,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("name", BAD_VALUES)
 def test_a_bad_value_stops_before_compiling_with_a_message_that_names_it(name):
     with pytest.raises(UserError) as caught:
-        experiment.build(embedded(**{name: BAD_VALUES[name]}), jax.devices()[:1])
+        builder.build(embedded(**{name: BAD_VALUES[name]}), jax.devices()[:1])
     message = str(caught.value)
     assert "\n" not in message and len(message) > 30
     value = BAD_VALUES[name]
@@ -86,7 +87,7 @@ def test_a_bad_value_stops_before_compiling_with_a_message_that_names_it(name):
 )
 def test_a_mistyped_field_names_the_nearest_one(name, near):
     with pytest.raises(UserError, match=f"Did you mean '{near}'"):
-        cli.read_config([f"--config={QUICK}", f"--config.{name}=1"])
+        command_line.read_config([f"--config={QUICK}", f"--config.{name}=1"])
 
 
 @pytest.mark.parametrize(
@@ -106,11 +107,11 @@ def test_a_mistyped_field_names_the_nearest_one(name, near):
 )
 def test_a_bad_command_line_is_a_user_error(args, words):
     with pytest.raises(UserError, match=words):
-        cli.read_config(args)
+        command_line.read_config(args)
 
 
 def test_overrides_reach_the_config():
-    config = cli.read_config(
+    config = command_line.read_config(
         [f"--config={QUICK}:reasoned", "--config.federation.num_clients=5", "--config.train.rate=0.5"]
     )
     assert (config.task, config.federation.num_clients, config.train.rate) == ("reasoned", 5, 0.5)
@@ -160,25 +161,25 @@ def test_run_folder_keeps_the_resolved_config(tmp_path):
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
-    built = experiment.build(embedded(), jax.devices()[:1])
+    built = builder.build(embedded(), jax.devices()[:1])
     lora = LoraConfig(4, 8.0, 0.0, ("q", "v"))
     save_adapter(
         tmp_path / "small", init_lora(jax.random.key(0), lora, built.model.config), lora, built.model.config, "tiny"
     )
     for changes, word in [({}, "rank"), ({"lora.rank": 4, "lora.alpha": 8.0}, "targets")]:
         with pytest.raises(UserError, match=word):
-            experiment.build(embedded(**changes, **{"lora.init_from": str(tmp_path / "small")}), jax.devices()[:1])
+            builder.build(embedded(**changes, **{"lora.init_from": str(tmp_path / "small")}), jax.devices()[:1])
     fits = {"lora.rank": 4, "lora.alpha": 8.0, "lora.targets": ("q", "v"), "lora.init_from": str(tmp_path / "small")}
-    assert experiment.build(embedded(**fits), jax.devices()[:1]).adapter is not None
+    assert builder.build(embedded(**fits), jax.devices()[:1]).adapter is not None
 
 
 def test_a_prompt_over_the_limit_names_its_example():
     with pytest.raises(UserError, match=r"example 'test-\d+' has a prompt of \d+ tokens, over the limit of 20"):
-        experiment.build(embedded(**{"data.max_prompt_tokens": 20}), jax.devices()[:1])
+        builder.build(embedded(**{"data.max_prompt_tokens": 20}), jax.devices()[:1])
 
 
 def test_cohorts_depend_on_seed_and_round_alone_and_their_streams_do_not_collide():
-    built = experiment.build(embedded(**{"federation.clients_per_round": 4}), jax.devices()[:1])
+    built = builder.build(embedded(**{"federation.clients_per_round": 4}), jax.devices()[:1])
     assert built.cohort(3).clients == built.cohort(3).clients
     assert any(built.cohort(r).clients != built.cohort(1).clients for r in range(2, 8))
 
@@ -188,7 +189,7 @@ def test_cohorts_depend_on_seed_and_round_alone_and_their_streams_do_not_collide
         return cohort.rngs(0, "pools").integers(1 << 40)
 
     assert first_draw(built, 1, 2) != first_draw(built, 2, 1)
-    published = experiment.build(embedded(**{"federation.colliding_streams": True}), jax.devices()[:1])
+    published = builder.build(embedded(**{"federation.colliding_streams": True}), jax.devices()[:1])
     assert first_draw(published, 1, 2) == first_draw(published, 2, 1)
 
 
@@ -212,17 +213,17 @@ def test_a_users_mistake_exits_with_two_and_one_line(tmp_path):
 
 def test_too_many_clients_at_once_names_the_number_that_fits():
     with pytest.raises(UserError, match="clients_at_once=3, which would fit"):
-        memory.check_memory(8, 3_000_000_000, 10_000_000_000)
+        cost_model.check_memory(8, 3_000_000_000, 10_000_000_000)
     with pytest.raises(UserError, match="Not even one client fits"):
-        memory.check_memory(1, 3_000_000_000, 1_000_000_000)
-    memory.check_memory(3, 3_000_000_000, 10_000_000_000)
-    memory.check_memory(3, 3_000_000_000, None)
+        cost_model.check_memory(1, 3_000_000_000, 1_000_000_000)
+    cost_model.check_memory(3, 3_000_000_000, 10_000_000_000)
+    cost_model.check_memory(3, 3_000_000_000, None)
 
 
 def test_clients_at_once_is_one_on_a_cpu_and_fills_half_of_an_accelerator(monkeypatch):
-    assert memory.fitting(30, 1_000_000_000, 64_000_000_000) == 1
+    assert cost_model.fitting(30, 1_000_000_000, 64_000_000_000) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert memory.fitting(30, 1_000_000_000, 64_000_000_000) == 30
-    assert memory.fitting(100, 1_000_000_000, 64_000_000_000) == 32  # half of 64 GB
-    assert memory.fitting(100, 1_000_000_000, None) == 100
-    assert memory.fitting(100, 1_000_000_000, 500_000_000) == 1  # `check_memory` then says why it cannot be
+    assert cost_model.fitting(30, 1_000_000_000, 64_000_000_000) == 30
+    assert cost_model.fitting(100, 1_000_000_000, 64_000_000_000) == 32  # half of 64 GB
+    assert cost_model.fitting(100, 1_000_000_000, None) == 100
+    assert cost_model.fitting(100, 1_000_000_000, 500_000_000) == 1  # `check_memory` then says why it cannot be

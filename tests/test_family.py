@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
-from spear_jax import experiment, run_folder, train, trees
-from spear_jax.actor import Policy
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.config import check_config
-from spear_jax.errors import UserError
+from spear_jax.core import pytrees
+from spear_jax.core.errors import UserError
+from spear_jax.core.rng import path_key
+from spear_jax.experiment import builder, loop, presets, run_folder
+from spear_jax.experiment.checkpoint import restore
+from spear_jax.experiment.config import check_config
+from spear_jax.experiment.loop import evaluate
 from spear_jax.federated import round as rounds
-from spear_jax.federated.checkpoint import restore
+from spear_jax.federated.round_metrics import Spent
 from spear_jax.models.decoder import merge
+from spear_jax.rollout.policy import Policy
 
 TINY = {
     "rounds": 4,
@@ -38,13 +41,13 @@ TINY = {
 
 
 def config_of(method, **changes):
-    config = common.method_config(method, "facts,tiny,small")
+    config = presets.method_config(method, "facts,tiny,small")
     config.update_from_flattened_dict(TINY | changes)
     return config
 
 
 def build(method, **changes):
-    return experiment.build(config_of(method, **changes), jax.devices()[:1])
+    return builder.build(config_of(method, **changes), jax.devices()[:1])
 
 
 def moved(tree):
@@ -60,7 +63,7 @@ def flat(tree):
 @pytest.mark.parametrize(
     "arg",
     [
-        *(f"{task},{model}" for task in common.PAPER for model in ("qwen2.5-1.5b", "llama-3.2-3b")),
+        *(f"{task},{model}" for task in presets.PAPER for model in ("qwen2.5-1.5b", "llama-3.2-3b")),
         "facts,tiny", "reasoned,tiny", "facts,tiny,small", "arc_easy,smollm2-135m,cpu",
     ],
 )  # fmt: skip
@@ -75,7 +78,7 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
     for method in ("spear", "feedback_sft", "dpo"):
         built = build(method)
         state = built.initial_state()
-        key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
+        key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
         got = built.algorithm.collect(built.actor, built.actor.merge(state.lora), built.cohort(1), {}, key, 0)
         wins[method] = [[a.completion for a in trace.attempts] for trace, _, _ in got.traces]
         if method != "dpo":
@@ -115,7 +118,7 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
         return collect(self, actor, policy, cohort, memory, key, phase)
 
     monkeypatch.setattr(type(built.algorithm), "collect", spy)
-    state, metrics, told = rounds.run_round(built, state, rounds.Spent())
+    state, metrics, told = rounds.run_round(built, state, Spent())
     assert len(seen) == 3
     jax.tree.map(np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.on_devices(start)))
     assert len(told) == 3 * 3 * 2 * built.algorithm.settings.group
@@ -133,9 +136,7 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
     built = build("grpo", **changes)
     assert built.algorithm.phases == 2
     state = built.initial_state()
-    state, metrics, told = rounds.run_round(
-        built, state.replace(lora=built.on_devices(moved(state.lora))), rounds.Spent()
-    )
+    state, metrics, told = rounds.run_round(built, state.replace(lora=built.on_devices(moved(state.lora))), Spent())
     assert len(told) == 2 * 3 * 8 * built.algorithm.settings.group
     assert metrics["grpo/clip_fraction"] > 0  # the second update is off-policy
 
@@ -152,16 +153,16 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
 )
 def test_a_resumed_run_has_the_same_bits_memory_included(method, changes, tmp_path):
     config = config_of(method, **changes, **{"train.batch_size": 16 if method == "iris" else 2})
-    built = experiment.build(config, jax.devices()[:1])
+    built = builder.build(config, jax.devices()[:1])
     workdir, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")
-    train.train(built, workdir, quiet=True)
+    loop.train(built, workdir, quiet=True)
     whole, _ = restore(built, workdir, None)
     for name in ("3", "4"):  # as if it had been stopped after round 2
         shutil.rmtree(workdir / "checkpoints" / name)
-    train.train(experiment.build(config, jax.devices()[:1]), workdir, quiet=True)
+    loop.train(builder.build(config, jax.devices()[:1]), workdir, quiet=True)
     again, _ = restore(built, workdir, None)
     assert int(again.round) == 4 and jax.tree.leaves(again.memory)
-    assert trees.digest((again.lora, again.memory)) == trees.digest((whole.lora, whole.memory))
+    assert pytrees.digest((again.lora, again.memory)) == pytrees.digest((whole.lora, whole.memory))
 
 
 def test_the_memory_has_a_constant_size():
@@ -169,7 +170,7 @@ def test_the_memory_has_a_constant_size():
     state = built.initial_state()
     shapes = jax.tree.map(np.shape, state.memory)
     for _ in range(2):
-        state, _, _ = rounds.run_round(built, state, rounds.Spent())
+        state, _, _ = rounds.run_round(built, state, Spent())
     assert jax.tree.map(np.shape, state.memory) == shapes
 
 
@@ -180,17 +181,17 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
     )
     state = built.initial_state()
     assert jax.tree.leaves(state.lora)[0].shape[0] == 2
-    after, metrics, told = rounds.run_round(built, state, rounds.Spent())
+    after, metrics, told = rounds.run_round(built, state, Spent())
     assert metrics["round/clients"] == 2 and len({t.client for t, _, _ in told}) in (0, 2)
     cohort = built.cohort(1)
     first = cohort.clients[0]
     alone = dataclasses.replace(cohort, clients=[first], indices=cohort.indices[:1])
     own = jax.tree.map(lambda x: x[first], (state.lora, state.memory))
-    single, _, _ = rounds._together(built, state.replace(lora=own[0], memory=own[1]), rounds.Spent(), alone)
+    single, _, _ = rounds._together(built, state.replace(lora=own[0], memory=own[1]), Spent(), alone)
     np.testing.assert_array_equal(flat(single.lora), flat(jax.tree.map(lambda x: x[first], after.lora)))
     if told or method == "sft":
         assert not np.allclose(*(flat(jax.tree.map(lambda x, c=c: x[c], after.lora)) for c in (0, 1)))
-    assert train.evaluate(built, after)["eval/count"] == 20
+    assert evaluate(built, after)["eval/count"] == 20
 
 
 def test_a_run_with_one_client_is_centralised_and_holds_all_data():
@@ -201,7 +202,7 @@ def test_a_run_with_one_client_is_centralised_and_holds_all_data():
 def test_a_token_budget_ends_the_run_and_the_lines_add_up(tmp_path):
     config = config_of("spear", **{"rounds": 50, "budget.tokens": 150})
     workdir, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")
-    train.train(experiment.build(config, jax.devices()[:1]), workdir, quiet=True)
+    loop.train(builder.build(config, jax.devices()[:1]), workdir, quiet=True)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
     assert lines[-1]["budget/tokens"] >= 150 > (lines[-2]["budget/tokens"] if len(lines) > 1 else 0)
     assert lines[-1]["budget/tokens"] == sum(line["rollout/tokens"] for line in lines)
@@ -263,10 +264,10 @@ def test_methods_that_learn_from_responses_run_on_any_file_of_pairs(method, tmp_
     changes = {"task": "pairs", "data.path": str(tmp_path / "pairs.jsonl"), "federation.min_examples": 1}
     built = build(method, **changes, **{"train.batch_size": 16, "federation.partition": "iid"})
     state = built.initial_state()
-    before = train.evaluate(built, state)
+    before = evaluate(built, state)
     for _ in range(3):
-        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), rounds.Spent())
-    after = train.evaluate(built, state)
+        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
+    after = evaluate(built, state)
     assert after["eval/nll"] < before["eval/nll"]
 
 
@@ -278,7 +279,7 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
     state = built.initial_state()
     found = []
     for _ in range(3):
-        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), rounds.Spent())
+        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
         found.append(metrics["dpo/margin"])
     assert found[-1] > 0 and metrics["rollout/tokens"] == 0
 
@@ -287,7 +288,7 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
 def test_east_keeps_undecided_questions_and_its_weights_average_to_one(method, changes):
     built = build(method, **changes, **{"rollout.examples": 24})
     state = built.initial_state()
-    key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
+    key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
     got = built.algorithm.collect(built.actor, built.actor.merge(state.lora), built.cohort(1), {}, key, 0)
     by_question = {}
     for trace, _, _ in got.traces:

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from spear_jax.errors import UserError
-from spear_jax.feedback import Request, get_feedback
+from spear_jax.core.errors import UserError
+from spear_jax.core.types import Example
+from spear_jax.feedback.base import Request
+from spear_jax.feedback.registry import get_feedback
 from spear_jax.tasks import get_task
-from spear_jax.tasks.rows import load_examples
-from spear_jax.types import Example
+from spear_jax.tasks.loading import load_examples
 
 EXAMPLE = Example("x", "Which warms?", ("a hot stone", "ice", "a moon"), ("A", "B", "C"), 0)
 

@@ -15,8 +15,8 @@ import pytest
 from test_gguf import Q, write_gguf
 
 from spear_jax import fetch
-from spear_jax.errors import UserError
-from spear_jax.models.load import load_model
+from spear_jax.core.errors import UserError
+from spear_jax.models.io.huggingface import load_model
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NAME = "smollm2-135m-instruct"

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.gguf import GgufTensors
-from spear_jax.models.load import load_model, save_model
+from spear_jax.models.io.gguf import GgufTensors
+from spear_jax.models.io.huggingface import load_model, save_model
+from spear_jax.models.io.tensor_map import places
 from spear_jax.models.lora import LoraConfig
-from spear_jax.models.weights import places
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=("q",))

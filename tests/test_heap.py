@@ -5,8 +5,9 @@ import platform
 import jax
 import pytest
 
-from spear_jax import compiles, heap
-from spear_jax.bench import machine
+from spear_jax.benchmark import machine
+from spear_jax.core import compilation, malloc
+from spear_jax.core.compilation import trim_after_compiling
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
@@ -16,7 +17,7 @@ def test_memory_that_the_allocator_keeps_is_given_back():
     last = held.pop()  # keeps the heap's end in use
     held.clear()
     kept = machine._status("VmRSS")
-    heap.trim()
+    malloc.trim()
     given = machine._status("VmRSS")
     assert full - given > 150e6 and kept - given > 50e6
     del last
@@ -24,11 +25,11 @@ def test_memory_that_the_allocator_keeps_is_given_back():
 
 def test_long_compiling_is_followed_by_giving_back_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(heap, "trim", lambda: asked.append(1))
-    compiles.trim_after_compiling()
-    compiles.trim_after_compiling()
-    jax.monitoring.record_event_duration_secs(compiles._EVENT, 0.01)
+    monkeypatch.setattr(malloc, "trim", lambda: asked.append(1))
+    trim_after_compiling()
+    trim_after_compiling()
+    jax.monitoring.record_event_duration_secs(compilation._EVENT, 0.01)
     jax.monitoring.record_event_duration_secs("/jax/other", 10.0)
     assert asked == []
-    jax.monitoring.record_event_duration_secs(compiles._EVENT, 1.0)
+    jax.monitoring.record_event_duration_secs(compilation._EVENT, 1.0)
     assert asked == [1]

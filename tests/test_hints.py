@@ -2,9 +2,9 @@
 
 import pytest
 
+from spear_jax.core.types import Example
 from spear_jax.tasks import get_task
 from spear_jax.tasks.hints import opening_words, sentences
-from spear_jax.types import Example
 
 ABCD = ("A", "B", "C", "D")
 

@@ -19,8 +19,8 @@ import pytest
 from processes import environment
 from test_gguf import CHAT, Q, write_gguf
 
-from spear_jax import experiment, run_folder
-from spear_jax.federated.checkpoint import restore
+from spear_jax.experiment import builder, run_folder
+from spear_jax.experiment.checkpoint import restore
 from spear_jax.models.decoder import logits
 
 TINY_AND_SMOLLM2 = ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)]
@@ -71,7 +71,7 @@ class Trained:
 
     def __post_init__(self):
         workdir = self.folder / "runs/quickstart"
-        self.built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+        self.built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
         self.lora = restore(self.built, workdir, None)[0].lora
 
     def batch(self, count):
@@ -109,11 +109,11 @@ def trained(request):
 def from_gguf(tmp_path_factory):
     """The embedded model as a GGUF with 8-bit blocks and a chat template, trained for a round."""
     folder = tmp_path_factory.mktemp("gguf")
-    raw = json.loads((experiment.TINY / "tokenizer.json").read_text())
+    raw = json.loads((builder.TINY / "tokenizer.json").read_text())
     vocab = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
     write_gguf(
         folder / "tiny.gguf",
-        experiment.TINY,
+        builder.TINY,
         Q.Q8_0,
         tokenizer__ggml__tokens=vocab,
         tokenizer__ggml__token_type=[3] * 2 + [1] * (len(vocab) - 2),
@@ -155,7 +155,7 @@ def test_model_from_a_gguf_leaves_with_its_tokenizer_and_chat_template(from_gguf
     from transformers import AutoConfig, AutoTokenizer
 
     folder, ours = from_gguf.folder / "models/quickstart", from_gguf.built.model.tokenizer
-    theirs, embedded = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(experiment.TINY)
+    theirs, embedded = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(builder.TINY)
     assert theirs.chat_template == ours.chat_template == CHAT
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_token_id, ours.pad_token_id) == (0, 1)
     for example in from_gguf.built.evaluator.examples[:50]:

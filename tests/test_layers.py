@@ -3,7 +3,7 @@
 import ast
 import pathlib
 
-from spear_jax.config import default_config, flatten
+from spear_jax.experiment.config import default_config, flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from spear_jax.drawing import SamplingConfig
-from spear_jax.models.adapters import save_adapter
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.load import load_model, save_model
+from spear_jax.models.io.huggingface import load_model, save_model
+from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
-from spear_jax.sampling import Sampler
+from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.token_sampling import SamplingConfig
 
 torch = pytest.importorskip("torch", reason="live parity needs torch")
 transformers = pytest.importorskip("transformers")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import losses
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.spear import cap_loses, lose_mask
-from spear_jax.federated import server
+from spear_jax.federated.schedule import round_rate
 
 VECTORS = {v["name"]: v for v in json.loads((pathlib.Path(__file__).parent / "loss_vectors.json").read_text())}
 UNLIKELIHOOD = [name for name in VECTORS if name.startswith("spear_ul_") and "logp" in VECTORS[name]["inputs"]]
@@ -109,7 +109,7 @@ def test_answer_only_mode_keeps_the_answer_wherever_it_stands_and_the_tail_caps_
 
 def test_round_rate_vector_holds():
     inputs = VECTORS["round_lr"]["inputs"]
-    rate = functools.partial(server.round_rate, rounds=inputs["rounds"], peak=inputs["peak"], low=inputs["lr_min"])
+    rate = functools.partial(round_rate, rounds=inputs["rounds"], peak=inputs["peak"], low=inputs["lr_min"])
     found = [rate(r, warmup_ratio=inputs["warmup_ratio"], warmup=True) for r in inputs["round"]]
     np.testing.assert_allclose(found, VECTORS["round_lr"]["expected"]["lr"], atol=1e-15)
     assert rate(7, warmup_ratio=0.1, warmup=False) == inputs["peak"]

@@ -15,14 +15,14 @@ import optax
 import pytest
 from test_clients import close, local_config, lora, make_decoder, model  # noqa: F401 (fixtures)
 
-from spear_jax import losses, packing
-from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, opsd, rltf_sd
+from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, losses, opsd, rltf_sd
 from spear_jax.algorithms.base import Shell
-from spear_jax.devices import make_mesh, replicate, shard_rows
-from spear_jax.federated import clients
+from spear_jax.core.mesh import make_mesh, replicate, shard_rows
+from spear_jax.federated import local_training
 from spear_jax.models import token_logprobs
 from spear_jax.models.token_logprobs import Scorer, by_row
-from spear_jax.packing import Row
+from spear_jax.packing.blocks import choose_room, stack_blocks
+from spear_jax.packing.rows import Row
 
 VECTORS = {v["name"]: v for v in json.loads((pathlib.Path(__file__).parent / "loss_vectors.json").read_text())}
 
@@ -234,7 +234,7 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     items = units(name, model.config.vocab_size)
     micros = [items[i : i + size] for i in range(0, SIZE, size)]
     step = [[item[kind] for kind in range(len(KINDS[name])) for item in micro] for micro in micros]
-    count = clients.padded_clients(3, at_once, devices)
+    count = local_training.padded_clients(3, at_once, devices)
     lighter = lambda row, by: row and dataclasses.replace(row, weight=row.weight * by)
     cohort = [[[[lighter(row, by) for row in micro] for micro in step]] for by in (1.0, 0.75, 0.5)]
     work = dense.work(cohort, algorithm, P, T, limit=limit, padded=count)
@@ -242,10 +242,10 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     number = len(algorithm.references(algorithm.init_memory(lora, 4, T), lora))
     numbers = {"gap": np.float32(0.3)} if settings.get("order") == "per_step" else NUMBERS.get(name, {})
     mesh = make_mesh(jax.devices()[:devices])
-    shared = clients.Shared(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
+    shared = local_training.Shared(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
     weight = np.where(np.arange(count) < 3, np.arange(1, count + 1), 0).astype(np.float32)
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
-    run = jax.jit(clients.train_cohort, static_argnums=(0, 1, 2, 3, 4))
+    run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     local = local_config(clients_at_once=at_once, head_chunk=chunk)
     _, _, means, states = run(algorithm, make_decoder(model), local, mesh, True, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
@@ -297,9 +297,9 @@ def test_accumulation_changes_nothing_with_denominators_of_the_whole_step(model,
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_without_rows_trains_nothing(model, lora, name):  # noqa: F811
     algorithm = make(name, 2, 1, {})
-    room = packing.choose_room([], algorithm.kinds, algorithm.trunks, P, T, 64)
+    room = choose_room([], algorithm.kinds, algorithm.trunks, P, T, 64)
     room = dataclasses.replace(room, items=2)
-    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), packing.stack_blocks([[]], room, 1)[0])
+    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), stack_blocks([[]], room, 1)[0])
     number = len(algorithm.references(algorithm.init_memory(lora, 4, T), lora))
     batch = block.rows.replace(reference=jnp.zeros((2 * algorithm.kinds, number, T)))
     numbers = NUMBERS.get(name, {})

@@ -12,23 +12,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from spear_jax import decoding
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 from spear_jax.models.attention import attend, check_kernel, library, seen_in_tree
 from spear_jax.models.config import parse_config
-from spear_jax.models.decoder import (
-    Decoder,
-    decode_step,
-    head_weight,
-    logits,
-    packed_states,
-    unstack,
-)
-from spear_jax.models.load import end_ids, load_model, save_model
+from spear_jax.models.decoder import Decoder, decode_step, head_weight, logits, packed_states, unstack
+from spear_jax.models.io.huggingface import end_ids, load_model, save_model
+from spear_jax.models.io.tensor_map import places
 from spear_jax.models.lora import LoraConfig, init_lora
-from spear_jax.models.weights import places
-from spear_jax.packs import pack_prompts, prompt_room
-from spear_jax.types import spans
+from spear_jax.packing.arrays import spans
+from spear_jax.packing.prefix_tree import pack_prompts, prompt_room
+from spear_jax.rollout import decode
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 FAMILIES = ("llama", "llama3", "qwen2", "qwen3")
@@ -87,7 +80,7 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_room(prompts, 5))
     pack = jax.tree.map(lambda x: x[0], pack)
     hidden, cache = packed_states(decoder, None, base, pack)
-    padded = lambda x: jnp.pad(decoding._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
+    padded = lambda x: jnp.pad(decode._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
     hidden, cache = hidden[index[0, :, -1]], jax.tree.map(padded, cache)
     for step in range(5, tokens.shape[1] + 1):
         np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)

@@ -10,8 +10,9 @@ import sys
 import pytest
 from processes import environment
 
-from spear_jax import cli, evaluate, export, train
-from spear_jax.errors import UserError
+from spear_jax import evaluate, export, train
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line
 
 TINY = pathlib.Path(__file__).parents[1] / "spear_jax/assets/tiny"
 
@@ -63,7 +64,7 @@ def test_export_takes_the_flag_too(no_network, tmp_path):
 
 
 def test_without_the_flag_nothing_is_switched(no_network):
-    cli.go_offline(False)
+    command_line.go_offline(False)
     assert "HF_HUB_OFFLINE" not in os.environ
 
 

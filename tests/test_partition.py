@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from spear_jax.errors import UserError
-from spear_jax.partition import SCHEMES, load_split, partition, plot_split, save_split, split_table
+from spear_jax.core.errors import UserError
+from spear_jax.federated.partition import SCHEMES, load_split, partition, plot_split, save_split, split_table
 
 LABELS = np.random.default_rng(0).integers(0, 4, size=1000)
 

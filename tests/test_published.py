@@ -14,16 +14,19 @@ import pytest
 import yaml
 
 from configs import from_yaml
-from configs.common import method_config
-from spear_jax import analysis, cli, experiment, published, published_yaml
 from spear_jax import evaluate as evaluate_command
 from spear_jax import report as report_command
-from spear_jax.config import check_config, default_config, flatten
-from spear_jax.errors import UserError
-from spear_jax.models import adapters
+from spear_jax.analysis import runs
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line
+from spear_jax.experiment.config import check_config, default_config, flatten
+from spear_jax.experiment.presets import method_config
 from spear_jax.models.config import read_config
-from spear_jax.published_keys import KEYS
-from spear_jax.published_values import DATASETS, METHODS
+from spear_jax.models.io import peft as peft_module
+from spear_jax.published import __main__ as published
+from spear_jax.published import yaml_config
+from spear_jax.published.keys import KEYS
+from spear_jax.published.values import DATASETS, METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "spear_jax/assets/tiny"
@@ -141,9 +144,9 @@ def test_every_published_key_but_those_without_effect_moves_our_config_or_is_ref
         if name == "gen.temperature":
             base["gen.do_sample"] = True
         value = chosen[name] if name in chosen else other.get(type(key.default), lambda _: "x")(key.default)
-        before = flatten(published_yaml.to_config(base, "file"))
+        before = flatten(yaml_config.to_config(base, "file"))
         try:
-            after = flatten(published_yaml.to_config(base | {name: value}, "file"))
+            after = flatten(yaml_config.to_config(base | {name: value}, "file"))
         except UserError as error:
             assert "refused" in key.here and name in str(error)
             continue
@@ -152,8 +155,8 @@ def test_every_published_key_but_those_without_effect_moves_our_config_or_is_ref
 
 def test_a_key_that_the_method_does_not_read_has_no_effect():
     for name in ("spear.lambda_anchor", "grpo.clip_range", "rltf_sd.gamma"):
-        before = flatten(published_yaml.to_config({"algorithm.name": "opsd"}, "file"))
-        assert flatten(published_yaml.to_config({"algorithm.name": "opsd", name: 0.5}, "file")) == before
+        before = flatten(yaml_config.to_config({"algorithm.name": "opsd"}, "file"))
+        assert flatten(yaml_config.to_config({"algorithm.name": "opsd", name: 0.5}, "file")) == before
 
 
 @pytest.mark.parametrize(
@@ -194,11 +197,11 @@ def test_a_variant_is_read_behind_the_path_and_a_wrong_one_named(tmp_path):
 
 def test_reference_repeats_the_shared_faults_for_every_method_and_refuses_another_server(tmp_path):
     for method in METHODS:
-        config = published_yaml.to_config({"algorithm.name": method}, "file", "reference")
+        config = yaml_config.to_config({"algorithm.name": method}, "file", "reference")
         assert (config.federation.aggregation, config.rollout.top_k, config.data.extractor) == ("last", 50, "published")
     with pytest.raises(UserError, match="leave ,reference out"):
-        published_yaml.to_config({"fl.aggregation": "fedadam"}, "file", "reference")
-    config = published_yaml.to_config({"fl.aggregation": "fedadam"}, "file")
+        yaml_config.to_config({"fl.aggregation": "fedadam"}, "file", "reference")
+    config = yaml_config.to_config({"fl.aggregation": "fedadam"}, "file")
     assert (config.federation.aggregation, config.federation.server_rate) == ("fedadam", 0.01)
 
 
@@ -208,7 +211,7 @@ def test_numbers_without_a_point_are_numbers_although_yaml_reads_them_as_text(tm
 
 
 def test_the_guide_has_the_table_as_the_code_has_it():
-    assert published_yaml.table() in (ROOT / "docs/from-published-code.md").read_text()
+    assert yaml_config.table() in (ROOT / "docs/from-published-code.md").read_text()
 
 
 def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):
@@ -221,10 +224,10 @@ def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"data.num_clients": 2, "fl.clients_per_round": 2, "gen.max_new_tokens_y0": 8, "gen.max_new_tokens_y1": 8}
     file = written(tmp_path, "spear", "arc_challenge", "qwen2.5-1.5b", **small)
-    config = cli.read_config(
+    config = command_line.read_config(
         [f"--config=configs/from_yaml.py:{file}", f"--config.data.path={tmp_path}", "--config.model=tiny"]
     )
-    built = experiment.build(config, jax.devices()[:1])
+    built = builder.build(config, jax.devices()[:1])
     assert [len(part) for part in built.parts] and sum(map(len, built.parts)) == 60
 
 
@@ -273,7 +276,7 @@ def test_a_published_history_becomes_metrics_that_analysis_and_report_read(tmp_p
     run = published_run(tmp_path / "theirs", second=SKIPPED)
     found = imported(run, tmp_path / "ours")
     assert found == {"out": str(tmp_path / "ours"), "rounds": 3, "adapter": None}
-    table = analysis.load_metrics(tmp_path / "ours").set_index("round")
+    table = runs.load_metrics(tmp_path / "ours").set_index("round")
     assert table["eval/accuracy"].dropna().to_dict() == {1: 0.25, 3: 0.75}
     assert table.loc[1, "eval/stderr"] == pytest.approx(np.sqrt(0.25 * 0.75 / 100))
     assert table["budget/seconds"].tolist() == [10, 30, 60] and table["published/seconds"].tolist() == [10, 20, 30]
@@ -283,7 +286,7 @@ def test_a_published_history_becomes_metrics_that_analysis_and_report_read(tmp_p
     assert (table["train/win_nll"] == 0.5).all() and (table["published/lose_loss"] == 0.25).all()
     assert (table["round/clients"] == 2).all() and (table["round/clients_without_wins"] == 1).all()
     assert json.loads((tmp_path / "ours/summary.json").read_text())["eval"]["best"]["round"] == 3
-    assert analysis.load_config(tmp_path / "ours")["federation.aggregation"] == "last"
+    assert runs.load_config(tmp_path / "ours")["federation.aggregation"] == "last"
     kept = tmp_path / "ours/published"
     assert sorted(file.name for file in kept.iterdir()) == ["config.json", "history.json", "model_info.json"]
     assert (kept / "history.json").read_bytes() == (run / "history.json").read_bytes()
@@ -301,7 +304,7 @@ def test_a_published_history_becomes_metrics_that_analysis_and_report_read(tmp_p
 )
 def test_what_baselines_log_is_kept_by_our_names_or_under_published(method, metric, value, tmp_path):
     imported(published_run(tmp_path / "theirs", method), tmp_path / "ours")
-    line = analysis.read_lines(tmp_path / "ours/metrics.jsonl")[0]
+    line = runs.read_lines(tmp_path / "ours/metrics.jsonl")[0]
     assert line[metric] == value
     taken = {"client_id", "steps", "algo", *published.MEANS, *published.SUMS}
     assert {f"published/{name}" for name in LOGS[method] if name not in taken} <= set(line)
@@ -309,7 +312,7 @@ def test_what_baselines_log_is_kept_by_our_names_or_under_published(method, metr
 
 def test_rewards_of_another_scale_are_no_accuracy(tmp_path):
     imported(published_run(tmp_path / "theirs", "grpo", **{"grpo.reward_scale": 2.0}), tmp_path / "ours")
-    line = analysis.read_lines(tmp_path / "ours/metrics.jsonl")[0]
+    line = runs.read_lines(tmp_path / "ours/metrics.jsonl")[0]
     assert line["published/avg_reward"] == 0.5 and "rollout/first_accuracy" not in line
 
 
@@ -354,7 +357,7 @@ def test_a_published_adapter_is_a_peft_folder_with_the_same_numbers(tmp_path):
     assert imported(run, tmp_path / "ours")["adapter"]["round"] == 10  # the newest by number, not by name
     assert imported(run, tmp_path / "first", "--round=1")["adapter"]["round"] == 1
     for folder, number in ((tmp_path / "ours", 10), (tmp_path / "first", 1)):
-        tree, lora = adapters.load_adapter(folder / "adapter", model)
+        tree, lora = peft_module.load_adapter(folder / "adapter", model)
         assert (lora.rank, lora.alpha, lora.dropout, lora.targets, lora.last_layers) == (
             16,
             32.0,
@@ -368,7 +371,7 @@ def test_a_published_adapter_is_a_peft_folder_with_the_same_numbers(tmp_path):
     config.update_from_flattened_dict(
         {"lora.init_from": str(tmp_path / "ours/adapter"), "lora.targets": ("q", "down"), "lora.rank": 16}
     )
-    assert experiment.build(config, jax.devices()[:1]).adapter is not None
+    assert builder.build(config, jax.devices()[:1]).adapter is not None
     found = evaluate_command.main(
         ["--model=tiny", f"--adapter={tmp_path / 'ours/adapter'}", "--task=facts", "--limit=8", "--quiet"]
     )
@@ -379,7 +382,7 @@ def test_an_adapter_of_the_last_layers_keeps_them(tmp_path):
     run, model = published_run(tmp_path / "theirs"), read_config(TINY)[0]
     torch_adapter(run / "adapter_round_3.pt", (model.layers - 1,))
     imported(run, tmp_path / "ours")
-    assert adapters.load_adapter(tmp_path / "ours/adapter", model)[1].last_layers == 1
+    assert peft_module.load_adapter(tmp_path / "ours/adapter", model)[1].last_layers == 1
 
 
 def test_peft_loads_the_folder_and_gives_the_state_dict_back(tmp_path):

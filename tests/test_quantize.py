@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax import devices, experiment
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
+from spear_jax.core.mesh import to_host
+from spear_jax.experiment import builder
 from spear_jax.federated import round as rounds
-from spear_jax.models import quantize
-from spear_jax.models.weights import on_default_device
+from spear_jax.federated.round_metrics import Spent
+from spear_jax.models.io import quantize_weights
+from spear_jax.models.io.tensor_map import on_default_device
+from spear_jax.models.quantization import importlib, widen
 
 # The 16 levels of NF4 (arXiv 2305.14314, appendix E).
 LEVELS = np.array([
@@ -26,8 +29,8 @@ def leaf():
 
 
 def widened(kind, name, leaf):
-    held = quantize.quantiser(kind, on_default_device)(name, leaf)
-    return np.asarray(quantize.widen({name: held})[name])
+    held = quantize_weights.quantiser(kind, on_default_device)(name, leaf)
+    return np.asarray(widen({name: held})[name])
 
 
 def test_int8_is_the_nearest_of_256_steps_over_each_outputs_range(leaf):
@@ -59,7 +62,7 @@ def build(count=1, **changes):
             "lora.rank": 2, **changes,
         }
     )  # fmt: skip
-    return experiment.build(config, jax.devices()[:count])
+    return builder.build(config, jax.devices()[:count])
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 0.30), ("nf4", 0.35)])
@@ -70,10 +73,10 @@ def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, s
     layers = small.model.base["layers"]
     held = lambda tree: sum(x.nbytes for name in ("q", "gate", "down") for x in jax.tree.leaves(tree[name]))
     assert held(layers) <= share * held(wide.model.base["layers"])
-    wide.model.base["layers"].update(jax.tree.map(jnp.asarray, quantize.widen(layers)))
+    wide.model.base["layers"].update(jax.tree.map(jnp.asarray, widen(layers)))
     found = []
     for built in (small, wide):
-        state, _, told = rounds.run_round(built, built.initial_state(), rounds.Spent())
+        state, _, told = rounds.run_round(built, built.initial_state(), Spent())
         policy = built.policies(state.lora)[0]
         right = built.evaluator(policy.base, policy.lora).correct
         found.append((state.lora, [[a.completion for a in t.attempts] for t, _, _ in told], right))
@@ -92,14 +95,14 @@ def test_a_quantised_base_on_many_devices_says_the_same():
         done = built.actor.sampler.generate(policy.lora, policy.base, prompts, keys, built.evaluator.sampling)
         said.append([completion.tokens for completion in done])
     assert said[0] == said[1]
-    half = devices.to_host(built.model.base["layers"]["q"].qvalue)
+    half = to_host(built.model.base["layers"]["q"].qvalue)
     assert built.model.base["layers"]["q"].qvalue.addressable_shards[0].data.size * 2 == half.size
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"spear-jax\[quantize\]"):
-        quantize.quantiser("nf4", on_default_device)
+        quantize_weights.quantiser("nf4", on_default_device)
 
 
 def test_an_unknown_kind_is_refused():

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from spear_jax import analysis, grids, report
-from spear_jax.config import default_config, flatten
-from spear_jax.errors import UserError
-from spear_jax.reports import figures, page, runs, traces
+from spear_jax import report
+from spear_jax.analysis import comparison
+from spear_jax.analysis import runs as run_files
+from spear_jax.analysis.report import figures, page, runs, traces
+from spear_jax.core.errors import UserError
+from spear_jax.experiment.config import default_config, flatten
 
 SECTIONS = ["runs", "results", "feedback", "losses", "bytes", "time", "clients", "split", "traces", "config"]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -99,7 +101,7 @@ def grid(tmp_path):
     write_run(folder / "late" / "seed0", [], finished=False)
     golds = {"spear": {"gold": ""}, "slow": {"gold": "responses"}, "late": {"gold": ""}}
     versions = {"python": "3.99.1", "jax": "9.8.7"}
-    grids.write_request(folder, {"budget": {"kind": "rounds", "amount": 2}, "labels": golds, "versions": versions})
+    comparison.write_request(folder, {"budget": {"kind": "rounds", "amount": 2}, "labels": golds, "versions": versions})
     return folder
 
 
@@ -190,7 +192,7 @@ def test_a_field_that_a_run_or_the_default_lacks_is_a_dash(tmp_path):
 def test_results_of_seeds_are_those_of_compare(grid):
     table = runs.results(runs.find_runs([grid])[0]).set_index("label")
     write_budgets(grid)
-    theirs = grids.grid_table(grid).set_index("method")
+    theirs = comparison.grid_table(grid).set_index("method")
     assert list(table.index) == ["spear", "slow"]
     for label, row in table.iterrows():
         half = theirs.loc[label, "half_width"]
@@ -407,5 +409,5 @@ def measure(text, file, profile, width):
 def test_an_interval_holds_its_fraction_to_the_last_bit():
     for count in range(1, 400):
         for right in (0, 1, count // 2, count):
-            low, high = analysis.wilson(right / count, count)
+            low, high = run_files.wilson(right / count, count)
             assert 0.0 <= low <= right / count <= high <= 1.0

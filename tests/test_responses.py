@@ -10,20 +10,22 @@ import numpy as np
 import pytest
 
 import spear_jax
-from spear_jax.drawing import SamplingConfig
-from spear_jax.errors import UserError
-from spear_jax.federated import evaluate
-from spear_jax.federated.evaluate import Accuracy, Evaluator
-from spear_jax.feedback import Request, get_feedback
+from spear_jax.core.errors import UserError
+from spear_jax.core.types import Example
+from spear_jax.experiment.evaluator import Accuracy, Evaluator
+from spear_jax.feedback.base import Request
+from spear_jax.feedback.registry import get_feedback
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.load import load_model, load_tokenizer
+from spear_jax.models.io.huggingface import load_model, load_tokenizer
 from spear_jax.models.lora import LoraConfig
-from spear_jax.packing import Row, choose_room, fold_rows
-from spear_jax.sampling import Sampler
+from spear_jax.packing.blocks import choose_room, fold_rows
+from spear_jax.packing.rows import Row
+from spear_jax.rollout import scorer
+from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.token_sampling import SamplingConfig
 from spear_jax.tasks import TASKS, get_task, world
-from spear_jax.tasks.rows import load_examples
-from spear_jax.text import Renderer
-from spear_jax.types import Example
+from spear_jax.tasks.loading import load_examples
 
 TINY = pathlib.Path(spear_jax.__file__).parent / "assets" / "tiny"
 QWEN2 = pathlib.Path(__file__).parent / "fixtures" / "qwen2"
@@ -449,9 +451,9 @@ def test_likelihood_does_not_depend_on_batch_chunk_or_order(random_model):
     evaluator, base = random_model
     pairs = zip(evaluator.prompts, evaluator.responses, strict=True)
     block = one_block([Row(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50)
-    whole = evaluate._token_scores(evaluator.decoder, 10_000, None, base, block)
+    whole = scorer._token_scores(evaluator.decoder, 10_000, None, base, block)
     for chunk in (33, 350):
-        parts = evaluate._token_scores(evaluator.decoder, chunk, None, base, block)
+        parts = scorer._token_scores(evaluator.decoder, chunk, None, base, block)
         np.testing.assert_allclose(parts[0], whole[0], atol=1e-5)
         np.testing.assert_array_equal(parts[1], whole[1])
     assert evaluator(base).nll == pytest.approx(-float(whole[0][block.rows.completion_mask].mean()), abs=1e-5)
@@ -468,7 +470,7 @@ def one_block(rows, prompt, length):
 def test_likelihood_never_holds_logits_of_all_positions(random_model):
     evaluator, base = random_model
     rows = [Row([5, 6, i], [7] * 32, np.ones(32, bool), 1.0, 1) for i in range(4)]
-    call = functools.partial(evaluate._token_scores, evaluator.decoder, 16, None)
+    call = functools.partial(scorer._token_scores, evaluator.decoder, 16, None)
     shapes = str(jax.make_jaxpr(call)(base, one_block(rows, 16, 32)))
     vocab = evaluator.decoder.config.vocab_size
     assert f"f32[16,{vocab}]" in shapes

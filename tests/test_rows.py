@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 from spear_jax.tasks import get_task
-from spear_jax.tasks.rows import load_examples, load_rows
+from spear_jax.tasks.loading import load_examples, load_rows
 
 ARC_ROW = {
     "id": "q1",

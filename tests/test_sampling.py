@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import batches, compiles, drawing, rooms, sampling, trees
-from spear_jax.devices import make_mesh, replicate, shard_rows
-from spear_jax.drawing import SamplingConfig
+from spear_jax.core import compilation
+from spear_jax.core.mesh import make_mesh, replicate, shard_rows
+from spear_jax.core.rng import path_key
 from spear_jax.models.decoder import Decoder, logits, unstack
-from spear_jax.models.load import load_model
+from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
-from spear_jax.sampling import Sampler
+from spear_jax.packing import shape_buckets
+from spear_jax.rollout import prefill, token_sampling
+from spear_jax.rollout import sampler as sampler_module
+from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.token_sampling import SamplingConfig
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0, targets=("q", "v"))
@@ -59,7 +63,7 @@ def numpy_keep(row, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)])
 def test_filters_keep_what_sorting_keeps(top_k, top_p):
     rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
-    kept = np.asarray(drawing.keep_mask(jnp.asarray(rows), top_k, top_p))
+    kept = np.asarray(token_sampling.keep_mask(jnp.asarray(rows), top_k, top_p))
     for row, mask in zip(rows.astype(np.float64), kept, strict=True):
         assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
 
@@ -68,7 +72,7 @@ def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_te
     row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     config = settings(temperature=0.5, top_k=3)
     keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, logprobs = drawing.draw(jnp.repeat(row, 4000, 0), keys, jnp.zeros(4000, jnp.int32), config)
+    tokens, logprobs = token_sampling.draw(jnp.repeat(row, 4000, 0), keys, jnp.zeros(4000, jnp.int32), config)
     # p^2 over the three kept: 0.25, 0.09, 0.0225 of 0.3625
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
     found = np.bincount(np.asarray(tokens), minlength=4) / 4000
@@ -82,7 +86,7 @@ def test_a_token_is_where_the_distribution_function_passes_the_random_number():
     share[:, 0] = share[:, -1] = 0.0
     uniform = rng.random(400, np.float32)
     uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
-    found = np.asarray(drawing.pick(jnp.asarray(share), jnp.asarray(uniform)))
+    found = np.asarray(token_sampling.pick(jnp.asarray(share), jnp.asarray(uniform)))
     ends = np.cumsum(share.astype(np.float64), axis=1) / share.sum(1, dtype=np.float64, keepdims=True)
     rows = np.arange(400)
     assert (share[rows, found] > 0).all()
@@ -103,8 +107,8 @@ def test_rows_batched_together_equal_rows_one_by_one(model, decoder):
 def test_prompts_read_by_many_columns_give_the_same_completions(model, decoder, monkeypatch):
     prompts, keys, found = make_prompts(model, 11), make_keys(11), []
     for width, count in ((64, 1), (8, 5)):
-        monkeypatch.setattr(rooms, "COLUMN", width)
-        assert len(rooms.split_columns(max(map(len, prompts)))) == count
+        monkeypatch.setattr(shape_buckets, "COLUMN", width)
+        assert len(shape_buckets.split_columns(max(map(len, prompts)))) == count
         found.append(Sampler(decoder).generate(None, model.base, prompts, keys, settings()))
     for one, other in zip(*found, strict=True):
         assert one.tokens == other.tokens
@@ -136,7 +140,7 @@ def test_generation_stops_at_any_eos_and_keeps_it(model, decoder):
 
 def watch(monkeypatch, name, note):
     """Calls note(*arguments) before every call of a jitted function of `sampling`."""
-    original = getattr(sampling, name)
+    original = getattr(sampler_module, name)
 
     class Watched:
         lower = original.lower
@@ -145,7 +149,7 @@ def watch(monkeypatch, name, note):
             note(*args)
             return original(*args)
 
-    monkeypatch.setattr(sampling, name, Watched())
+    monkeypatch.setattr(sampler_module, name, Watched())
 
 
 def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
@@ -224,19 +228,19 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(mod
     mesh = make_mesh(jax.devices()[:devices])
     place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
     sampler = Sampler(decoder, place, devices, spread=spread, openings=[opening])
-    before, compiled = (sampling._read._cache_size(), sampling._advance._cache_size()), []
-    named = lambda event, _, fun_name="", **__: compiled.append(fun_name) if event == compiles._EVENT else None
+    before, compiled = (sampler_module._read._cache_size(), sampler_module._advance._cache_size()), []
+    named = lambda event, _, fun_name="", **__: compiled.append(fun_name) if event == compilation._EVENT else None
     jax.monitoring.register_event_duration_secs_listener(named)
     found = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
     assert [c.tokens for c in found] == [c.tokens for c in one]
     # reads into a blank state, one that was read into, and one that was decoded
-    assert (sampling._read._cache_size(), sampling._advance._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (sampler_module._read._cache_size(), sampler_module._advance._cache_size()) == (before[0] + 1, before[1] + 1)
     # what is compiled before there is a state is what then runs
     assert [compiled.count(name) for name in ("jit(_read)", "jit(_advance)")] == [1, 1], compiled
 
 
 def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, decoder, monkeypatch):
-    held, read = [], sampling._read
+    held, read = [], sampler_module._read
     note = lambda *args: held.append(read.lower(*args).compile().memory_analysis().temp_size_in_bytes)
     watch(monkeypatch, "_read", note)
     # rows 2,016 places wide for prompts of one token, whose first answer ends them
@@ -248,15 +252,15 @@ def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, dec
 
 
 def test_what_was_freed_is_given_back_before_keys_and_values_are_there(model, decoder, monkeypatch):
-    order, blank = [], sampling.decoding.blank
+    order, blank = [], sampler_module.decoding.blank
 
     def noted(decoder, config, width, live, dtype):
         if not isinstance(live, jax.core.Tracer):
             order.append("keys and values")
         return blank(decoder, config, width, live, dtype)
 
-    monkeypatch.setattr(sampling.heap, "trim", lambda: order.append("given back"))
-    monkeypatch.setattr(sampling.decoding, "blank", noted)
+    monkeypatch.setattr(sampler_module.heap, "trim", lambda: order.append("given back"))
+    monkeypatch.setattr(sampler_module.decoding, "blank", noted)
     Sampler(decoder).generate(None, model.base, make_prompts(model, 3), make_keys(3), settings())
     assert order[-2:] == ["given back", "keys and values"]
 
@@ -289,24 +293,22 @@ def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
     sampler = Sampler(decoder)
     sampler.generate(None, model.base, make_prompts(model, 16), make_keys(16), settings())
     sampler.shapes.freeze()
-    before = sampling._read._cache_size(), sampling._advance._cache_size()
+    before = sampler_module._read._cache_size(), sampler_module._advance._cache_size()
     for seed in (1, 2, 3):
         short = [p[:20] for p in make_prompts(model, 5 + seed, seed)]
         sampler.generate(None, model.base, short, make_keys(len(short)), settings())
-    assert (sampling._read._cache_size(), sampling._advance._cache_size()) == before
+    assert (sampler_module._read._cache_size(), sampler_module._advance._cache_size()) == before
 
 
 def test_buckets_hold_what_they_are_asked_to_hold():
     for length in range(1, 3000, 7):
-        bucket = batches.length_bucket(length)
+        bucket = prefill.length_bucket(length)
         assert bucket >= length and (length <= 16 or bucket < 1.5 * length)
-    assert len({batches.length_bucket(n) for n in range(1, 2048)}) < 30
-    assert batches.fewer_rows(64) == [16, 4] and batches.fewer_rows(19) == [4] and batches.fewer_rows(15) == []
+    assert len({prefill.length_bucket(n) for n in range(1, 2048)}) < 30
+    assert prefill.fewer_rows(64) == [16, 4] and prefill.fewer_rows(19) == [4] and prefill.fewer_rows(15) == []
 
 
 def test_paths_of_keys_do_not_collide_where_the_published_sum_does():
     key = jax.random.key(0)
-    data = {
-        tuple(np.asarray(jax.random.key_data(trees.path_key(key, r, c))).tolist()) for r in range(12) for c in range(12)
-    }
+    data = {tuple(np.asarray(jax.random.key_data(path_key(key, r, c))).tolist()) for r in range(12) for c in range(12)}
     assert len(data) == 144

@@ -13,9 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-from configs import common
-from spear_jax import experiment, trees
-from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.iris import Iris, adaptive_order, distribution_gap, iris_loss, iris_sums
 from spear_jax.algorithms.self_play import log_ratio
@@ -24,11 +21,17 @@ from spear_jax.algorithms.spif import Spif, spif_real, spif_synthetic
 from spear_jax.algorithms.spin import Spin, spin_loss
 from spear_jax.algorithms.tpaw import Tpaw, tpaw_loss
 from spear_jax.algorithms.tspin import Tspin, tspin_loss
-from spear_jax.errors import UserError
-from spear_jax.federated import cohort
+from spear_jax.core import pytrees
+from spear_jax.core.errors import UserError
+from spear_jax.core.rng import path_rng, purpose
+from spear_jax.core.types import Attempt, Cohort, Trace
+from spear_jax.experiment import builder, presets
+from spear_jax.federated import cohort_training
 from spear_jax.federated import round as rounds
-from spear_jax.packing import Row
-from spear_jax.types import Attempt, Batch, Trace
+from spear_jax.federated.round_metrics import Spent
+from spear_jax.packing.arrays import Batch
+from spear_jax.packing.rows import Row
+from spear_jax.rollout.policy import Policy
 
 METHODS = (Spin, Tpaw, Iris, Space, Spif, Tspin)
 SHELL = Shell(
@@ -545,16 +548,16 @@ def play(method, rounds, examples=99, **settings):
     algorithm, actor, told = build(method, shell, **settings), FakeActor(), []
     memory = algorithm.init_memory({"a": np.array([0.0])}, 12, 4)
     for round in range(1, rounds + 1):
-        rngs = lambda slot, name, round=round: trees.path_rng(0, trees.purpose(name), round, list(PARTS)[slot])
+        rngs = lambda slot, name, round=round: path_rng(0, purpose(name), round, list(PARTS)[slot])
         cohort = Cohort(round, list(PARTS), list(PARTS.values()), rngs)
-        before, actor.asked = trees.digest(memory), []
+        before, actor.asked = pytrees.digest(memory), []
         got = algorithm.collect(actor, Policy({"author": round - 1}), cohort, memory, None, 0)
-        assert trees.digest(memory) == before  # a checkpoint may still be writing it
-        after = trees.digest(got.memory)
+        assert pytrees.digest(memory) == before  # a checkpoint may still be writing it
+        after = pytrees.digest(got.memory)
         told.append((got, actor.asked))
         metrics = {"iris/real_ess": 1.0, "iris/synthetic_ess": 1.0}
         memory = algorithm.end_round(got.memory, {"a": jnp.array([float(round)])}, metrics, round)
-        assert trees.digest(got.memory) == after
+        assert pytrees.digest(got.memory) == after
     return algorithm, told, memory
 
 
@@ -779,7 +782,7 @@ def test_space_refuses_several_greedy_samples():
 
 
 def experiment_of(method, **changes):
-    config = common.method_config(method, "facts,tiny")
+    config = presets.method_config(method, "facts,tiny")
     small = {
         "federation.clients_per_round": 2,
         "rollout.examples": 6,
@@ -792,16 +795,16 @@ def experiment_of(method, **changes):
         "lora.rank": 2,
     }
     config.update_from_flattened_dict(small | changes)
-    return experiment.build(config, jax.devices()[:1])
+    return builder.build(config, jax.devices()[:1])
 
 
 def assert_latest_opponent(state):
     latest = jax.tree.map(lambda x: x[0], state.memory["opponents"])
-    assert trees.digest(latest) == trees.digest(jax.tree.map(np.asarray, state.lora))
+    assert pytrees.digest(latest) == pytrees.digest(jax.tree.map(np.asarray, state.lora))
 
 
 def round_after(built, state):
-    return rounds.run_round(built, state, rounds.Spent())
+    return rounds.run_round(built, state, Spent())
 
 
 # r = 0 everywhere at the start of an iteration: SPIN and TPAW have log(1 + 1); IRIS 0 - 0; SPACE twice log(1 + 1);
@@ -841,7 +844,7 @@ def test_a_second_round_of_an_iteration_is_answered_by_the_stored_opponent():
     built = experiment_of("spin", **{"spin.refresh_rounds": 2, "train.rate": 0.1, "train.warmup": False})
     start = built.initial_state()
     state, _, _ = round_after(built, start)
-    assert trees.digest(state.memory["opponents"]) == trees.digest(start.memory["opponents"])
+    assert pytrees.digest(state.memory["opponents"]) == pytrees.digest(start.memory["opponents"])
     state, _, traces = round_after(built, state)
     assert traces
     rows = [
@@ -862,5 +865,5 @@ def test_tpaws_growing_team_compiles_nothing_after_the_first_rounds():
     state, sizes = built.initial_state(), []
     for _ in range(3):
         state, _, _ = round_after(built, state)
-        sizes.append(cohort._train._cache_size())
+        sizes.append(cohort_training._train._cache_size())
     assert sizes[1] == sizes[2]

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax.errors import UserError
-from spear_jax.federated import server
-from spear_jax.federated.server import ServerConfig
+from spear_jax.core.errors import UserError
+from spear_jax.federated.aggregation.reducers import client_weights
+from spear_jax.federated.aggregation.server_optimizer import RULES, ServerConfig, aggregate, check_server, init_server
+from spear_jax.federated.client_sampling import sample_cohort
 
 
 def config(**changes):
@@ -18,12 +19,12 @@ def config(**changes):
 
 
 def start(settings, theta):
-    return server.init_server(settings, {"a": jnp.array(theta, jnp.float32)}, {}, jax.random.key(0))
+    return init_server(settings, {"a": jnp.array(theta, jnp.float32)}, {}, jax.random.key(0))
 
 
 def step(settings, state, thetas, weights):
     total = {"a": sum(w * jnp.array(t, jnp.float32) for t, w in zip(thetas, weights, strict=True))}
-    return server.aggregate(settings, state, total, jnp.float32(sum(weights)))
+    return aggregate(settings, state, total, jnp.float32(sum(weights)))
 
 
 def test_two_client_average_equals_the_one_by_hand():
@@ -38,7 +39,7 @@ def test_two_client_average_equals_the_one_by_hand():
     assert int(state.round) == 1
 
 
-@pytest.mark.parametrize("rule", server.RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_round_without_wins_leaves_adapter_and_moments_unchanged(rule):
     settings = config(rule=rule)
     before = start(settings, [1.0, -2.0])
@@ -70,7 +71,7 @@ def numpy_rule(rule, rate, beta1, beta2, tau, averages, theta):
     return theta
 
 
-@pytest.mark.parametrize("rule", server.RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("numbers", [(0.5, 0.9, 0.99, 5e-3), (1.0, 0.5, 0.9, 1e-2)])
 def test_rules_follow_their_formulas_over_three_rounds(rule, numbers):
     rate, beta1, beta2, tau = numbers
@@ -84,21 +85,21 @@ def test_rules_follow_their_formulas_over_three_rounds(rule, numbers):
 
 
 def test_last_counts_only_the_last_client_that_trained():
-    weights = server.client_weights(config(rule="last"), np.array([5.0, 3.0, 9.0]), np.array([True, True, False]))
+    weights = client_weights(config(rule="last"), np.array([5.0, 3.0, 9.0]), np.array([True, True, False]))
     np.testing.assert_array_equal(weights, [0, 1, 0])
 
 
 def test_weighted_sampling_prefers_large_clients_and_never_repeats_one():
     sizes = np.array([1.0, 1.0, 1.0, 97.0])
     rng = np.random.default_rng(0)
-    drawn = [server.sample_cohort(4, 2, sizes, "weighted", rng) for _ in range(300)]
+    drawn = [sample_cohort(4, 2, sizes, "weighted", rng) for _ in range(300)]
     assert all(len(set(cohort)) == 2 for cohort in drawn)
     assert sum(3 in cohort for cohort in drawn) > 280
-    uniform = [server.sample_cohort(4, 2, sizes, "uniform", rng) for _ in range(300)]
+    uniform = [sample_cohort(4, 2, sizes, "uniform", rng) for _ in range(300)]
     assert 110 < sum(3 in cohort for cohort in uniform) < 190
 
 
 @pytest.mark.parametrize("bad", [{"rule": "fedadm"}, {"rate": 0.0}, {"tau": 0.0}, {"beta1": 1.0}, {"beta2": -0.1}])
 def test_server_settings_out_of_range_are_refused(bad):
     with pytest.raises(UserError):
-        server.check_server(config(**bad))
+        check_server(config(**bad))

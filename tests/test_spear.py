@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax import experiment, trees
-from spear_jax.algorithms.conversation import Conversation, completion_ids
+from spear_jax.algorithms.feedback_rollout import Conversation, completion_ids
 from spear_jax.algorithms.spear import protected_ids
+from spear_jax.core.rng import path_key
+from spear_jax.experiment import builder
 from spear_jax.federated import round as rounds
 
 DEVICES = slice(0, 1)
@@ -20,12 +21,12 @@ def build(task="facts", **changes):
     config.update_from_flattened_dict(
         {"federation.clients_per_round": 3, "rollout.examples": 12, "train.steps": 2, "train.batch_size": 4} | changes
     )
-    return experiment.build(config, jax.devices()[DEVICES])
+    return builder.build(config, jax.devices()[DEVICES])
 
 
 def collect(built, round=1):
     state = built.initial_state()
-    key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
+    key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
     policy = built.actor.merge(state.lora)
     return built.algorithm.collect(built.actor, policy, built.cohort(round), state.memory, key, 0)
 
@@ -130,7 +131,7 @@ def test_weights_are_wins_and_the_cap_holds(facts):
 def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(facts):
     built, got = facts
     state = built.initial_state()
-    key = trees.path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
+    key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
     policy = built.actor.merge(state.lora)
     cohort = built.cohort(1)
     for slot in range(3):

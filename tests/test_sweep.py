@@ -16,8 +16,11 @@ import pytest
 from processes import environment
 from test_compare import POINTS, SMALL, finished, write_cell
 
-from spear_jax import analysis, cells, cli, grids, run_folder, sweep, sweeps, workers
-from spear_jax.errors import UserError
+from spear_jax import sweep
+from spear_jax.analysis import comparison, runs, sweeps
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import command_line, processes, run_folder
+from spear_jax.experiment import grid as grid_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -60,9 +63,9 @@ def fake(monkeypatch):
         for name, items in tasks:
             yield from ((name, key, error) for key, error in work(name, items))
 
-    monkeypatch.setattr(cells, "train_cell", train_cell)
-    monkeypatch.setattr(workers, "run", run)
-    monkeypatch.setattr(workers, "ask", lambda work, question: {label: "" for label, _ in question})
+    monkeypatch.setattr(grid_module, "train_cell", train_cell)
+    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(processes, "ask", lambda work, question: {label: "" for label, _ in question})
     return made
 
 
@@ -82,7 +85,7 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
     # the command makes the same config
     command = made.command(pathlib.Path("runs/x"), 5)
     assert command[-1] == f"--workdir=runs/x/{made.label}/seed5"
-    assert cli.read_config(command[:-1]).to_dict() == config.to_dict()
+    assert command_line.read_config(command[:-1]).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
     ],
 )
 def test_a_bad_sweep_is_a_user_error_before_anything_is_written(tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr(workers, "ask", None)  # nothing is built either
+    monkeypatch.setattr(processes, "ask", None)  # nothing is built either
     more = [change.pop("more")] if "more" in change else []
     with pytest.raises(UserError, match=words):
         grid_sweep.main(arguments(tmp_path / "sweep", *more, **change))
@@ -126,7 +129,7 @@ def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake,
     more = arguments(tmp_path, "--quiet", grid=("lora.rank=4,16,8", "train.steps=2,3"), seeds="0,2")
     found = grid_sweep.main(more)
     assert len(fake) == 8 and sum("rank=8" in name for name in fake) == 4 and capsys.readouterr() == ("", "")
-    assert analysis.read_request(tmp_path, "sweep")["seeds"] == [0, 1, 2]
+    assert runs.read_request(tmp_path, "sweep")["seeds"] == [0, 1, 2]
     (row,) = [row for row in found["table"] if row["lora.rank"] == 4 and row["train.steps"] == 3]
     assert row["seeds"] == 3 and row["accuracy"] == pytest.approx((0.44 + 0.54 + 0.64) / 3)
 
@@ -134,7 +137,7 @@ def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake,
 def test_another_sweep_in_the_same_folder_is_a_user_error(fake, tmp_path):
     grid_sweep.main(arguments(tmp_path, "--quiet"))
     (tmp_path / "other").mkdir()
-    grids.write_request(tmp_path / "other", {"labels": {}})
+    comparison.write_request(tmp_path / "other", {"labels": {}})
     for args, words in (
         (arguments(tmp_path, grid=["lora.rank=4,16"]), "sweep with fields"),
         (arguments(tmp_path, grid=("lora.rank=4", "train.steps=2,3")), "now without 16"),
@@ -149,7 +152,7 @@ def test_another_sweep_in_the_same_folder_is_a_user_error(fake, tmp_path):
 
 def test_a_failing_cell_is_named_and_the_others_go_on(fake, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run(grid_sweep.main, arguments(tmp_path, "--quiet", grid=["train.steps=13,2"], seeds="0"))
+        command_line.run(grid_sweep.main, arguments(tmp_path, "--quiet", grid=["train.steps=13,2"], seeds="0"))
     told = capsys.readouterr()
     result = json.loads(told.out.splitlines()[-1])
     assert ended.value.code == 1 and result["failed"] == ["train.steps=13/seed0"]
@@ -201,7 +204,7 @@ def test_a_job_array_has_a_cell_an_index_and_hands_it_to_the_slurm_script(fake, 
 def made(tmp_path):
     """A sweep of two fields, one of them a list, with a setting of three seeds, one of one, and an unfinished cell."""
     fields = ["federation.num_clients", "lora.targets"]
-    grids.write_request(tmp_path, {"fields": fields}, "sweep")
+    comparison.write_request(tmp_path, {"fields": fields}, "sweep")
     for clients, targets, seeds in ((50, ["q"], (0, 1, 2)), (5, ["q"], (0,)), (5, ["q", "v"], (0,)), (7, ["q"], (0,))):
         for seed in seeds:
             label = f"{clients}-{len(targets)}"
@@ -212,7 +215,7 @@ def made(tmp_path):
 
 
 def test_load_sweep_has_a_row_a_finished_cell_with_fields_seed_and_results(made):
-    found = analysis.load_sweep(made)
+    found = runs.load_sweep(made)
     assert list(zip(found["federation.num_clients"], found["lora.targets"], found["seed"], strict=True)) == [
         (5, "q", 0), (5, "q,v", 0), (50, "q", 0), (50, "q", 1), (50, "q", 2),
     ]  # fmt: skip
@@ -223,16 +226,16 @@ def test_load_sweep_has_a_row_a_finished_cell_with_fields_seed_and_results(made)
 
 def test_load_sweep_of_another_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no sweep.json"):
-        analysis.load_sweep(tmp_path)
-    grids.write_request(tmp_path, {"fields": ["lora.rank"]}, "sweep")
+        runs.load_sweep(tmp_path)
+    comparison.write_request(tmp_path, {"fields": ["lora.rank"]}, "sweep")
     write_cell(tmp_path, "lora.rank=4", 0, [0.2], finished=False)
     with pytest.raises(UserError, match="no cell of .* has finished"):
-        analysis.load_sweep(tmp_path)
+        runs.load_sweep(tmp_path)
 
 
 def test_the_table_has_hand_computed_means_and_intervals(made):
     fields = ["federation.num_clients", "lora.targets"]
-    table = sweeps.mean_table(analysis.load_sweep(made), fields)
+    table = sweeps.mean_table(runs.load_sweep(made), fields)
     assert list(table.columns) == [*fields, *sweeps.COLUMNS] and list(table["seeds"]) == [1, 1, 3]
     three, one = table.iloc[2], table.iloc[0]
     # 0.5, 0.6, 0.7: mean 0.6, s = 0.1, half width t(2) * 0.1 / sqrt(3)
@@ -247,7 +250,7 @@ def test_the_table_has_hand_computed_means_and_intervals(made):
 
 
 def test_lines_are_named_by_what_differs_between_them(made):
-    table = sweeps.mean_table(analysis.load_sweep(made), ["federation.num_clients", "lora.targets"])
+    table = sweeps.mean_table(runs.load_sweep(made), ["federation.num_clients", "lora.targets"])
     lines = sweeps.split_lines(table, ["lora.targets"])
     assert [(line.label, list(line.rows["federation.num_clients"])) for line in lines] == [
         ("targets q", [5, 50]), ("targets q,v", [5]),
@@ -258,7 +261,7 @@ def test_lines_are_named_by_what_differs_between_them(made):
 
 @pytest.mark.parametrize("x, ticks", [("federation.num_clients", ("5", "50")), ("lora.targets", ("q", "q,v"))])
 def test_the_figure_has_four_panels_with_units_a_line_a_setting_and_a_tick_a_value(made, x, ticks):
-    table = sweeps.mean_table(analysis.load_sweep(made), ["federation.num_clients", "lora.targets"])
+    table = sweeps.mean_table(runs.load_sweep(made), ["federation.num_clients", "lora.targets"])
     other = {"federation.num_clients": "lora.targets", "lora.targets": "federation.num_clients"}[x]
     lines = sweeps.split_lines(table, [other])
     sweeps.plot_sweep(lines, x, "intervals over seeds", made / "figure.png")
@@ -294,7 +297,7 @@ def test_a_cohort_is_a_number_or_a_share(text, clients, size):
     ],
 )
 def test_a_bad_clients_sweep_is_a_user_error_before_anything_is_written(tmp_path, monkeypatch, more, words):
-    monkeypatch.setattr(workers, "ask", None)
+    monkeypatch.setattr(processes, "ask", None)
     with pytest.raises(UserError, match=words):
         clients_sweep.main([f"--workdir={tmp_path / 'sweep'}", more])
     assert not (tmp_path / "sweep").exists()
@@ -303,7 +306,7 @@ def test_a_bad_clients_sweep_is_a_user_error_before_anything_is_written(tmp_path
 def test_the_default_clients_sweep_is_one_comparable_grid(tmp_path, capsys):
     found = clients_sweep.main([f"--workdir={tmp_path / 'sweep'}", "--print"])
     commands = [shlex.split(line)[3:-1] for line in capsys.readouterr().out.splitlines()]
-    made = [cli.read_config(command) for command in commands]
+    made = [command_line.read_config(command) for command in commands]
     # 8 counts x 2 cohorts x 2 methods, and at 100 clients 10 are 10 %
     assert found["cells"] == len(made) == 30
     assert {c.federation.num_clients for c in made} == {5, 10, 50, 100, 500, 1000, 5000, 10000}
@@ -351,7 +354,7 @@ def test_a_clients_sweep_killed_in_the_middle_goes_on_without_repeating_finished
     assert result["failed"] == [] and result["waiting"] == 3 - len(before) and "(3 of 3)" in done.stderr
     after = finished(folder)
     assert len(after) == 3 and all(after[cell] == told for cell, told in before.items())
-    found = analysis.load_sweep(folder)
+    found = runs.load_sweep(folder)
     assert list(found["federation.num_clients"]) == [4, 6, 8] and set(found["algorithm.name"]) == {"sft"}
     assert (found["rounds"] == 2).all() and (found["bytes"] > 0).all()
     assert pd.read_csv(folder / "table.csv")["accuracy"].tolist() == found["accuracy"].tolist()

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 from spear_jax.tasks import TASKS, get_task
 from spear_jax.tasks.hellaswag import strip_markers
 from spear_jax.tasks.letters import MARKERS
-from spear_jax.tasks.rows import load_examples
+from spear_jax.tasks.loading import load_examples
 
 ABCD = ("A", "B", "C", "D")
 

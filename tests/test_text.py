@@ -2,11 +2,11 @@
 
 import pytest
 
-from spear_jax import experiment
-from spear_jax.errors import UserError
-from spear_jax.models.load import load_tokenizer
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder
+from spear_jax.models.io.huggingface import load_tokenizer
+from spear_jax.rollout.prompts import Renderer
 from spear_jax.tasks import get_task
-from spear_jax.text import Renderer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -16,7 +16,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    return load_tokenizer(experiment.TINY)
+    return load_tokenizer(builder.TINY)
 
 
 @pytest.fixture(scope="module")

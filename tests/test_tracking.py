@@ -5,9 +5,9 @@ import json
 import pytest
 
 from spear_jax import compare, train
-from spear_jax.config import default_config
-from spear_jax.errors import UserError
-from spear_jax.federated import tracking
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import loop, wandb_logger
+from spear_jax.experiment.config import default_config
 
 FLAGS = [
     "--config=configs/quickstart.py", "--quiet", "--config.federation.clients_per_round=1", "--config.rollout.examples=4",
@@ -50,7 +50,7 @@ def records(folder):
 def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(offline, tmp_path):
     workdir = tmp_path / "run"
     flags = [*FLAGS, "--config.wandb=a-project", f"--workdir={workdir}"]
-    one, built_state = train.one_round, []
+    one, built_state = loop.one_round, []
 
     def stopping(*args):
         if len(built_state) == 1:
@@ -59,7 +59,7 @@ def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(
         return one(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "one_round", stopping)
+        patch.setattr(loop, "one_round", stopping)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     offline.finish()  # as the end of the process would
@@ -76,7 +76,7 @@ def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(
 
 
 def test_a_missing_package_stops_before_anything_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_logger.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(train.experiment, "build", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=r"pip install spear-jax\[wandb\]"):
         train.main([*FLAGS, "--config.wandb=a-project", f"--workdir={tmp_path / 'run'}"])
@@ -86,7 +86,7 @@ def test_a_missing_package_stops_before_anything_is_built(tmp_path, monkeypatch)
             + ["--config.wandb=a-project"]
         )
     assert not (tmp_path / "run").exists() and not (tmp_path / "grid").exists()
-    tracking.check_tracking(default_config())
+    wandb_logger.check_tracking(default_config())
 
 
 def test_nobody_logged_in_or_no_network_means_offline(tmp_path, monkeypatch):
@@ -98,8 +98,8 @@ def test_nobody_logged_in_or_no_network_means_offline(tmp_path, monkeypatch):
         asked.append(address)
         raise OSError("no network")
 
-    monkeypatch.setattr(tracking.socket, "create_connection", refuse)
-    assert not tracking._reachable() and not asked  # nobody is logged in: the network is not even tried
+    monkeypatch.setattr(wandb_logger.socket, "create_connection", refuse)
+    assert not wandb_logger._reachable() and not asked  # nobody is logged in: the network is not even tried
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password secret\n")
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8443")
-    assert not tracking._reachable() and asked == [("wandb.example.org", 8443)]
+    assert not wandb_logger._reachable() and asked == [("wandb.example.org", 8443)]

@@ -14,20 +14,23 @@ import pytest
 from processes import environment
 
 from configs import quickstart
-from spear_jax import analysis, experiment, run_folder, sampling, tokens, train
 from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
 from spear_jax import score as score_command
-from spear_jax.compiles import Compiles
-from spear_jax.errors import UserError
-from spear_jax.federated import cohort
-from spear_jax.federated import evaluate as evaluation
+from spear_jax.analysis import runs, token_tables
+from spear_jax.core.compilation import Compiles
+from spear_jax.core.errors import UserError
+from spear_jax.core.pytrees import digest
+from spear_jax.experiment import builder, evaluator, run_folder
+from spear_jax.experiment.checkpoint import Checkpoints, restore
+from spear_jax.experiment.loop import is_due, one_round
+from spear_jax.federated import cohort_training
 from spear_jax.federated import round as rounds
-from spear_jax.federated.checkpoint import Checkpoints, restore
-from spear_jax.models import adapters
+from spear_jax.federated.round_metrics import Spent
 from spear_jax.models.decoder import merge
-from spear_jax.trees import digest
+from spear_jax.models.io import peft
+from spear_jax.rollout import sampler, scorer
 
 SMALL = {
     "rounds": 4,
@@ -68,7 +71,7 @@ def finished(tmp_path_factory):
 
 
 def final_state(workdir):
-    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     state, meta = restore(built, workdir, None)
     assert meta["line"]["round"] == int(state.round)
     return digest((state.lora, state.opt_state)), int(state.round)
@@ -110,7 +113,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
 def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
     workdir, _ = finished
     for line in lines(workdir)[1:]:
-        traces = analysis.load_traces(workdir, line["round"])
+        traces = runs.load_traces(workdir, line["round"])
         assert len(traces) == 16
         assert {"client", "example", "prompt", "y0", "revisions", "role", "confidence"} <= set(traces[0])
         assert sum(t["role"] == "lose" for t in traces) == line["rollout/loses"]
@@ -121,8 +124,8 @@ def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
 
 def test_recorded_tokens_have_the_probability_that_their_own_adapter_gives_them(finished):
     workdir, _ = finished
-    table = tokens.load_tokens(workdir, 4)
-    traces = analysis.load_traces(workdir, 4)
+    table = token_tables.load_tokens(workdir, 4)
+    traces = runs.load_traces(workdir, 4)
     assert table["trace"].nunique() == len(traces) == 16
     for number, own in table.groupby("trace"):
         shown = "".join(own["token"])
@@ -130,7 +133,7 @@ def test_recorded_tokens_have_the_probability_that_their_own_adapter_gives_them(
         assert own["touched"].isna().all() == (own["role"].iloc[0] != "lose")
     found = score_command.main([f"--workdir={workdir}", "--traces=4", "--rounds=3,4", "--quiet"])
     assert found["traces"] == 16 and found["rounds"] == [3, 4]
-    scores = tokens.load_scores(workdir, 4).merge(table, on=["trace", "position"], suffixes=("", "_sampled"))
+    scores = token_tables.load_scores(workdir, 4).merge(table, on=["trace", "position"], suffixes=("", "_sampled"))
     assert len(scores) == 2 * len(table)
     difference = (scores["probability"] - scores["probability_sampled"]).abs().groupby(scores["adapter"]).max()
     assert difference[3] < 1e-3 < difference[4]  # round 4 was sampled from the adapter of round 3
@@ -139,7 +142,7 @@ def test_recorded_tokens_have_the_probability_that_their_own_adapter_gives_them(
 def test_scores_of_what_is_not_there_are_a_users_mistake(finished, tmp_path):
     workdir, _ = finished
     with pytest.raises(UserError, match="score --workdir"):
-        tokens.load_scores(workdir, 1)
+        token_tables.load_scores(workdir, 1)
     with pytest.raises(UserError, match="no checkpoint of round 77"):
         score_command.main([f"--workdir={workdir}", "--rounds=77", "--quiet"])
     with pytest.raises(UserError, match="whole numbers"):
@@ -157,7 +160,7 @@ def test_a_run_from_before_a_field_existed_takes_its_default(finished, tmp_path)
 
 def test_bytes_count_float32_adapters_of_the_clients(finished):
     workdir, _ = finished
-    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(built.initial_state().lora))
     for line in lines(workdir)[1:]:
         assert line["round/bytes_down"] == 2 * size
@@ -235,7 +238,7 @@ def test_only_corrupt_checkpoints_are_a_user_error(finished, tmp_path):
 
 
 def test_the_last_and_the_best_rounds_are_kept(tmp_path):
-    built = experiment.build(quickstart.get_config(), jax.devices()[:1])
+    built = builder.build(quickstart.get_config(), jax.devices()[:1])
     state = built.initial_state()
     checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
     for number, accuracy in enumerate([0.1, 0.9, None, 0.3, None, 0.2]):
@@ -269,26 +272,26 @@ def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
 def test_the_exported_adapter_is_the_servers(finished, tmp_path):
     workdir, _ = finished
     export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
-    built = experiment.build(run_folder.read_run_config(workdir), jax.devices()[:1])
-    tree, _ = adapters.load_adapter(tmp_path / "adapter", built.model.config)
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    tree, _ = peft.load_adapter(tmp_path / "adapter", built.model.config)
     assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
-    raw = json.loads((tmp_path / "adapter" / adapters.CONFIG).read_text())
-    assert raw["base_model_name_or_path"] == str(experiment.TINY)  # "tiny" is no name that PEFT could load
+    raw = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    assert raw["base_model_name_or_path"] == str(builder.TINY)  # "tiny" is no name that PEFT could load
 
 
 @pytest.mark.parametrize("task", ["facts", "reasoned"])
 def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
     config = quickstart.get_config(task)
     config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
-    built = experiment.build(config, jax.devices()[:1])
+    built = builder.build(config, jax.devices()[:1])
     programs = (
-        sampling._read, sampling._advance, sampling._take, cohort._train, rounds._aggregate, merge,
-        evaluation._last_scores, evaluation._token_scores,
+        sampler._read, sampler._advance, sampler._take, cohort_training._train, rounds._aggregate, merge,
+        evaluator._last_scores, scorer._token_scores,
     )  # fmt: skip
     state = built.initial_state()
     sizes, counted, compiles = [], [], Compiles()
     for _ in range(5):
-        state, _, _ = train.one_round(built, state, 0.0, rounds.Spent())
+        state, _, _ = one_round(built, state, 0.0, Spent())
         sizes.append([program._cache_size() for program in programs])
         counted.append(compiles.take()["compile/programs"])
     assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
@@ -301,9 +304,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
 def test_the_first_rounds_and_every_so_many_are_evaluated():
     config = quickstart.get_config()
     due = lambda first, every: [
-        n
-        for n in range(1, 10)
-        if config.eval.update({"first_rounds": first, "every": every}) or train.is_due(config, n)
+        n for n in range(1, 10) if config.eval.update({"first_rounds": first, "every": every}) or is_due(config, n)
     ]
     assert due(0, 4) == due(1, 4) == [1, 4, 8]
     assert due(3, 4) == [1, 2, 3, 4, 8]
@@ -331,12 +332,12 @@ def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not
     config.data.templates.question = "The traders of the market sell one thing each. A friend asks you what. {question}"
     results = []
     for once in (True, False):
-        built = experiment.build(config)
+        built = builder.build(config)
         asked = [built.actor.renderer.prompt(built.actor.task, example) for example in built.actor.examples]
         opening = built.actor.sampler.openings[-1] * once
         assert len(opening) >= 16 * once and all(prompt[: len(opening)] == opening for prompt in asked)
         built.actor.sampler.openings = [opening] * once
-        state, metrics, told = rounds.run_round(built, built.initial_state(), rounds.Spent())
+        state, metrics, told = rounds.run_round(built, built.initial_state(), Spent())
         assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told]))
         rooms = built.actor.sampler.shapes.save()["rooms"]
@@ -352,10 +353,10 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
     config.update_from_flattened_dict(SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3})
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
-        built = experiment.build(config, devices)
+        built = builder.build(config, devices)
         state = built.initial_state()
         state = state.replace(lora=built.on_devices(state.lora))
-        state, metrics, told = rounds.run_round(built, state, rounds.Spent())
+        state, metrics, told = rounds.run_round(built, state, Spent())
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
     (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
     assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spear_jax import losses
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import Shell
 from spear_jax.algorithms.dpo import Dpo, DpoSettings
 from spear_jax.algorithms.grpo import Grpo, GrpoSettings, advantages
-from spear_jax.types import Batch
+from spear_jax.packing.arrays import Batch
 
 TRL = json.loads((pathlib.Path(__file__).parent / "fixtures/trl.json").read_text())
 PRECISIONS = [(True, 1e-9), (False, 1e-6)]

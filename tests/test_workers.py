@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from spear_jax import workers
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
+from spear_jax.experiment.processes import Peer, ask, run
 
 
 def tell_cores(name, items):
@@ -51,7 +51,7 @@ def counter(start):
 def test_each_process_has_its_own_share_of_the_cores_and_this_one_keeps_its_own():
     before = os.sched_getaffinity(0)
     handler = signal.getsignal(signal.SIGINT)
-    told = list(workers.run(tell_cores, [("a", {0: None, 1: None}), ("b", {0: None}), ("none", {})], jobs=2))
+    told = list(run(tell_cores, [("a", {0: None, 1: None}), ("b", {0: None}), ("none", {})], jobs=2))
     assert sorted(told)[0][:2] == ("a", 0) and [name for name, _, _ in sorted(told)] == ["a", "a", "b"]
     cores = sorted(before)
     shares = {",".join(map(str, cores[slot % len(cores) :: 2])) for slot in range(2)}
@@ -60,26 +60,26 @@ def test_each_process_has_its_own_share_of_the_cores_and_this_one_keeps_its_own(
 
 
 def test_a_dying_process_fails_its_item_and_the_others_go_on():
-    told = list(workers.run(die_at_two, [("a", {1: None, 2: None, 3: None}), ("b", {1: None})], jobs=1))
+    told = list(run(die_at_two, [("a", {1: None, 2: None, 3: None}), ("b", {1: None})], jobs=1))
     assert [(name, key) for name, key, _ in told] == [("a", 1), ("a", 2), ("a", 3), ("b", 1)]
     assert [error for _, _, error in told] == ["", "its process ended with code -9", "", ""]
 
 
 def test_a_question_is_answered_by_another_process_or_raises():
-    assert workers.ask(double, 21) == 42
+    assert ask(double, 21) == 42
     with pytest.raises(RuntimeError, match="code 3"):
-        workers.ask(exit_at_once, 3)
+        ask(exit_at_once, 3)
 
 
 def test_a_peer_keeps_what_it_made_and_tells_a_user_s_mistake():
-    with workers.Peer(counter, 100) as peer:
+    with Peer(counter, 100) as peer:
         assert [peer.ask(1), peer.ask(2)] == [101, 103]
         with pytest.raises(UserError, match="-1 is negative"):
             peer.ask(-1)
         assert peer.ask(0) == 103
     peer._process.join()
     assert peer._process.exitcode == 0
-    with workers.Peer(counter, 0) as peer:
+    with Peer(counter, 0) as peer:
         for _ in range(2):
             with pytest.raises(RuntimeError, match="code 13"):
                 peer.ask(13)

@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
+from spear_jax.core.types import Cohort, Example, Mean, Trace
 from spear_jax.models.token_logprobs import Scorer
-from spear_jax.packing import Row
+from spear_jax.packing.arrays import Batch, Block
+from spear_jax.packing.rows import Row
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Block, Example, Mean, Trace
 
 Numbers = Mapping[str, jax.Array]
 

@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Cohort, Policy
-from spear_jax.algorithms import east
+from spear_jax.algorithms import east, losses
 from spear_jax.algorithms.base import (
     Algorithm,
     Collected,
@@ -31,10 +29,13 @@ from spear_jax.algorithms.base import (
     needs_verdicts,
     schedule,
 )
-from spear_jax.algorithms.conversation import converse, win_row
-from spear_jax.packing import Row, draw
-from spear_jax.settings import number, one_of, positive
-from spear_jax.types import Batch, Mean, Trace
+from spear_jax.algorithms.feedback_rollout import converse, win_row
+from spear_jax.core.settings import number, one_of, positive
+from spear_jax.core.types import Cohort, Mean, Trace
+from spear_jax.packing.arrays import Batch
+from spear_jax.packing.rows import Row, draw
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 
 Pair = tuple[Row, Row]
 

@@ -16,8 +16,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from spear_jax.actor import Actor, Ask, Policy
-from spear_jax.types import Trace
+from spear_jax.core.types import Trace
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor, Ask
 
 
 @dataclasses.dataclass

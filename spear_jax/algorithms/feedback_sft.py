@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.conversation import converse
-from spear_jax.packing import draw
-from spear_jax.settings import number, one_of
-from spear_jax.types import Batch, Mean
+from spear_jax.algorithms.feedback_rollout import converse
+from spear_jax.core.settings import number, one_of
+from spear_jax.core.types import Cohort, Mean
+from spear_jax.packing.arrays import Batch
+from spear_jax.packing.rows import draw
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Ask, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.self_play import SelfPlay, real_row, reward_metrics
-from spear_jax.errors import UserError
-from spear_jax.settings import number, one_of, positive
+from spear_jax.core.errors import UserError
+from spear_jax.core.settings import number, one_of, positive
+from spear_jax.core.types import Example, Mean, Trace
+from spear_jax.packing.arrays import Batch
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor, Ask
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Example, Mean, Trace
 
 SMALL = 1e-3  # below this |order| a tilted mean is its expansion
 EXPONENT = 80.0  # float32 holds e^80 times as many rows as a step may have

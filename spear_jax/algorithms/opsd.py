@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_responses, schedule
+from spear_jax.core.settings import number, one_of, positive
+from spear_jax.core.types import Cohort, Mean
 from spear_jax.models.decoder import head_weight
 from spear_jax.models.token_logprobs import Scorer, map_positions
-from spear_jax.packing import Row, draw
-from spear_jax.settings import number, one_of, positive
-from spear_jax.types import Batch, Block, Mean
+from spear_jax.packing.arrays import Batch, Block
+from spear_jax.packing.rows import Row, draw
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Cohort, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_feedback, schedule
-from spear_jax.packing import Row, draw
-from spear_jax.settings import number, one_of
-from spear_jax.types import Attempt, Batch, Mean, Trace
+from spear_jax.core.settings import number, one_of
+from spear_jax.core.types import Attempt, Cohort, Mean, Trace
+from spear_jax.packing.arrays import Batch
+from spear_jax.packing.rows import Row, draw
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 
 FIRST, REVISED, DISTILLED = 1, 2, 3  # the kinds of rows, in `Batch.label`
 

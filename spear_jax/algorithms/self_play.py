@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Ask, Cohort, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import Algorithm, Collected, Numbers, choose, metrics_of, needs_responses, schedule
-from spear_jax.packing import Row, draw
+from spear_jax.core.types import Cohort, Example, Mean, Trace
+from spear_jax.packing.arrays import Batch
+from spear_jax.packing.rows import Row, draw
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor, Ask
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Example, Mean, Trace
 
 STORE = ("tokens", "lengths", "correct", "iteration")  # what the memory holds of the synthetic sets
 Item = tuple[Row, ...]  # a real row and the synthetic rows it is trained with

@@ -15,12 +15,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from spear_jax import losses
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.self_play import SelfPlay, reward_metrics
-from spear_jax.errors import UserError
-from spear_jax.settings import number, positive
+from spear_jax.core.errors import UserError
+from spear_jax.core.settings import number, positive
+from spear_jax.core.types import Example, Mean
+from spear_jax.packing.arrays import Batch
 from spear_jax.tasks.base import Task
-from spear_jax.types import Batch, Example, Mean
 
 
 @dataclasses.dataclass(frozen=True)

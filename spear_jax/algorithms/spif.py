@@ -15,10 +15,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from spear_jax import losses
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.self_play import SelfPlay, reward_metrics
-from spear_jax.settings import number, one_of, positive
-from spear_jax.types import Batch, Mean
+from spear_jax.core.settings import number, one_of, positive
+from spear_jax.core.types import Mean
+from spear_jax.packing.arrays import Batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.self_play import SelfPlay, reward_metrics
-from spear_jax.settings import number, positive
-from spear_jax.types import Batch, Mean
+from spear_jax.core.settings import number, positive
+from spear_jax.core.types import Mean
+from spear_jax.packing.arrays import Batch
 
 TIE = 1e-3  # rewards this far above 0 are no better than 0
 

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import losses
-from spear_jax.actor import Actor, Policy
+from spear_jax.algorithms import losses
 from spear_jax.algorithms.self_play import Item, SelfPlay, real_row, reward_metrics
-from spear_jax.settings import number, positive
-from spear_jax.types import Batch, Mean
+from spear_jax.core.settings import number, positive
+from spear_jax.core.types import Mean
+from spear_jax.packing.arrays import Batch
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import Actor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,43 +1,31 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
-import dataclasses
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax import memory, packing, trees
-from spear_jax.actor import Cohort, Policy
 from spear_jax.algorithms.base import Collected
-from spear_jax.devices import agree, to_host
-from spear_jax.experiment import Experiment
-from spear_jax.federated import clients, server
-from spear_jax.federated import cohort as training
-from spear_jax.types import ServerState, Trace
+from spear_jax.core.mesh import agree, to_host
+from spear_jax.core.rng import path_key, purpose
+from spear_jax.core.types import Cohort, Trace
+from spear_jax.experiment.builder import Experiment
+from spear_jax.federated import cohort_training, local_training
+from spear_jax.federated.aggregation.reducers import client_weights
+from spear_jax.federated.aggregation.server_optimizer import aggregate
+from spear_jax.federated.round_metrics import Spent, _metric
+from spear_jax.federated.state import ServerState
+from spear_jax.models import cost_model
+from spear_jax.packing.blocks import Keys, most_blocks, plan
+from spear_jax.packing.rows import items_of
+from spear_jax.rollout.policy import Policy
 
-ROUND = trees.purpose("round")
-LOCAL = trees.purpose("local")
-PHASE = trees.purpose("phase")
-
+ROUND = purpose("round")
+LOCAL = purpose("local")
+PHASE = purpose("phase")
 Told = list[tuple[Trace, str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """What a run has used so far: generated tokens, FLOPs (`memory.flops`), and seconds of rounds."""
-
-    tokens: float = 0.0
-    flops: float = 0.0
-    seconds: float = 0.0
-
-    @classmethod
-    def read(cls, line: dict) -> "Spent":
-        """From a line of metrics.jsonl; nothing before round 1."""
-        return cls(*(line.get(f"budget/{field.name}", 0.0) for field in dataclasses.fields(cls)))
-
-
-_aggregate = jax.jit(server.aggregate, static_argnums=0)
+_aggregate = jax.jit(aggregate, static_argnums=0)
 
 
 def run_round(experiment: Experiment, state: ServerState, spent: Spent) -> tuple[ServerState, dict[str, float], Told]:
@@ -91,7 +79,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
     """A round of the whole cohort: phases of collecting and training, then one aggregation."""
     algorithm, actor = experiment.algorithm, experiment.actor
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
-    key = trees.path_key(root, ROUND, cohort.round)
+    key = path_key(root, ROUND, cohort.round)
     seconds = {"rollout": 0.0, "train": 0.0}
     actor.tally.clear()
     start = experiment.on_devices(state.lora)  # always placed alike, or the programs would compile again
@@ -100,7 +88,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
     report = lambda count: actor.report("train", count, len(cohort.clients))
     for phase in range(algorithm.phases):
         began = time.perf_counter()
-        phase_key = trees.path_key(key, PHASE, phase) if phase else key
+        phase_key = path_key(key, PHASE, phase) if phase else key
         got = algorithm.collect(actor, policy, cohort, kept, phase_key, phase)
         kept = kept if got.memory is None else got.memory
         phases.append(got)
@@ -108,7 +96,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         if not phase:
             rate = experiment.rate(cohort.round, spent.tokens + actor.tally.generated * algorithm.phases, spent.seconds)
         rolled = time.perf_counter()
-        shared = clients.Shared(
+        shared = local_training.Shared(
             start=start,
             base=experiment.model.base,
             references=experiment.on_devices(algorithm.references(kept, start)),
@@ -118,7 +106,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         keep = phase + 1 < algorithm.phases
         static = algorithm, experiment.decoder, experiment.local, experiment.mesh
         rows, members = rows_of(experiment, got), _members(experiment, cohort, got, phase_key)
-        trained = training.train(*static, shared, rows, members, keep, carried, report)
+        trained = cohort_training.train(*static, shared, rows, members, keep, carried, report)
         found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), trained.means)
         means = found if means is None else jax.tree.map(np.add, means, found)
         carried = trained.states
@@ -126,7 +114,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         work += trained.tokens * (passes + 2 * len(shared.references))
         if keep:
             slots = {client: slot for slot, client in enumerate(cohort.clients)}
-            policy = Policy(experiment.model.base, training.stacked(carried, len(slots)), slots)
+            policy = Policy(experiment.model.base, cohort_training.stacked(carried, len(slots)), slots)
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
 
@@ -146,7 +134,7 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
         "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
         "round/update_norm": change,
         "round/rate": rate,
-        "round/flops": memory.flops(experiment.model.config, actor.tally, work),
+        "round/flops": cost_model.flops(experiment.model.config, actor.tally, work),
         **{f"time/{name}": value for name, value in seconds.items()},
     }
     kept = algorithm.end_round(kept, state.lora, metrics, cohort.round)
@@ -154,28 +142,20 @@ def _together(experiment: Experiment, state: ServerState, spent: Spent, cohort: 
     return state.replace(memory=kept), metrics, [entry for got in phases for entry in got.traces]
 
 
-_COMMON = ("loss", "grad_norm", "skipped_steps", "win_nll", "unlikelihood", "unlikelihood_active")
-
-
-def _metric(method: str, name: str) -> str:
-    """The contract's name of a training metric; what only one method knows goes under its own name."""
-    return f"train/{name}" if name in _COMMON else f"{method}/{name}"
-
-
 def _members(experiment: Experiment, cohort: Cohort, got: Collected, key: jax.Array) -> tuple[np.ndarray, ...]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
-    client_keys = jax.vmap(lambda c: jax.random.key_data(trees.path_key(key, LOCAL, c)))
-    weight = server.client_weights(experiment.server, got.weight, got.active)
+    client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
+    weight = client_weights(experiment.server, got.weight, got.active)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), np.asarray(weight, np.float32), got.active
 
 
-def rows_of(experiment: Experiment, got: Collected) -> training.Rows:
+def rows_of(experiment: Experiment, got: Collected) -> cohort_training.Rows:
     """The rows in blocks; a client that does not train has none."""
     algorithm, shapes = experiment.algorithm, experiment.actor.sampler.shapes
     apart = algorithm.micro or experiment.local.normalize == "micro"
 
     def micros(step, active: bool):
-        own = [packing.items_of(micro, algorithm.kinds) if active else [] for micro in step]
+        own = [items_of(micro, algorithm.kinds) if active else [] for micro in step]
         return own if apart else [sum(own, [])]
 
     steps = [[micros(step, active) for step in own] for own, active in zip(got.rows, got.active, strict=True)]
@@ -183,8 +163,8 @@ def rows_of(experiment: Experiment, got: Collected) -> training.Rows:
     slots *= algorithm.shell.accumulation
     flat = sum(steps, [])
     room, small = experiment.training_rooms(flat, slots)
-    keys = packing.Keys()
-    blocks = [[packing.plan(step, room, keys) for step in own] for own in steps]
+    keys = Keys()
+    blocks = [[plan(step, room, keys) for step in own] for own in steps]
     deepest = max(len(step) for own in blocks for step in own)
-    (depth,) = shapes.fit("train blocks", (max(packing.most_blocks(flat, room, slots), deepest),))
-    return training.Rows(blocks, depth, room, small)
+    (depth,) = shapes.fit("train blocks", (max(most_blocks(flat, room, slots), deepest),))
+    return cohort_training.Rows(blocks, depth, room, small)

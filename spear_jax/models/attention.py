@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
 
 KEPT = "product"  # the name of what the backward pass keeps under the decoder's remat "attention"
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN

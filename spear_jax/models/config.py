@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from spear_jax.errors import UserError, unknown
+from spear_jax.core.errors import UserError, unknown
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from spear_jax.devices import layer_of
+from spear_jax.core.mesh import layer_of
 from spear_jax.models.attention import KEPT, attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
-from spear_jax.models.quantize import widen
-from spear_jax.types import Pack, spans
+from spear_jax.models.quantization import widen
+from spear_jax.packing.arrays import Pack, spans
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
 # nothing: every activation is kept · attention: what products with weights and attention give is kept; scores, norms and

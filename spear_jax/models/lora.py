@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spear_jax.errors import UserError, unknown
+from spear_jax.core.errors import UserError, unknown
 from spear_jax.models.config import ModelConfig
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

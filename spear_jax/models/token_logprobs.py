@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spear_jax.models.decoder import Decoder, head_weight, packed_states
-from spear_jax.types import Block
+from spear_jax.packing.arrays import Block
 
 LOGITS = 1 << 26  # floats of one block of logits, where nothing else is asked for: 256 MB, whatever the vocabulary
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from spear_jax.errors import UserError, unknown
+from spear_jax.core.errors import UserError, unknown
 from spear_jax.tasks.arc_challenge import ArcChallenge, ArcEasy
 from spear_jax.tasks.base import Task, Templates
 from spear_jax.tasks.facts import Facts

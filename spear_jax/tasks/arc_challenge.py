@@ -1,10 +1,10 @@
 """ARC, challenge and easy: school science questions of three to five options, answered by a letter."""
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
-from spear_jax.tasks.rows import row_error, row_options, row_text
-from spear_jax.types import Example
+from spear_jax.tasks.loading import row_error, row_options, row_text
 
 
 class ArcChallenge(Task):

@@ -5,8 +5,8 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from spear_jax.errors import UserError, unknown
-from spear_jax.types import Example
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.types import Example
 
 # The revision prompt of every task; a task's own answer form enters through {format}.
 REVISION = """TASK

@@ -7,10 +7,10 @@ sell. The rest it can only learn from feedback.
 
 import random
 
+from spear_jax.core.types import Example
 from spear_jax.tasks import world
 from spear_jax.tasks.base import WRONG, Answer, Task, Templates
 from spear_jax.tasks.letters import extract_letter
-from spear_jax.types import Example
 
 LETTERS = ("A", "B", "C", "D")
 ASKED = world.NEW_TRADERS[:32] + world.OLD_TRADERS[:6]

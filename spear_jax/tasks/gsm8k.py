@@ -3,11 +3,11 @@
 import re
 from decimal import Decimal
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines
+from spear_jax.tasks.loading import row_error, row_text
 from spear_jax.tasks.math_mcqa import MATH_OPS, numbers
-from spear_jax.tasks.rows import row_error, row_text
-from spear_jax.types import Example
 
 # A minus is a sign only where it does not subtract: not behind a digit, a letter or a closing bracket. Groups of three
 # digits may be parted by commas; a full stop belongs to the number only before a further digit.

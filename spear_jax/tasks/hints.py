@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from spear_jax.types import Example
+from spear_jax.core.types import Example
 
 # A sentence ends before white space and a new start, but not after an initial or a common abbreviation.
 _END = re.compile(

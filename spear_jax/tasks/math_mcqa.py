@@ -2,11 +2,11 @@
 
 import re
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import MARKERS, extract_letter, letter_labels
-from spear_jax.tasks.rows import row_error, row_options, row_text
-from spear_jax.types import Example
+from spear_jax.tasks.loading import row_error, row_options, row_text
 
 # What every solution, right or wrong, is written with; `ul_skip_math_ops` keeps unlikelihood off these.
 _SIGNS = "+ - * / = < > ^ _ % & ! | ' ~ ± × ÷ · ≤ ≥ ≠ ≈ √ ∞ π °"

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from spear_jax.errors import UserError
+from spear_jax.core.errors import UserError
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
-from spear_jax.tasks.rows import row_error, row_options, row_text
-from spear_jax.types import Example
+from spear_jax.tasks.loading import row_error, row_options, row_text
 
 
 class Mcqa(Task):

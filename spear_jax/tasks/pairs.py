@@ -1,7 +1,7 @@
 """Anyone's prompts and responses: a local file and a mapping from our two column names to the file's."""
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
-from spear_jax.types import Example
 
 
 class Pairs(Ungraded):

@@ -1,7 +1,7 @@
 """Anyone's preferences: a local file of prompts with a chosen and a rejected response each, as DPO needs them."""
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
-from spear_jax.types import Example
 
 
 class Preferences(Ungraded):

@@ -6,9 +6,8 @@ first and read without word boundaries). Wording is ours. Never the default.
 
 import re
 
-from spear_jax.feedback import Feedback, Request
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import Answer
-from spear_jax.types import Example
 
 
 def extract_loosely(text: str, example: Example, first: bool = False) -> Answer | None:
@@ -27,28 +26,3 @@ def extract_loosely(text: str, example: Example, first: bool = False) -> Answer 
             match = found[0 if first else -1]
             return Answer(labels.index(match.group(1)), *match.span(1))
     return None
-
-
-class PublishedOracle(Feedback):
-    """A4: grades with the first match, tells a wrong answer that it is right, and hints without a leak check."""
-
-    def __call__(self, requests: list[Request]) -> list[str | None]:
-        return [self._comment(request) for request in requests]
-
-    def _comment(self, request: Request) -> str:
-        example, shape = request.example, self.task.templates.format
-        found = extract_loosely(request.answer, example, first=True)
-        if found is not None and found.option == example.gold:
-            return f"That answer is correct: {example.labels[example.gold]}. {shape}"
-        return f"That answer is wrong. Do not repeat your previous choice. {shape} {self._hint(example)}"
-
-    def _hint(self, example: Example) -> str:
-        """Opening solution lines without the gold letter anywhere in them, else the gold option's first words."""
-        letter = example.labels[example.gold]
-        if len(letter) > 1 or not self.hint_words:
-            return self.task.hint(example, self.hint_words)
-        lines = [] if self.task.scoring == "choice" else list(example.support)
-        kept = [line for line in lines[:3] if letter not in line]
-        if kept:
-            return " ".join(kept)[:300]
-        return f"The right option starts: {' '.join(example.options[example.gold].split()[: self.hint_words])}"

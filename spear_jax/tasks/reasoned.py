@@ -7,9 +7,9 @@ hints the first half of the facts, here what the trader sells. Evaluated by gree
 import random
 import re
 
+from spear_jax.core.types import Example
 from spear_jax.tasks import world
 from spear_jax.tasks.base import WRONG, Answer, Task, Templates
-from spear_jax.types import Example
 
 ASKED = world.NEW_TRADERS[:24] + world.OLD_TRADERS[:8]
 PER_TRADER = {"train": 16, "test": 6}

@@ -1,10 +1,10 @@
 """StrategyQA: yes/no questions that need several facts, answered after a short chain of reasoning."""
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, sentences
 from spear_jax.tasks.letters import MARKERS, extract_word
-from spear_jax.tasks.rows import row_error, row_text
-from spear_jax.types import Example
+from spear_jax.tasks.loading import row_error, row_text
 
 LABELS = ("yes", "no")
 

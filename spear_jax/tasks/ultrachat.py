@@ -1,8 +1,8 @@
 """UltraChat 200k: the first turn of each conversation, a user's request and the assistant's response."""
 
-from spear_jax.tasks.rows import row_error
+from spear_jax.core.types import Example
+from spear_jax.tasks.loading import row_error
 from spear_jax.tasks.ungraded import Ungraded, row_turns
-from spear_jax.types import Example
 
 
 class UltraChat(Ungraded):

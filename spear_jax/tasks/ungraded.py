@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.rows import row_error, row_text
-from spear_jax.types import Example
+from spear_jax.tasks.loading import row_error, row_text
 
 
 class Ungraded(Task):

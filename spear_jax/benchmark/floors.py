@@ -1,0 +1,190 @@
+"""What a phase needs, whoever runs it: floating-point operations and bytes, and from the machine's ceilings its floor in seconds.
+
+Counted are real tokens, never padding: a distinct (prompt, completion) once, a prompt that several completions share once, and
+once what all prompts of a phase open with (in training, where that has a gradient, for each of them). With W the weights of all
+projections, V D those of the LM head, L layers, H heads of width K, N key/value heads of width K and R the rank:
+
+    forward     2 W a token; attention 4 H K a token, layer and visible position (causal: the n-th token sees n);
+                head 2 V D for each position whose distribution is needed
+    training    twice the forward's products with frozen weights (forward and input gradient), three times its attention
+                (whose both sides have gradients), and 6 R (in + out) a token and adapted projection
+
+    prefill     bytes: weights once, the cache written once
+    decode      bytes: weights once a step for the whole batch, and every row's cache up to its position
+    training    bytes: weights twice
+
+A floor is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the copy rate). Activations, norms, softmax,
+sampling, the optimiser, and adapters where nothing trains are left out, so nothing reaches it.
+"""
+
+import collections
+import dataclasses
+import os.path
+
+import numpy as np
+
+from spear_jax.benchmark.workload import Row, Workload
+from spear_jax.models import cost_model
+from spear_jax.models.config import ModelConfig, parse_config
+from spear_jax.models.io.tensor_map import DTYPES, places
+from spear_jax.models.lora import projection_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Floating-point operations, and bytes that have to move."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """A model's constants.
+
+    Attributes:
+        layers: W, weights of all projections; head: V D.
+        attention: FLOPs of one token for each position it sees, all layers.
+        adapter: R (in + out) over all adapted projections: the adapter's own numbers.
+        cache: bytes of one token's keys and values.
+        size: bytes of a weight.
+    """
+
+    layers: int
+    head: int
+    attention: int
+    adapter: int
+    cache: int
+    size: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of projections and head."""
+        return (self.layers + self.head) * self.size
+
+
+def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
+    """The constants of a model with adapters of that rank on all projections."""
+    shapes, size = projection_shapes(model).values(), DTYPES[dtype].itemsize
+    return Counts(
+        layers=model.layers * sum(i * o for i, o in shapes),
+        head=model.width * model.vocab_size,
+        attention=4 * model.layers * model.heads * model.head_width,
+        adapter=rank * model.layers * sum(i + o for i, o in shapes),
+        cache=2 * model.layers * model.kv_heads * model.head_width * size,
+        size=size,
+    )
+
+
+def prefill(c: Counts, lengths: np.ndarray, opening: int) -> Part:
+    """Prompts of int[B] tokens that all open with the same ones, and the distribution after each."""
+    again = opening * (len(lengths) - 1)
+    seen = (lengths * (lengths + 1) / 2).sum() - again * (opening + 1) / 2
+    flops = 2 * c.layers * (lengths.sum() - again) + c.attention * seen + 2 * c.head * len(lengths)
+    return Part(float(flops), float(c.weights + c.cache * lengths.sum()))
+
+
+def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
+    """The completions' tokens but the first, which the prefill gives: `new` - 1 steps of the whole batch."""
+    steps = new - 1
+    seen = (steps * lengths + steps * (steps + 1) / 2).sum()  # the s-th step sees p + s positions
+    flops = 2 * (c.layers + c.head) * steps * len(lengths) + c.attention * seen
+    return Part(float(flops), float(steps * c.weights + c.cache * seen))
+
+
+def train(c: Counts, rows: list[Row], opening: int) -> Part:
+    """One forward and backward of a client's rows, whose prompts all open with the same tokens."""
+    answers = collections.defaultdict(set)
+    for row in rows:
+        answers[tuple(row.prompt)].add(tuple(row.completion))
+    again = opening * (len(answers) - 1)
+    tokens, scored, seen = -again, 0, -again * (opening + 1) / 2
+    for prompt, completions in answers.items():
+        p = len(prompt)
+        tokens += p
+        seen += p * (p + 1) / 2
+        for n in map(len, completions):
+            tokens, scored = tokens + n, scored + n
+            seen += n * p + n * (n + 1) / 2
+    flops = 4 * c.layers * tokens + 3 * c.attention * seen + 4 * c.head * scored + 6 * c.adapter * tokens
+    return Part(float(flops), 2.0 * c.weights)
+
+
+def aggregate(c: Counts, clients: int) -> Part:
+    """The weighted mean of float32 adapters: all read, one written."""
+    return Part(2.0 * clients * c.adapter, 4.0 * (clients + 1) * c.adapter)
+
+
+def needs(work: Workload) -> dict[str, list[Part]]:
+    """The parts of every phase. A checkpoint's bytes are the adapter's, as if the disk were memory."""
+    preset = work.preset
+    c = count(parse_config(preset.shape), preset.rank, preset.dtype)
+    lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
+    shared = lambda prompts: len(os.path.commonprefix(sum(prompts, [])))
+
+    def reading(prompts: list[list[list[int]]]) -> Part:
+        return prefill(c, lengths(prompts), shared(prompts))
+
+    def generation(prompts: list[list[list[int]]]) -> list[Part]:
+        return [reading(prompts), decode(c, lengths(prompts), preset.new_tokens)]
+
+    mean = aggregate(c, preset.clients)
+    steps = [train(c, rows, shared(work.prompts)) for own in work.rows for rows in own]
+    first, revised = generation(work.prompts), generation(work.revisions)
+    return {
+        "rollout": first,
+        "revision": revised,
+        "evaluation": [reading([work.questions])],
+        "local_step": [steps[0]],
+        "aggregation": [mean],
+        "checkpoint": [Part(0.0, 4.0 * c.adapter)],
+        "round": [*first, *revised, *steps, mean],
+    }
+
+
+def tokens(work: Workload) -> dict[str, int]:
+    """What `tokens per second` counts: generated tokens; of questions and training rows all tokens as they are given."""
+    preset = work.preset
+    trained = [[sum(len(r.prompt) + len(r.completion) for r in rows) for rows in own] for own in work.rows]
+    generated = {
+        "rollout": preset.new_tokens * sum(map(len, work.prompts)),
+        "revision": preset.new_tokens * sum(map(len, work.revisions)),
+    }
+    return generated | {
+        "evaluation": sum(map(len, work.questions)),
+        "local_step": trained[0][0],
+        "round": sum(generated.values()) + sum(map(sum, trained)),
+    }
+
+
+def seconds(parts: list[Part], gemm: float, copy: float) -> float:
+    """The floor of a phase on a machine of `gemm` FLOP/s and `copy` bytes/s."""
+    return sum(max(part.flops / gemm, part.bytes / copy) for part in parts)
+
+
+def memory_needed(work: Workload, rival: bool) -> int:
+    """An estimate in bytes of what a benchmark holds at once: weights, and the larger of generation and local training.
+
+    Args: rival: whether the rival's process is there too; it holds full-vocabulary logits, once in its dtype and three times
+        in float32 (upcast, log-probabilities, gradient), for half of a step's rows.
+    """
+    preset = work.preset
+    model = parse_config(preset.shape)
+    c = count(model, preset.rank, preset.dtype)
+    weights = c.size * sum(int(np.prod(place.leaf_shape)) for place in places(model))
+    longest = max(len(prompt) for own in work.revisions + work.prompts for prompt in own) + preset.new_tokens
+    rows, length = preset.wins + preset.loses, preset.lengths[2] + preset.new_tokens
+
+    def held(rows_at_once: int, trained: int, logits: float) -> float:
+        cache = c.cache * longest * rows_at_once
+        step = cost_model.bytes_per_client(model, trained * length, length, 0, 4 * c.adapter, preset.remat) + logits
+        return weights + max(cache, step)
+
+    at_once = preset.clients_at_once or preset.clients
+    merged = c.layers * c.size  # a copy of the weights, where generation takes one
+    ours = held(preset.clients * preset.prompts, rows * at_once, 0.0) + merged
+    full = (c.size + 12) * (rows // 2) * length * model.vocab_size
+    return int(ours + (held(preset.prompts, rows // 2, full) if rival else 0.0))

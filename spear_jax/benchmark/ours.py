@@ -1,0 +1,296 @@
+"""This system's side: each phase through the functions that a round runs. All calls into the system stand in this file."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import os.path
+import pathlib
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+
+from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.benchmark.side import Side
+from spear_jax.benchmark.workload import Preset, Row, Workload, random_tensor
+from spear_jax.core.compilation import Compiles, trim_after_compiling
+from spear_jax.core.mesh import make_mesh, replicate, shard_rows
+from spear_jax.core.types import Example
+from spear_jax.experiment.checkpoint import Checkpoints
+from spear_jax.experiment.config import default_config
+from spear_jax.experiment.evaluator import Evaluator
+from spear_jax.federated import cohort_training, local_training
+from spear_jax.federated.aggregation.server_optimizer import ServerConfig, aggregate, init_server
+from spear_jax.models import cost_model
+from spear_jax.models.config import ModelConfig, parse_config
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.io.safetensors import SafetensorsFolder
+from spear_jax.models.io.tensor_map import DTYPES, MODULES, fill, places
+from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
+from spear_jax.packing import blocks as blocks_module
+from spear_jax.packing import rows as rows_module
+from spear_jax.packing.blocks import Keys, choose_room, choose_small
+from spear_jax.packing.rows import Item
+from spear_jax.rollout.policy import Policy, as_policy
+from spear_jax.rollout.prefill import plan_batches
+from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.token_sampling import SamplingConfig
+
+SERVER = ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)
+Told = dict[str, Any]
+_aggregate = jax.jit(aggregate, static_argnums=0)
+
+
+def build(work: Workload) -> Side:
+    """Loads or makes the weights on JAX's first device, and binds the phases."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # as `cli.run` does
+    trim_after_compiling()  # as `train` does
+    compiles, system = Compiles(), System(work)
+    device = jax.devices()[0]
+    return Side(
+        {
+            "rollout": system.rollout,
+            "revision": system.revision,
+            "evaluation": system.evaluation,
+            "local_step": lambda: system.train([steps[:1] for steps in work.rows[:1]])[2],
+            "aggregation": system.aggregation,
+            "checkpoint": system.checkpoint,
+            "round": system.round,
+            "cohort": system.cohort,
+        },
+        None if device.platform == "cpu" else lambda: device.memory_stats()["peak_bytes_in_use"],
+        compiles.take,
+    )
+
+
+class RandomTensors:
+    """The weights of a config out of `random_tensor`, as a source that `fill` reads."""
+
+    where = "random weights"
+
+    def __init__(self, config: ModelConfig):
+        self._shapes = {name: place.shape for place in places(config) for name in place.names}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> np.ndarray:
+        return random_tensor(name, self._shapes[name])
+
+
+class Labels:
+    """In place of a renderer: option number i, named str(i), is the i-th given token."""
+
+    def __init__(self, options: list[int]):
+        self.options = options
+
+    def continuation(self, label: str) -> list[int]:
+        return [self.options[int(label)]]
+
+
+class System:
+    """The frozen parts and the phases. A phase takes the global adapter as it was built, and changes nothing."""
+
+    def __init__(self, work: Workload):
+        preset = work.preset
+        config = parse_config(preset.shape)
+        lora = LoraConfig(preset.rank, 2.0 * preset.rank, 0.0, TARGETS)
+        self.work, self.preset = work, preset
+        self.decoder = Decoder(config, lora, preset.remat)
+        self.mesh = make_mesh(jax.devices()[:1])
+        source = SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)
+        self.base = replicate(fill(config, source, preset.dtype), self.mesh)
+        self.lora = replicate(random_adapter(config, lora), self.mesh)
+        self.state = init_server(SERVER, self.lora, {}, jax.random.key(0))
+        self.algorithm, self.local = spear(preset), local_config(preset)
+        self.rate = np.float32(preset.rate)
+        steps = [[step_items(step)] for own in work.rows for step in own]
+        longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
+        limit = default_config().train.block_tokens
+        slots = max(len(items) for (items,) in steps)
+        asked = sum(work.prompts, [])
+        opening = os.path.commonprefix(asked)[: min(map(len, asked)) - 1]  # no prompt is nothing but that
+        self.room = choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots, opening)
+        small = choose_small(steps, self.room)
+        self.small = None if small == self.room or self.local.clients_at_once > 1 else small
+        self.folder = tempfile.TemporaryDirectory()
+        self.checkpoints = Checkpoints(pathlib.Path(self.folder.name), keep_last=1, keep_best=0)
+        self.rounds = itertools.count(1)
+        self.cohort_size = 0
+
+    def policy(self) -> Policy:
+        """The base with the adapter, as rollouts take it."""
+        return as_policy(self.base, self.lora, self.decoder.lora, "none")
+
+    def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Told:
+        """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
+        flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
+        keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
+        opening = os.path.commonprefix(flat)
+        sampler, sampling = self.sampler(opening), sampling_config(self.preset, len(flat))
+        done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
+        plan, parts = plan_batches(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(opening))
+        fills = -(-len(parts) // (plan.rows // plan.part))  # all completions are of one length, and end together
+        held = fills * plan.rows * new + len(parts) * plan.room.tokens
+        return {
+            "answers": [completion.tokens for completion in done],
+            "padding": 1 - sum(len(prompt) - len(opening) + new for prompt in flat) / held,
+        }
+
+    def sampler(self, opening: list[int]) -> Sampler:
+        """With arrays where an experiment has them: placed in another way they would be another program's."""
+        place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
+        return Sampler(self.decoder, place, spread=spread, openings=[opening])
+
+    def rollout(self) -> Told:
+        return self.generate(self.policy(), self.work.prompts)
+
+    def revision(self) -> Told:
+        return self.generate(self.policy(), self.work.revisions)
+
+    def evaluation(self) -> Told:
+        names = tuple(map(str, range(len(self.work.options))))
+        questions = self.work.questions
+        evaluator = Evaluator(
+            task=None,
+            renderer=Labels(self.work.options),
+            decoder=self.decoder,
+            sampler=self.sampler(os.path.commonprefix(questions)),
+            examples=[Example("", "", names, names, 0) for _ in questions],
+            prompts=questions,
+            method="choice",
+            sampling=sampling_config(self.preset, 1),
+            rows=min(len(questions), default_config().eval.rows),
+        )
+        scores = evaluator.choice_scores(self.base, self.lora)
+        return {"choices": np.argmax(scores, axis=1).tolist()}
+
+    def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Told]:
+        """Every client's optimiser steps; rows: [C][S] lists.
+
+        Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of the rows.
+        """
+        at_once = min(self.local.clients_at_once, len(rows))
+        local, small = dataclasses.replace(self.local, clients_at_once=at_once), self.small if at_once == 1 else None
+        keys = Keys()
+        blocks = [[blocks_module.plan([step_items(step)], self.room, keys) for step in own] for own in rows]
+        depth = max(len(step) for own in blocks for step in own)
+        count = len(rows)
+        # without dropout no key is read
+        members = np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, bool)
+        shared = local_training.Shared(self.lora, self.base, (), {}, self.rate)
+        packed = cohort_training.Rows(blocks, depth, self.room, small)
+        found = cohort_training.train(self.algorithm, self.decoder, local, self.mesh, shared, packed, members)
+        jax.block_until_ready(found.total)
+        loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
+        return found.total, found.mass, {"loss": float(loss), "padding": 1 - found.tokens / found.read}
+
+    def aggregation(self) -> Told:
+        weight = np.ones(self.preset.clients, np.float32)
+        total = _weighted_sum([self.lora] * self.preset.clients, weight)
+        state, _ = _aggregate(SERVER, self.state, total, weight.sum())
+        jax.block_until_ready(state.lora)
+        return {}
+
+    def checkpoint(self) -> Told:
+        self.checkpoints.save(self.state.replace(round=np.int32(next(self.rounds))), {}, {})
+        self.checkpoints.wait()
+        return {}
+
+    def round(self) -> Told:
+        policy = self.policy()
+        self.generate(policy, self.work.prompts)
+        self.generate(policy, self.work.revisions)
+        del policy  # as in a round, the merged weights are not held while training
+        return self.train_and_aggregate(self.preset.clients)
+
+    def cohort(self, size: int) -> Told:
+        """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would count as this one's."""
+        if size != self.cohort_size:
+            jax.clear_caches()
+        self.cohort_size = size
+        return self.train_and_aggregate(size)
+
+    def train_and_aggregate(self, size: int) -> Told:
+        """A round's second half for any number of clients, which repeat the workload's."""
+        rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
+        total, mass, told = self.train(rows)
+        state, _ = _aggregate(SERVER, self.state, total, mass)
+        jax.block_until_ready(state.lora)
+        return told
+
+
+@jax.jit
+def _weighted_sum(adapters: list[dict], weight: jax.Array) -> dict:
+    """Σ w θ, which `train_cohort` accumulates as clients finish."""
+    return jax.tree.map(lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters)
+
+
+def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
+    """The adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
+
+    def stack(target: str, side: str, shape: tuple[int, int]) -> np.ndarray:
+        names = [f"layers.{i}.{MODULES[target]}.lora_{side}.weight" for i in range(lora_layers(lora, config))]
+        return np.stack([random_tensor(name, shape).T for name in names])
+
+    shapes = projection_shapes(config)
+    return {
+        target: {
+            "a": stack(target, "A", (lora.rank, shapes[target][0])),
+            "b": stack(target, "B", (shapes[target][1], lora.rank)),
+        }
+        for target in lora.targets
+    }
+
+
+def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
+    """No EOS, so that every completion has exactly new_tokens; as many rows in a batch as the config's memory allows."""
+    itemsize = DTYPES[preset.dtype].itemsize
+    tokens, read = cost_model.generation_tokens(parse_config(preset.shape), itemsize, default_config().rollout.cache_mb)
+    return SamplingConfig(
+        max_new_tokens=preset.new_tokens,
+        temperature=preset.temperature,
+        top_k=0,
+        top_p=preset.top_p,
+        eos_ids=(),
+        pad_id=0,
+        max_rows=rows,
+        max_tokens=tokens,
+        read_tokens=read,
+    )
+
+
+def spear(preset: Preset) -> Spear:
+    """The method with the preset's numbers."""
+    settings = dataclasses.replace(SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin)
+    shell = Shell(preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ())
+    return Spear(settings, shell)
+
+
+def local_config(preset: Preset) -> local_training.LocalConfig:
+    """Local training by the config's defaults: AdamW, clipped at 1, no decay, no regulariser."""
+    train = default_config().train
+    return local_training.LocalConfig(
+        clients_at_once=preset.clients_at_once or preset.clients,
+        normalize=train.normalize,
+        clip=train.clip,
+        weight_decay=train.weight_decay,
+        anchor_weight=train.anchor_weight,
+        anchor_gradient=train.anchor_gradient,
+        prox=0.0,
+        ema_decay=train.ema_decay,
+        head_chunk=train.head_chunk,
+    )
+
+
+def step_items(rows: list[Row | None]) -> list[Item]:
+    """An optimiser step's rows as the system has them; every completion token counts."""
+    return [(training_row(row),) for row in rows if row]
+
+
+def training_row(row: Row) -> rows_module.Row:
+    """One row, all of its completion tokens in use."""
+    return rows_module.Row(row.prompt, row.completion, np.ones(len(row.completion), bool), row.confidence, row.label)

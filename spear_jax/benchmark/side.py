@@ -1,0 +1,76 @@
+"""One side of a benchmark in a process of its own: runs a phase when asked, and tells its seconds and its memory."""
+
+import collections
+import dataclasses
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from spear_jax.benchmark import machine
+from spear_jax.benchmark.workload import Workload
+
+
+@dataclasses.dataclass
+class Side:
+    """What `ours.build` and `rival.build` return.
+
+    Attributes:
+        phases: by name; a call runs the phase, waits until all of it is done, and returns what there is to tell.
+        device_peak: the device's high-water mark in bytes, which nothing resets; None where memory is the process's own.
+        compiled: what was compiled since it was last asked; empty on a side that does not compile.
+    """
+
+    phases: dict[str, Callable[..., dict[str, Any]]]
+    device_peak: Callable[[], int] | None
+    compiled: Callable[[], dict[str, float]] = dict
+
+
+def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
+    """Builds a side; returns what answers (phase, *arguments).
+
+    An answer holds what the phase tells, seconds, and what was compiled. The first two answers to a question also hold
+    resting_bytes and peak_bytes, resident before the phase and at most during it (on a GPU 0, and the device's mark since the
+    process began). Before these two the allocator gives back what it kept; not before later ones, which would have to fetch it
+    again.
+
+    All but the first answer let the phase settle: a virtual machine takes memory that nobody touches while the other side has
+    its turn, and fetching it back is not the phase's work.
+
+    Args: name: "ours" or "rival".
+    """
+    side = importlib.import_module(f"spear_jax.benchmark.{name}").build(work)
+    asked: collections.Counter[tuple] = collections.Counter()
+
+    def answer(question: tuple) -> dict[str, Any]:
+        phase, *arguments = question
+        asked[question] += 1
+        settle = 0.0 if asked[question] == 1 else work.preset.settle
+        fresh = asked[question] <= 2
+        resting = machine.reset_peak() if fresh else 0
+        side.compiled()  # building the side compiles, too
+        told, seconds = run_settled(lambda: side.phases[phase](*arguments), settle)
+        told |= {"seconds": seconds, **side.compiled()}
+        if not fresh:
+            return told
+        if side.device_peak is not None:
+            return told | {"resting_bytes": 0, "peak_bytes": side.device_peak()}
+        return told | {"resting_bytes": resting, "peak_bytes": machine.peak_bytes()}
+
+    return answer
+
+
+def run_settled(run: Callable[[], dict[str, Any]], settle: float) -> tuple[dict[str, Any], float]:
+    """Runs a phase again and again, `settle` seconds untimed and as many timed.
+
+    Returns: what the last run told; the median seconds of the runs begun in the timed half, or of the last where none did.
+    """
+    turn = time.perf_counter()
+    runs: list[tuple[float, float]] = []  # seconds into the turn, and seconds taken
+    while not runs or sum(runs[-1]) < 2 * settle:
+        began = time.perf_counter()
+        told = run()
+        runs.append((began - turn, time.perf_counter() - began))
+    timed = [took for begin, took in runs if begin >= settle] or [runs[-1][1]]
+    return told, statistics.median(timed)

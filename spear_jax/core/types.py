@@ -1,0 +1,122 @@
+"""The nouns of the project: what travels between host and device, and the letters of its shapes.
+
+Dimension key
+    C clients · S local steps · A micro-batches · K blocks · B rows · J reference adapters · P prompt tokens · T completion tokens
+    N packed tokens · R packed trees · L cells of a tree (elsewhere: layers) · M scored tokens
+    V vocabulary · D model width · H heads · N key/value heads · K head width (of a decoder) · F mlp width · R rank · L layers
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass
+class Cohort:
+    """This round's clients.
+
+    Attributes:
+        round: 1-based.
+        clients: client ids.
+        indices: for each client, the positions of its examples in the training set.
+        rngs: for each client, the host's random generator of this round, by purpose.
+    """
+
+    round: int
+    clients: list[int]
+    indices: list[np.ndarray]
+    rngs: Callable[[int, str], np.random.Generator]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One question, with labelled options where its task has them; host only.
+
+    Attributes:
+        id: unique within its split.
+        question: the text that is asked, without options.
+        options: the option texts, in the order shown; () for a task without options.
+        labels: how an answer names each option ("A", "B", ... or "yes", "no"); same length as `options`.
+        gold: index of the right option; 0 for a task without options.
+        support: text that a feedback provider may hint from (solution lines, facts, a category); never shown in a prompt.
+        response: the gold completion's text as it follows the header; "" where the task derives it.
+        rejected: the dispreferred completion of a preference row, likewise; "" elsewhere.
+    """
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    labels: tuple[str, ...]
+    gold: int
+    support: tuple[str, ...] = ()
+    response: str = ""
+    rejected: str = ""
+
+
+@dataclasses.dataclass
+class Attempt:
+    """One completion of one prompt; host only.
+
+    Attributes:
+        prompt: token ids the model saw.
+        completion: token ids the model sampled, EOS included when it was generated; these ids are trained on.
+        logprobs: their log-probabilities in nats under the untempered rollout policy; same length.
+        text: the decoded completion without special tokens.
+        correct: the oracle's verdict.
+        feedback: what the user said of the attempt before this one; "" for a first answer.
+        touched: where this is a lose whose sampled ids are trained on: whether unlikelihood may touch each token.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    logprobs: list[float]
+    text: str
+    correct: bool
+    feedback: str = ""
+    touched: list[bool] | None = None
+
+
+@dataclasses.dataclass
+class Trace:
+    """A client's conversation about one example: a first answer, then revisions until right or out of attempts."""
+
+    client: int
+    example: Example
+    attempts: list[Attempt]
+
+    @property
+    def first(self) -> Attempt:
+        return self.attempts[0]
+
+    @property
+    def last(self) -> Attempt:
+        return self.attempts[-1]
+
+
+@dataclasses.dataclass
+class Tally:
+    """Tokens since the last reading: read as prompts, scored by a frozen policy, and generated."""
+
+    prompt: int = 0
+    scored: int = 0
+    generated: int = 0
+
+    def clear(self) -> None:
+        self.prompt = self.scored = self.generated = 0
+
+
+@flax.struct.dataclass
+class Mean:
+    """A ratio that is divided once: `total / count` (0 where nothing was counted)."""
+
+    total: jax.Array
+    count: jax.Array
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        return float(self.total) / float(self.count) if float(self.count) else 0.0

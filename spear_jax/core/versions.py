@@ -1,0 +1,3 @@
+"""Names the packages whose versions a run records."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")

@@ -1,0 +1,148 @@
+"""One Orbax step a round, holding the whole server state, its digest, and the round's metrics line."""
+
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from spear_jax.core import pytrees
+from spear_jax.core.errors import UserError
+from spear_jax.core.mesh import wait_for_all, writes
+from spear_jax.experiment.builder import Experiment
+from spear_jax.federated.state import ServerState
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run.
+
+    Saving is asynchronous; `wait` blocks until everything is on disk. The newest `keep_last` rounds and the `keep_best`
+    rounds of highest eval/accuracy stay, everything else is deleted. `read_only` leaves the folder as it is, so that a
+    running experiment can be read.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False):
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.read_only = folder.resolve(), read_only
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["accuracy"], n=keep_best, keep_checkpoints_without_metrics=False
+        )
+        keep = [policies.LatestN(keep_last), *([best] if keep_best else [])]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            best_fn=lambda metrics: metrics["accuracy"],
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: ServerState, line: dict[str, Any], shapes: dict[str, Any]) -> None:
+        """Starts saving a round.
+
+        Args:
+            line: the round's line of metrics.jsonl.
+            shapes: the sampler's open shapes (`Sampler.shapes`).
+        """
+        tree = _as_tree(state)
+        step = int(tree["round"])
+        accuracy = line.get("eval/accuracy")
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(tree),
+                meta=ocp.args.JsonSave({"digest": pytrees.digest(tree), "line": line, "shapes": shapes}),
+            ),
+            metrics=None if accuracy is None else {"accuracy": accuracy},
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Blocks until all saves are on disk."""
+        self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def rounds(self) -> list[int]:
+        """Saved rounds, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def restore(self, like: ServerState, round: int | None = None) -> tuple[ServerState, dict[str, Any]] | None:
+        """The newest whole checkpoint, or that of `round`.
+
+        A checkpoint that cannot be read, or whose digest differs from its content, is reported on stderr and moved aside
+        (`<round>.corrupt`), and the one before it is taken.
+
+        Args: like: a state of the same structure, shapes and dtypes.
+        Returns: the state (numpy leaves) and {"line", "shapes"} as saved; None where there is no checkpoint.
+        Raises: UserError when `round` is named and not there or not whole, or when all checkpoints are corrupt.
+        """
+        saved = self.rounds()
+        if round is not None and round not in saved:
+            raise UserError(f"no checkpoint of round {round} in {self.folder}; saved rounds: {saved or 'none'}.")
+        candidates = [round] if round is not None else saved[::-1]
+        for step in candidates:
+            state, meta, problem = self._read(step, like)
+            if problem is None:
+                return state, meta
+            print(f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr)
+            if round is None and not self.read_only:
+                self._set_aside(step)
+        if candidates:
+            raise UserError(
+                f"no whole checkpoint in {self.folder} (tried rounds {candidates}); "
+                "start again in a new workdir, or with --resume=never after removing this one."
+            )
+        return None
+
+    def _read(self, step: int, like: ServerState) -> tuple[ServerState | None, dict, str | None]:
+        template = jax.tree.map(np.zeros_like, _as_tree(like))
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
+        # Orbax and TensorStore raise many types for damaged files; each one means that this step cannot be used.
+        try:
+            found = self.manager.restore(step, args=args)
+        except Exception as error:
+            return None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        if pytrees.digest(found.state) != found.meta["digest"]:
+            return None, {}, "its content does not match its digest"
+        return ServerState(**found.state), found.meta, None
+
+    def _set_aside(self, step: int) -> None:
+        target = self.folder / f"{step}.corrupt"
+        wait_for_all(f"read {target}")
+        if writes():
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+            print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
+        wait_for_all(f"moved {target}")
+        self.manager.reload()
+
+
+def saved_rounds(workdir: pathlib.Path) -> list[int]:
+    """The rounds that have a checkpoint, oldest first."""
+    return sorted(int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdecimal())
+
+
+def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tuple[ServerState, dict[str, Any]]:
+    """A run folder's newest whole checkpoint, or that of `round`, without touching the folder; UserError where there is none."""
+    folder = workdir / "checkpoints"
+    keep = built.config.checkpoint
+    found = None
+    if folder.is_dir():
+        found = Checkpoints(folder, keep.keep_last, keep.keep_best, read_only=True).restore(
+            built.initial_state(), round
+        )
+    if found is None:
+        raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation of `train` to finish.")
+    return found
+
+
+def _as_tree(state: ServerState) -> dict[str, Any]:
+    names = ("lora", "opt_state", "memory", "round", "key")
+    return jax.tree.map(np.asarray, {name: getattr(state, name) for name in names})

@@ -1,0 +1,188 @@
+"""Models and tasks that all methods' configs share: a method's config is the task's, with the method's name and its own numbers.
+
+The argument of every configs/<method>.py is "<task>,<model>[,variant...]".
+Tasks: arc_challenge, arc_easy, hellaswag, math_mcqa, strategy_qa, facts and reasoned (embedded), gsm8k, ultrachat.
+Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m, tiny (embedded; what the two embedded tasks need).
+Variants: reference (the method's published code, defects included, where it has one), cpu (real questions and a small real
+model on two cores), small (the embedded tasks at the size that `compare` is documented with).
+"""
+
+import ml_collections
+
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment.config import default_config, set_preset
+
+# name -> (model, dtype)
+MODELS = {
+    "tiny": ("tiny", "float32"),
+    "smollm2-135m": ("models/smollm2-135m-instruct", "float32"),
+    "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", "bfloat16"),
+    "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "bfloat16"),
+}
+EMBEDDED = ("facts", "reasoned")
+# rounds, clients, examples/client, rollouts, steps, new tokens, tail, loses/win, hint words, prompt limit
+PAPER = {
+    "arc_challenge": (100, 3, 400, 160, 5, 256, 0, 2.0, 3, 2048),
+    "hellaswag": (50, 5, 400, 160, 10, 256, 0, 2.0, 3, 2048),
+    "math_mcqa": (50, 3, 500, 80, 5, 512, 32, 4.0, 10, 2048),
+    "strategy_qa": (100, 5, 400, 80, 5, 256, 24, 4.0, 0, 1024),
+}
+# Not in the paper: ARC-Easy as ARC-Challenge; the two response datasets with MATH's batch and SPIN's lengths.
+PAPER["arc_easy"] = PAPER["arc_challenge"]
+PAPER["gsm8k"] = PAPER["math_mcqa"]
+PAPER["ultrachat"] = (50, 5, 400, 80, 5, 256, 0, 2.0, 0, 1024)
+
+
+def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
+    """The config of a method for "<task>,<model>[,variant...]"; raises UserError for an unknown name."""
+    parts = arg.split(",") if arg else []
+    if len(parts) < 2:
+        raise UserError(
+            f"configs/{method}.py takes TASK,MODEL behind a colon, for example "
+            f"configs/{method}.py:arc_challenge,qwen2.5-1.5b; got {arg!r}."
+        )
+    task, model, *variants = parts
+    if task not in (*EMBEDDED, *PAPER):
+        raise unknown("task", task, (*EMBEDDED, *PAPER))
+    if model not in MODELS:
+        raise unknown("model", model, MODELS)
+    if task in EMBEDDED and model != "tiny":
+        raise UserError(
+            f"task {task!r} is about facts that only the embedded model lacks; give {task},tiny instead of model {model!r}."
+        )
+    config = embedded_config(task) if task in EMBEDDED else paper_config(task, model)
+    config.algorithm.name = method
+    _numbers_of(method, config, task)
+    known = {"small": small} if task in EMBEDDED else {"cpu": cpu}
+    for name in variants:
+        if name == "reference":
+            set_preset(config, name)
+        elif name in known:
+            known[name](config)
+        else:
+            raise unknown("variant", name, ("reference", *known))
+    return config
+
+
+def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> None:
+    """What a method's published configs set beyond the task's own: batch shapes, groups and learning rates."""
+    if method == "grpo":
+        config.rollout.top_p = 1.0  # the nucleus is not in the log-probabilities
+        if task in ("math_mcqa", "strategy_qa", "gsm8k"):
+            config.grpo.group = 2
+        if task == "strategy_qa":
+            config.grpo.kl_weight = 0.1
+        if task in PAPER:
+            prompts, accumulation = (2, 8) if task in ("math_mcqa", "gsm8k") else (4, 4)
+            config.train.batch_size, config.train.accumulation = prompts, accumulation
+        else:
+            config.train.batch_size = 16
+    if method in ("spin", "tpaw", "iris", "space", "spif", "tspin"):
+        config.rollout.temperature = config.rollout.top_p = 1.0  # synthetic responses are the opponent's own
+    if method == "rltf_sd":
+        if task in ("math_mcqa", "strategy_qa", "gsm8k"):
+            config.rltf_sd.samples = 2
+        if task == "strategy_qa":
+            config.rltf_sd.kl_weight = 0.1
+
+
+def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
+    """SPEAR's published settings for a task and a model.
+
+    Source: the configs published with SPEAR (arXiv 2605.07977), 4 datasets x 2 models. Other models take Qwen2.5-1.5B's.
+    """
+    config = default_config()
+    config.seed = 42  # published seeds: 42, 43, 44
+    config.task = task
+    config.model, config.dtype = MODELS[model]
+    rounds, clients, examples, rollouts, steps, tokens, tail, ratio, words, length = PAPER[task]
+    config.rounds = rounds
+    config.federation.num_clients = 50
+    config.federation.clients_per_round = clients
+    config.federation.max_examples_per_client = examples
+    config.rollout.examples = rollouts
+    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = tokens
+    config.rollout.hint_words = words
+    config.data.max_prompt_tokens = length - tokens
+    config.data.max_response_tokens = tokens
+    config.train.steps = steps
+    config.spear.tail = tail
+    config.spear.max_lose_ratio = ratio
+    config.spear.skip_math_ops = task == "math_mcqa"
+    batch, accumulation = 16, 1
+    if task == "math_mcqa":
+        batch, accumulation = 4, 4
+    elif model == "llama-3.2-3b" and task != "strategy_qa":
+        batch, accumulation = 8, 2
+    config.train.batch_size, config.train.accumulation = batch, accumulation
+    rate, low = {"math_mcqa": (5.05e-5, 1e-5), "strategy_qa": (1e-4, 5e-5)}.get(task, (5e-5, 1e-5))
+    config.train.rate, config.train.rate_min = rate, low
+    config.train.remat = "layers"
+    return config
+
+
+def embedded_config(task: str) -> ml_collections.ConfigDict:
+    """The embedded tasks: a tiny model, eight clients, minutes on a CPU."""
+    config = default_config()
+    config.task = task
+    config.model = "tiny"
+    config.rounds = 12
+    config.federation.num_clients = 8
+    config.federation.clients_per_round = 8
+    config.rollout.examples = 112
+    config.rollout.temperature = 1.0
+    config.rollout.top_p = 1.0
+    config.rollout.max_rows = 256
+    config.rollout.max_new_tokens = 3
+    config.rollout.max_new_tokens_revision = 3
+    config.eval.every = 2
+    config.eval.rows = 128
+    config.lora.dropout = 0.0
+    config.train.steps = 10
+    config.train.batch_size = 32
+    config.train.rate = 5e-3
+    config.train.rate_min = 1e-3
+    if task == "reasoned":
+        config.rollout.max_new_tokens = 24
+        config.rollout.max_new_tokens_revision = 24
+        config.eval.max_new_tokens = 24
+        config.spear.tail = 8
+    return config
+
+
+def small(config: ml_collections.ConfigDict) -> None:
+    """Four clients, and fewer questions and steps a round, for grids of many runs."""
+    config.rounds = 32
+    config.federation.num_clients = config.federation.clients_per_round = 4
+    config.rollout.examples = 48
+    config.train.steps = 5
+    config.train.batch_size = 16
+    config.eval.every = 4
+    if config.algorithm.name == "grpo":
+        config.train.batch_size = 8
+    config.record_traces = False
+    config.federation.clients_at_once = 1  # on a CPU one client fills the cores, and its arrays the cache
+    # The better of two rates, 5e-3 and 1.25e-2, at seed 100 and 4,000 generated tokens: the same search for every method.
+    if config.algorithm.name in ("spear", "feedback_sft", "grpo", "rltf_sd", "tpaw", "space"):
+        config.train.rate, config.train.rate_min = 1.25e-2, 2.5e-3
+
+
+def cpu(config: ml_collections.ConfigDict) -> None:
+    """A few clients and rounds, short answers: real questions and a small real model on two cores."""
+    config.rounds = 8
+    config.federation.num_clients = 10
+    config.federation.clients_per_round = 3
+    config.federation.max_examples_per_client = 100
+    config.rollout.examples = 24
+    config.rollout.num_revisions = 1
+    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = 8
+    config.rollout.max_rows = 32
+    config.federation.clients_at_once = 1
+    config.train.steps = 2
+    config.train.batch_size, config.train.accumulation = 4, 1
+    config.lora.dropout = 0.0
+    # 16 optimiser steps in all: the published rate would not show
+    config.train.rate, config.train.rate_min = 5e-4, 1e-4
+    config.eval.every = 4
+    config.eval.limit = 200
+    config.eval.rows = 16

@@ -1,0 +1,296 @@
+"""Local training: one client's optimiser steps as a pure function, mapped over the cohort and summed as it goes.
+
+Clients run `clients_at_once` at a time (vmap) inside a scan over chunks, on every device of the mesh's `clients` axis. The
+weighted sum of their adapters is accumulated chunk by chunk, so memory does not grow with the cohort unless a method asks for
+every client's own adapter between its phases. The base is an argument shared by all of them.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from spear_jax.algorithms import losses
+from spear_jax.algorithms.base import Algorithm
+from spear_jax.core import pytrees
+from spear_jax.core.mesh import CLIENTS, MODEL
+from spear_jax.core.rng import path_key, purpose
+from spear_jax.core.types import Mean
+from spear_jax.federated.state import ClientState
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.token_logprobs import Scorer, by_row
+from spear_jax.packing.arrays import Block
+from spear_jax.packing.prefix_tree import shrink
+from spear_jax.packing.shape_buckets import Room
+
+DROPOUT = purpose("dropout")
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """Static settings of a client's local training.
+
+    Attributes:
+        clients_at_once: clients that one device trains together.
+        normalize: "global" divides by the counts of the whole optimiser step, "micro" averages micro-batch means.
+        clip: gradients are scaled down to this global norm.
+        weight_decay: AdamW's.
+        anchor_weight: λ of L_anchor; anchor_gradient False repeats the published code's anchor, whose gradient is lost.
+        prox: FedProx's μ.
+        ema_decay: e; after training θ ← e θ_global + (1 − e) θ.
+        head_chunk: positions per LM-head block.
+    """
+
+    clients_at_once: int
+    normalize: str
+    clip: float
+    weight_decay: float
+    anchor_weight: float
+    anchor_gradient: bool
+    prox: float
+    ema_decay: float
+    head_chunk: int
+
+
+@flax.struct.dataclass
+class Work:
+    """What a client trains on. Leading axes [C, S] for a round.
+
+    Attributes:
+        blocks: leading axis K; those behind `count` are empty.
+        count: int32, blocks of the step.
+        fits: bool, leading axis K: which blocks go through the model in the small room.
+        small: that room; None: all blocks as they are.
+    """
+
+    blocks: Block
+    count: jax.Array
+    fits: jax.Array
+    small: Room | None = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Shared:
+    """What all clients of a round have in common; replicated over devices.
+
+    Attributes:
+        start: the global adapter.
+        base: decoder parameters.
+        references: the method's J frozen adapters.
+        numbers: {name: array}, what its loss needs besides the batch.
+        rate: float32[], the round's learning rate.
+    """
+
+    start: dict
+    base: dict
+    references: tuple[dict, ...]
+    numbers: dict
+    rate: jax.Array
+
+
+def optimiser(config: LocalConfig) -> optax.GradientTransformation:
+    """Clipped AdamW of rate 1: the round's rate multiplies the finished update, decay included, so that it can change
+    between rounds without compiling."""
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay))
+
+
+def local_update(
+    algorithm: Algorithm,
+    decoder: Decoder,
+    config: LocalConfig,
+    shared: Shared,
+    client: ClientState,
+    work: Work,
+    key: jax.Array,
+) -> tuple[ClientState, dict[str, Mean]]:
+    """A client's phase: S AdamW steps, each over as many blocks as it takes.
+
+    A step is three loops over its blocks: what stays fixed while the client trains is scored (references, and where the
+    denominators need them the log-probabilities themselves), the denominators are summed, and gradients are added up.
+
+    Args:
+        client: its adapter and moments at the phase's start.
+        work: leading axes [S].
+        key: the client's key of this phase.
+    Returns: adapter and moments afterwards; metrics summed over steps.
+    Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps with a non-finite
+    gradient norm skipped).
+    """
+    plain = Scorer(decoder, shared.base, config.head_chunk)
+    dropout = decoder.lora.dropout > 0.0 and algorithm.dropout
+
+    def forward(lora, block, at):
+        scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
+        return algorithm.forward(scorer, lora, block, shared.references)
+
+    def step(carry, xs):
+        lora, opt_state, numbers = carry
+        work, index = xs
+        keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(jnp.arange(work.blocks.micro.shape[0]))
+        blocks, held = _fixed(algorithm, plain, forward, shared.references, client.lora, lora, work, keys)
+        sums, counts = _counts(algorithm, config.normalize, blocks, held, numbers)
+
+        def gradient(k):
+            block, at, count, fits = jax.tree.map(lambda x: x[k], (blocks, keys, counts, work.fits))
+
+            def of(block):
+                loss = lambda lora: algorithm.loss(block.rows, by_row(block, forward(lora, block, at)), count, numbers)
+                return jax.value_and_grad(loss, has_aux=True)(lora)
+
+            if work.small is None:
+                return of(block)
+            return jax.lax.cond(fits, lambda: of(shrink(block, work.small)), lambda: of(block))
+
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+        add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
+        (loss, means), grads = jax.lax.fori_loop(0, work.count, add, zero)
+        extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(lora, shared.start)
+        grads = jax.tree.map(jnp.add, grads, extra_grads)
+        norm = pytrees.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        updates, moved = optimiser(config).update(
+            pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads)), opt_state, lora
+        )
+        stepped = optax.apply_updates(lora, jax.tree.map(lambda u: shared.rate * u, updates))
+        lora, opt_state = pytrees.where(finite, (stepped, moved), (lora, opt_state))
+        one = jnp.float32(1)
+        means |= {
+            "loss": Mean(jnp.where(finite, loss + extra, 0.0), finite.astype(jnp.float32)),
+            "grad_norm": Mean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
+            "skipped_steps": Mean(1.0 - finite, one),
+        }
+        return (lora, opt_state, dict(algorithm.advance(numbers, sums))), means
+
+    steps = jnp.arange(work.count.shape[0])
+    (lora, opt_state, _), means = jax.lax.scan(step, (client.lora, client.opt_state, shared.numbers), (work, steps))
+    return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
+
+
+def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> tuple[Block, jax.Array | None]:
+    """The blocks with what stays fixed while the client trains, and where `two_pass` the rows' log-probabilities [K, B, T]."""
+    score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
+    passes = [score(reference) for reference in references if algorithm.cached]
+    passes += [score(start)] * algorithm.scores_old
+    passes += [lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))] * algorithm.two_pass
+    if not passes:
+        return work.blocks, None
+
+    def fill(k, kept):
+        block, at = jax.tree.map(lambda x: x[k], (work.blocks, keys))
+        return kept.at[k].set(jnp.stack([by_row(block, one(block, at)) for one in passes], axis=1))
+
+    blocks, rows = work.blocks, work.blocks.rows
+    size, length = rows.completion_mask.shape[1:]
+    empty = jnp.zeros((keys.shape[0], size, len(passes), length), jnp.float32)
+    found = jax.lax.fori_loop(0, work.count, fill, empty)  # [K, B, passes, T]
+    held = found[:, :, -1] if algorithm.two_pass else None
+    if algorithm.scores_old:
+        rows = rows.replace(old=found[:, :, len(passes) - 1 - algorithm.two_pass])
+    if references and algorithm.cached:
+        rows = rows.replace(reference=found[:, :, : len(references)])
+    return blocks.replace(rows=rows), held
+
+
+def _counts(algorithm, normalize, blocks, held, numbers):
+    """The step's denominators, and what each block [K] divides by: those, or the number of micro-batches times its own's
+    ("micro": a mean of means)."""
+    if held is None:
+        counts = jax.vmap(lambda rows: algorithm.counts(rows, None, numbers))(blocks.rows)
+    else:
+        counts = jax.vmap(lambda rows, x: algorithm.counts(rows, x, numbers))(blocks.rows, held)
+    sums = jax.tree.map(lambda c: c.sum(0), counts)
+    if normalize == "global" and not algorithm.micro:
+        return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), counts)
+    same = blocks.micro[:, None] == blocks.micro[None, :]
+    return sums, jax.tree.map(
+        lambda c: algorithm.shell.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1), counts
+    )
+
+
+def _regulariser(config: LocalConfig, lora: dict, start: dict) -> jax.Array:
+    """λ_anchor L_anchor + (μ/2) ‖θ − θ_global‖²."""
+    value = jnp.float32(0)
+    if config.anchor_weight:
+        held = lora if config.anchor_gradient else jax.lax.stop_gradient(lora)
+        value += config.anchor_weight * losses.anchor(held, start)
+    if config.prox:
+        value += config.prox / 2 * pytrees.global_norm(jax.tree.map(jnp.subtract, lora, start)) ** 2
+    return value
+
+
+def train_cohort(
+    algorithm: Algorithm,
+    decoder: Decoder,
+    config: LocalConfig,
+    mesh: Mesh,
+    keep: bool,
+    shared: Shared,
+    carried: ClientState | None,
+    work: Work,
+    keys: jax.Array,
+    weight: jax.Array,
+    active: jax.Array,
+) -> tuple[dict, jax.Array, dict[str, Mean], ClientState | None]:
+    """Trains a cohort in one program.
+
+    Args:
+        keep: whether every client's own state comes back, for a next phase (memory then grows with the cohort).
+        carried: the clients' states, leaves [C, ...]; None: each starts from the global adapter with zero moments.
+        work: leading axes [C, S]; C is a multiple of devices * clients_at_once (`padded_clients`).
+        keys: uint32[C, 2] key data of each client's phase.
+        weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter they had).
+    Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients' states where kept.
+    """
+
+    def device(shared, carried, *per_client):
+        def one(client, work, key):
+            if client is None:
+                client = ClientState(shared.start, optimiser(config).init(shared.start))
+            new, means = local_update(algorithm, decoder, config, shared, client, work, jax.random.wrap_key_data(key))
+            return client.lora, new, means
+
+        def chunk(sums, xs):
+            carried, (work, keys, weight, active) = xs
+            mapped = pytrees.each(one, in_axes=(None if carried is None else 0, 0, 0))
+            old, new, means = mapped(carried, work, keys)
+            shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
+            e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
+            ended = jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, shared.start, new.lora) if e else new.lora
+            lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
+            total = jax.tree.map(lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora)
+            means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
+            return (total, sums[1] + weight.sum()), (means, new.replace(lora=lora) if keep else None)
+
+        split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
+        zero = (jax.tree.map(jnp.zeros_like, shared.start), jnp.float32(0))
+        sums, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
+        means, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
+        return jax.tree.map(lambda x: x[None], sums), means, states
+
+    if mesh.shape[MODEL] > 1:
+        # the loop over blocks then holds collectives, which all devices must come to equally often
+        work = work.replace(count=jnp.broadcast_to(work.count.max(0), work.count.shape))
+    clients = Spec(CLIENTS)
+    run = jax.shard_map(
+        device,
+        mesh=mesh,
+        in_specs=(Spec(), clients, clients, clients, clients, clients),
+        out_specs=clients,
+        axis_names={CLIENTS},  # the other axis, over which the base may be split, is the compiler's
+        check_vma=False,
+    )
+    sums, means, states = run(shared, carried, work, keys, weight, active)
+    whole = NamedSharding(mesh, Spec())
+    total, mass = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), sums)
+    return total, mass, means, states
+
+
+def padded_clients(clients: int, at_once: int, devices: int) -> int:
+    """C rounded up to whole chunks on every device."""
+    block = at_once * devices
+    return -(-clients // block) * block

@@ -1,0 +1,38 @@
+"""The states that federated training carries from step to step and from round to round."""
+
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class ClientState:
+    """One client in the middle of a round (or a cohort of them, with a leading axis C).
+
+    Attributes:
+        lora: its adapter.
+        opt_state: its optimiser's moments.
+    """
+
+    lora: Any
+    opt_state: Any
+
+
+@flax.struct.dataclass
+class ServerState:
+    """Everything that a run needs to go on; exactly what Orbax saves.
+
+    Attributes:
+        lora: the global adapter.
+        opt_state: server moments (empty for plain averaging).
+        memory: what an algorithm keeps between rounds, numpy arrays (empty for SPEAR).
+        round: int32[], rounds finished.
+        key: uint32 key data of the run's root key.
+    """
+
+    lora: Any
+    opt_state: Any
+    memory: Any
+    round: jax.Array
+    key: jax.Array

@@ -1,0 +1,42 @@
+"""Who tells the model that it was wrong: the oracle (labels and hints), a person, or nobody."""
+
+import abc
+import dataclasses
+
+from spear_jax.core.errors import UserError
+from spear_jax.core.types import Example
+from spear_jax.tasks.base import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One answer to comment on.
+
+    Attributes:
+        example: the question.
+        answer: the text of the latest completion.
+        attempt: which revision the feedback is for, from 1.
+    """
+
+    example: Example
+    answer: str
+    attempt: int
+
+
+class Feedback(abc.ABC):
+    """A provider: comments on a batch of answers; None where it has nothing to say, and no revision follows.
+
+    Args:
+        task: grades answers, states their format and gives hints.
+        hint_words: how many words of the gold option a hint may quote at most.
+    """
+
+    def __init__(self, task: Task, hint_words: int):
+        if hint_words < 0:
+            raise UserError(f"hint_words {hint_words} is negative; give 0 for hints without words of the option.")
+        self.task = task
+        self.hint_words = hint_words
+
+    @abc.abstractmethod
+    def __call__(self, requests: list[Request]) -> list[str | None]:
+        """Returns one feedback text, or None, per request, in order."""

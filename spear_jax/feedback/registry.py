@@ -1,0 +1,24 @@
+"""The feedback providers by name."""
+
+from spear_jax.core.errors import unknown
+from spear_jax.feedback.base import Feedback
+from spear_jax.feedback.console import Human, Silent
+from spear_jax.feedback.oracle import Oracle
+from spear_jax.tasks.base import Task
+
+PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human": Human}
+
+
+def providers() -> dict[str, type[Feedback]]:
+    """The providers by name; `oracle_published` repeats the published code's leaks (A4)."""
+    from spear_jax.feedback.published import PublishedOracle  # it builds on this file
+
+    return PROVIDERS | {"oracle_published": PublishedOracle}
+
+
+def get_feedback(name: str, task: Task, hint_words: int) -> Feedback:
+    """Builds the provider of that name; raises UserError for an unknown one."""
+    known = providers()
+    if name not in known:
+        raise unknown("feedback", name, known)
+    return known[name](task, hint_words)

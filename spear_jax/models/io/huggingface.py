@@ -1,0 +1,258 @@
+"""Models in and out: a Hugging Face folder, a Hub id or a .gguf file to a base tree, and a base tree to a folder.
+
+Weights never pass through torch; host memory holds at most one stacked leaf beside the tree.
+
+Source: Hugging Face's folder layout.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from spear_jax.core.errors import UserError
+from spear_jax.models.config import ModelConfig, parse_config, read_config
+from spear_jax.models.io.gguf import load_gguf
+from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
+from spear_jax.models.io.tensor_map import (
+    Placer,
+    TensorSource,
+    check_dtype,
+    check_tensors,
+    emit,
+    fill,
+    on_default_device,
+    to_numpy,
+)
+
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
+HUB_TIMEOUT = 5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        config: static shape.
+        base: decoder parameters, laid out as in decoder.py.
+        raw_config: config.json as it was (made from metadata for a GGUF); kept for export.
+        source: the local folder or .gguf file that the weights came from.
+        tokenizer: a transformers fast tokenizer.
+        eos_ids: every id that ends a generation; the first is the tokenizer's own, which closes a training completion.
+        pad_id: an id for unused positions; it never reaches a loss.
+        generation_config: generation_config.json, or None where there is none.
+    """
+
+    config: ModelConfig
+    base: dict
+    raw_config: dict[str, Any]
+    source: pathlib.Path
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    generation_config: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk whose names, shapes and ids were checked; fields as in LoadedModel, the tensors still unread."""
+
+    config: ModelConfig
+    tensors: TensorSource
+    raw_config: dict[str, Any]
+    source: pathlib.Path
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    generation_config: dict[str, Any] | None
+
+
+def load_model(source: str | os.PathLike, dtype: str, place: Placer = on_default_device) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+        source: a Hugging Face model folder, a path ending in .gguf, or a Hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
+        dtype: "float32" or "bfloat16"; whatever precision the files hold is converted to it.
+        place: puts a leaf of the base where it belongs; as for `fill`.
+    Raises: UserError, before anything compiles, for every way in which the files cannot make this model.
+    """
+    check_dtype(dtype)
+    files = open_model(source)
+    base = fill(files.config, files.tensors, dtype, place)
+    rest = {field.name: getattr(files, field.name) for field in dataclasses.fields(files) if field.name != "tensors"}
+    return LoadedModel(base=base, **rest)
+
+
+def open_model(source: str | os.PathLike) -> ModelFiles:
+    """Everything `load_model` checks, without reading a weight; arguments and errors as there."""
+    source = os.fspath(source)
+    if source.endswith(".gguf"):
+        path = pathlib.Path(source).expanduser()
+        config, raw, generation, tokenizer, tensors = load_gguf(path)
+    else:
+        path = find_folder(source)
+        config, raw = read_config(path)
+        generation = read_generation_config(path)
+        tensors = SafetensorsFolder(path)
+        tokenizer = load_tokenizer(path)
+    check_tensors(config, tensors)
+    eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
+    return ModelFiles(config, tensors, raw, path, tokenizer, eos_ids, pad_id, generation)
+
+
+def find_folder(source: str) -> pathlib.Path:
+    """The local folder of `source`: itself, or a snapshot of the Hub model of that id. Raises UserError."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{source!r} is a file; give a model folder, a Hub id, or a file ending in .gguf.")
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise UserError(
+            f"no model folder {source!r}. Give a Hugging Face model folder, a Hub id (owner/name), or a .gguf file; "
+            "`python -m spear_jax.fetch NAME --out=DIR` makes a folder."
+        )
+    return download(source)
+
+
+def download(repo: str) -> pathlib.Path:
+    """Takes a model's JSON, safetensors and tokenizer files from the Hub into its cache, or finds them there.
+
+    Raises: UserError where the Hub is out of reach or does not give the model out.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(repo, allow_patterns=list(HUB_FILES), etag_timeout=HUB_TIMEOUT)
+    except GatedRepoError as error:
+        raise UserError(f"{repo!r} is gated: accept its terms on the Hub and log in (`hf auth login`).") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"the Hub knows no model {repo!r} (or it is private); check the id.") from error
+    except Exception as error:  # the network library's, the Hub's and the disk's errors have no common type
+        why = f"the Hub cannot be reached ({str(error).splitlines()[0]})"
+        if constants.HF_HUB_OFFLINE:
+            why = f"asking the Hub is off (--offline or HF_HUB_OFFLINE; the cache is {constants.HF_HUB_CACHE})"
+        raise UserError(
+            f"{repo!r} is no local folder, is not in the Hub's cache, and {why}. Give a model folder or a "
+            ".gguf file, or make one with `python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`."
+        ) from error
+    return pathlib.Path(folder)
+
+
+def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
+    """generation_config.json, or None; raises UserError where it is not JSON."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); fetch the model again, or delete this file.") from error
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """The folder's tokenizer through transformers; raises UserError where there is none or it cannot be read."""
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"no tokenizer.json in {str(folder)!r}; fetch the model with its tokenizer.")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}); fetch the model again.") from error
+
+
+def end_ids(
+    config: ModelConfig, raw: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str
+) -> tuple[tuple[int, ...], int]:
+    """(eos_ids, pad_id): the EOS ids of tokenizer, config.json and generation_config.json, in that order, once each.
+
+    Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {where!r} has no EOS token, so no completion could end; set eos_token in its "
+            "tokenizer_config.json."
+        )
+    ids = [tokenizer.eos_token_id]
+    for stated in (raw.get("eos_token_id"), (generation or {}).get("eos_token_id")):
+        ids += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    pad = raw.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = ids[0] if pad is None or not 0 <= pad < config.vocab_size else pad
+    top = max(len(tokenizer) - 1, *ids)
+    if top >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {where!r} makes ids up to {top}, but the embedding has {config.vocab_size} rows "
+            "(config.json's vocab_size); use the tokenizer that belongs to the model."
+        )
+    return tuple(dict.fromkeys(ids)), pad
+
+
+def save_model(
+    folder: str | os.PathLike,
+    base: dict,
+    raw_config: dict[str, Any],
+    tokenizer: Any,
+    generation_config: dict[str, Any] | None = None,
+    shard_bytes: int = 4 << 30,
+) -> pathlib.Path:
+    """Writes a Hugging Face model folder in the base's dtype; an adapter must be merged before.
+
+    config.json is written last: a folder that has one is whole.
+
+    Args:
+        base, raw_config, tokenizer, generation_config: as in `LoadedModel`; of any source, GGUF included.
+        shard_bytes: weight files hold about this much each; host memory holds one of them.
+    Returns: the folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
+        old.unlink(missing_ok=True)
+    _save_weights(folder, parse_config(raw_config), base, shard_bytes)
+    _save_tokenizer(folder, tokenizer)
+    if generation_config is not None:
+        _write_json(folder / "generation_config.json", generation_config)
+    kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", "quantization_config")}
+    _write_json(folder / "config.json", {**kept, "dtype": base["embed"].dtype.name})
+    return folder
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    if raw.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which transformers 4 does not know
+        _write_json(file, {**raw, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _save_weights(folder: pathlib.Path, config: ModelConfig, base: dict, shard_bytes: int) -> None:
+    width = base["embed"].dtype.itemsize
+    shards: list[list] = [[]]
+    filled = 0
+    for entry in emit(config, base):
+        size = int(np.prod(entry[1])) * width
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    index, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {key: to_numpy(leaf, layer, shape) for key, shape, leaf, layer in shard}
+        write_safetensors(folder / name, tensors)
+        index |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

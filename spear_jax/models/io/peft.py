@@ -1,0 +1,262 @@
+"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
+
+Source: PEFT's LoRA checkpoint format; A is stored [R, in] and B [out, R], ours are [in, R] and [R, out], stacked.
+"""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from spear_jax.core.errors import UserError
+from spear_jax.models.config import ModelConfig
+from spear_jax.models.io.safetensors import write_safetensors
+from spear_jax.models.io.tensor_map import MODULES
+from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, projection_shapes
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TARGET_OF = {module: target for target, module in MODULES.items()}
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
+# What changes the arithmetic of an adapter in a way that we do not compute; each must be absent or falsy.
+_UNSUPPORTED = (
+    "use_rslora",
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+)
+_PLAIN_INITS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # the other schemes change the base weights
+
+
+def save_adapter(
+    folder: str | os.PathLike, lora_tree: dict, lora: LoraConfig, model: ModelConfig, base_name: str
+) -> pathlib.Path:
+    """Writes an adapter folder that PEFT loads.
+
+    Args:
+        lora_tree: {target: {"a": [L', in, R], "b": [L', R, out]}}, written in its own dtype.
+        base_name: the folder or Hub id of the base model, for `base_model_name_or_path`.
+    Returns: the folder.
+    Raises: UserError where the settings do not fit the model.
+    """
+    check_lora(lora, model)
+    folder = pathlib.Path(folder)
+    count = lora_layers(lora, model)
+    numbers = range(model.layers - count, model.layers)
+    tensors = {}
+    for target, pair in lora_tree.items():
+        for side, stack in (("A", np.asarray(pair["a"])), ("B", np.asarray(pair["b"]))):
+            for number, matrix in zip(numbers, stack, strict=True):
+                tensors[_key(number, target, side)] = np.ascontiguousarray(matrix.T)
+    modules = [MODULES[target].split(".")[1] for target in TARGETS if target in lora_tree]
+    layers = list(numbers) if lora.last_layers else None
+    return write_adapter(folder, tensors, lora.rank, lora.alpha, lora.dropout, modules, base_name, layers)
+
+
+def write_adapter(
+    folder: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: list[str],
+    base_name: str,
+    layers: list[int] | None = None,
+) -> pathlib.Path:
+    """Writes tensors that bear PEFT's names as an adapter folder.
+
+    Args:
+        modules: `target_modules`; layers: `layers_to_transform`, None for wherever `modules` match.
+    Returns: the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / WEIGHTS, tensors)
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": modules,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    return folder
+
+
+def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, LoraConfig]:
+    """Reads a PEFT LoRA folder.
+
+    Which projections and layers carry an adapter is read off the tensors, which are the truth of any spelling of
+    `target_modules` (names, paths, patterns, "all-linear").
+
+    Returns: the float32 tree, as from `init_lora`, and its settings.
+    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not fit the model.
+    """
+    folder = pathlib.Path(folder)
+    raw = _read_config(folder)
+    tensors = _read_tensors(folder)
+    found: dict[str, set[int]] = {}
+    for name in tensors:
+        match = _KEY.fullmatch(name)
+        if match is None or match[2] not in _TARGET_OF:
+            raise UserError(
+                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer; only adapters on "
+                f"{', '.join(MODULES.values())} are supported."
+            )
+        found.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
+    if not found:
+        raise UserError(f"{folder / WEIGHTS} holds no LoRA tensors; export the adapter again.")
+    last_layers = _last_layers(folder, found, model)
+    lora = LoraConfig(
+        rank=int(raw["r"]),
+        alpha=float(raw["lora_alpha"]),
+        dropout=float(raw.get("lora_dropout", 0.0)),
+        targets=tuple(target for target in TARGETS if target in found),
+        last_layers=last_layers,
+    )
+    check_lora(lora, model)
+    _check_named_targets(folder, raw, found)
+    shapes = projection_shapes(model)
+    numbers = range(model.layers - lora_layers(lora, model), model.layers)
+    tree = {}
+    for target in lora.targets:
+        inputs, outputs = shapes[target]
+        sides = {"A": (lora.rank, inputs), "B": (outputs, lora.rank)}
+        pair = {
+            side: [_take(folder, tensors, _key(i, target, side), shape) for i in numbers]
+            for side, shape in sides.items()
+        }
+        tree[target] = {"a": _stack(pair["A"]), "b": _stack(pair["B"])}
+    return tree, lora
+
+
+def _key(number: int, target: str, side: str) -> str:
+    return f"base_model.model.model.layers.{number}.{MODULES[target]}.lora_{side}.weight"
+
+
+def _stack(matrices: list[np.ndarray]) -> jax.Array:
+    return jnp.asarray(np.stack([matrix.T.astype(np.float32) for matrix in matrices]))
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UserError(f"no {CONFIG} in {str(folder)!r}; give a PEFT adapter folder.")
+    try:
+        raw = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); export the adapter again.") from error
+    if raw.get("peft_type") != "LORA":
+        raise UserError(f"{file} holds a {raw.get('peft_type')!r} adapter; only 'LORA' is supported.")
+    for name in ("r", "lora_alpha"):
+        if name not in raw:
+            raise UserError(f"{file} lacks {name!r}; export the adapter again.")
+    for name in _UNSUPPORTED:
+        if raw.get(name):
+            raise UserError(
+                f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to plain LoRA."
+            )
+    if raw.get("bias", "none") != "none":
+        raise UserError(f"{file} sets bias={raw['bias']!r}; only 'none' is supported.")
+    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise UserError(
+            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base weights too; convert "
+            "the adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
+        )
+    return raw
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        old = (
+            " It holds adapter_model.bin: save it again with safe_serialization."
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise UserError(f"no {WEIGHTS} in {str(folder)!r}.{old}")
+    try:
+        with safe_open(file, framework="numpy") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise UserError(f"{str(file)!r} is truncated or damaged ({error}); export the adapter again.") from error
+
+
+def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelConfig) -> int:
+    """0 for all layers, else how many of the last ones; raises UserError for any other set."""
+    numbers = set().union(*found.values())
+    count = len(numbers)
+    if max(numbers) >= model.layers:
+        raise UserError(
+            f"{str(folder)!r} adapts layer {max(numbers)}, but the model has {model.layers}; it is of another model."
+        )
+    if numbers != set(range(model.layers - count, model.layers)):
+        raise UserError(
+            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all layers, or the last n, "
+            "are supported."
+        )
+    for target, own in found.items():
+        if own != numbers:
+            raise UserError(
+                f"{str(folder)!r} has no {MODULES[target]} adapter in layer {min(numbers - own)}, unlike others; "
+                "every adapted layer must have the same targets."
+            )
+    return 0 if count == model.layers else count
+
+
+def _check_named_targets(folder: pathlib.Path, raw: dict[str, Any], found: dict[str, set[int]]) -> None:
+    """A target that the config lists but no tensor belongs to means a damaged or foreign adapter."""
+    held = {MODULES[target].split(".")[1] for target in found}
+    named = raw.get("target_modules")
+    for name in named if isinstance(named, list) else []:
+        if name.split(".")[-1] not in held:
+            raise UserError(
+                f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export the adapter again."
+            )
+
+
+def _take(folder: pathlib.Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:
+    if name not in tensors:
+        raise UserError(f"{folder / WEIGHTS} lacks tensor {name!r}; export the adapter again.")
+    if tensors[name].shape != shape:
+        raise UserError(
+            f"{folder / WEIGHTS}: tensor {name!r} has shape {list(tensors[name].shape)}, but the model and r call for "
+            f"{list(shape)}; the adapter is of another model."
+        )
+    return tensors[name]

@@ -1,0 +1,77 @@
+"""Training rows on the host, before they are packed."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from spear_jax.packing.arrays import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One training row; host only.
+
+    Attributes:
+        prompt: token ids the completion is scored under.
+        completion: the sampled token ids, EOS included when it was generated.
+        loss_mask: bool[len(completion)], the positions that a loss may use.
+        weight: the trace's confidence, or the example's weight.
+        label: +1 win (or real), -1 lose (or synthetic); a method may use further kinds.
+        advantage: of the completion.
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    loss_mask: np.ndarray
+    weight: float
+    label: int
+    advantage: float = 0.0
+
+
+Item = tuple[Row, ...]  # rows that a loss needs together
+
+
+def batch(rows: Sequence[Row | None], length: int) -> Batch:
+    """Rows as numpy arrays [B, T]; a None row is all padding (label 0). No completion is longer than `length`."""
+    size = len(rows)
+    found = Batch(
+        completion_mask=np.zeros((size, length), bool),
+        loss_mask=np.zeros((size, length), bool),
+        weight=np.zeros((size, length), np.float32),
+        advantage=np.zeros(size, np.float32),
+        label=np.zeros(size, np.int32),
+    )
+    for index, row in enumerate(rows):
+        if row is not None:
+            end = len(row.completion)
+            found.completion_mask[index, :end] = True
+            found.loss_mask[index, :end] = row.loss_mask
+            found.weight[index] = row.weight
+            found.advantage[index] = row.advantage
+            found.label[index] = row.label
+    return found
+
+
+def prompts(steps: Iterable[Iterable[Iterable[Item]]]) -> list[list[int]]:
+    """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands once."""
+    rows = (row for step in steps for micro in step for item in micro for row in item)
+    return list({id(row.prompt): row.prompt for row in rows}.values())
+
+
+def items_of(rows: Sequence[Row | None], kinds: int) -> list[Item]:
+    """A micro-batch's items: row i of each of `kinds` equal blocks; None rows make none."""
+    size = len(rows) // kinds
+    parts = [rows[kind * size : (kind + 1) * size] for kind in range(kinds)]
+    return [item for item in zip(*parts, strict=True) if None not in item]
+
+
+def draw(pool: list, count: int, rng: np.random.Generator) -> list:
+    """`count` members of a pool: without replacement where it is large enough, else with. An empty pool gives Nones.
+
+    Source: the shared federated shell of the published SPEAR code (independent for every micro-step).
+    """
+    if not pool:
+        return [None] * count
+    chosen = rng.choice(len(pool), size=count, replace=len(pool) < count)
+    return [pool[i] for i in chosen]

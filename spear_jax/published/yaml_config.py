@@ -1,0 +1,122 @@
+"""A YAML file of the published SPEAR code as a config of ours, by the table in `published_keys`.
+
+Its loader drops keys that it does not know; here they are refused with the nearest name, as is a key given twice.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import ml_collections
+import yaml
+
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.experiment.config import default_config, set_preset
+from spear_jax.published.keys import KEYS
+from spear_jax.published.values import METHODS, Refused
+
+PRESETS = ("default", "reference")
+# What its server, rollouts and grading do whatever the method is, where preset `reference` of a method leaves it out.
+SHARED_FAULTS = {
+    "federation.aggregation": "last",  # A1
+    "rollout.feedback": "oracle_published",  # A4
+    "data.extractor": "published",  # A5
+    "federation.colliding_streams": True,  # A7
+    "train.normalize": "micro",
+    "rollout.top_k": 50,
+}
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """{"section.key": value} of a file; raises UserError for what is no such file, and for a key given twice."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"no file {path!r}; give configs/from_yaml.py:PATH.yaml, a YAML file of the published code.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        _no_key_twice(yaml.compose(text, yaml.SafeLoader), path)
+        found = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML file ({' '.join(str(error).split())}); correct it.") from error
+    return flatten(found, path)
+
+
+def flatten(nested: Any, where: str) -> dict[str, Any]:
+    """{"section.key": value} of the sections; raises UserError for sections and keys that the published schema lacks."""
+    if not isinstance(nested, dict):
+        raise UserError(f"{where} holds no sections; it must be a mapping, as `fl: {{rounds: 50}}`.")
+    sections = {name.partition(".")[0] for name in KEYS}
+    flat: dict[str, Any] = {}
+    for section, inside in nested.items():
+        if section not in sections:
+            raise unknown(f"section in {where}:", str(section), sections)
+        if section in KEYS:
+            flat[section] = inside
+            continue
+        if not isinstance(inside, dict | None):
+            raise UserError(f"{where}: {section} is {inside!r}; it must be a section of keys.")
+        for key, value in (inside or {}).items():
+            name = f"{section}.{key}"
+            if name not in KEYS:
+                raise unknown(f"key in {where}:", name, KEYS)
+            flat[name] = value
+    return flat
+
+
+def to_config(given: dict[str, Any], where: str, preset: str = "default") -> ml_collections.ConfigDict:
+    """The config for a file's keys; keys that it leaves out have the published code's defaults, not ours.
+
+    Args:
+        given: as from `read_yaml`.
+        where: the file, for messages.
+        preset: "default" leaves the fixes of the published faults on, "reference" repeats the faults.
+    Raises: UserError naming the key, its value, the rule and the remedy.
+    """
+    if preset not in PRESETS:
+        raise unknown("variant", preset, PRESETS)
+    values: dict[str, Any] = {"preset": preset}
+    for name, key in KEYS.items():
+        values[name] = _asking(where, name, given.get(name, key.default), key.read)
+    method = values["algorithm.name"]
+    config = default_config()
+    config.algorithm.name = method
+    set_preset(config, preset)
+    if preset == "reference":
+        config.update_from_flattened_dict(SHARED_FAULTS)
+    for name, key in KEYS.items():
+        if method in key.methods:
+            fields = _asking(where, name, values[name], lambda value, key=key: key.fields(value, values))
+            config.update_from_flattened_dict(fields)
+    return config
+
+
+def config_of(path: str, preset: str = "default") -> ml_collections.ConfigDict:
+    """The config of a YAML file; see `read_yaml` and `to_config`."""
+    return to_config(read_yaml(path), path, preset)
+
+
+def table() -> str:
+    """The guide's table of all keys, in Markdown."""
+    lines = ["| key | default there | here |", "| --- | --- | --- |"]
+    for name, key in KEYS.items():
+        readers = "" if key.methods == METHODS else f" (read by {', '.join(key.methods)} alone)"
+        lines.append(f"| `{name}` | {json.dumps(key.default)} | {key.here}{readers} |")
+    return "\n".join(lines)
+
+
+def _asking(where: str, name: str, value: Any, ask: Any) -> Any:
+    try:
+        return ask(value)
+    except Refused as why:
+        raise UserError(f"{where}: {name} is {json.dumps(value, default=str)}; {why}.") from None
+
+
+def _no_key_twice(node: yaml.Node | None, path: str) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = [key.value for key, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path} gives {name!r} twice in one section; the later one would win. Delete one.")
+    for _, inside in node.value:
+        _no_key_twice(inside, path)

@@ -1,0 +1,156 @@
+"""The one door between text and tokens: asks the clients' questions, grades the answers, and revises after feedback."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from spear_jax.core.rng import path_key, purpose
+from spear_jax.core.types import Attempt, Example, Tally, Trace
+from spear_jax.feedback.base import Feedback, Request
+from spear_jax.packing.rows import Row
+from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.sampler import Completion, Sampler
+from spear_jax.rollout.token_sampling import SamplingConfig
+from spear_jax.tasks.base import Task
+
+ROLLOUT = purpose("rollout")
+REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
+KEYS = 256  # that are made at a time
+SAMPLE_BITS = 21  # of a key path's last step, those below hold the attempt, those above the sample number
+Ask = tuple[int, int, int]  # (client, position in the training set, sample number)
+
+
+@dataclasses.dataclass
+class Actor:
+    """Everything a conversation needs except the weights.
+
+    Attributes:
+        examples: the training set.
+        prompts: the token ids of each training question, rendered once.
+        first: how first answers are sampled.
+        revise: how revisions are sampled.
+        num_revisions: attempts after a wrong first answer.
+        merge: lora -> Policy that answers with that adapter (`as_policy`).
+        scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without gradient.
+        responses, rejected: token ids of each training example's gold and dispreferred completion; empty lists where the
+            method does not train on them.
+        tally: tokens so far in this round.
+        report: called with (stage, rows finished since the last call, rows of the stage).
+    """
+
+    task: Task
+    renderer: Renderer
+    sampler: Sampler
+    feedback: Feedback
+    examples: list[Example]
+    prompts: list[list[int]]
+    first: SamplingConfig
+    revise: SamplingConfig
+    num_revisions: int
+    merge: Callable[[dict], Policy] | None = None
+    scorer: Callable[[Policy, list[Row]], list[np.ndarray]] | None = None
+    responses: list[list[int]] = dataclasses.field(default_factory=list)
+    rejected: list[list[int]] = dataclasses.field(default_factory=list)
+    tally: Tally = dataclasses.field(default_factory=Tally)
+    report: Callable[[str, int, int], None] = lambda stage, rows, total: None
+
+    def answer(self, policy: Policy, asks: list[Ask], key: jax.Array) -> list[Trace]:
+        """First answers of all clients in one batch.
+
+        Args: key: the round's key; row keys are its path (client, example, attempt 0 of the sample).
+        """
+        prompts = [self.prompts[index] for _, index, _ in asks]
+        examples = [self.examples[index] for _, index, _ in asks]
+        done = self._attempts(policy, examples, prompts, asks, key, 0, self.first, "rollout")
+        return [Trace(ask[0], example, [one]) for ask, example, one in zip(asks, examples, done, strict=True)]
+
+    def revise_until_right(
+        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array, limit: int | None = None
+    ) -> None:
+        """Revises wrong answers after feedback, all pending ones of an attempt in one batch; extends the traces in place.
+
+        Args: limit: attempts; None means `num_revisions`.
+        Source: SPEAR (arXiv 2605.07977), rollout step 3: feedback is always on the latest answer.
+        """
+        pending = [i for i, trace in enumerate(traces) if not trace.last.correct]
+        for number in range(1, (self.num_revisions if limit is None else limit) + 1):
+            requests = [Request(traces[i].example, traces[i].last.text, number) for i in pending]
+            said = dict(zip(pending, self.feedback(requests), strict=True))
+            pending = [i for i in pending if said[i] is not None]
+            if not pending:
+                return
+            prompts = [
+                self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i]) for i in pending
+            ]
+            examples, own = [traces[i].example for i in pending], [asks[i] for i in pending]
+            done = self._attempts(policy, examples, prompts, own, key, number, self.revise, "revision")
+            for i, attempt in zip(pending, done, strict=True):
+                traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
+            pending = [i for i in pending if not traces[i].last.correct]
+
+    def rewrite(
+        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array
+    ) -> dict[int, Attempt | None]:
+        """Rewrites right first answers of wrong form, without feedback.
+
+        Returns: by trace number, the rewrite where it is right and well formed, None where it is not (then the trace gives
+        neither a win nor a lose). Source: SPEAR's published code, its format-fix branch.
+        """
+        chosen = [
+            i
+            for i, trace in enumerate(traces)
+            if trace.first.correct and not self.task.well_formed(trace.first.text, trace.example)
+        ]
+        prompts = [
+            self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
+            for i in chosen
+        ]
+        examples, own = [traces[i].example for i in chosen], [asks[i] for i in chosen]
+        done = self._attempts(policy, examples, prompts, own, key, REWRITE, self.revise, "rewrite")
+        rewrites: dict[int, Attempt | None] = {}
+        for i, attempt in zip(chosen, done, strict=True):
+            whole = attempt.correct and self.task.well_formed(attempt.text, traces[i].example)
+            rewrites[i] = attempt if whole else None
+        return rewrites
+
+    def score(self, policy: Policy, rows: list[Row]) -> list[np.ndarray]:
+        """float32[len(completion)] a row: log-probabilities of its completion, without gradient and untempered."""
+        self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
+        return self.scorer(policy, rows)
+
+    def _attempts(self, policy, examples, prompts, asks, key, number, config, stage) -> list[Attempt]:
+        """Graded completions of the prompts, without feedback; each is graded while the device completes others."""
+        if not prompts:
+            return []
+        made: dict[int, Attempt] = {}
+
+        def grade(i: int, completion: Completion) -> None:
+            text = self.renderer.decode(completion.tokens)
+            correct = self.task.grade(text, examples[i])
+            made[i] = Attempt(prompts[i], completion.tokens, completion.logprobs, text, correct, "")
+            self.report(stage, 1, len(prompts))
+
+        keys = row_keys(key, asks, number)
+        owners = np.array([policy.slots[client] for client, _, _ in asks], np.int32) if policy.slots else None
+        done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, grade, owners)
+        self.tally.prompt += sum(map(len, prompts))
+        self.tally.generated += sum(len(completion.tokens) for completion in done)
+        return [made[i] for i in range(len(prompts))]
+
+
+def row_keys(key: jax.Array, asks: list[Ask], attempt: int) -> np.ndarray:
+    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and attempt) below the round's."""
+    # so many at a time, that the number of pending rows does not cause a compilation
+    padded = np.zeros((-(-len(asks) // KEYS), KEYS, 3), np.uint32)
+    padded.reshape(-1, 3)[: len(asks)] = asks
+    padded[..., 2] = (padded[..., 2] << SAMPLE_BITS) + attempt
+    return np.concatenate([np.asarray(_row_keys(key, some)) for some in padded])[: len(asks)]
+
+
+@jax.jit
+def _row_keys(key, asks):
+    path = jax.vmap(lambda ask: path_key(key, ROLLOUT, ask[0], ask[1], ask[2]))
+    return jax.random.key_data(path(asks))
