@@ -20,7 +20,16 @@ import pandas as pd
 from spear_jax.analysis import comparison, runs
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment import command_line
-from spear_jax.experiment.grid import Row, check_folder, check_rows, known_methods, machine, read_seeds, run, unfinished
+from spear_jax.experiment.grid import (
+    GridRow,
+    check_folder,
+    check_rows,
+    known_methods,
+    machine,
+    read_seeds,
+    run,
+    unfinished,
+)
 
 EXAMPLES = """
     python -m spear_jax.compare --methods=spear,grpo,sft --task=facts --seeds=0,1,2 --budget=tokens:50000 --workdir=runs/facts
@@ -33,7 +42,7 @@ BUDGETS = {"tokens": "budget.tokens", "rounds": "rounds", "seconds": "budget.sec
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry(Row):
+class Entry(GridRow):
     """One row of the table: a method, and the fields that are its own."""
 
     method: str

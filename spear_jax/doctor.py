@@ -10,11 +10,11 @@ from typing import Any
 import jax
 
 from configs import quickstart
-from spear_jax.core.compilation import kept_in
+from spear_jax.core.compilation import compilation_cache_folder
 from spear_jax.core.versions import PACKAGES
 from spear_jax.experiment import builder, command_line
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models import cost_model
 
 EXAMPLES = """
@@ -84,7 +84,7 @@ def caches() -> dict[str, pathlib.Path]:
         "models": pathlib.Path(constants.HF_HUB_CACHE),
         "datasets": pathlib.Path(datasets.config.HF_DATASETS_CACHE),
     }
-    programs = kept_in()
+    programs = compilation_cache_folder()
     return found | ({"compilation": programs} if programs else {})
 
 
@@ -121,7 +121,7 @@ def self_test() -> dict[str, float]:
     seconds["evaluate"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
     state = built.initial_state()
-    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
+    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed())
     seconds["round"] = round(time.perf_counter() - began, 2)
     return seconds
 

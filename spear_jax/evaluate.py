@@ -7,7 +7,7 @@ from typing import Any
 
 import tqdm
 
-from spear_jax.core.compilation import keep_programs
+from spear_jax.core.compilation import enable_compilation_cache
 from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, command_line, run_folder
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:
         raise UserError("--model needs --task, for example --task=arc_challenge.")
-    keep_programs()
+    enable_compilation_cache()
     found, where = of_run(args) if args.workdir else of_model(args)
     low, high = found.interval
     if not args.quiet:

@@ -15,13 +15,13 @@ import numpy as np
 import tqdm
 
 from spear_jax.analysis import runs
-from spear_jax.core.compilation import keep_programs
+from spear_jax.core.compilation import enable_compilation_cache
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.checkpoint import restore, saved_rounds
 from spear_jax.experiment.run_logger import on_terminal
-from spear_jax.packing.rows import Row
+from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
 
 EXAMPLES = """
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--rounds", default="", help="saved rounds to score under, for example 0,4,8 (default: all)")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
-    keep_programs()
+    enable_compilation_cache()
     folder = pathlib.Path(args.workdir)
     traces = runs.load_traces(folder, args.traces)
     built = builder.build(run_folder.read_run_config(folder))
@@ -68,23 +68,25 @@ def read_rounds(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[Row]:
+def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[TrainingRow]:
     """The first answers as sampled, under the prompts that they were sampled from."""
-    place = {example.id: index for index, example in enumerate(built.actor.examples)}
+    place = {example.id: index for index, example in enumerate(built.worker.examples)}
     tokens = [trace["tokens"]["id"] for trace in traces]
-    prompts = [built.actor.prompts[place[trace["example"]]] for trace in traces]
-    return [Row(prompt, ids, np.ones(len(ids), bool), 1.0, 1) for prompt, ids in zip(prompts, tokens, strict=True)]
+    prompts = [built.worker.prompts[place[trace["example"]]] for trace in traces]
+    return [
+        TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, 1) for prompt, ids in zip(prompts, tokens, strict=True)
+    ]
 
 
 def score(
-    built: Experiment, policies: list[Policy], traces: list[dict[str, Any]], rows: list[Row]
+    built: Experiment, policies: list[Policy], traces: list[dict[str, Any]], rows: list[TrainingRow]
 ) -> list[list[float]]:
     """Log-probabilities of each row's tokens in nats, under the global policy or, of a local-only run, its client's own."""
     found: list[list[float]] = [[]] * len(rows)
     alone = len(policies) > 1
     for client, policy in enumerate(policies):
         own = [i for i, trace in enumerate(traces) if not alone or trace["client"] == client]
-        for i, logprobs in zip(own, built.actor.score(policy, [rows[i] for i in own]) if own else [], strict=True):
+        for i, logprobs in zip(own, built.worker.score(policy, [rows[i] for i in own]) if own else [], strict=True):
             found[i] = [round(float(x), 4) for x in logprobs]
     return found
 

@@ -16,7 +16,7 @@ from spear_jax.analysis import comparison, runs, sweeps
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line
 from spear_jax.experiment.config import check_config, flatten
-from spear_jax.experiment.grid import Row, cell_folder, check_folder, check_rows, machine, programs, run, unfinished
+from spear_jax.experiment.grid import GridRow, cell_folder, check_folder, check_rows, machine, programs, run, unfinished
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What makes a sweep: it has to stay as it is in a folder, but values and seeds may be added.
@@ -24,7 +24,7 @@ SAME = ("config", "overrides", "fields")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting(Row):
+class Setting(GridRow):
     """A row of a sweep: the arguments of `train` that make its configs, but for seed and workdir."""
 
     arguments: list[str]

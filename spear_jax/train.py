@@ -8,12 +8,12 @@ summary.json and figures.
 
 from typing import Any
 
-from spear_jax.core.compilation import keep_programs
-from spear_jax.core.mesh import join
+from spear_jax.core.compilation import enable_compilation_cache
+from spear_jax.core.mesh import init_distributed
 from spear_jax.experiment import builder, command_line
 from spear_jax.experiment.dry_run import dry_run
 from spear_jax.experiment.loop import open_folder, train
-from spear_jax.experiment.wandb_logger import check_tracking
+from spear_jax.experiment.wandb_logger import check_wandb
 
 EXAMPLES = """
     python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     args, rest = parser.parse_known_args(argv)
     command_line.go_offline(args.offline)
     config = command_line.read_config(rest)
-    check_tracking(config)
-    keep_programs()
-    join(args.distributed)
+    check_wandb(config)
+    enable_compilation_cache()
+    init_distributed(args.distributed)
     built = builder.build(config)
     if args.dry_run:
         return dry_run(built, args.workdir)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.federated.local_training import Work
+from spear_jax.federated.local_training import LocalBatches
 from spear_jax.models.decoder import logits
-from spear_jax.packing.blocks import choose_room, choose_small, fold, stack_blocks
-from spear_jax.packing.rows import items_of
+from spear_jax.packing.blocks import choose_block_shape, choose_small, pack_step, stack_blocks
+from spear_jax.packing.rows import groups_of
 
 
 def logprobs(decoder, base, lora, rows, length):
@@ -23,18 +23,20 @@ def logprobs(decoder, base, lora, rows, length):
     return jnp.where(mask[:, width:], picked, 0.0)
 
 
-def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False, opening=()):
+def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False, shared_prefix=()):
     """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks that fit a smaller room go
     through the model in it. opening: what all prompts begin with, read once a block."""
-    micros = [[[items_of(m, algorithm.kinds) for m in step] for step in client] for client in cohort]
+    micros = [[[groups_of(m, algorithm.rows_per_group) for m in step] for step in client] for client in cohort]
     steps = [step for client in micros for step in client]
     if normalize == "global" and not algorithm.micro:
         steps = [[sum(step, [])] for step in steps]
-    room = choose_room(steps, algorithm.kinds, algorithm.trunks, prompt, length, limit, opening=opening)
-    blocks = [fold(step, room) for step in steps]
+    shape = choose_block_shape(
+        steps, algorithm.rows_per_group, algorithm.num_packs, prompt, length, limit, shared_prefix=shared_prefix
+    )
+    blocks = [pack_step(step, shape) for step in steps]
     per_client, clients = len(cohort[0]), max(padded, len(cohort))
     blocks += [[]] * (clients * per_client - len(blocks))
-    smaller = choose_small(steps, room) if small else room
-    smaller = None if smaller == room else smaller
-    work = Work(*stack_blocks(blocks, room, max(1, *map(len, blocks)), smaller), smaller)
+    smaller = choose_small(steps, shape) if small else shape
+    smaller = None if smaller == shape else smaller
+    work = LocalBatches(*stack_blocks(blocks, shape, max(1, *map(len, blocks)), smaller), smaller)
     return jax.tree.map(lambda x: x.reshape(clients, per_client, *x.shape[1:]), work)

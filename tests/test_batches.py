@@ -8,7 +8,7 @@ import pytest
 from spear_jax.models import cost_model
 from spear_jax.models.config import parse_config
 from spear_jax.packing.prefix_tree import holds_prompts
-from spear_jax.packing.shape_buckets import Shapes
+from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout import prefill
 from spear_jax.rollout.token_sampling import SamplingConfig
 
@@ -31,7 +31,7 @@ def make_prompts(count, seed=0, low=20, high=81):
 def plan(prompts, groups=None, shapes=None, devices=1, **changes):
     groups = [list(range(len(prompts)))] if groups is None else groups
     config = dataclasses.replace(CONFIG, **changes)
-    return prefill.plan_batches(config, groups, prompts, devices, Shapes() if shapes is None else shapes)
+    return prefill.plan_prefill(config, groups, prompts, devices, ShapeBuckets() if shapes is None else shapes)
 
 
 @pytest.mark.parametrize(
@@ -41,27 +41,27 @@ def test_every_prompt_stands_in_one_part_of_its_own_group(count, groups, devices
     prompts = make_prompts(count)
     own = [list(range(count))[group::groups] for group in range(groups)]
     found, dealt = plan(prompts, own, devices=devices)
-    assert found.rows >= found.part
+    assert found.rows >= found.batch
     for group in range(groups):
         assert sorted(i for part in dealt for i in part[group]) == own[group]
     for part in dealt:
-        assert max(map(len, part)) <= found.part and any(part)
-        assert holds_prompts(found.room, [[prompts[i] for i in rows] for rows in part])
+        assert max(map(len, part)) <= found.batch and any(part)
+        assert holds_prompts(found.shape, [[prompts[i] for i in rows] for rows in part])
 
 
 def test_where_prompts_wait_a_part_takes_a_third_of_the_slots_at_most():
     prompts = make_prompts(60)
-    assert plan(prompts, max_rows=12, max_tokens=100_000, read_tokens=10_000)[0].part == 4
-    assert plan(prompts, max_rows=60, max_tokens=100_000, read_tokens=10_000)[0].part == 60
+    assert plan(prompts, max_rows=12, max_tokens=100_000, read_tokens=10_000)[0].batch == 4
+    assert plan(prompts, max_rows=60, max_tokens=100_000, read_tokens=10_000)[0].batch == 60
 
 
 def test_what_prompts_open_with_is_left_out_of_their_parts():
     tails = make_prompts(30)
     whole = [[7] * 24 + tail for tail in tails]
     roomy = dataclasses.replace(CONFIG, max_tokens=100_000)
-    found, dealt = prefill.plan_batches(roomy, [list(range(30))], whole, 1, Shapes(), opening=24)
+    found, dealt = prefill.plan_prefill(roomy, [list(range(30))], whole, 1, ShapeBuckets(), shared_prefix=24)
     bare, same = plan(tails, max_tokens=100_000)
-    assert dealt == same and found.room.tokens == bare.room.tokens
+    assert dealt == same and found.shape.tokens == bare.shape.tokens
     assert found.width >= max(map(len, whole))  # of the cache, which holds the opening too
 
 
@@ -81,7 +81,7 @@ def test_a_pass_reads_about_the_tokens_allowed_and_parts_are_even():
     found, dealt = plan(prompts, max_tokens=100_000, read_tokens=800)
     read = [sum(len(prompts[i]) for i in part[0]) for part in dealt]
     assert max(read) <= 800 and max(read) - min(read) <= 60 and sum(map(len, prompts)) == sum(read)
-    assert found.room.tokens < 1.15 * max(read)
+    assert found.shape.tokens < 1.15 * max(read)
 
 
 def test_equal_prompts_are_read_together():
@@ -93,7 +93,7 @@ def test_equal_prompts_are_read_together():
 
 
 def test_once_frozen_any_number_of_prompts_goes_through_an_open_shape():
-    shapes = Shapes()
+    shapes = ShapeBuckets()
     first, _ = plan(make_prompts(20), shapes=shapes)
     shapes.freeze()
     for count in (1, 3, 19, 45, 200):
@@ -106,7 +106,7 @@ def test_once_frozen_any_number_of_prompts_goes_through_an_open_shape():
 
 
 def test_an_open_shape_that_wastes_little_is_taken_again():
-    shapes = Shapes()
+    shapes = ShapeBuckets()
     first, _ = plan(make_prompts(20, low=50, high=60), shapes=shapes)
     again, _ = plan(make_prompts(20, seed=1, low=50, high=60), shapes=shapes)
     short, _ = plan(make_prompts(20, low=5, high=10), shapes=shapes)

@@ -184,9 +184,9 @@ def test_our_side_lays_arrays_where_an_experiment_does_so_that_reading_compiles_
 
     chosen = ours.sampling_config
     monkeypatch.setattr(ours, "sampling_config", lambda *a: dataclasses.replace(chosen(*a), max_rows=2))
-    system, before = ours.System(small()), sampler._read._cache_size()
+    system, before = ours.System(small()), sampler._prefill._cache_size()
     system.rollout()  # reads into a blank state, and then into one that was read into or decoded
-    assert sampler._read._cache_size() == before + 1
+    assert sampler._prefill._cache_size() == before + 1
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.core.mesh import base_placer, make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
@@ -18,9 +18,9 @@ from spear_jax.federated.local_training import LocalConfig
 from spear_jax.models.decoder import REMAT, Decoder
 from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
-from spear_jax.models.token_logprobs import LOGITS, Scorer, token_logprobs
+from spear_jax.models.token_logprobs import LOGITS, TokenLogprobs, token_logprobs
 from spear_jax.packing import shape_buckets
-from spear_jax.packing.rows import Row
+from spear_jax.packing.rows import TrainingRow
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
@@ -28,8 +28,8 @@ C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
 
 def spear(batch_size=B, accumulation=A, **changes):
     settings = SpearSettings(lose_weight=0.5, margin=0.001)
-    shell = Shell(4, S, accumulation, batch_size, T, 1.0, (2,))
-    return Spear(dataclasses.replace(settings, **changes), shell)
+    common = CommonHyperparams(4, S, accumulation, batch_size, T, 1.0, (2,))
+    return Spear(dataclasses.replace(settings, **changes), common)
 
 
 def local_config(**changes):
@@ -65,7 +65,7 @@ def cohort(model):
         length = int(rng.integers(1, T + 1))
         prompt = rng.integers(3, vocab, rng.integers(2, P + 1)).tolist()
         mask = rng.random(length) < 0.8
-        return Row(prompt, rng.integers(3, vocab, length).tolist(), mask, float(rng.choice([0.5, 1.0])), label)
+        return TrainingRow(prompt, rng.integers(3, vocab, length).tolist(), mask, float(rng.choice([0.5, 1.0])), label)
 
     micro = lambda: [row(1) for _ in range(B)] + [row(-1) for _ in range(B)]
     return [[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)]
@@ -88,10 +88,10 @@ def run(
     active=None,
     weight=None,
     references=(),
-    numbers=None,
+    loss_scalars=None,
     limit=64,
     small=False,
-    opening=(),
+    shared_prefix=(),
 ):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
@@ -103,14 +103,14 @@ def run(
     weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
     active = np.ones(C, bool) if active is None else active
     longest = max(len(row.prompt) for client in cohort for row in sum(sum(client, []), []))
-    work = dense.work(cohort, algorithm, longest, T, local.normalize, limit, size, small, opening)
+    work = dense.work(cohort, algorithm, longest, T, local.normalize, limit, size, small, shared_prefix)
     train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
     base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
-    shared = replicate(local_training.Shared(lora, {}, references, numbers or {}, jnp.float32(1e-2)), mesh).replace(
-        base=base
-    )
+    shared = replicate(
+        local_training.Broadcast(lora, {}, references, loss_scalars or {}, jnp.float32(1e-2)), mesh
+    ).replace(base=base)
     return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
 
 
@@ -129,8 +129,8 @@ def test_blocks_in_a_smaller_room_give_the_same_adapter_and_metrics(model, lora,
 def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
     model, lora, cohort, at_once, small, limit
 ):
-    opening = np.random.default_rng(3).integers(3, model.config.vocab_size, 20).tolist()
-    behind = lambda rows: [dataclasses.replace(row, prompt=[*opening, *row.prompt]) for row in rows]
+    shared_prefix = np.random.default_rng(3).integers(3, model.config.vocab_size, 20).tolist()
+    behind = lambda rows: [dataclasses.replace(row, prompt=[*shared_prefix, *row.prompt]) for row in rows]
     cohort = [[[behind(micro) for micro in step] for step in client] for client in cohort]
     (total, _, means), (wanted, _, plain) = (
         run(
@@ -142,11 +142,14 @@ def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
             local_config(clients_at_once=at_once),
             limit=limit,
             small=small,
-            opening=own,
+            shared_prefix=own,
         )
-        for own in (opening, ())
+        for own in (shared_prefix, ())
     )
-    assert dense.work(cohort, spear(), P + 20, T, limit=limit, small=True, opening=opening).fits.any() or not small
+    assert (
+        dense.work(cohort, spear(), P + 20, T, limit=limit, small=True, shared_prefix=shared_prefix).fits.any()
+        or not small
+    )
     for one, other in zip(jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
@@ -156,7 +159,7 @@ def test_attention_by_many_columns_gives_the_same_adapter_and_metrics(model, lor
     found = []
     for width, count in ((64, 1), (8, 3)):  # trees of up to P + 2 (T - 1) = 17 tokens
         monkeypatch.setattr(shape_buckets, "COLUMN", width)
-        assert len(shape_buckets.split_columns(P + 2 * (T - 1))) == count
+        assert len(shape_buckets.split_tiles(P + 2 * (T - 1))) == count
         total, _, means = run(model, lora, cohort, local=local_config(clients_at_once=at_once), limit=1000, small=small)
         found.append((total, means))
     close(*found)
@@ -353,7 +356,7 @@ def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, 
     slopes = jax.random.normal(jax.random.key(3), block.target.shape)
 
     def objective(lora, chunk):
-        lp = Scorer(decoder, model.base, chunk).logprobs(lora, block)
+        lp = TokenLogprobs(decoder, model.base, chunk).logprobs(lora, block)
         return (slopes * jnp.where(used, lp, 0.0)).sum()
 
     places = np.zeros((len(block.start), T), int)
@@ -406,7 +409,7 @@ def matches(block, slot, row):
 
 def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, cohort):
     decoder = make_decoder(model)
-    shared = local_training.Shared(lora, model.base, (), {}, jnp.float32(1e-2))
+    shared = local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2))
     text = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
         spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), False, shared, None,
         dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),

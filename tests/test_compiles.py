@@ -52,6 +52,6 @@ def test_each_kind_of_processor_has_a_folder_of_its_own(monkeypatch, tmp_path, f
     found = []
     for text in (flags, flags.replace("\n", " more\n")):
         compilation.CPU.write_text(f"processor\t: 0\n{text}processor\t: 1\n{text}")
-        found.append(compilation.kept_in())
+        found.append(compilation.compilation_cache_folder())
     assert (found[0] != found[1]) == ("nothing" not in flags)
     assert found[0].parent == found[1].parent

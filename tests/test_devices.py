@@ -10,7 +10,7 @@ from processes import environment
 
 from spear_jax.analysis.runs import load_traces
 from spear_jax.core.errors import UserError
-from spear_jax.core.mesh import base_placer, join, layer_of, make_mesh, to_host
+from spear_jax.core.mesh import base_placer, init_distributed, layer_of, make_mesh, to_host
 from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.checkpoint import restore
 from spear_jax.models.io.huggingface import load_model
@@ -29,12 +29,12 @@ SMALL = {
 @pytest.mark.parametrize("where", ["yes", "host,2,0", "host:1,2", "host:1,2,x"])
 def test_a_distributed_flag_of_another_form_is_refused(where):
     with pytest.raises(UserError, match="HOST:PORT,COUNT,NUMBER"):
-        join(where)
+        init_distributed(where)
 
 
 def test_processes_are_numbered_below_their_count():
     with pytest.raises(UserError, match="numbered from 0"):
-        join("host:1,2,2")
+        init_distributed("host:1,2,2")
 
 
 def test_a_base_is_shared_by_a_number_that_divides_the_devices():

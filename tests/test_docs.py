@@ -24,7 +24,7 @@ from spear_jax.experiment import builder, command_line, presets
 from spear_jax.experiment.config import check_config
 from spear_jax.experiment.loop import one_round
 from spear_jax.federated import cohort_training, local_training
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 
 CONFIGURED = ("train", "benchmark", "pretrain")  # what is left of their arguments is a config
 # Programs of others: what a page may do with them is not ours to check.
@@ -195,7 +195,7 @@ def written_metrics(method: str, monkeypatch) -> set[str]:
     config.update_from_flattened_dict(small)
     built = builder.build(config, jax.devices()[:1])
     state = built.initial_state()
-    _, line, _ = one_round(built, state, 0.0, Spent())
+    _, line, _ = one_round(built, state, 0.0, BudgetUsed())
     return set(line | Compiles().take()) - {"round", "time"}
 
 

@@ -12,7 +12,7 @@ from spear_jax.experiment.config import default_config, flatten
 from spear_jax.experiment.evaluator import Evaluator
 from spear_jax.experiment.presets import method_config
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 
 SMALL = {
     "federation.clients_per_round": 2,
@@ -49,9 +49,9 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
 
 def test_the_revision_prompt_follows_an_answer_that_is_wrong():
     spear = built("spear")
-    example = spear.actor.examples[int(spear.parts[0][0])]
+    example = spear.worker.examples[int(spear.parts[0][0])]
     answer = dry_run.wrong_answer("choice", example)
-    assert answer in example.labels and not spear.actor.task.grade(answer, example)
+    assert answer in example.labels and not spear.worker.task.grade(answer, example)
     told = spear.model.tokenizer.decode(dry_run.revision_prompts(spear, 1)[0])
     assert f"Previous answer: {answer}" in told and example.question in told
 
@@ -74,21 +74,21 @@ def test_the_work_that_a_method_states_is_what_it_does(method):
     one = built(method)
     state = one.initial_state()
     asked = {"answers": 0, "rows": 0}
-    answer, collect = one.actor.answer, type(one.algorithm).collect
+    answer, collect = one.worker.answer, type(one.algorithm).collect
 
     def counted(policy, asks, key):
         asked["answers"] += len(asks)
         return answer(policy, asks, key)
 
-    one.actor.answer = counted
-    cohort, policy, kept = one.cohort(1), one.actor.merge(state.lora), state.memory
+    one.worker.answer = counted
+    cohort, policy, kept = one.cohort(1), one.worker.merge(state.lora), state.algorithm_state
     for phase in range(one.algorithm.phases):
         # each phase samples with the round's first policy here: the counts do not depend on what training makes of it
-        got = collect(one.algorithm, one.actor, policy, cohort, kept, jax.random.key(phase), phase)
+        got = collect(one.algorithm, one.worker, policy, cohort, kept, jax.random.key(phase), phase)
         asked["rows"] += sum(
             row is not None for client in got.rows for step in client for micro in step for row in micro
         )
-    stated = [one.algorithm.work(len(own)) for own in cohort.indices]
+    stated = [one.algorithm.estimate_work(len(own)) for own in cohort.indices]
     assert asked["answers"] == sum(work.answers for work in stated)
     assert 0 < asked["rows"] <= sum(work.rows for work in stated)
     if method != "dpo":  # which has only as many pairs as answers were fixed
@@ -99,7 +99,7 @@ def test_the_estimates_bound_what_a_round_does():
     one = built("spear")
     found = dry_run.work_of(one)
     state = one.initial_state()
-    _, metrics, _ = rounds.run_round(one, state.replace(lora=one.on_devices(state.lora)), Spent())
+    _, metrics, _ = rounds.run_round(one, state.replace(lora=one.on_devices(state.lora)), BudgetUsed())
     assert metrics["rollout/tokens"] <= found["round_generated_tokens"]
     # every answer at full length and none right at once: more than the round does, and not by an order of magnitude
     assert metrics["round/flops"] <= found["round_flops"] <= 10 * metrics["round/flops"]
@@ -127,5 +127,5 @@ def test_a_dry_run_evaluates_and_generates_nothing(tmp_path, monkeypatch):
 
     one = built("spear")
     monkeypatch.setattr(Evaluator, "__call__", never)
-    one.actor.answer = one.actor.revise_until_right = never
+    one.worker.answer = one.worker.revise_until_right = never
     dry_run.dry_run(one, str(tmp_path))

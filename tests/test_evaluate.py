@@ -78,14 +78,14 @@ def test_adapter_beside_the_base_scores_like_the_merged_one(built):
 
 
 def test_what_questions_open_with_is_read_once_and_changes_no_score(built):
-    opening = np.random.default_rng(0).integers(5, 200, 16).tolist()
-    prompts = [opening + prompt for prompt in built.evaluator.prompts]
+    shared_prefix = np.random.default_rng(0).integers(5, 200, 16).tolist()
+    prompts = [shared_prefix + prompt for prompt in built.evaluator.prompts]
     labels = {label: built.evaluator.renderer.continuation(label) for label in "ABCD"}
     lora = jax.tree.map(lambda x: x + 0.03, built.initial_state().lora)
     found = {}
-    for name, openings in (("once", [opening]), ("each", [])):
+    for name, shared_prefixes in (("once", [shared_prefix]), ("each", [])):
         evaluator = dataclasses.replace(
-            built.evaluator, prompts=prompts, sampler=Sampler(built.decoder, openings=openings)
+            built.evaluator, prompts=prompts, sampler=Sampler(built.decoder, shared_prefixes=shared_prefixes)
         )
         *_, blocks, places = evaluator._blocks("x", [evaluator._row(i, [1]) for i in range(37)])
         read = sum(real_tokens(block.packs[0]) for block in blocks)

@@ -19,7 +19,7 @@ from spear_jax.experiment.checkpoint import restore
 from spear_jax.experiment.config import check_config
 from spear_jax.experiment.loop import evaluate
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
 from spear_jax.rollout.policy import Policy
 
@@ -79,7 +79,7 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
         built = build(method)
         state = built.initial_state()
         key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-        got = built.algorithm.collect(built.actor, built.actor.merge(state.lora), built.cohort(1), {}, key, 0)
+        got = built.algorithm.collect(built.worker, built.worker.merge(state.lora), built.cohort(1), {}, key, 0)
         wins[method] = [[a.completion for a in trace.attempts] for trace, _, _ in got.traces]
         if method != "dpo":
             wins[method] += [got.weight.tolist(), got.metrics["rollout/wins"]]
@@ -89,15 +89,15 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
 
 def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
     built = build("grpo")
-    actor, base, start = built.actor, built.model.base, built.initial_state().lora
+    worker, base, start = built.worker, built.model.base, built.initial_state().lora
     own = [jax.tree.map(lambda x, c=c: x + 0.1 * c, moved(start)) for c in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *own)
     asks = [(client, index, 0) for index in range(6) for client in (7, 8, 9)]
     key = jax.random.key(5)
-    together = actor.answer(Policy(base, stacked, {7: 0, 8: 1, 9: 2}), asks, key)
+    together = worker.answer(Policy(base, stacked, {7: 0, 8: 1, 9: 2}), asks, key)
     for slot, client in enumerate((7, 8, 9)):
         mine = [ask for ask in asks if ask[0] == client]
-        alone = actor.answer(Policy(merge(base, own[slot], built.decoder.lora)), mine, key)
+        alone = worker.answer(Policy(merge(base, own[slot], built.decoder.lora)), mine, key)
         there = [trace for trace in together if trace.client == client]
         for a, b in zip(there, alone, strict=True):
             assert a.first.completion == b.first.completion
@@ -113,12 +113,12 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
     seen = []
     collect = type(built.algorithm).collect
 
-    def spy(self, actor, policy, cohort, memory, key, phase):
+    def spy(self, worker, policy, cohort, memory, key, phase):
         seen.append(jax.tree.map(np.asarray, policy.lora))
-        return collect(self, actor, policy, cohort, memory, key, phase)
+        return collect(self, worker, policy, cohort, memory, key, phase)
 
     monkeypatch.setattr(type(built.algorithm), "collect", spy)
-    state, metrics, told = rounds.run_round(built, state, Spent())
+    state, metrics, told = rounds.run_round(built, state, BudgetUsed())
     assert len(seen) == 3
     jax.tree.map(np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.on_devices(start)))
     assert len(told) == 3 * 3 * 2 * built.algorithm.settings.group
@@ -136,7 +136,9 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
     built = build("grpo", **changes)
     assert built.algorithm.phases == 2
     state = built.initial_state()
-    state, metrics, told = rounds.run_round(built, state.replace(lora=built.on_devices(moved(state.lora))), Spent())
+    state, metrics, told = rounds.run_round(
+        built, state.replace(lora=built.on_devices(moved(state.lora))), BudgetUsed()
+    )
     assert len(told) == 2 * 3 * 8 * built.algorithm.settings.group
     assert metrics["grpo/clip_fraction"] > 0  # the second update is off-policy
 
@@ -161,17 +163,17 @@ def test_a_resumed_run_has_the_same_bits_memory_included(method, changes, tmp_pa
         shutil.rmtree(workdir / "checkpoints" / name)
     loop.train(builder.build(config, jax.devices()[:1]), workdir, quiet=True)
     again, _ = restore(built, workdir, None)
-    assert int(again.round) == 4 and jax.tree.leaves(again.memory)
-    assert pytrees.digest((again.lora, again.memory)) == pytrees.digest((whole.lora, whole.memory))
+    assert int(again.round) == 4 and jax.tree.leaves(again.algorithm_state)
+    assert pytrees.digest((again.lora, again.algorithm_state)) == pytrees.digest((whole.lora, whole.algorithm_state))
 
 
 def test_the_memory_has_a_constant_size():
     built = build("tpaw")
     state = built.initial_state()
-    shapes = jax.tree.map(np.shape, state.memory)
+    shapes = jax.tree.map(np.shape, state.algorithm_state)
     for _ in range(2):
-        state, _, _ = rounds.run_round(built, state, Spent())
-    assert jax.tree.map(np.shape, state.memory) == shapes
+        state, _, _ = rounds.run_round(built, state, BudgetUsed())
+    assert jax.tree.map(np.shape, state.algorithm_state) == shapes
 
 
 @pytest.mark.parametrize("method", ["spear", "grpo", "opsd", "sft", "tpaw", "tspin"])
@@ -181,13 +183,13 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
     )
     state = built.initial_state()
     assert jax.tree.leaves(state.lora)[0].shape[0] == 2
-    after, metrics, told = rounds.run_round(built, state, Spent())
+    after, metrics, told = rounds.run_round(built, state, BudgetUsed())
     assert metrics["round/clients"] == 2 and len({t.client for t, _, _ in told}) in (0, 2)
     cohort = built.cohort(1)
     first = cohort.clients[0]
     alone = dataclasses.replace(cohort, clients=[first], indices=cohort.indices[:1])
-    own = jax.tree.map(lambda x: x[first], (state.lora, state.memory))
-    single, _, _ = rounds._together(built, state.replace(lora=own[0], memory=own[1]), Spent(), alone)
+    own = jax.tree.map(lambda x: x[first], (state.lora, state.algorithm_state))
+    single, _, _ = rounds._together(built, state.replace(lora=own[0], algorithm_state=own[1]), BudgetUsed(), alone)
     np.testing.assert_array_equal(flat(single.lora), flat(jax.tree.map(lambda x: x[first], after.lora)))
     if told or method == "sft":
         assert not np.allclose(*(flat(jax.tree.map(lambda x, c=c: x[c], after.lora)) for c in (0, 1)))
@@ -196,7 +198,7 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
 
 def test_a_run_with_one_client_is_centralised_and_holds_all_data():
     built = build("spear", **{"federation.num_clients": 1, "federation.clients_per_round": 1})
-    assert len(built.parts) == 1 and len(built.parts[0]) == len(built.actor.examples)
+    assert len(built.parts) == 1 and len(built.parts[0]) == len(built.worker.examples)
 
 
 def test_a_token_budget_ends_the_run_and_the_lines_add_up(tmp_path):
@@ -266,7 +268,7 @@ def test_methods_that_learn_from_responses_run_on_any_file_of_pairs(method, tmp_
     state = built.initial_state()
     before = evaluate(built, state)
     for _ in range(3):
-        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
+        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed())
     after = evaluate(built, state)
     assert after["eval/nll"] < before["eval/nll"]
 
@@ -279,7 +281,7 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
     state = built.initial_state()
     found = []
     for _ in range(3):
-        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), Spent())
+        state, metrics, _ = rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed())
         found.append(metrics["dpo/margin"])
     assert found[-1] > 0 and metrics["rollout/tokens"] == 0
 
@@ -289,7 +291,7 @@ def test_east_keeps_undecided_questions_and_its_weights_average_to_one(method, c
     built = build(method, **changes, **{"rollout.examples": 24})
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    got = built.algorithm.collect(built.actor, built.actor.merge(state.lora), built.cohort(1), {}, key, 0)
+    got = built.algorithm.collect(built.worker, built.worker.merge(state.lora), built.cohort(1), {}, key, 0)
     by_question = {}
     for trace, _, _ in got.traces:
         by_question.setdefault((trace.client, trace.example.id), []).append(trace.first.correct)

@@ -7,7 +7,7 @@ import pytest
 
 from spear_jax.benchmark import machine
 from spear_jax.core import compilation, malloc
-from spear_jax.core.compilation import trim_after_compiling
+from spear_jax.core.compilation import release_after_compiling
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be asked")
@@ -26,8 +26,8 @@ def test_memory_that_the_allocator_keeps_is_given_back():
 def test_long_compiling_is_followed_by_giving_back_once(monkeypatch):
     asked = []
     monkeypatch.setattr(malloc, "trim", lambda: asked.append(1))
-    trim_after_compiling()
-    trim_after_compiling()
+    release_after_compiling()
+    release_after_compiling()
     jax.monitoring.record_event_duration_secs(compilation._EVENT, 0.01)
     jax.monitoring.record_event_duration_secs("/jax/other", 10.0)
     assert asked == []

@@ -60,11 +60,11 @@ def train(folder, config, settings):
     assert len(exports) == 2
     for line in exports:
         python(folder, *shlex.split(line)[1:])
-    return Trained(folder)
+    return TrainedCohort(folder)
 
 
 @dataclasses.dataclass
-class Trained:
+class TrainedCohort:
     """A folder with runs/quickstart, adapters/quickstart and models/quickstart."""
 
     folder: pathlib.Path

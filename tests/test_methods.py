@@ -16,13 +16,13 @@ import pytest
 from test_clients import close, local_config, lora, make_decoder, model  # noqa: F401 (fixtures)
 
 from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, losses, opsd, rltf_sd
-from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
 from spear_jax.models import token_logprobs
-from spear_jax.models.token_logprobs import Scorer, by_row
-from spear_jax.packing.blocks import choose_room, stack_blocks
-from spear_jax.packing.rows import Row
+from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
+from spear_jax.packing.blocks import choose_block_shape, stack_blocks
+from spear_jax.packing.rows import TrainingRow
 
 VECTORS = {v["name"]: v for v in json.loads((pathlib.Path(__file__).parent / "loss_vectors.json").read_text())}
 
@@ -195,11 +195,11 @@ NUMBERS = {"tpaw": {"players": np.array([1, 1, 0], np.float32)}, "iris": {"alpha
 
 
 def make(name, batch_size, accumulation, settings):
-    shell = Shell(4, 1, accumulation, batch_size, T, 1.0, (2,))
+    common = CommonHyperparams(4, 1, accumulation, batch_size, T, 1.0, (2,))
     kind = ALGORITHMS[name]
     return kind(
         kind.Settings(**settings | ({"mu": 2} if name == "space" else {}) | ({"group": 2} if name == "grpo" else {})),
-        shell,
+        common,
     )
 
 
@@ -212,7 +212,7 @@ def units(name, vocab):
         ids = lambda count: rng.integers(3, vocab, count).tolist()
         prompt, mask = ids(rng.integers(2, P + 1)), rng.random(length) < 0.8
         mask[0] = True
-        return Row(prompt, ids(length), mask, float(rng.choice([0.5, 1.0])), kind, float(rng.normal()))
+        return TrainingRow(prompt, ids(length), mask, float(rng.choice([0.5, 1.0])), kind, float(rng.normal()))
 
     found = [tuple(row(kind) for kind in KINDS[name]) for _ in range(SIZE)]
     if name in ("dpo", "opsd"):
@@ -239,10 +239,10 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     cohort = [[[[lighter(row, by) for row in micro] for micro in step]] for by in (1.0, 0.75, 0.5)]
     work = dense.work(cohort, algorithm, P, T, limit=limit, padded=count)
     others = tuple(jax.tree.map(lambda x, k=k: x + 0.01 * k, lora) for k in (1, 2, 3))
-    number = len(algorithm.references(algorithm.init_memory(lora, 4, T), lora))
+    number = len(algorithm.references(algorithm.init_state(lora, 4, T), lora))
     numbers = {"gap": np.float32(0.3)} if settings.get("order") == "per_step" else NUMBERS.get(name, {})
     mesh = make_mesh(jax.devices()[:devices])
-    shared = local_training.Shared(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
+    shared = local_training.Broadcast(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
     weight = np.where(np.arange(count) < 3, np.arange(1, count + 1), 0).astype(np.float32)
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
@@ -297,17 +297,17 @@ def test_accumulation_changes_nothing_with_denominators_of_the_whole_step(model,
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_without_rows_trains_nothing(model, lora, name):  # noqa: F811
     algorithm = make(name, 2, 1, {})
-    room = choose_room([], algorithm.kinds, algorithm.trunks, P, T, 64)
-    room = dataclasses.replace(room, items=2)
-    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), stack_blocks([[]], room, 1)[0])
-    number = len(algorithm.references(algorithm.init_memory(lora, 4, T), lora))
-    batch = block.rows.replace(reference=jnp.zeros((2 * algorithm.kinds, number, T)))
+    shape = choose_block_shape([], algorithm.rows_per_group, algorithm.num_packs, P, T, 64)
+    shape = dataclasses.replace(shape, items=2)
+    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), stack_blocks([[]], shape, 1)[0])
+    number = len(algorithm.references(algorithm.init_state(lora, 4, T), lora))
+    batch = block.rows.replace(ref_logprobs=jnp.zeros((2 * algorithm.rows_per_group, number, T)))
     numbers = NUMBERS.get(name, {})
-    scorer = Scorer(make_decoder(model), model.base, 64)
+    scorer = TokenLogprobs(make_decoder(model), model.base, 64)
 
     def value(tree):
-        lp = by_row(block, algorithm.forward(scorer, tree, block, (lora,) * number))
-        counts = algorithm.counts(batch, jax.lax.stop_gradient(lp), numbers)
+        lp = unpack_rows(block, algorithm.forward(scorer, tree, block, (lora,) * number))
+        counts = algorithm.denominators(batch, jax.lax.stop_gradient(lp), numbers)
         return algorithm.loss(batch, lp, counts, numbers)[0]
 
     found, grads = jax.jit(jax.value_and_grad(value))(lora)

@@ -20,7 +20,7 @@ from spear_jax.models.io.huggingface import end_ids, load_model, save_model
 from spear_jax.models.io.tensor_map import places
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.packing.arrays import spans
-from spear_jax.packing.prefix_tree import pack_prompts, prompt_room
+from spear_jax.packing.prefix_tree import pack_prompts, prompt_shape
 from spear_jax.rollout import decode
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -75,12 +75,12 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     tokens, mask, decoder = want["left_tokens"], want["left_mask"], Decoder(model.config, NO_LORA)
     rows = mask[:, 4]  # real tokens before position 5, so that a prompt of 5 is not empty
     tokens, mask, full = tokens[rows], mask[rows], want["left_logits"][rows]
-    base, room = unstack(model.base), tokens.shape[1] - 5
+    base, shape = unstack(model.base), tokens.shape[1] - 5
     prompts = [[row[5 - n : 5].tolist() for row, n in zip(tokens, mask[:, :5].sum(1), strict=True)]]
-    pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_room(prompts, 5))
+    pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_shape(prompts, 5))
     pack = jax.tree.map(lambda x: x[0], pack)
     hidden, cache = packed_states(decoder, None, base, pack)
-    padded = lambda x: jnp.pad(decode._spread(x, index[0]), ((0, 0), (0, 0), (0, room), (0, 0)))
+    padded = lambda x: jnp.pad(decode._spread(x, index[0]), ((0, 0), (0, 0), (0, shape), (0, 0)))
     hidden, cache = hidden[index[0, :, -1]], jax.tree.map(padded, cache)
     for step in range(5, tokens.shape[1] + 1):
         np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)
@@ -103,19 +103,19 @@ def test_layer_after_layer_equals_the_scan(family):
 
 # a column of queries, and three from ever fewer rows; keys of an opening before them; JAX's own attention
 @pytest.mark.parametrize("attention", [attend, functools.partial(library, implementation="xla")])
-@pytest.mark.parametrize("opening", [0, 7])
-@pytest.mark.parametrize("columns", [((3, 20),), ((3, 20), (2, 16), (1, 30))])
-def test_attention_by_columns_of_queries_equals_softmax_over_what_is_visible(columns, opening, attention):
-    length = sum(width for _, width in columns)
+@pytest.mark.parametrize("shared_prefix", [0, 7])
+@pytest.mark.parametrize("tiles", [((3, 20),), ((3, 20), (2, 16), (1, 30))])
+def test_attention_by_columns_of_queries_equals_softmax_over_what_is_visible(tiles, shared_prefix, attention):
+    length = sum(width for _, width in tiles)
     rng = np.random.default_rng(length)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    seen = length + opening
+    seen = length + shared_prefix
     q, keys, values, pull = draw(3, length, 4, 8), draw(3, 2, seen, 8), draw(3, 2, seen, 8), draw(3, length, 4, 8)
-    branch = np.sort(rng.integers(-1, 3, (3, length)), axis=1) % 4  # prompt, two branches, padding
-    branch = np.where(branch == 3, -1, branch)
-    branch = np.pad(branch, ((0, 0), (opening, 0)))
-    whole = seen_in_tree(jnp.asarray(branch), length)
-    own = spans(columns)
+    branch_ids = np.sort(rng.integers(-1, 3, (3, length)), axis=1) % 4  # prompt, two branches, padding
+    branch_ids = np.where(branch_ids == 3, -1, branch_ids)
+    branch_ids = np.pad(branch_ids, ((0, 0), (shared_prefix, 0)))
+    whole = seen_in_tree(jnp.asarray(branch_ids), length)
+    own = spans(tiles)
 
     def plain(q, keys, values):
         scores = jnp.einsum("rlhk,rhsk->rhls", q, jnp.repeat(keys, 2, axis=1)) / np.sqrt(8)
@@ -126,8 +126,8 @@ def test_attention_by_columns_of_queries_equals_softmax_over_what_is_visible(col
     def by_columns(q, keys, values):
         found = []
         for rows, begin, end in own:
-            visible = seen_in_tree(jnp.asarray(branch[:rows, : opening + end]), end - begin)
-            cut = (slice(None),) if attention is attend else (slice(rows), slice(None), slice(opening + end))
+            visible = seen_in_tree(jnp.asarray(branch_ids[:rows, : shared_prefix + end]), end - begin)
+            cut = (slice(None),) if attention is attend else (slice(rows), slice(None), slice(shared_prefix + end))
             found.append(attention(q[:rows, begin:end], keys[cut], values[cut], visible))
         return found
 

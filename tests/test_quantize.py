@@ -1,5 +1,7 @@
 """Quantised bases: their numbers against numpy, their size, and whole runs on them."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,10 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import to_host
 from spear_jax.experiment import builder
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.io import quantize_weights
 from spear_jax.models.io.tensor_map import on_default_device
-from spear_jax.models.quantization import importlib, widen
+from spear_jax.models.quantization import widen
 
 # The 16 levels of NF4 (arXiv 2305.14314, appendix E).
 LEVELS = np.array([
@@ -76,7 +78,7 @@ def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, s
     wide.model.base["layers"].update(jax.tree.map(jnp.asarray, widen(layers)))
     found = []
     for built in (small, wide):
-        state, _, told = rounds.run_round(built, built.initial_state(), Spent())
+        state, _, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
         policy = built.policies(state.lora)[0]
         right = built.evaluator(policy.base, policy.lora).correct
         found.append((state.lora, [[a.completion for a in t.attempts] for t, _, _ in told], right))
@@ -89,10 +91,10 @@ def test_a_quantised_base_on_many_devices_says_the_same():
     said = []
     for count in (1, 8):
         built = build(count, **{"quantize": "int8", "devices.model": 2 if count > 1 else 1})
-        policy = built.actor.merge(built.initial_state().lora)
+        policy = built.worker.merge(built.initial_state().lora)
         keys = np.zeros((6, 2), np.uint32)
-        prompts = [p for p in built.actor.prompts if p][:6]
-        done = built.actor.sampler.generate(policy.lora, policy.base, prompts, keys, built.evaluator.sampling)
+        prompts = [p for p in built.worker.prompts if p][:6]
+        done = built.worker.sampler.generate(policy.lora, policy.base, prompts, keys, built.evaluator.sampling)
         said.append([completion.tokens for completion in done])
     assert said[0] == said[1]
     half = to_host(built.model.base["layers"]["q"].qvalue)

@@ -18,10 +18,10 @@ from spear_jax.feedback.registry import get_feedback
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.io.huggingface import load_model, load_tokenizer
 from spear_jax.models.lora import LoraConfig
-from spear_jax.packing.blocks import choose_room, fold_rows
-from spear_jax.packing.rows import Row
+from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
+from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout import scorer
-from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Sampler
 from spear_jax.rollout.token_sampling import SamplingConfig
 from spear_jax.tasks import TASKS, get_task, world
@@ -290,7 +290,7 @@ def test_every_tasks_columns_are_named_by_its_own_keys_alone():
 
 @pytest.fixture(scope="module")
 def renderer():
-    return Renderer(load_tokenizer(TINY), "auto", 200)
+    return PromptRenderer(load_tokenizer(TINY), "auto", 200)
 
 
 def test_response_ids_are_its_tokens_and_exactly_one_eos(renderer):
@@ -382,18 +382,18 @@ def test_embedded_teacher_reads_a_revision_with_the_oracles_own_feedback(name, w
 
 
 def test_privileged_ids_are_cut_at_their_start_and_keep_the_question_whole():
-    task, renderer = get_task("mcqa"), Renderer(load_tokenizer(TINY), "auto", 2000)
+    task, renderer = get_task("mcqa"), PromptRenderer(load_tokenizer(TINY), "auto", 2000)
     example = letters(support=("It bends. " * 30,))
     asked = f"{task.question(example)}\n{task.templates.header}"
     whole = renderer.privileged(task, example)
     assert renderer.decode(whole) == f"{task.privileged(example)}\n{task.templates.header}"
     question = len(renderer.tokenizer.encode(asked))
     for limit in (len(whole) - 1, question + 40, question):
-        ids = Renderer(renderer.tokenizer, "auto", limit).privileged(task, example)
+        ids = PromptRenderer(renderer.tokenizer, "auto", limit).privileged(task, example)
         text = renderer.decode(ids)
         assert limit - 4 < len(ids) <= limit and text.endswith(asked) and renderer.decode(whole).endswith(text)
     with pytest.raises(UserError, match=rf"privileged prompt of {question} tokens, over the limit of {question - 1}"):
-        Renderer(renderer.tokenizer, "auto", question - 1).privileged(task, example)
+        PromptRenderer(renderer.tokenizer, "auto", question - 1).privileged(task, example)
 
 
 # --- likelihood ---
@@ -403,7 +403,7 @@ def make_evaluator(folder, task, examples, method, rows=4, responses=True, seen=
     model = load_model(str(folder), "float32")
     decoder = Decoder(model.config, LoraConfig(1, 1.0, 0.0, ()))
     greedy = SamplingConfig(40, 0.0, 0, 1.0, model.eos_ids, model.pad_id)
-    render = Renderer(model.tokenizer, "auto", 250)
+    render = PromptRenderer(model.tokenizer, "auto", 250)
     prompts = [getattr(render, seen)(task, example) for example in examples]
     ids = [render.response(task, example, 40)[0] for example in examples] if responses else ()
     made = Evaluator(task, render, decoder, Sampler(decoder), examples, prompts, method, greedy, rows, responses=ids)
@@ -450,7 +450,7 @@ def test_likelihood_of_a_model_that_knows_nothing_is_uniform(random_model):
 def test_likelihood_does_not_depend_on_batch_chunk_or_order(random_model):
     evaluator, base = random_model
     pairs = zip(evaluator.prompts, evaluator.responses, strict=True)
-    block = one_block([Row(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50)
+    block = one_block([TrainingRow(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50)
     whole = scorer._token_scores(evaluator.decoder, 10_000, None, base, block)
     for chunk in (33, 350):
         parts = scorer._token_scores(evaluator.decoder, chunk, None, base, block)
@@ -461,15 +461,15 @@ def test_likelihood_does_not_depend_on_batch_chunk_or_order(random_model):
 
 def one_block(rows, prompt, length):
     """All rows in one block, with a leading axis of one device."""
-    room = choose_room([[[(row,) for row in rows]]], 1, 1, prompt, length, 10**6)
-    blocks, _ = fold_rows(rows, room)
+    room = choose_block_shape([[[(row,) for row in rows]]], 1, 1, prompt, length, 10**6)
+    blocks, _ = pack_single_rows(rows, room)
     assert len(blocks) == 1
     return jax.tree.map(lambda x: x[None], blocks[0])
 
 
 def test_likelihood_never_holds_logits_of_all_positions(random_model):
     evaluator, base = random_model
-    rows = [Row([5, 6, i], [7] * 32, np.ones(32, bool), 1.0, 1) for i in range(4)]
+    rows = [TrainingRow([5, 6, i], [7] * 32, np.ones(32, bool), 1.0, 1) for i in range(4)]
     call = functools.partial(scorer._token_scores, evaluator.decoder, 16, None)
     shapes = str(jax.make_jaxpr(call)(base, one_block(rows, 16, 32)))
     vocab = evaluator.decoder.config.vocab_size

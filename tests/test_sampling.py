@@ -63,7 +63,7 @@ def numpy_keep(row, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)])
 def test_filters_keep_what_sorting_keeps(top_k, top_p):
     rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
-    kept = np.asarray(token_sampling.keep_mask(jnp.asarray(rows), top_k, top_p))
+    kept = np.asarray(token_sampling.nucleus_mask(jnp.asarray(rows), top_k, top_p))
     for row, mask in zip(rows.astype(np.float64), kept, strict=True):
         assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
 
@@ -72,7 +72,7 @@ def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_te
     row = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
     config = settings(temperature=0.5, top_k=3)
     keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, logprobs = token_sampling.draw(jnp.repeat(row, 4000, 0), keys, jnp.zeros(4000, jnp.int32), config)
+    tokens, logprobs = token_sampling.sample_token(jnp.repeat(row, 4000, 0), keys, jnp.zeros(4000, jnp.int32), config)
     # p^2 over the three kept: 0.25, 0.09, 0.0225 of 0.3625
     want = np.array([0.25, 0.09, 0.0225, 0]) / 0.3625
     found = np.bincount(np.asarray(tokens), minlength=4) / 4000
@@ -86,7 +86,7 @@ def test_a_token_is_where_the_distribution_function_passes_the_random_number():
     share[:, 0] = share[:, -1] = 0.0
     uniform = rng.random(400, np.float32)
     uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
-    found = np.asarray(token_sampling.pick(jnp.asarray(share), jnp.asarray(uniform)))
+    found = np.asarray(token_sampling.inverse_cdf_sample(jnp.asarray(share), jnp.asarray(uniform)))
     ends = np.cumsum(share.astype(np.float64), axis=1) / share.sum(1, dtype=np.float64, keepdims=True)
     rows = np.arange(400)
     assert (share[rows, found] > 0).all()
@@ -108,7 +108,7 @@ def test_prompts_read_by_many_columns_give_the_same_completions(model, decoder, 
     prompts, keys, found = make_prompts(model, 11), make_keys(11), []
     for width, count in ((64, 1), (8, 5)):
         monkeypatch.setattr(shape_buckets, "COLUMN", width)
-        assert len(shape_buckets.split_columns(max(map(len, prompts)))) == count
+        assert len(shape_buckets.split_tiles(max(map(len, prompts)))) == count
         found.append(Sampler(decoder).generate(None, model.base, prompts, keys, settings()))
     for one, other in zip(*found, strict=True):
         assert one.tokens == other.tokens
@@ -192,8 +192,8 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(model, 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder, monkeypatch, own):
-    opening = np.random.default_rng(8).integers(3, 60, 20).tolist()
-    prompts, keys = [opening + p for p in make_prompts(model, 12)], make_keys(12)
+    shared_prefix = np.random.default_rng(8).integers(3, 60, 20).tolist()
+    prompts, keys = [shared_prefix + p for p in make_prompts(model, 12)], make_keys(12)
     lora = init_lora(jax.random.key(1), LORA, model.config)
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     owners = None
@@ -205,7 +205,7 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
     config = settings()
     without = Sampler(decoder).generate(lora, model.base, prompts, keys, config, owners=owners)
     whole, read[:] = sum(read), []
-    sampler = Sampler(decoder, openings=[opening[:16], opening, [*opening, 1]])
+    sampler = Sampler(decoder, shared_prefixes=[shared_prefix[:16], shared_prefix, [*shared_prefix, 1]])
     found = sampler.generate(lora, model.base, prompts, keys, config, owners=owners)
     assert sum(read) <= whole - 8 * 20  # of twelve prompts; rooms are rounded up
     for one, other in zip(found, without, strict=True):
@@ -221,26 +221,29 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
 @pytest.mark.parametrize("devices", [1, 4])
 def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(model, decoder, devices):
     prompts, keys, config = make_prompts(model, 30), make_keys(30), settings(max_rows=8)
-    opening = prompts[0][:1]
-    prompts = [opening + p for p in prompts]
+    shared_prefix = prompts[0][:1]
+    prompts = [shared_prefix + p for p in prompts]
     config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts[:6], keys[:6], config))
     one = Sampler(decoder).generate(None, model.base, prompts, keys, config)
     mesh = make_mesh(jax.devices()[:devices])
     place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
-    sampler = Sampler(decoder, place, devices, spread=spread, openings=[opening])
-    before, compiled = (sampler_module._read._cache_size(), sampler_module._advance._cache_size()), []
+    sampler = Sampler(decoder, place, devices, spread=spread, shared_prefixes=[shared_prefix])
+    before, compiled = (sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()), []
     named = lambda event, _, fun_name="", **__: compiled.append(fun_name) if event == compilation._EVENT else None
     jax.monitoring.register_event_duration_secs_listener(named)
     found = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
     assert [c.tokens for c in found] == [c.tokens for c in one]
     # reads into a blank state, one that was read into, and one that was decoded
-    assert (sampler_module._read._cache_size(), sampler_module._advance._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()) == (
+        before[0] + 1,
+        before[1] + 1,
+    )
     # what is compiled before there is a state is what then runs
     assert [compiled.count(name) for name in ("jit(_read)", "jit(_advance)")] == [1, 1], compiled
 
 
 def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, decoder, monkeypatch):
-    held, read = [], sampler_module._read
+    held, read = [], sampler_module._prefill
     note = lambda *args: held.append(read.lower(*args).compile().memory_analysis().temp_size_in_bytes)
     watch(monkeypatch, "_read", note)
     # rows 2,016 places wide for prompts of one token, whose first answer ends them
@@ -293,11 +296,11 @@ def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
     sampler = Sampler(decoder)
     sampler.generate(None, model.base, make_prompts(model, 16), make_keys(16), settings())
     sampler.shapes.freeze()
-    before = sampler_module._read._cache_size(), sampler_module._advance._cache_size()
+    before = sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()
     for seed in (1, 2, 3):
         short = [p[:20] for p in make_prompts(model, 5 + seed, seed)]
         sampler.generate(None, model.base, short, make_keys(len(short)), settings())
-    assert (sampler_module._read._cache_size(), sampler_module._advance._cache_size()) == before
+    assert (sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()) == before
 
 
 def test_buckets_hold_what_they_are_asked_to_hold():

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.algorithms.iris import Iris, adaptive_order, distribution_gap, iris_loss, iris_sums
 from spear_jax.algorithms.self_play import log_ratio
 from spear_jax.algorithms.space import Space, space_real, space_synthetic
@@ -28,19 +28,19 @@ from spear_jax.core.types import Attempt, Cohort, Trace
 from spear_jax.experiment import builder, presets
 from spear_jax.federated import cohort_training
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row
+from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
 
 METHODS = (Spin, Tpaw, Iris, Space, Spif, Tspin)
-SHELL = Shell(
+COMMON = CommonHyperparams(
     examples=99, steps=2, accumulation=1, batch_size=16, max_new_tokens=4, temperature=1.0, eos_ids=(2,)
 )  # fmt: skip
 
 
-def build(method, shell=SHELL, **settings):
-    return method(method.Settings(**settings), shell)
+def build(method, common=COMMON, **settings):
+    return method(method.Settings(**settings), common)
 
 
 # Formulas: vectors
@@ -298,14 +298,14 @@ class Items:
     valid: np.ndarray
 
 
-def items_of(algorithm, seed=0, pad=(3, 7, 8)):
-    rng, kinds = np.random.default_rng(seed), algorithm.kinds
+def groups_of(algorithm, seed=0, pad=(3, 7, 8)):
+    rng, rows_per_group = np.random.default_rng(seed), algorithm.rows_per_group
     valid = ~np.isin(np.arange(N), pad)
-    mask = (np.arange(T) < rng.integers(1, T + 1, (N, kinds, 1))) & valid[:, None, None]
+    mask = (np.arange(T) < rng.integers(1, T + 1, (N, rows_per_group, 1))) & valid[:, None, None]
     mask[0, 0] = False  # an empty response that is not padding
     return Items(
-        -rng.exponential(1.0, (N, kinds, T)).astype(np.float32),
-        -rng.exponential(1.0, (N, kinds, J, T)).astype(np.float32),
+        -rng.exponential(1.0, (N, rows_per_group, T)).astype(np.float32),
+        -rng.exponential(1.0, (N, rows_per_group, J, T)).astype(np.float32),
         mask,
         valid,
     )
@@ -318,8 +318,8 @@ def rows(x, chosen):
 
 def batch_of(algorithm, items, chosen):
     mask = rows(items.mask, chosen)
-    label = jnp.where(jnp.arange(algorithm.kinds) > 0, -1, 1) * items.valid[:, None]
-    players = len(algorithm.references(algorithm.init_memory({"a": np.zeros(1)}, 1, 1), {}))
+    label = jnp.where(jnp.arange(algorithm.rows_per_group) > 0, -1, 1) * items.valid[:, None]
+    players = len(algorithm.references(algorithm.init_state({"a": np.zeros(1)}, 1, 1), {}))
     return Batch(
         completion_mask=mask,
         loss_mask=mask,
@@ -330,33 +330,35 @@ def batch_of(algorithm, items, chosen):
     )
 
 
-def step(algorithm, batch_size, normalize, items, numbers):
+def step(algorithm, batch_size, normalize, items, loss_scalars):
     """The core's optimiser step: counts summed over the micro-batches, then the shares added."""
     parts = np.arange(N).reshape(-1, batch_size)
     batches = jax.tree.map(lambda *x: jnp.stack(x), *[batch_of(algorithm, items, part) for part in parts])
     logprobs = jnp.stack([rows(items.logprobs, part) for part in parts])
     scored = jax.lax.stop_gradient(logprobs) if algorithm.two_pass else None
-    counts = jax.vmap(lambda b, x: algorithm.counts(b, x, numbers))(batches, scored)
+    counts = jax.vmap(lambda b, x: algorithm.denominators(b, x, loss_scalars))(batches, scored)
     if normalize == "global":
         counts = jax.tree.map(lambda x: jnp.broadcast_to(x.sum(0), x.shape), counts)
     else:
         counts = jax.tree.map(lambda x: len(parts) * x, counts)
-    loss, metrics = jax.lax.map(lambda xs: algorithm.loss(*xs, numbers), (batches, logprobs, counts))
+    loss, metrics = jax.lax.map(lambda xs: algorithm.loss(*xs, loss_scalars), (batches, logprobs, counts))
     return loss.sum(), jax.tree.map(lambda x: x.sum(0), metrics)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def step_and_gradients(algorithm, batch_size, normalize, items, numbers):
+def step_and_gradients(algorithm, batch_size, normalize, items, loss_scalars):
     def run(logprobs, reference):
-        return step(algorithm, batch_size, normalize, items.replace(logprobs=logprobs, reference=reference), numbers)
+        return step(
+            algorithm, batch_size, normalize, items.replace(logprobs=logprobs, ref_logprobs=reference), loss_scalars
+        )
 
     return jax.value_and_grad(run, (0, 1), has_aux=True)(items.logprobs, items.reference)
 
 
-def stepped(algorithm, items, batch_size, numbers=None, normalize="global"):
+def stepped(algorithm, items, batch_size, loss_scalars=None, normalize="global"):
     """The step's loss, its metrics, and the gradient with respect to `items.logprobs`; that of the references is 0."""
-    numbers = NUMBERS.get(type(algorithm), {}) if numbers is None else numbers
-    (value, metrics), (grad, stopped) = step_and_gradients(algorithm, batch_size, normalize, items, numbers)
+    loss_scalars = NUMBERS.get(type(algorithm), {}) if loss_scalars is None else loss_scalars
+    (value, metrics), (grad, stopped) = step_and_gradients(algorithm, batch_size, normalize, items, loss_scalars)
     np.testing.assert_array_equal(stopped, np.zeros_like(items.reference))
     return float(value), {name: mean.value() for name, mean in metrics.items()}, np.asarray(grad)
 
@@ -396,7 +398,7 @@ def expected(algorithm, items):
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_of_a_batch_with_padding_is_the_formula_on_its_responses(method):
     algorithm = method_of(method)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     value, metrics, grad = stepped(algorithm, items, N)
     assert value == pytest.approx(expected(algorithm, items), abs=1e-5)
     assert np.isfinite(list(metrics.values())).all()
@@ -406,7 +408,7 @@ def test_loss_of_a_batch_with_padding_is_the_formula_on_its_responses(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_16_micro_batches_of_one_equal_4_of_4_and_one_of_16(method):
     algorithm = method_of(method)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     whole, metrics, grad = stepped(algorithm, items, 16)
     for size in (1, 4):
         value, other, slope = stepped(algorithm, items, size)
@@ -418,7 +420,7 @@ def test_16_micro_batches_of_one_equal_4_of_4_and_one_of_16(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_normalisation_is_the_mean_of_the_micro_batches_own_losses(method):
     algorithm = method_of(method)
-    items = items_of(algorithm, pad=())
+    items = groups_of(algorithm, pad=())
     value, _, _ = stepped(algorithm, items, 4, normalize="micro")
     parts = [np.arange(N)[i : i + 4] for i in range(0, N, 4)]
     own = [expected(algorithm, jax.tree.map(lambda x, part=part: x[part], items)) for part in parts]
@@ -428,7 +430,7 @@ def test_micro_normalisation_is_the_mean_of_the_micro_batches_own_losses(method)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_of_items_does_not_matter(method):
     algorithm = method_of(method)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     order = np.random.default_rng(1).permutation(N)
     value, metrics, grad = stepped(algorithm, items, 4)
     other, again, slope = stepped(algorithm, jax.tree.map(lambda x: x[order], items), 4)
@@ -439,7 +441,7 @@ def test_the_order_of_items_does_not_matter(method):
 @pytest.mark.parametrize("method", [Iris, Space, Spif])
 def test_unpaired_methods_do_not_see_which_synthetic_response_stands_beside_which_real_one(method):
     algorithm = method_of(method)
-    items, order = items_of(algorithm, pad=()), np.random.default_rng(2).permutation(N)
+    items, order = groups_of(algorithm, pad=()), np.random.default_rng(2).permutation(N)
     mixed = jax.tree.map(np.copy, items)
     for name in ("logprobs", "reference", "mask"):
         getattr(mixed, name)[:, 1:] = getattr(items, name)[order, 1:]
@@ -449,7 +451,7 @@ def test_unpaired_methods_do_not_see_which_synthetic_response_stands_beside_whic
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_padding_has_zero_loss_and_zero_gradient(method):
     algorithm = method_of(method)
-    value, metrics, grad = stepped(algorithm, items_of(algorithm, pad=range(N)), 4)
+    value, metrics, grad = stepped(algorithm, groups_of(algorithm, pad=range(N)), 4)
     assert value == 0.0
     assert np.isfinite(list(metrics.values())).all()
     np.testing.assert_array_equal(grad, np.zeros_like(grad))
@@ -458,7 +460,7 @@ def test_a_step_of_padding_has_zero_loss_and_zero_gradient(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_empty_responses_have_a_finite_loss_and_no_gradient(method):
     algorithm = method_of(method)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     items.mask[:] = False
     value, _, grad = stepped(algorithm, items, 4)
     assert np.isfinite(value)
@@ -467,7 +469,7 @@ def test_empty_responses_have_a_finite_loss_and_no_gradient(method):
 
 def test_iriss_gradient_is_minus_the_real_and_plus_the_synthetic_softmax_of_the_whole_step():
     algorithm = method_of(Iris)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     grad = stepped(algorithm, items, 4)[2]
     total = lambda x, mask: np.where(mask, x, 0).sum(-1)
     r = 0.1 * (total(items.logprobs, items.mask) - total(items.reference[:, :, 0], items.mask))
@@ -478,7 +480,7 @@ def test_iriss_gradient_is_minus_the_real_and_plus_the_synthetic_softmax_of_the_
 
 def test_iriss_effective_share_is_1_over_n_sum_of_squared_weights():
     algorithm = method_of(Iris, lam=1.0)
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     total = lambda x, mask: np.where(mask, x, 0).sum(-1)
     r = (total(items.logprobs, items.mask) - total(items.reference[:, :, 0], items.mask))[items.valid]
     for name, z in (("real_ess", 0.5 * r[:, 0]), ("synthetic_ess", 1.5 * r[:, 1])):
@@ -487,7 +489,7 @@ def test_iriss_effective_share_is_1_over_n_sum_of_squared_weights():
 
 
 def test_iriss_scale_alpha_multiplies_the_loss_by_its_order():
-    items = items_of(method_of(Iris))
+    items = groups_of(method_of(Iris))
     plain, scaled = (stepped(method_of(Iris, scale=scale), items, 4) for scale in ("one", "alpha"))
     assert scaled[0] == pytest.approx(1.5 * plain[0], rel=1e-5)
     np.testing.assert_allclose(scaled[2], 1.5 * plain[2], atol=1e-6)
@@ -495,30 +497,30 @@ def test_iriss_scale_alpha_multiplies_the_loss_by_its_order():
 
 def test_a_new_order_compiles_nothing():
     algorithm = method_of(Iris)
-    items, sizes, values = items_of(algorithm), [], []
+    items, sizes, values = groups_of(algorithm), [], []
     for alpha in (0.0, 0.5, 1.0, 2.0):
-        values.append(stepped(algorithm, items, 4, numbers={"alpha": jnp.float32(alpha)})[0])
+        values.append(stepped(algorithm, items, 4, loss_scalars={"alpha": jnp.float32(alpha)})[0])
         sizes.append(step_and_gradients._cache_size())
     assert sizes[0] == sizes[-1] and len(set(values)) == 4
 
 
 def test_per_step_order_follows_the_running_difference_of_mean_rewards():
     algorithm = method_of(Iris, order="per_step")
-    numbers = {"gap": jnp.float32(0.4)}
+    loss_scalars = {"gap": jnp.float32(0.4)}
     counts = {"real": {"total": 6.0, "count": 3.0}, "synthetic": {"total": -2.0, "count": 4.0}}
-    after = algorithm.advance(numbers, counts)
+    after = algorithm.update_loss_scalars(loss_scalars, counts)
     assert float(after["gap"]) == pytest.approx(0.9 * 0.4 + 0.1 * (2.0 + 0.5))
-    items = items_of(algorithm)
+    items = groups_of(algorithm)
     alpha = 0.5 + 1.5 * (1 - math.exp(-0.4))
-    assert stepped(algorithm, items, 4, numbers=numbers)[1]["alpha"] == pytest.approx(alpha, rel=1e-6)
+    assert stepped(algorithm, items, 4, loss_scalars=loss_scalars)[1]["alpha"] == pytest.approx(alpha, rel=1e-6)
     # a policy that prefers synthetic responses has the order of no gap
-    assert stepped(algorithm, items, 4, numbers={"gap": jnp.float32(-3.0)})[1]["alpha"] == pytest.approx(0.5)
+    assert stepped(algorithm, items, 4, loss_scalars={"gap": jnp.float32(-3.0)})[1]["alpha"] == pytest.approx(0.5)
 
 
 # Memory: a world where an adapter is a number, and a response names its author, its question and its sample.
 
 
-class FakeActor:
+class FakeWorker:
     """Answers with [author, example, sample], right for even examples; two clients own six examples each."""
 
     def __init__(self):
@@ -543,22 +545,22 @@ PARTS = {4: np.arange(6), 9: np.arange(6, 12)}
 
 
 def play(method, rounds, examples=99, **settings):
-    """Rounds whose adapter is the number of rounds finished; returns each round's (Collected, asks), and the last memory."""
-    shell = dataclasses.replace(SHELL, examples=examples, batch_size=4, accumulation=4)
-    algorithm, actor, told = build(method, shell, **settings), FakeActor(), []
-    memory = algorithm.init_memory({"a": np.array([0.0])}, 12, 4)
+    """Rounds whose adapter is the number of rounds finished; returns each round's (CohortData, asks), and the last memory."""
+    common = dataclasses.replace(COMMON, examples=examples, batch_size=4, accumulation=4)
+    algorithm, worker, told = build(method, common, **settings), FakeWorker(), []
+    algorithm_state = algorithm.init_state({"a": np.array([0.0])}, 12, 4)
     for round in range(1, rounds + 1):
         rngs = lambda slot, name, round=round: path_rng(0, purpose(name), round, list(PARTS)[slot])
         cohort = Cohort(round, list(PARTS), list(PARTS.values()), rngs)
-        before, actor.asked = pytrees.digest(memory), []
-        got = algorithm.collect(actor, Policy({"author": round - 1}), cohort, memory, None, 0)
-        assert pytrees.digest(memory) == before  # a checkpoint may still be writing it
-        after = pytrees.digest(got.memory)
-        told.append((got, actor.asked))
+        before, worker.asked = pytrees.digest(algorithm_state), []
+        got = algorithm.collect(worker, Policy({"author": round - 1}), cohort, algorithm_state, None, 0)
+        assert pytrees.digest(algorithm_state) == before  # a checkpoint may still be writing it
+        after = pytrees.digest(got.algorithm_state)
+        told.append((got, worker.asked))
         metrics = {"iris/real_ess": 1.0, "iris/synthetic_ess": 1.0}
-        memory = algorithm.end_round(got.memory, {"a": jnp.array([float(round)])}, metrics, round)
-        assert pytrees.digest(got.memory) == after
-    return algorithm, told, memory
+        algorithm_state = algorithm.end_round(got.algorithm_state, {"a": jnp.array([float(round)])}, metrics, round)
+        assert pytrees.digest(got.algorithm_state) == after
+    return algorithm, told, algorithm_state
 
 
 def drawn(got):
@@ -575,7 +577,7 @@ def test_a_micro_batch_is_blocks_of_gold_then_synthetic_responses_to_the_same_pr
     for got, _ in told:
         assert len(got.rows) == 2 and all(len(client) == 2 and len(client[0]) == 4 for client in got.rows)
         for micro in (micro for client in got.rows for step in client for micro in step):
-            assert len(micro) == 4 * algorithm.kinds
+            assert len(micro) == 4 * algorithm.rows_per_group
             for i, row in enumerate(micro):
                 index = micro[i % 4].completion[1]
                 assert row.prompt == [100 + index] and row.completion[1] == index and row.loss_mask.all()
@@ -584,31 +586,31 @@ def test_a_micro_batch_is_blocks_of_gold_then_synthetic_responses_to_the_same_pr
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_rounds_opponent_is_the_adapter_that_the_round_started_from(method):
-    algorithm, told, memory = play(method, 4)
+    algorithm, told, algorithm_state = play(method, 4)
     for round, (got, asked) in enumerate(told, 1):
         assert {(client, i) for client, i, _ in asked} == {(c, i) for c, part in PARTS.items() for i in part}
         assert round - 1 in authors(got)
         np.testing.assert_array_equal(got.weight, [6, 6])
         assert got.active.all()
-    for player, lora in enumerate(algorithm.references(memory, {})):
+    for player, lora in enumerate(algorithm.references(algorithm_state, {})):
         assert lora["a"].tolist() == [4.0 - player]
 
 
 def test_spin_has_one_synthetic_set_in_iteration_0_and_two_afterwards():
-    _, told, memory = play(Spin, 4)
+    _, told, algorithm_state = play(Spin, 4)
     assert [authors(got) for got, _ in told] == [{0}, {1, 0}, {2, 1}, {3, 2}]
     assert [got.metrics["rollout/wins"] for got, _ in told] == [12, 24, 24, 24]
     assert [got.metrics["rollout/loses"] for got, _ in told] == [12, 24, 24, 24]
     assert all(got.metrics["rollout/first_accuracy"] == 0.5 for got, _ in told)
-    assert memory["tokens"].shape == (12, 2, 1, 4)
+    assert algorithm_state["tokens"].shape == (12, 2, 1, 4)
 
 
 def test_tpaw_adds_a_player_and_a_synthetic_set_an_iteration_up_to_three():
-    algorithm, told, memory = play(Tpaw, 5)
-    assert [got.numbers["players"].tolist() for got, _ in told] == [[1, 0, 0], [1, 1, 0], *[[1, 1, 1]] * 3]
+    algorithm, told, algorithm_state = play(Tpaw, 5)
+    assert [got.loss_scalars["players"].tolist() for got, _ in told] == [[1, 0, 0], [1, 1, 0], *[[1, 1, 1]] * 3]
     assert [authors(got) for got, _ in told] == [{0}, {1, 0}, {2, 1, 0}, {3, 2, 1}, {4, 3, 2}]
-    assert memory["opponents"]["a"].tolist() == [[5.0], [4.0], [3.0]]
-    assert len(algorithm.references(memory, {})) == 3
+    assert algorithm_state["opponents"]["a"].tolist() == [[5.0], [4.0], [3.0]]
+    assert len(algorithm.references(algorithm_state, {})) == 3
 
 
 @pytest.mark.parametrize("method", [Iris, Space, Spif])
@@ -618,33 +620,33 @@ def test_the_other_methods_train_on_the_current_opponents_responses_only(method)
 
 
 def test_sets_of_prompts_that_were_not_drawn_for_long_are_not_trained_on():
-    _, told, memory = play(Spin, 6, examples=2)
+    _, told, algorithm_state = play(Spin, 6, examples=2)
     for round, (got, _) in enumerate(told, 1):
         assert authors(got) <= {round - 1, round - 2}
         np.testing.assert_array_equal(got.weight, [2, 2])
-    assert (memory["iteration"] < 4).any()  # some were left behind
+    assert (algorithm_state["iteration"] < 4).any()  # some were left behind
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_memory_keeps_its_shape_and_no_more_than_its_iterations(method):
-    algorithm, told, memory = play(method, 5)
-    start = algorithm.init_memory({"a": np.array([0.0])}, 12, 4)
+    algorithm, told, algorithm_state = play(method, 5)
+    start = algorithm.init_state({"a": np.array([0.0])}, 12, 4)
     shapes = lambda tree: jax.tree.map(lambda x: (np.asarray(x).shape, np.asarray(x).dtype), tree)
-    assert all(shapes(got.memory) == shapes(told[0][0].memory) for got, _ in told)
-    assert jax.tree.structure(memory) == jax.tree.structure(start)
-    assert {k: v for k, v in shapes(memory).items() if k != "opponents"} == {
+    assert all(shapes(got.algorithm_state) == shapes(told[0][0].algorithm_state) for got, _ in told)
+    assert jax.tree.structure(algorithm_state) == jax.tree.structure(start)
+    assert {k: v for k, v in shapes(algorithm_state).items() if k != "opponents"} == {
         k: v for k, v in shapes(start).items() if k != "opponents"
     }
     kept = {0, 4} if method is Tspin else set(range(5 - algorithm.kept, 5))
-    assert set(memory["iteration"].ravel().tolist()) == kept
+    assert set(algorithm_state["iteration"].ravel().tolist()) == kept
 
 
 def test_two_rounds_of_an_iteration_share_the_opponent_and_its_stored_responses():
-    _, told, memory = play(Spin, 4, refresh_rounds=2, history=1)
+    _, told, algorithm_state = play(Spin, 4, refresh_rounds=2, history=1)
     assert [authors(got) for got, _ in told] == [{0}, {0}, {2}, {2}]
     assert [len(asked) for _, asked in told] == [12, 0, 12, 0]
     assert all(got.metrics["rollout/first_accuracy"] == 0.5 for got, _ in told)
-    assert memory["opponents"]["a"].tolist() == [[4.0]]
+    assert algorithm_state["opponents"]["a"].tolist() == [[4.0]]
 
 
 def test_new_prompts_in_an_iterations_second_round_are_answered_by_its_opponent():
@@ -655,12 +657,12 @@ def test_new_prompts_in_an_iterations_second_round_are_answered_by_its_opponent(
 
 
 def test_tspins_first_response_is_the_initial_policys_and_never_changes():
-    algorithm, told, memory = play(Tspin, 5)
+    algorithm, told, algorithm_state = play(Tspin, 5)
     assert [authors(got, -2) for got, _ in told] == [{0}] * 5
     assert [authors(got, -1) for got, _ in told] == [{0}, {1}, {2}, {3}, {4}]
-    first = [got.memory["tokens"][:, 0] for got, _ in told]
+    first = [got.algorithm_state["tokens"][:, 0] for got, _ in told]
     assert all((tokens == first[0]).all() for tokens in first)
-    assert algorithm.references(memory, {}) == () and memory["initial"]["a"].tolist() == [0.0]
+    assert algorithm.references(algorithm_state, {}) == () and algorithm_state["initial"]["a"].tolist() == [0.0]
 
 
 def test_tspins_first_response_to_a_prompt_drawn_late_is_still_the_initial_policys():
@@ -688,30 +690,30 @@ def test_space_trains_on_mu_different_samples_of_a_prompt():
 
 
 def test_irises_gap_is_the_clients_mean_gap_on_the_opponents_responses():
-    _, told, memory = play(Iris, 1)
+    _, told, algorithm_state = play(Iris, 1)
     # example i: real 2 i nats a token, synthetic 0.5 + i; gaps of the clients: 2.5 - 0.5 and 8.5 - 0.5
     gap = (2.0 + 8.0) / 2
-    assert float(memory["gap"]) == pytest.approx(gap)
-    assert float(told[0][0].numbers["alpha"]) == pytest.approx(0.5 + 1.5 * (1 - math.exp(-gap)))
+    assert float(algorithm_state["gap"]) == pytest.approx(gap)
+    assert float(told[0][0].loss_scalars["alpha"]) == pytest.approx(0.5 + 1.5 * (1 - math.exp(-gap)))
 
 
 def test_irises_gap_lasts_through_an_iteration_without_new_responses():
     _, told, _ = play(Iris, 2, refresh_rounds=2)
-    assert told[1][1] == [] and float(told[1][0].memory["gap"]) == pytest.approx(5.0)
+    assert told[1][1] == [] and float(told[1][0].algorithm_state["gap"]) == pytest.approx(5.0)
 
 
 def test_fixed_and_per_step_orders_do_not_measure_the_gap():
-    _, fixed, memory = play(Iris, 1, order="fixed", alpha=0.7)
-    assert float(fixed[0][0].numbers["alpha"]) == pytest.approx(0.7) and float(memory["gap"]) == 0.0
+    _, fixed, algorithm_state = play(Iris, 1, order="fixed", alpha=0.7)
+    assert float(fixed[0][0].loss_scalars["alpha"]) == pytest.approx(0.7) and float(algorithm_state["gap"]) == 0.0
     _, running, _ = play(Iris, 1, order="per_step")
-    assert float(running[0][0].numbers["gap"]) == 0.0
+    assert float(running[0][0].loss_scalars["gap"]) == 0.0
 
 
 def test_a_client_without_examples_trains_nothing():
-    algorithm, actor = build(Spin), FakeActor()
-    memory = algorithm.init_memory({"a": np.array([0.0])}, 12, 4)
+    algorithm, worker = build(Spin), FakeWorker()
+    algorithm_state = algorithm.init_state({"a": np.array([0.0])}, 12, 4)
     cohort = Cohort(1, [4, 5], [PARTS[4], np.array([], int)], lambda slot, name: np.random.default_rng(slot))
-    got = algorithm.collect(actor, Policy({"author": 0}), cohort, memory, None, 0)
+    got = algorithm.collect(worker, Policy({"author": 0}), cohort, algorithm_state, None, 0)
     assert got.active.tolist() == [True, False] and got.weight.tolist() == [6, 0]
     assert all(row is None for step in got.rows[1] for micro in step for row in micro)
 
@@ -745,12 +747,12 @@ def test_examples_without_a_gold_response_are_refused_by_name(method):
 
 
 def test_iris_refuses_steps_of_one_response_and_warns_below_16(capsys):
-    shell = dataclasses.replace(SHELL, batch_size=1)
+    common = dataclasses.replace(COMMON, batch_size=1)
     with pytest.raises(UserError, match="at least 2"):
-        build(Iris, shell).check(FakeTask(), GOOD, "none")
-    build(Iris, dataclasses.replace(shell, accumulation=15)).check(FakeTask(), GOOD, "none")
+        build(Iris, common).check(FakeTask(), GOOD, "none")
+    build(Iris, dataclasses.replace(common, accumulation=15)).check(FakeTask(), GOOD, "none")
     assert "below about 16" in capsys.readouterr().err
-    build(Iris, dataclasses.replace(shell, accumulation=16)).check(FakeTask(), GOOD, "none")
+    build(Iris, dataclasses.replace(common, accumulation=16)).check(FakeTask(), GOOD, "none")
     assert capsys.readouterr().err == ""
 
 
@@ -766,16 +768,16 @@ def test_iris_refuses_orders_that_overflow_cross_or_vanish():
 
 def test_iris_warns_when_its_weights_rest_on_few_responses(capsys):
     algorithm = build(Iris)
-    memory = algorithm.init_memory({"a": np.array([0.0])}, 1, 4)
-    algorithm.end_round(memory, {"a": np.ones(1)}, {"iris/real_ess": 0.05, "iris/synthetic_ess": 0.5}, 3)
+    algorithm_state = algorithm.init_state({"a": np.array([0.0])}, 1, 4)
+    algorithm.end_round(algorithm_state, {"a": np.ones(1)}, {"iris/real_ess": 0.05, "iris/synthetic_ess": 0.5}, 3)
     assert "real weights of round 3 rest on 5%" in capsys.readouterr().err
 
 
 def test_space_refuses_several_greedy_samples():
-    shell = dataclasses.replace(SHELL, temperature=0.0)
+    common = dataclasses.replace(COMMON, temperature=0.0)
     with pytest.raises(UserError, match="same response 3 times"):
-        build(Space, shell, mu=3).check(FakeTask(), GOOD, "none")
-    build(Space, shell, mu=1).check(FakeTask(), GOOD, "none")
+        build(Space, common, mu=3).check(FakeTask(), GOOD, "none")
+    build(Space, common, mu=1).check(FakeTask(), GOOD, "none")
 
 
 # Whole rounds on the embedded model
@@ -799,12 +801,12 @@ def experiment_of(method, **changes):
 
 
 def assert_latest_opponent(state):
-    latest = jax.tree.map(lambda x: x[0], state.memory["opponents"])
+    latest = jax.tree.map(lambda x: x[0], state.algorithm_state["opponents"])
     assert pytrees.digest(latest) == pytrees.digest(jax.tree.map(np.asarray, state.lora))
 
 
 def round_after(built, state):
-    return rounds.run_round(built, state, Spent())
+    return rounds.run_round(built, state, BudgetUsed())
 
 
 # r = 0 everywhere at the start of an iteration: SPIN and TPAW have log(1 + 1); IRIS 0 - 0; SPACE twice log(1 + 1);
@@ -822,7 +824,7 @@ def test_the_first_step_of_an_iteration_has_the_loss_of_equal_policies_and_moves
     assert len(traces) == 12 and metrics["round/clients_without_wins"] == 0
     assert_latest_opponent(state)
     if name == "iris":
-        gap = float(state.memory["gap"])
+        gap = float(state.algorithm_state["gap"])
         assert metrics["iris/alpha"] == pytest.approx(0.5 + 1.5 * (1 - math.exp(-gap)), abs=1e-5)
         assert metrics["iris/real_ess"] == pytest.approx(1.0, abs=1e-5)  # equal rewards, equal weights
 
@@ -830,13 +832,13 @@ def test_the_first_step_of_an_iteration_has_the_loss_of_equal_policies_and_moves
 def test_a_tspin_round_scores_no_reference_and_its_next_one_still_knows_the_first_responses():
     built = experiment_of("tspin")
     state = built.initial_state()
-    assert built.algorithm.references(state.memory, state.lora) == ()
+    assert built.algorithm.references(state.algorithm_state, state.lora) == ()
     state, first, _ = round_after(built, state)
-    proto = state.memory["tokens"][state.memory["iteration"][:, 0] == 0, 0]
+    proto = state.algorithm_state["tokens"][state.algorithm_state["iteration"][:, 0] == 0, 0]
     assert len(proto) == 12 and first["tspin/real_length"] > 0 and first["train/grad_norm"] > 0
-    known = state.memory["iteration"][:, 0] == 0
+    known = state.algorithm_state["iteration"][:, 0] == 0
     state, second, _ = round_after(built, state)
-    np.testing.assert_array_equal(state.memory["tokens"][known, 0], proto)
+    np.testing.assert_array_equal(state.algorithm_state["tokens"][known, 0], proto)
     assert np.isfinite(second["train/loss"])
 
 
@@ -844,14 +846,15 @@ def test_a_second_round_of_an_iteration_is_answered_by_the_stored_opponent():
     built = experiment_of("spin", **{"spin.refresh_rounds": 2, "train.rate": 0.1, "train.warmup": False})
     start = built.initial_state()
     state, _, _ = round_after(built, start)
-    assert pytrees.digest(state.memory["opponents"]) == pytrees.digest(start.memory["opponents"])
+    assert pytrees.digest(state.algorithm_state["opponents"]) == pytrees.digest(start.algorithm_state["opponents"])
     state, _, traces = round_after(built, state)
     assert traces
     rows = [
-        Row(t.first.prompt, t.first.completion, np.ones(len(t.first.completion), bool), 1.0, -1) for t, _, _ in traces
+        TrainingRow(t.first.prompt, t.first.completion, np.ones(len(t.first.completion), bool), 1.0, -1)
+        for t, _, _ in traces
     ]
     scored = {
-        name: built.actor.score(built.actor.merge(lora), rows)
+        name: built.worker.score(built.worker.merge(lora), rows)
         for name, lora in (("old", start.lora), ("new", state.lora))
     }
     told = np.concatenate([trace.first.logprobs for trace, _, _ in traces])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from spear_jax.algorithms.feedback_rollout import Conversation, completion_ids
+from spear_jax.algorithms.feedback_rollout import FeedbackRollout, completion_ids
 from spear_jax.algorithms.spear import protected_ids
 from spear_jax.core.rng import path_key
 from spear_jax.experiment import builder
@@ -27,8 +27,8 @@ def build(task="facts", **changes):
 def collect(built, round=1):
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
-    policy = built.actor.merge(state.lora)
-    return built.algorithm.collect(built.actor, policy, built.cohort(round), state.memory, key, 0)
+    policy = built.worker.merge(state.lora)
+    return built.algorithm.collect(built.worker, policy, built.cohort(round), state.algorithm_state, key, 0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_every_trace_asks_a_client_about_its_own_example(facts):
     built, got = facts
     cohort = built.cohort(1)
     own = {
-        c: {built.actor.examples[i].id for i in part} for c, part in zip(cohort.clients, cohort.indices, strict=True)
+        c: {built.worker.examples[i].id for i in part} for c, part in zip(cohort.clients, cohort.indices, strict=True)
     }
     assert len(got.traces) == 36
     assert all(trace.example.id in own[trace.client] for trace, _, _ in got.traces)
@@ -83,7 +83,7 @@ def test_lose_rows_touch_only_the_answers_letter_and_win_rows_every_token(facts)
         if row.label > 0:
             assert row.loss_mask.all()
         else:
-            text = built.actor.renderer.decode([t for t, m in zip(row.completion, row.loss_mask, strict=True) if m])
+            text = built.worker.renderer.decode([t for t, m in zip(row.completion, row.loss_mask, strict=True) if m])
             assert text.strip() in ("A", "B", "C", "D", "")
 
 
@@ -96,26 +96,28 @@ def test_recorded_loses_say_which_tokens_unlikelihood_may_touch(facts):
         }
     loses = [trace.first for trace, role, _ in got.traces if role == "lose"]
     drawn = [first for first in loses if (tuple(first.prompt), tuple(first.completion)) in masks]
-    assert drawn and all(first.touched is not None for first in loses)
+    assert drawn and all(first.unlikelihood_mask is not None for first in loses)
     for first in drawn:
-        assert first.touched == masks[tuple(first.prompt), tuple(first.completion)]
-    assert all(trace.first.touched is None for trace, role, _ in got.traces if role != "lose")
+        assert first.unlikelihood_mask == masks[tuple(first.prompt), tuple(first.completion)]
+    assert all(trace.first.unlikelihood_mask is None for trace, role, _ in got.traces if role != "lose")
 
 
 def test_unlikelihood_is_held_to_the_answer_as_the_task_says_always_or_never(facts):
     built, got = facts
-    actor = built.actor
+    worker = built.worker
     trace = next(trace for trace, _, _ in got.traces if not trace.first.correct)
     wrong = trace.example.labels[1 - trace.example.gold if trace.example.gold < 2 else 0]
-    ids = actor.renderer.tokenizer.encode(f" {wrong}\nAnswer", add_special_tokens=False)
-    first = dataclasses.replace(trace.first, completion=ids, text=actor.renderer.decode(ids))
+    ids = worker.renderer.tokenizer.encode(f" {wrong}\nAnswer", add_special_tokens=False)
+    first = dataclasses.replace(trace.first, completion=ids, text=worker.renderer.decode(ids))
     longer = dataclasses.replace(trace, attempts=[first])
-    touched = {}
+    unlikelihood_mask = {}
     for asked in ("auto", "always", "never"):
         settings = dataclasses.replace(built.algorithm.settings, answer_only=asked)
-        touched[asked] = dataclasses.replace(built.algorithm, settings=settings)._lose_row(actor, longer, ()).loss_mask
-    assert touched["never"].all() and len(ids) > 1
-    assert touched["always"].sum() == 1 and (touched["auto"] == touched["always"]).all()
+        unlikelihood_mask[asked] = (
+            dataclasses.replace(built.algorithm, settings=settings)._lose_row(worker, longer, ()).loss_mask
+        )
+    assert unlikelihood_mask["never"].all() and len(ids) > 1
+    assert unlikelihood_mask["always"].sum() == 1 and (unlikelihood_mask["auto"] == unlikelihood_mask["always"]).all()
 
 
 def test_weights_are_wins_and_the_cap_holds(facts):
@@ -132,7 +134,7 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
     built, got = facts
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    policy = built.actor.merge(state.lora)
+    policy = built.worker.merge(state.lora)
     cohort = built.cohort(1)
     for slot in range(3):
         alone = dataclasses.replace(
@@ -141,7 +143,7 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
             indices=cohort.indices[slot : slot + 1],
             rngs=lambda s, name, slot=slot: cohort.rngs(slot, name),
         )
-        one = built.algorithm.collect(built.actor, policy, alone, {}, key, 0)
+        one = built.algorithm.collect(built.worker, policy, alone, {}, key, 0)
         together = [t for t, _, _ in got.traces if t.client == cohort.clients[slot]]
         for (left, _, _), right in zip(one.traces, together, strict=True):
             assert left.example.id == right.example.id
@@ -159,7 +161,7 @@ def test_clients_without_wins_weigh_nothing_and_as_published_their_rollouts(fact
     for setting, weight in (("zero", 0.0), ("rollouts", 12.0)):
         settings = dataclasses.replace(built.algorithm.settings, skip_weight=setting)
         algorithm = dataclasses.replace(built.algorithm, settings=settings)
-        empty = algorithm.pools(built.actor, cohort, Conversation(losing, asks, {}))
+        empty = algorithm.pools(built.worker, cohort, FeedbackRollout(losing, asks, {}))
         assert empty.weight.tolist() == [weight] * 3 and not empty.active.any()
         assert all(row is None for step in empty.rows[0] for micro in step for row in micro)
 
@@ -173,7 +175,9 @@ def test_a_client_with_fewer_examples_than_asked_uses_all_it_has():
 def test_published_retokenisation_closes_every_completion_with_eos():
     built = build(**{"spear.retokenise": True, "rollout.max_new_tokens": 1, "rollout.max_new_tokens_revision": 1})
     got = collect(built)
-    assert all(trace.first.touched is None for trace, _, _ in got.traces)  # what is trained on was not sampled
+    assert all(
+        trace.first.unlikelihood_mask is None for trace, _, _ in got.traces
+    )  # what is trained on was not sampled
     rows = [row for slot in range(3) for row in rows_of(got, slot)]
     eos = built.model.eos_ids[0]
     assert rows and all(row.completion[-1] == eos and len(row.completion) >= 2 for row in rows)
@@ -184,16 +188,16 @@ def test_published_retokenisation_closes_every_completion_with_eos():
 def test_a_text_that_encodes_to_more_tokens_than_were_sampled_still_fits(facts):
     built, got = facts
     attempt = dataclasses.replace(got.traces[0][0].first, text="\ufffd\ufffd zq\ufffdzq\ufffd")
-    room = built.actor.first.max_new_tokens
+    room = built.worker.first.max_new_tokens
     assert len(built.model.tokenizer.encode(attempt.text.strip(), add_special_tokens=False)) > room
-    ids = completion_ids(built.actor, attempt, retokenise=True)
+    ids = completion_ids(built.worker, attempt, retokenise=True)
     assert len(ids) == room + 1 and ids[-1] == built.model.eos_ids[0]
 
 
 def test_reasoned_loses_keep_a_tail_window_without_protected_ids():
     built = build("reasoned")
     got = collect(built)
-    protected = set(protected_ids(built.actor, math_ops=False))
+    protected = set(protected_ids(built.worker, math_ops=False))
     marker = built.model.tokenizer.encode(" Answer:", add_special_tokens=False)
     assert set(marker) <= protected
     loses = [row for slot in range(3) for row in rows_of(got, slot) if row.label < 0]
@@ -209,8 +213,8 @@ def test_strict_format_trains_on_rewrites_that_are_right_and_well_formed():
     built = build(**{"spear.strict_format": True})
     # every right first answer is declared ill-formed once, so that the branch runs
     seen = set()
-    original = built.actor.task.well_formed
-    built.actor.task.well_formed = lambda text, example: (
+    original = built.worker.task.well_formed
+    built.worker.task.well_formed = lambda text, example: (
         original(text, example) if example.id in seen else bool(seen.add(example.id))
     )
     got = collect(built)

@@ -5,7 +5,7 @@ import pytest
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder
 from spear_jax.models.io.huggingface import load_tokenizer
-from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.tasks import get_task
 
 TEMPLATE = (
@@ -27,29 +27,29 @@ def asked():
 
 def test_without_a_template_the_header_is_the_prompts_last_line(tokenizer, asked):
     task, example = asked
-    renderer = Renderer(tokenizer, "auto", 200)
+    renderer = PromptRenderer(tokenizer, "auto", 200)
     assert renderer.decode(renderer.prompt(task, example)) == f"{task.question(example)}\nAnswer:"
 
 
 def test_with_a_template_the_header_opens_the_assistants_turn(tokenizer, asked):
     task, example = asked
     tokenizer.chat_template = TEMPLATE
-    ids = Renderer(tokenizer, "auto", 200).prompt(task, example)
+    ids = PromptRenderer(tokenizer, "auto", 200).prompt(task, example)
     assert tokenizer.decode(ids) == f"<user>{task.question(example)}</s><assistant>Answer:"
-    plain = Renderer(tokenizer, "never", 200).prompt(task, example)
+    plain = PromptRenderer(tokenizer, "never", 200).prompt(task, example)
     assert tokenizer.decode(plain).endswith("\nAnswer:")
 
 
 def test_always_needs_a_template(tokenizer):
     with pytest.raises(UserError, match="no chat template"):
-        Renderer(tokenizer, "always", 200)
+        PromptRenderer(tokenizer, "always", 200)
     with pytest.raises(UserError, match="must be one of"):
-        Renderer(tokenizer, "sometimes", 200)
+        PromptRenderer(tokenizer, "sometimes", 200)
 
 
 def test_a_long_previous_answer_is_cut_and_the_feedback_stays(tokenizer, asked):
     task, example = asked
-    renderer = Renderer(tokenizer, "auto", 110)
+    renderer = PromptRenderer(tokenizer, "auto", 110)
     ids = renderer.revision(task, example, "copper " * 300, "Think of a kind of spice.")
     text = renderer.decode(ids)
     assert len(ids) <= 110 and "Think of a kind of spice." in text and text.endswith("Answer:") and "copper" in text
@@ -58,21 +58,23 @@ def test_a_long_previous_answer_is_cut_and_the_feedback_stays(tokenizer, asked):
 def test_openings_are_what_a_template_puts_before_every_question_and_every_revision(tokenizer):
     task = get_task("facts")
     examples = task.generate("train")[::50]
-    assert Renderer(tokenizer, "never", 400).openings(task, examples) == []  # nothing, or too short to be worth it
-    system = "The market opens at dawn, and every trader sells one thing alone. Ask for it by name, and pay in copper."
+    assert (
+        PromptRenderer(tokenizer, "never", 400).shared_prefixes(task, examples) == []
+    )  # nothing, or too short to be worth it
+    system = "The market opens at dawn, and every trader sells one thing alone. RolloutRequest for it by name, and pay in copper."
     tokenizer.chat_template = system + TEMPLATE
-    renderer = Renderer(tokenizer, "auto", 400)
+    renderer = PromptRenderer(tokenizer, "auto", 400)
     least = len(tokenizer.encode(system, add_special_tokens=False))
-    asked, revised = renderer.openings(task, examples)
+    asked, revised = renderer.shared_prefixes(task, examples)
     assert len(asked) > least - 8 and len(revised) > least - 8  # cut to a multiple of 8
     for example in task.generate("test")[:40]:
         assert renderer.prompt(task, example)[: len(asked)] == asked
         assert renderer.revision(task, example, "copper", "Wrong.")[: len(revised)] == revised
-    assert renderer.openings(task, examples[:1]) == []  # of one example nobody knows what others share
+    assert renderer.shared_prefixes(task, examples[:1]) == []  # of one example nobody knows what others share
 
 
 def test_token_span_finds_the_letters_token_behind_reasoning(tokenizer):
-    renderer = Renderer(tokenizer, "auto", 200)
+    renderer = PromptRenderer(tokenizer, "auto", 200)
     text = " Velmar sells copper. Answer: yes"
     ids = tokenizer.encode(text, add_special_tokens=False)
     start = text.index("yes")
@@ -82,5 +84,5 @@ def test_token_span_finds_the_letters_token_behind_reasoning(tokenizer):
 
 
 def test_labels_continue_the_header_with_a_space(tokenizer):
-    renderer = Renderer(tokenizer, "auto", 200)
+    renderer = PromptRenderer(tokenizer, "auto", 200)
     assert renderer.decode(renderer.continuation("A")) == " A"

@@ -86,7 +86,7 @@ def test_a_missing_package_stops_before_anything_is_built(tmp_path, monkeypatch)
             + ["--config.wandb=a-project"]
         )
     assert not (tmp_path / "run").exists() and not (tmp_path / "grid").exists()
-    wandb_logger.check_tracking(default_config())
+    wandb_logger.check_wandb(default_config())
 
 
 def test_nobody_logged_in_or_no_network_means_offline(tmp_path, monkeypatch):

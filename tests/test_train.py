@@ -27,7 +27,7 @@ from spear_jax.experiment.checkpoint import Checkpoints, restore
 from spear_jax.experiment.loop import is_due, one_round
 from spear_jax.federated import cohort_training
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
 from spear_jax.models.io import peft
 from spear_jax.rollout import sampler, scorer
@@ -285,13 +285,13 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     config.update_from_flattened_dict(SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
     built = builder.build(config, jax.devices()[:1])
     programs = (
-        sampler._read, sampler._advance, sampler._take, cohort_training._train, rounds._aggregate, merge,
+        sampler._prefill, sampler._decode_until, sampler._take, cohort_training._train, rounds._aggregate, merge,
         evaluator._last_scores, scorer._token_scores,
     )  # fmt: skip
     state = built.initial_state()
     sizes, counted, compiles = [], [], Compiles()
     for _ in range(5):
-        state, _, _ = one_round(built, state, 0.0, Spent())
+        state, _, _ = one_round(built, state, 0.0, BudgetUsed())
         sizes.append([program._cache_size() for program in programs])
         counted.append(compiles.take()["compile/programs"])
     assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
@@ -333,15 +333,17 @@ def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not
     results = []
     for once in (True, False):
         built = builder.build(config)
-        asked = [built.actor.renderer.prompt(built.actor.task, example) for example in built.actor.examples]
-        opening = built.actor.sampler.openings[-1] * once
-        assert len(opening) >= 16 * once and all(prompt[: len(opening)] == opening for prompt in asked)
-        built.actor.sampler.openings = [opening] * once
-        state, metrics, told = rounds.run_round(built, built.initial_state(), Spent())
+        asked = [built.worker.renderer.prompt(built.worker.task, example) for example in built.worker.examples]
+        shared_prefix = built.worker.sampler.shared_prefixes[-1] * once
+        assert len(shared_prefix) >= 16 * once and all(
+            prompt[: len(shared_prefix)] == shared_prefix for prompt in asked
+        )
+        built.worker.sampler.shared_prefixes = [shared_prefix] * once
+        state, metrics, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
         assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told]))
-        rooms = built.actor.sampler.shapes.save()["rooms"]
-        assert rooms and all(room["opening"] == tuple(opening) for room in rooms.values())
+        rooms = built.worker.sampler.shapes.save()["rooms"]
+        assert rooms and all(room["opening"] == tuple(shared_prefix) for room in rooms.values())
     (one, said), (other, plainly) = results
     assert said == plainly
     everything = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)]
@@ -356,7 +358,7 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
         built = builder.build(config, devices)
         state = built.initial_state()
         state = state.replace(lora=built.on_devices(state.lora))
-        state, metrics, told = rounds.run_round(built, state, Spent())
+        state, metrics, told = rounds.run_round(built, state, BudgetUsed())
         results.append((state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics))
     (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
     assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]

@@ -16,7 +16,7 @@ def test_each_gives_what_vmap_gives_and_does_not_map_one_alone(count):
         return {"sum": x["a"].sum() + y, "z": z}
 
     x, y = {"a": jnp.arange(2.0 * count * 4).reshape(2, count, 4)}, jnp.arange(float(count))
-    found = pytrees.each(function, in_axes=(1, 0, None))(x, y, jnp.ones(5))
+    found = pytrees.vmap_or_single(function, in_axes=(1, 0, None))(x, y, jnp.ones(5))
     wanted = np.asarray(x["a"]).sum((0, 2)) + np.arange(count)
     np.testing.assert_array_equal(found["sum"], wanted)
     assert found["z"].shape == (count, 5) and ranks == [2]

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.algorithms.dpo import Dpo, DpoSettings
 from spear_jax.algorithms.grpo import Grpo, GrpoSettings, advantages
 from spear_jax.packing.arrays import Batch
@@ -39,8 +39,8 @@ OTHER_STEPS = "dapo, two steps on one sampling"
 GRPO_CASES = [name for name in TRL["grpo"]["cases"] if name != OTHER_STEPS]
 
 
-def shell(rows: int, accumulation: int) -> Shell:
-    return Shell(
+def common(rows: int, accumulation: int) -> CommonHyperparams:
+    return CommonHyperparams(
         examples=1, steps=1, accumulation=accumulation, batch_size=rows, max_new_tokens=LONGEST, temperature=1.0,
         eos_ids=(0,),
     )  # fmt: skip
@@ -92,7 +92,7 @@ def packed(rows: dict, index: np.ndarray) -> Batch:
 def step(algorithm, rows: dict, micros: list[np.ndarray], less=lambda logprobs: 0.0) -> tuple[float, np.ndarray]:
     """Our loss of an optimiser step, minus `less` (a function of all rows' log-probabilities), and its gradient."""
     batches = [packed(rows, index) for index in micros]
-    own = [algorithm.counts(batch, None, {}) for batch in batches]
+    own = [algorithm.denominators(batch, None, {}) for batch in batches]
     counts = [jax.tree.map(lambda *each: sum(each), *own)] * len(own)
     if algorithm.micro:
         counts = [jax.tree.map(lambda x: len(own) * x, one) for one in own]
@@ -136,20 +136,20 @@ def check_dpo(case: dict, tolerance: float) -> None:
     pairs = len(rows["mask"]) // 2
     micros = [np.concatenate([index, pairs + index]) for index in split(pairs, size)]
     (wanted,) = case["steps"]
-    agree(step(Dpo(dpo_settings(case["settings"]), shell(size, len(micros))), rows, micros), wanted, tolerance)
+    agree(step(Dpo(dpo_settings(case["settings"]), common(size, len(micros))), rows, micros), wanted, tolerance)
 
 
 def check_grpo(case: dict, tolerance: float) -> None:
     rows, theirs = grpo_rows(), case["settings"]
     micros = split(len(rows["mask"]), case["micro"])
-    algorithm = Grpo(grpo_settings(theirs), shell(case["micro"], ACCUMULATION))
+    algorithm = Grpo(grpo_settings(theirs), common(case["micro"], ACCUMULATION))
     (wanted,) = case["steps"]
     agree(step(algorithm, rows, micros, departure(rows, theirs)), wanted, tolerance)
 
 
 def check_other_steps(case: dict, tolerance: float) -> None:
     rows, micros = grpo_rows(), split(len(TRL["grpo"]["mask"]), case["micro"])
-    algorithm, tokens = Grpo(grpo_settings(case["settings"]), shell(case["micro"], ACCUMULATION)), rows["mask"].sum(-1)
+    algorithm, tokens = Grpo(grpo_settings(case["settings"]), common(case["micro"], ACCUMULATION)), rows["mask"].sum(-1)
     for index, wanted in enumerate(case["steps"]):
         own = micros[ACCUMULATION * index : ACCUMULATION * (index + 1)]
         theirs = tokens.sum() * ACCUMULATION / len(micros)

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from spear_jax.algorithms.base import Algorithm, Shell
+from spear_jax.algorithms.base import Algorithm, CommonHyperparams
 from spear_jax.algorithms.dpo import Dpo
 from spear_jax.algorithms.feedback_sft import FeedbackSft
 from spear_jax.algorithms.grpo import Grpo
@@ -42,7 +42,7 @@ def build_algorithm(config: ml_collections.ConfigDict, eos_ids: tuple[int, ...])
     """
     method = ALGORITHMS[config.algorithm.name]
     train, rollout = config.train, config.rollout
-    shell = Shell(
+    common = CommonHyperparams(
         examples=rollout.examples,
         steps=train.steps,
         accumulation=train.accumulation,
@@ -51,4 +51,4 @@ def build_algorithm(config: ml_collections.ConfigDict, eos_ids: tuple[int, ...])
         temperature=rollout.temperature,
         eos_ids=eos_ids,
     )
-    return method(method.Settings(**config[method.name]), shell)
+    return method(method.Settings(**config[method.name]), common)

@@ -14,18 +14,18 @@ import numpy as np
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Cohort, Example, Mean, Trace
-from spear_jax.models.token_logprobs import Scorer
+from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.arrays import Batch, Block
-from spear_jax.packing.rows import Row
+from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 from spear_jax.tasks.base import Task
 
-Numbers = Mapping[str, jax.Array]
+LossScalars = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shell:
+class CommonHyperparams:
     """The settings that every method shares; static.
 
     Attributes:
@@ -53,7 +53,7 @@ class Shell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class WorkEstimate:
     """What a client does in a round, where that is known before.
 
     Attributes:
@@ -68,11 +68,11 @@ class Work:
 
 
 @dataclasses.dataclass
-class Collected:
+class CohortData:
     """What a method hands to local training; host only, one entry per cohort client in every list.
 
     Attributes:
-        rows: [C][S][A] lists of rows, each of `kinds` equal parts; None is a padding row.
+        rows: [C][S][A] lists of rows, each of `rows_per_group` equal parts; None is a padding row.
         weight: float[C], aggregation weights.
         active: bool[C], clients that train; the others keep the global adapter.
         traces: (trace, role, confidence) of what the rollouts said, for recording.
@@ -81,13 +81,13 @@ class Collected:
         memory: the server's memory after collecting; None leaves it as it was.
     """
 
-    rows: list[list[list[list[Row | None]]]]
+    rows: list[list[list[list[TrainingRow | None]]]]
     weight: np.ndarray
     active: np.ndarray
     traces: list[tuple[Trace, str, float]]
     metrics: dict[str, float]
-    numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    memory: dict | None = None
+    loss_scalars: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    algorithm_state: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Algorithm(abc.ABC):
         Settings: the frozen dataclass of its own numbers.
         reference: what preset "reference" sets, by config field, from the method's published code; empty where there is none.
         dropout: LoRA dropout while training; False wherever the loss holds a ratio of two policies.
-        cached: whether the references' log-probabilities are scored once, before the local steps, into `Batch.reference`.
+        cached: whether the references' log-probabilities are scored once, before the local steps, into `Batch.ref_logprobs`.
     """
 
     settings: Any
-    shell: Shell
+    common: CommonHyperparams
 
     name: ClassVar[str]
     Settings: ClassVar[type]
@@ -132,12 +132,12 @@ class Algorithm(abc.ABC):
         return 1
 
     @property
-    def kinds(self) -> int:
+    def rows_per_group(self) -> int:
         """Rows of an item, which the loss needs together: row i of each of so many equal parts of a micro-batch."""
         return 1
 
     @property
-    def trunks(self) -> int:
+    def num_packs(self) -> int:
         """Passes over tokens that `forward` takes: an item's kind k is read in pass k % trunks."""
         return 1
 
@@ -158,10 +158,10 @@ class Algorithm(abc.ABC):
 
     @property
     def scores_old(self) -> bool:
-        """Whether `Batch.old` is to hold the log-probabilities under the adapter that the phase started from."""
+        """Whether `Batch.old_logprobs` is to hold the log-probabilities under the adapter that the phase started from."""
         return False
 
-    def work(self, size: int) -> Work | None:
+    def estimate_work(self, size: int) -> WorkEstimate | None:
         """The round's work of a client with `size` examples; None where it depends on what happens in the run."""
         return None
 
@@ -171,7 +171,7 @@ class Algorithm(abc.ABC):
         Args: feedback: the provider's name (rollout.feedback).
         """
 
-    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: dict, examples: int, length: int) -> dict:
         """The server's memory before round 1: a pytree of numpy arrays, of a size that never changes.
 
         Args:
@@ -181,7 +181,7 @@ class Algorithm(abc.ABC):
         """
         return {}
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         """J frozen adapters that the loss compares with (the same number in every round).
 
         Args: start: the adapter that this round starts from.
@@ -190,13 +190,13 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
         """Rolls out, and turns what was said into rows.
 
         Args:
             policy: the round's global policy; from phase 1 on each client's own.
-            memory: as from `init_memory`, `Collected.memory` or `end_round`.
+            memory: as from `init_state`, `CohortData.algorithm_state` or `end_round`.
             key: the phase's key.
             phase: from 0.
         """
@@ -204,14 +204,14 @@ class Algorithm(abc.ABC):
     @property
     def steps_per_phase(self) -> int:
         """S, optimiser steps on one phase's rows."""
-        return self.shell.steps
+        return self.common.steps
 
-    def forward(self, scorer: Scorer, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
+    def forward(self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
         """float32[M], differentiable in `lora`: what `counts` and `loss` take, spread over rows, as `logprobs`."""
         return scorer.logprobs(lora, block, self.scored_temperature)
 
     @abc.abstractmethod
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> Mapping[str, Any]:
+    def counts(self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars) -> Mapping[str, Any]:
         """The denominators of some rows, a tree of scalars that are summed over the optimiser step before `loss` divides.
 
         Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
@@ -219,7 +219,7 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, Any], numbers: Numbers
+        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, Any], loss_scalars: LossScalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """Some rows' share of the optimiser step's loss, and metrics as (sum, count).
 
@@ -227,14 +227,14 @@ class Algorithm(abc.ABC):
             batch: whole items in any number, padding rows among them; no leading axes.
             logprobs: float32[B, T], differentiable.
             counts: summed over the step's rows.
-            numbers: `Collected.numbers`, as `advance` left them.
+            numbers: `CohortData.loss_scalars`, as `update_loss_scalars` left them.
         """
 
-    def advance(self, numbers: Numbers, counts: Mapping[str, Any]) -> Numbers:
+    def update_loss_scalars(self, loss_scalars: LossScalars, counts: Mapping[str, Any]) -> LossScalars:
         """The numbers of the next local step, from this step's counts (summed over its rows)."""
-        return numbers
+        return loss_scalars
 
-    def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
         """The memory after aggregation.
 
         Args:
@@ -242,7 +242,7 @@ class Algorithm(abc.ABC):
             metrics: the round's metrics by name ("train/loss", ...).
             round: the round that ended, 1-based.
         """
-        return memory
+        return algorithm_state
 
 
 def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
@@ -251,9 +251,11 @@ def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
     return own[cohort.rngs(slot, "examples").choice(len(own), size=min(len(own), count), replace=False)]
 
 
-def schedule(shell: Shell, draw: Callable[[], list[Row | None]]) -> list[list[list[Row | None]]]:
+def schedule(
+    common: CommonHyperparams, draw: Callable[[], list[TrainingRow | None]]
+) -> list[list[list[TrainingRow | None]]]:
     """[S][A] micro-batches, each drawn on its own."""
-    return [[draw() for _ in range(shell.accumulation)] for _ in range(shell.steps)]
+    return [[draw() for _ in range(common.accumulation)] for _ in range(common.steps)]
 
 
 def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:

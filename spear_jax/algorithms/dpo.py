@@ -20,8 +20,8 @@ import numpy as np
 from spear_jax.algorithms import east, losses
 from spear_jax.algorithms.base import (
     Algorithm,
-    Collected,
-    Work,
+    CohortData,
+    WorkEstimate,
     choose,
     metrics_of,
     needs_feedback,
@@ -29,15 +29,15 @@ from spear_jax.algorithms.base import (
     needs_verdicts,
     schedule,
 )
-from spear_jax.algorithms.feedback_rollout import converse, win_row
+from spear_jax.algorithms.feedback_rollout import rollout_with_feedback, win_row
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean, Trace
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
-Pair = tuple[Row, Row]
+Pair = tuple[TrainingRow, TrainingRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,13 @@ class Dpo(Algorithm):
     def gold(self) -> str:
         return "pairs" if self.settings.source == "data" else ""
 
-    def work(self, size: int) -> Work | None:
+    def estimate_work(self, size: int) -> WorkEstimate | None:
         if self.settings.source == "east":
             return None
-        asks = self.settings.source == "feedback"
-        return Work(min(size, self.shell.examples) if asks else 0, 2 * self.shell.items, revisions=None if asks else 0)
+        requests = self.settings.source == "feedback"
+        return WorkEstimate(
+            min(size, self.common.examples) if requests else 0, 2 * self.common.items, revisions=None if requests else 0
+        )
 
     def check(self, task, examples, feedback) -> None:
         if self.settings.source == "data":
@@ -78,78 +80,82 @@ class Dpo(Algorithm):
             needs_verdicts(self.name, task)
 
     @property
-    def kinds(self) -> int:
+    def rows_per_group(self) -> int:
         return 2  # a win and a lose
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return (start,)
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
-        pairs, traces = getattr(self, f"_from_{self.settings.source}")(actor, policy, cohort, key)
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
+        pairs, traces = getattr(self, f"_from_{self.settings.source}")(worker, policy, cohort, key)
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.shell, lambda p=pairs[client], r=rng: self._draw(p, r)))
+            rows.append(schedule(self.common, lambda p=pairs[client], r=rng: self._draw(p, r)))
             sizes.append(float(len(pairs[client])))
-        told = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces]
+        records = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces]
         total = int(sum(sizes))
-        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, total, total))
+        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, total, total))
 
-    def _draw(self, pool: list[Pair], rng: np.random.Generator) -> list[Row | None]:
-        chosen = [pair or (None, None) for pair in draw(pool, self.shell.batch_size, rng)]
+    def _draw(self, pool: list[Pair], rng: np.random.Generator) -> list[TrainingRow | None]:
+        chosen = [pair or (None, None) for pair in draw(pool, self.common.batch_size, rng)]
         return [win for win, _ in chosen] + [lose for _, lose in chosen]
 
-    def _from_feedback(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
-        talk = converse(actor, policy, cohort, self.shell.examples, key)
+    def _from_feedback(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+        rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key)
         fixed = {
-            client: [talk.traces[i] for i in talk.of(client) if len(talk.traces[i].attempts) > 1 and talk.winner(i)]
+            client: [
+                rollout.traces[i]
+                for i in rollout.of(client)
+                if len(rollout.traces[i].attempts) > 1 and rollout.winner(i)
+            ]
             for client in cohort.clients
         }
         pairs = {
-            client: [(win_row(actor, t, t.last), win_row(actor, t, t.first, label=-1)) for t in traces]
+            client: [(win_row(worker, t, t.last), win_row(worker, t, t.first, label=-1)) for t in traces]
             for client, traces in fixed.items()
         }
-        return pairs, talk.traces
+        return pairs, rollout.traces
 
-    def _from_data(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
-        def made(ids: list[int], index: int, label: int) -> Row:
-            return Row(actor.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
+    def _from_data(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+        def made(ids: list[int], index: int, label: int) -> TrainingRow:
+            return TrainingRow(worker.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
 
         pairs = {
             client: [
-                (made(actor.responses[i], i, 1), made(actor.rejected[i], i, -1))
-                for i in choose(cohort, slot, self.shell.examples)
+                (made(worker.responses[i], i, 1), made(worker.rejected[i], i, -1))
+                for i in choose(cohort, slot, self.common.examples)
             ]
             for slot, client in enumerate(cohort.clients)
         }
         return pairs, []
 
-    def _from_east(self, actor, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+    def _from_east(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
         slots = {client: slot for slot, client in enumerate(cohort.clients)}
-        asks = [(c, int(i), 0) for c, slot in slots.items() for i in choose(cohort, slot, self.shell.examples)]
-        found = east.sample(actor, policy, asks, self.settings.east, self.settings.east_power, key)
+        requests = [(c, int(i), 0) for c, slot in slots.items() for i in choose(cohort, slot, self.common.examples)]
+        found = east.sample(worker, policy, requests, self.settings.east, self.settings.east_power, key)
         pairs: dict[int, list[Pair]] = {client: [] for client in cohort.clients}
         rngs = {client: cohort.rngs(slot, "east") for client, slot in slots.items()}
         for (client, _, _), one in found.items():
             right = [trace for trace in one.traces if trace.first.correct]
             chosen, other = (pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected))
-            win, lose = win_row(actor, chosen, chosen.first), win_row(actor, other, other.first, label=-1)
+            win, lose = win_row(worker, chosen, chosen.first), win_row(worker, other, other.first, label=-1)
             pairs[client].append(tuple(dataclasses.replace(row, weight=one.weight) for row in (win, lose)))
         return pairs, [trace for one in found.values() for trace in one.traces]
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         return {"pairs": (batch.label > 0).sum() * jnp.float32(1)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         settings = self.settings
         real = jnp.split(batch.label > 0, 2)[0]
         score = losses.sequence_mean if settings.kind == "ipo" else losses.sequence_sum
-        gain = score(logprobs, batch.loss_mask) - score(batch.reference[:, 0], batch.loss_mask)
+        gain = score(logprobs, batch.loss_mask) - score(batch.ref_logprobs[:, 0], batch.loss_mask)
         win, lose = jnp.split(gain, 2)
         weight = jnp.split(batch.weight[:, 0], 2)[0] * real
-        value = losses.ratio((weight * preference_loss(win - lose, settings)).sum(), counts["pairs"])
+        value = losses.ratio((weight * preference_loss(win - lose, settings)).sum(), denominators["pairs"])
         pairs = real.sum()
         return value, {
             "margin": Mean((settings.beta * (win - lose) * real).sum(), pairs),

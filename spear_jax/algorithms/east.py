@@ -18,7 +18,7 @@ import numpy as np
 
 from spear_jax.core.types import Trace
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor, Ask
+from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 
 
 @dataclasses.dataclass
@@ -37,28 +37,28 @@ class Weighed:
 
 
 def sample(
-    actor: Actor, policy: Policy, asks: list[Ask], count: int, power: float, key: jax.Array
-) -> dict[Ask, Weighed]:
+    worker: RolloutWorker, policy: Policy, requests: list[RolloutRequest], count: int, power: float, key: jax.Array
+) -> dict[RolloutRequest, Weighed]:
     """Asks every question `count` times; returns the questions that stay, with their weights."""
-    traces = actor.answer(policy, [(c, i, n) for c, i, _ in asks for n in range(count)], key)
-    groups: dict[Ask, dict[object, list[Trace]]] = {}
-    for number, ask in enumerate(asks):
+    traces = worker.answer(policy, [(c, i, n) for c, i, _ in requests for n in range(count)], key)
+    groups: dict[RolloutRequest, dict[object, list[Trace]]] = {}
+    for number, request in enumerate(requests):
         own = traces[number * count : (number + 1) * count]
         if 0 < sum(trace.first.correct for trace in own) < count:
-            groups[ask] = {}
+            groups[request] = {}
             for trace in own:
-                groups[ask].setdefault(_conclusion(actor, trace), []).append(trace)
+                groups[request].setdefault(_conclusion(worker, trace), []).append(trace)
     if not groups:
         return {}
     _, weights = entropy_weights([[len(group) for group in found.values()] for found in groups.values()], power)
     return {
-        ask: Weighed(float(weight), [t for group in found.values() for t in group], _largest_wrong(found))
-        for (ask, found), weight in zip(groups.items(), weights, strict=True)
+        request: Weighed(float(weight), [t for group in found.values() for t in group], _largest_wrong(found))
+        for (request, found), weight in zip(groups.items(), weights, strict=True)
     }
 
 
-def _conclusion(actor: Actor, trace: Trace) -> object:
-    found = actor.task.extract(trace.first.text, trace.example)
+def _conclusion(worker: RolloutWorker, trace: Trace) -> object:
+    found = worker.task.extract(trace.first.text, trace.example)
     if found is None:
         return None
     return trace.first.text[found.start : found.end] if found.option < 0 else found.option

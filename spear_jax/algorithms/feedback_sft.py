@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.feedback_rollout import converse
+from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.feedback_rollout import rollout_with_feedback
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,32 +53,32 @@ class FeedbackSft(Algorithm):
         "rollout.top_k": 50,
     }
 
-    def work(self, size: int) -> Work:
-        return Work(min(size, self.shell.examples), self.shell.items, revisions=None)
+    def estimate_work(self, size: int) -> WorkEstimate:
+        return WorkEstimate(min(size, self.common.examples), self.common.items, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
         settings = self.settings
-        talk = converse(actor, policy, cohort, self.shell.examples, key, settings.strict_format)
+        rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key, settings.strict_format)
         rows, weight, active, total = [], [], [], 0
         for slot, client in enumerate(cohort.clients):
             rng = cohort.rngs(slot, "pools")
-            wins = talk.wins(actor, client, settings.retokenise)
-            rows.append(schedule(self.shell, lambda w=wins, r=rng: draw(w, self.shell.batch_size, r)))
+            wins = rollout.wins(worker, client, settings.retokenise)
+            rows.append(schedule(self.common, lambda w=wins, r=rng: draw(w, self.common.batch_size, r)))
             total += len(wins)
             active.append(bool(wins))
-            weight.append(talk.weight(client, wins, settings.skip_weight))
-        told = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in talk.traces]
-        return Collected(rows, np.array(weight), np.array(active), told, metrics_of(talk.traces, total, 0))
+            weight.append(rollout.weight(client, wins, settings.skip_weight))
+        records = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in rollout.traces]
+        return CohortData(rows, np.array(weight), np.array(active), records, metrics_of(rollout.traces, total, 0))
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         return {"tokens": batch.loss_mask.sum().astype(jnp.float32)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         """λ_win L_win, L_win = −Σ m lp / Σ m."""
         win = losses.nll(logprobs, batch.loss_mask)
-        return self.settings.win_weight * losses.ratio(win.total, counts["tokens"]), {"win_nll": win}
+        return self.settings.win_weight * losses.ratio(win.total, denominators["tokens"]), {"win_nll": win}

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts
+from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Grpo(Algorithm):
 
     @property
     def phases(self) -> int:
-        return -(-self.shell.steps // self.settings.updates)
+        return -(-self.common.steps // self.settings.updates)
 
     @property
     def steps_per_phase(self) -> int:
@@ -81,11 +81,13 @@ class Grpo(Algorithm):
 
     @property
     def scored_temperature(self) -> float:
-        return self.shell.temperature if self.settings.tempered and self.shell.temperature > 0 else 1.0
+        return self.common.temperature if self.settings.tempered and self.common.temperature > 0 else 1.0
 
-    def work(self, size: int) -> Work:
+    def estimate_work(self, size: int) -> WorkEstimate:
         group = self.settings.group
-        return Work(self.phases * self.shell.accumulation * self.shell.batch_size * group, self.shell.items * group)
+        return WorkEstimate(
+            self.phases * self.common.accumulation * self.common.batch_size * group, self.common.items * group
+        )
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
@@ -94,53 +96,53 @@ class Grpo(Algorithm):
     def micro(self) -> bool:
         return self.settings.reduction == "bnpo"
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return (start,) if self.settings.kl_weight else ()
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
-        group, shell = self.settings.group, self.shell
-        asks = []
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
+        group, common = self.settings.group, self.common
+        requests = []
         for slot, client in enumerate(cohort.clients):
             rng, own = cohort.rngs(slot, f"grpo/{phase}"), list(cohort.indices[slot])
-            prompts = [int(i) for _ in range(shell.accumulation) for i in draw(own, shell.batch_size, rng)]
+            prompts = [int(i) for _ in range(common.accumulation) for i in draw(own, common.batch_size, rng)]
             # the sample number keeps a prompt that is drawn twice from giving the same completions twice
-            asks += [(client, i, n * group + g) for n, i in enumerate(prompts) for g in range(group)]
-        traces = actor.answer(policy, asks, key)
-        shape = (len(cohort.clients), shell.accumulation, shell.batch_size, group)
+            requests += [(client, i, n * group + g) for n, i in enumerate(prompts) for g in range(group)]
+        traces = worker.answer(policy, requests, key)
+        shape = (len(cohort.clients), common.accumulation, common.batch_size, group)
         rewards = self.settings.reward_scale * np.array([t.first.correct for t in traces], float).reshape(shape)
         found = np.stack([advantages(client, self.settings.scaling) for client in rewards])
         made = [row(t, a) for t, a in zip(traces, found.reshape(-1), strict=True)]
-        size = shell.batch_size * group
+        size = common.batch_size * group
         micro = [made[i : i + size] for i in range(0, len(made), size)]
-        step = [micro[i : i + shell.accumulation] for i in range(0, len(micro), shell.accumulation)]
+        step = [micro[i : i + common.accumulation] for i in range(0, len(micro), common.accumulation)]
         rows = [[one] * self.settings.updates for one in step]
         sizes = np.array([len(own) for own in cohort.indices], float)
         right = sum(t.first.correct for t in traces)
         metrics = metrics_of(traces, right, len(traces) - right)
         metrics["grpo/mixed_groups"] = float((rewards.std(-1) > 0).mean())  # only these have a gradient
-        told = [(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
-        return Collected(rows, sizes, np.ones(len(sizes), bool), told, metrics)
+        records = [(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
+        return CohortData(rows, sizes, np.ones(len(sizes), bool), records, metrics)
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         one = jnp.float32(1)
         return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label != 0).sum() * one}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         settings, mask = self.settings, batch.loss_mask
-        old = batch.old if self.scores_old else jax.lax.stop_gradient(logprobs)
+        old = batch.old_logprobs if self.scores_old else jax.lax.stop_gradient(logprobs)
         # without a reference β is 0: any finite stand-in
-        reference = batch.reference[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
+        reference = batch.ref_logprobs[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
         span = (settings.clip_low, settings.clip_high)
         if settings.ratio in ("sequence", "published"):
             fixed = settings.ratio == "sequence"
             each = sequence_loss(logprobs, old, reference, mask, batch.advantage, *span, settings.kl_weight, fixed)
-            value = losses.ratio((each * (batch.label != 0)).sum(), counts["rows"])
+            value = losses.ratio((each * (batch.label != 0)).sum(), denominators["rows"])
         else:
             cispo = settings.ratio == "cispo"
             each = token_loss(logprobs, old, reference, batch.advantage[:, None], *span, settings.kl_weight, cispo)
-            value = reduce_tokens(each, mask, counts, settings.reduction, self.shell.max_new_tokens)
+            value = reduce_tokens(each, mask, denominators, settings.reduction, self.common.max_new_tokens)
         ratio = jnp.exp(logprobs - old)
         clipped = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
         tokens = mask.sum()
@@ -151,10 +153,10 @@ class Grpo(Algorithm):
         }
 
 
-def row(trace, advantage: float) -> Row:
+def row(trace, advantage: float) -> TrainingRow:
     """A sampled first answer with its advantage."""
     ids = trace.first.completion
-    return Row(
+    return TrainingRow(
         trace.first.prompt, ids, np.ones(len(ids), bool), 1.0, 1 if trace.first.correct else -1, float(advantage)
     )
 
@@ -188,7 +190,7 @@ def token_loss(logprobs, old, reference, advantage, clip_low, clip_high, kl_weig
     return -gain + kl_weight * losses.k3(logprobs, jax.lax.stop_gradient(reference))
 
 
-def reduce_tokens(each: jax.Array, mask: jax.Array, counts, reduction: str, longest: int) -> jax.Array:
+def reduce_tokens(each: jax.Array, mask: jax.Array, denominators, reduction: str, longest: int) -> jax.Array:
     """Some rows' share of the step's loss.
 
     dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean (`Grpo.micro`) · grpo mean over
@@ -201,10 +203,10 @@ def reduce_tokens(each: jax.Array, mask: jax.Array, counts, reduction: str, long
     """
     total = (each * mask).sum()
     if reduction in ("dapo", "bnpo"):
-        return losses.ratio(total, counts["tokens"])
+        return losses.ratio(total, denominators["tokens"])
     if reduction == "grpo":
-        return losses.ratio(losses.sequence_mean(each, mask).sum(), counts["rows"])
-    return losses.ratio(total, counts["rows"] * longest)
+        return losses.ratio(losses.sequence_mean(each, mask).sum(), denominators["rows"])
+    return losses.ratio(total, denominators["rows"] * longest)
 
 
 def sequence_loss(logprobs, old, reference, mask, advantage, clip_low, clip_high, kl_weight, fixed=True) -> jax.Array:

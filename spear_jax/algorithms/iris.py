@@ -31,7 +31,7 @@ from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Example, Mean, Trace
 from spear_jax.packing.arrays import Batch
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor, Ask
+from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 from spear_jax.tasks.base import Task
 
 SMALL = 1e-3  # below this |order| a tilted mean is its expansion
@@ -140,7 +140,7 @@ class Iris(SelfPlay):
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:
         super().check(task, examples, feedback)
-        config, rows = self.settings, self.shell.batch_size * self.shell.accumulation
+        config, rows = self.settings, self.common.batch_size * self.common.accumulation
         if rows < 2:
             raise UserError(
                 f"iris has {rows} real response in an optimiser step, where its order has no effect; it needs at least 2. "
@@ -166,59 +166,61 @@ class Iris(SelfPlay):
                 f"overflow; their exponent may be {EXPONENT:g}. Set --config.iris.clip={EXPONENT / steepest:g} or lower."
             )
 
-    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
-        return super().init_memory(lora, examples, length) | {"gap": np.zeros((), np.float32)}
+    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+        return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
 
-    def measure(self, actor: Actor, author: Policy, told: list[tuple[Ask, Trace]], memory: dict) -> dict:
+    def measure(
+        self, worker: RolloutWorker, author: Policy, records: list[tuple[RolloutRequest, Trace]], algorithm_state: dict
+    ) -> dict:
         """D of each client on the opponent, averaged by its number of examples."""
         if self.settings.order != "adaptive":
             return {}
-        scored = actor.score(author, [real_row(actor, index) for (_, index, _), _ in told])
+        scored = worker.score(author, [real_row(worker, index) for (_, index, _), _ in records])
         clients: dict[int, list[tuple[float, float]]] = {}
-        for ((client, _, _), trace), real in zip(told, scored, strict=True):
+        for ((client, _, _), trace), real in zip(records, scored, strict=True):
             clients.setdefault(client, []).append((-np.mean(real), -np.mean(trace.first.logprobs)))
         gaps = [distribution_gap(*np.transpose(pairs)) for pairs in clients.values()]
         return {"gap": np.asarray(np.average(gaps, weights=[len(p) for p in clients.values()]), np.float32)}
 
-    def numbers(self, memory: dict, now: int) -> dict[str, np.ndarray]:
+    def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
         """ "per_step": the running gap, 0 where a round begins. Else α, float32[]."""
         config = self.settings
         if config.order == "per_step":
             return {"gap": np.zeros((), np.float32)}
         if config.order == "fixed":
             return {"alpha": np.asarray(config.alpha, np.float32)}
-        return {"alpha": np.asarray(self._schedule(memory["gap"]), np.float32)}
+        return {"alpha": np.asarray(self._schedule(algorithm_state["gap"]), np.float32)}
 
     def _schedule(self, gap: jax.Array) -> jax.Array:
         return adaptive_order(gap, self.settings.alpha_min, self.settings.alpha_max, self.settings.tau)
 
-    def _alpha(self, numbers) -> jax.Array:
-        return self._schedule(jnp.maximum(0, numbers["gap"])) if "gap" in numbers else numbers["alpha"]
+    def _alpha(self, loss_scalars) -> jax.Array:
+        return self._schedule(jnp.maximum(0, loss_scalars["gap"])) if "gap" in loss_scalars else loss_scalars["alpha"]
 
-    def counts(self, batch: Batch, logprobs: jax.Array, numbers) -> dict[str, dict[str, jax.Array]]:
+    def denominators(self, batch: Batch, logprobs: jax.Array, loss_scalars) -> dict[str, dict[str, jax.Array]]:
         real, synthetic = self.rewards(batch, logprobs)[0]
-        return iris_sums(real, synthetic, self.valid(batch), self._alpha(numbers), self.settings.clip)
+        return iris_sums(real, synthetic, self.valid(batch), self._alpha(loss_scalars), self.settings.clip)
 
-    def advance(self, numbers, counts):
+    def update_loss_scalars(self, loss_scalars, denominators):
         """gap ← e gap + (1 − e)(mean r − mean r')."""
-        if "gap" not in numbers:
-            return numbers
-        mean = {side: losses.ratio(sums["total"], sums["count"]) for side, sums in counts.items()}
+        if "gap" not in loss_scalars:
+            return loss_scalars
+        mean = {side: losses.ratio(sums["total"], sums["count"]) for side, sums in denominators.items()}
         ema = self.settings.ema
-        return {"gap": ema * numbers["gap"] + (1 - ema) * (mean["real"] - mean["synthetic"])}
+        return {"gap": ema * loss_scalars["gap"] + (1 - ema) * (mean["real"] - mean["synthetic"])}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
-        (real, synthetic), valid, alpha = self.rewards(batch, logprobs)[0], self.valid(batch), self._alpha(numbers)
-        loss, weights = iris_loss(real, synthetic, valid, alpha, counts, self.settings.clip)
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+        (real, synthetic), valid, alpha = self.rewards(batch, logprobs)[0], self.valid(batch), self._alpha(loss_scalars)
+        loss, weights = iris_loss(real, synthetic, valid, alpha, denominators, self.settings.clip)
         loss *= alpha if self.settings.scale == "alpha" else 1.0
         metrics = reward_metrics(real, synthetic[None], valid) | {
             "alpha": Mean(jnp.asarray(alpha, jnp.float32), jnp.float32(1)),
-            "real_ess": _ess(weights[0], valid[0], counts["real"]["count"]),
-            "synthetic_ess": _ess(weights[1], valid[1], counts["synthetic"]["count"]),
+            "real_ess": _ess(weights[0], valid[0], denominators["real"]["count"]),
+            "synthetic_ess": _ess(weights[1], valid[1], denominators["synthetic"]["count"]),
         }
         return loss, metrics
 
-    def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
         for side in ("real", "synthetic"):
             share = metrics[f"{self.name}/{side}_ess"]
             if 0 < share < 0.1:
@@ -227,7 +229,7 @@ class Iris(SelfPlay):
                     "a lower --config.iris.lam or --config.iris.alpha_max spreads them.",
                     file=sys.stderr,
                 )
-        return super().end_round(memory, lora, metrics, round)
+        return super().end_round(algorithm_state, lora, metrics, round)
 
 
 def _ess(weight: jax.Array, valid: jax.Array, count: jax.Array) -> Mean:

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_responses, schedule
+from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, choose, metrics_of, needs_responses, schedule
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.models.decoder import head_weight
-from spear_jax.models.token_logprobs import Scorer, map_positions
+from spear_jax.models.token_logprobs import TokenLogprobs, map_positions
 from spear_jax.packing.arrays import Batch, Block
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,63 +63,65 @@ class Opsd(Algorithm):
     def scored_prompts(self) -> tuple[str, ...]:
         return ("task", "privileged")
 
-    def work(self, size: int) -> Work:
-        return Work(min(size, self.shell.examples), 2 * self.shell.items)
+    def estimate_work(self, size: int) -> WorkEstimate:
+        return WorkEstimate(min(size, self.common.examples), 2 * self.common.items)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
 
     @property
-    def kinds(self) -> int:
+    def rows_per_group(self) -> int:
         return 2  # a completion under the student's prompt and under the teacher's
 
     @property
-    def trunks(self) -> int:
+    def num_packs(self) -> int:
         return 2
 
-    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: dict, examples: int, length: int) -> dict:
         return {} if self.settings.teacher == "dynamic" else {"teacher": jax.tree.map(np.asarray, lora)}
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
-        return () if self.settings.teacher == "dynamic" else (memory["teacher"],)
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+        return () if self.settings.teacher == "dynamic" else (algorithm_state["teacher"],)
 
-    def end_round(self, memory: dict, lora: dict, metrics, round: int) -> dict:
+    def end_round(self, algorithm_state: dict, lora: dict, metrics, round: int) -> dict:
         if self.settings.teacher != "ema":
-            return memory
+            return algorithm_state
         d = self.settings.ema_decay
         blend = lambda old, new: (d * old + (1.0 - d) * np.asarray(new)).astype(old.dtype)
-        return {"teacher": jax.tree.map(blend, memory["teacher"], lora)}
+        return {"teacher": jax.tree.map(blend, algorithm_state["teacher"], lora)}
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
-        asks = [(c, int(i), 0) for s, c in enumerate(cohort.clients) for i in choose(cohort, s, self.shell.examples)]
-        traces = actor.answer(policy, asks, key)
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
+        requests = [
+            (c, int(i), 0) for s, c in enumerate(cohort.clients) for i in choose(cohort, s, self.common.examples)
+        ]
+        traces = worker.answer(policy, requests, key)
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
-            pool = [pair(actor, trace) for trace in traces if trace.client == client]
+            pool = [pair(worker, trace) for trace in traces if trace.client == client]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.shell, lambda p=pool, r=rng: _split(draw(p, self.shell.batch_size, r))))
+            rows.append(schedule(self.common, lambda p=pool, r=rng: _split(draw(p, self.common.batch_size, r))))
             sizes.append(float(len(pool)))
-        told = [(trace, "unused", 1.0) for trace in traces]
-        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, 0, 0))
+        records = [(trace, "unused", 1.0) for trace in traces]
+        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, 0, 0))
 
-    def forward(self, scorer: Scorer, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
+    def forward(self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
         """float32[M]: the divergence at every completion token."""
         informed = references[0] if references else jax.lax.stop_gradient(lora)
-        right = jax.lax.stop_gradient(dataclasses.replace(scorer, dropout_key=None).states(informed, block, trunk=1))
+        right = jax.lax.stop_gradient(dataclasses.replace(scorer, dropout_key=None).states(informed, block, pack=1))
         left = scorer.states(lora, block)
         compare = _comparison(self.settings)
         return map_positions(compare, left, (right, block.target), head_weight(scorer.base), scorer.chunk)
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         return {"tokens": _students(batch).sum() * jnp.float32(1)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         """Σ m d / Σ m over student rows; `logprobs` holds the divergences d."""
         mask = _students(batch)
         total = (logprobs * mask).sum()
-        return losses.ratio(total, counts["tokens"]), {"divergence": Mean(total, mask.sum())}
+        return losses.ratio(total, denominators["tokens"]), {"divergence": Mean(total, mask.sum())}
 
 
 @functools.cache
@@ -140,17 +142,17 @@ def _students(batch: Batch) -> jax.Array:
     return (batch.label > 0)[:, None] & batch.loss_mask
 
 
-def _split(pairs: list) -> list[Row | None]:
+def _split(pairs: list) -> list[TrainingRow | None]:
     pairs = [one or (None, None) for one in pairs]
     return [student for student, _ in pairs] + [teacher for _, teacher in pairs]
 
 
-def pair(actor: Actor, trace) -> tuple[Row, Row]:
+def pair(worker: RolloutWorker, trace) -> tuple[TrainingRow, TrainingRow]:
     """A first answer under the task's prompt, and under the teacher's."""
     ids = trace.first.completion
     mask = np.ones(len(ids), bool)
-    informed = actor.renderer.privileged(actor.task, trace.example)
-    return Row(trace.first.prompt, ids, mask, 1.0, 1), Row(informed, ids, mask, 1.0, -1)
+    informed = worker.renderer.privileged(worker.task, trace.example)
+    return TrainingRow(trace.first.prompt, ids, mask, 1.0, 1), TrainingRow(informed, ids, mask, 1.0, -1)
 
 
 def divergence(student: jax.Array, teacher: jax.Array, target: jax.Array | None, settings: OpsdSettings) -> jax.Array:

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Work, choose, metrics_of, needs_feedback, schedule
+from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, choose, metrics_of, needs_feedback, schedule
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Attempt, Cohort, Mean, Trace
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 FIRST, REVISED, DISTILLED = 1, 2, 3  # the kinds of rows, in `Batch.label`
 
@@ -58,29 +58,31 @@ class RltfSd(Algorithm):
     def scored_prompts(self) -> tuple[str, ...]:
         return ("task", "revision")
 
-    def work(self, size: int) -> Work:
+    def estimate_work(self, size: int) -> WorkEstimate:
         count = self.settings.samples
-        return Work(min(size, max(1, self.shell.examples // count)) * count, 3 * self.shell.items, revisions=1)
+        return WorkEstimate(
+            min(size, max(1, self.common.examples // count)) * count, 3 * self.common.items, revisions=1
+        )
 
     def check(self, task, examples, feedback) -> None:
         needs_feedback(self.name, task, feedback)
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return (start,) if self.settings.kl_weight else ()
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
         count = self.settings.samples
-        prompts = max(1, self.shell.examples // count)
-        asks = [
+        prompts = max(1, self.common.examples // count)
+        requests = [
             (client, int(i), n)
             for slot, client in enumerate(cohort.clients)
             for i in choose(cohort, slot, prompts)
             for n in range(count)
         ]
-        traces = actor.answer(policy, asks, key)
-        actor.revise_until_right(policy, traces, asks, key, limit=1)
+        traces = worker.answer(policy, requests, key)
+        worker.revise_until_right(policy, traces, requests, key, limit=1)
         # an answer that was right at once ends the conversation: the second turn repeats the first
         r0, r1 = (np.array([float(x(t).correct) for t in traces]).reshape(-1, count) for x in (_first, _last))
         found = [a.reshape(-1) for a in advantages(r0, r1, self.settings.discount)]
@@ -88,13 +90,15 @@ class RltfSd(Algorithm):
         for slot, client in enumerate(cohort.clients):
             pool = [self._rows(t, *(float(a[i]) for a in found)) for i, t in enumerate(traces) if t.client == client]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.shell, lambda p=pool, r=rng: _by_kind(draw(p, self.shell.batch_size, r))))
+            rows.append(schedule(self.common, lambda p=pool, r=rng: _by_kind(draw(p, self.common.batch_size, r))))
             sizes.append(float(len(pool)))
-        told = [(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
+        records = [(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
         metrics = metrics_of(traces, int(r1.sum()), int((1 - r1).sum()))
-        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics)
+        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics)
 
-    def _rows(self, trace: Trace, a_sd: float, a_0: float, a_1: float) -> tuple[Row, Row | None, Row]:
+    def _rows(
+        self, trace: Trace, a_sd: float, a_0: float, a_1: float
+    ) -> tuple[TrainingRow, TrainingRow | None, TrainingRow]:
         first, last = trace.first, trace.last
         ended = len(trace.attempts) == 1 and self.settings.drop_terminated_turn1
         return (
@@ -103,18 +107,18 @@ class RltfSd(Algorithm):
             _row(first.prompt, last, DISTILLED, a_sd),
         )
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
-        kinds = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
-        return {name: (batch.label == kind).sum() * jnp.float32(1) for name, kind in kinds.items()}
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+        rows_per_group = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
+        return {name: (batch.label == kind).sum() * jnp.float32(1) for name, kind in rows_per_group.items()}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         settings, label = self.settings, batch.label
         score = losses.sequence_mean if settings.scores == "mean" else losses.sequence_sum
         new = score(logprobs, batch.loss_mask)
-        held = score(batch.reference[:, 0], batch.loss_mask) if settings.kl_weight else jax.lax.stop_gradient(new)
+        held = score(batch.ref_logprobs[:, 0], batch.loss_mask) if settings.kl_weight else jax.lax.stop_gradient(new)
         rl = policy_loss(new, held, batch.advantage, settings.kl_weight, settings.kl)
         sd = -batch.advantage * new
-        part = lambda each, kind, name: losses.ratio((each * (label == kind)).sum(), counts[name])
+        part = lambda each, kind, name: losses.ratio((each * (label == kind)).sum(), denominators[name])
         first, revised = part(rl, FIRST, "first"), part(rl, REVISED, "revised")
         distilled = part(sd, DISTILLED, "distilled")
         turns = (label == FIRST) | (label == REVISED)
@@ -132,12 +136,12 @@ def _last(trace: Trace) -> Attempt:
     return trace.last
 
 
-def _row(prompt: list[int], attempt: Attempt, kind: int, advantage: float) -> Row:
+def _row(prompt: list[int], attempt: Attempt, kind: int, advantage: float) -> TrainingRow:
     ids = attempt.completion
-    return Row(prompt, ids, np.ones(len(ids), bool), 1.0, kind, advantage)
+    return TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, kind, advantage)
 
 
-def _by_kind(samples: list) -> list[Row | None]:
+def _by_kind(samples: list) -> list[TrainingRow | None]:
     samples = [one or (None, None, None) for one in samples]
     return [one[kind] for kind in range(3) for one in samples]
 

@@ -22,16 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Numbers, choose, metrics_of, needs_responses, schedule
+from spear_jax.algorithms.base import Algorithm, CohortData, LossScalars, choose, metrics_of, needs_responses, schedule
 from spear_jax.core.types import Cohort, Example, Mean, Trace
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor, Ask
+from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 from spear_jax.tasks.base import Task
 
 STORE = ("tokens", "lengths", "correct", "iteration")  # what the memory holds of the synthetic sets
-Item = tuple[Row, ...]  # a real row and the synthetic rows it is trained with
+RowGroup = tuple[TrainingRow, ...]  # a real row and the synthetic rows it is trained with
 
 
 def log_ratio(policy: jax.Array, reference: jax.Array, lam: float) -> jax.Array:
@@ -83,7 +83,7 @@ class SelfPlay(Algorithm, abc.ABC):
         return 1
 
     @property
-    def kinds(self) -> int:
+    def rows_per_group(self) -> int:
         """K, rows of an item."""
         return 1 + self.samples
 
@@ -100,7 +100,7 @@ class SelfPlay(Algorithm, abc.ABC):
 
     # Memory
 
-    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: dict, examples: int, length: int) -> dict:
         shape = (examples, self.kept, self.samples)
         return {
             "opponents": jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], self.players, axis=0), lora),
@@ -110,15 +110,15 @@ class SelfPlay(Algorithm, abc.ABC):
             "iteration": np.full(shape[:2], -1, np.int32),
         }
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
-        return tuple(opponent(memory, player) for player in range(self.players))
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+        return tuple(opponent(algorithm_state, player) for player in range(self.players))
 
-    def end_round(self, memory: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
         """At the end of an iteration the new adapter becomes the first opponent, and the last one is forgotten."""
         if round % self.settings.refresh_rounds:
-            return memory
+            return algorithm_state
         shift = lambda old, new: np.concatenate([np.asarray(new)[None], np.asarray(old)[:-1]])
-        return memory | {"opponents": jax.tree.map(shift, memory["opponents"], lora)}
+        return algorithm_state | {"opponents": jax.tree.map(shift, algorithm_state["opponents"], lora)}
 
     def place(self, when: int) -> int:
         """Where an iteration's synthetic set is kept."""
@@ -130,94 +130,100 @@ class SelfPlay(Algorithm, abc.ABC):
         """The iterations whose synthetic sets every chosen example must have."""
         return (now,)
 
-    def author(self, actor: Actor, policy: Policy, memory: dict, round: int, when: int) -> Policy:
+    def author(self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int) -> Policy:
         """Who answers for an iteration's set: the opponent, which is the round's own policy where a round is an iteration."""
-        return policy if self.settings.refresh_rounds == 1 else actor.merge(opponent(memory, 0))
+        return policy if self.settings.refresh_rounds == 1 else worker.merge(opponent(algorithm_state, 0))
 
-    def measure(self, actor: Actor, author: Policy, told: list[tuple[Ask, Trace]], memory: dict) -> dict:
+    def measure(
+        self, worker: RolloutWorker, author: Policy, records: list[tuple[RolloutRequest, Trace]], algorithm_state: dict
+    ) -> dict:
         """Entries of the memory that change with the opponent's new responses."""
         return {}
 
-    def numbers(self, memory: dict, now: int) -> dict[str, np.ndarray]:
-        """`Collected.numbers` of a round."""
+    def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
+        """`CohortData.loss_scalars` of a round."""
         return {}
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
         now = self.iteration(cohort.round)
-        chosen = [choose(cohort, slot, self.shell.examples).tolist() for slot in range(len(cohort.clients))]
+        chosen = [choose(cohort, slot, self.common.examples).tolist() for slot in range(len(cohort.clients))]
         # Copies: a checkpoint may still be writing the old arrays.
-        memory = memory | {name: np.array(memory[name]) for name in STORE}
+        algorithm_state = algorithm_state | {name: np.array(algorithm_state[name]) for name in STORE}
         traces = []
         for offset, when in enumerate(self.sets(now)):
-            asks = self._asks(cohort, chosen, memory, when, offset * self.samples)
-            if not asks:
+            requests = self._requests(cohort, chosen, algorithm_state, when, offset * self.samples)
+            if not requests:
                 continue
-            author = self.author(actor, policy, memory, cohort.round, when)
-            told = list(zip(asks, actor.answer(author, asks, key), strict=True))
-            self._store(memory, told, when)
-            traces += [trace for _, trace in told]
+            author = self.author(worker, policy, algorithm_state, cohort.round, when)
+            records = list(zip(requests, worker.answer(author, requests, key), strict=True))
+            self._store(algorithm_state, records, when)
+            traces += [trace for _, trace in records]
             if when == now:
-                memory |= self.measure(actor, author, told, memory)
+                algorithm_state |= self.measure(worker, author, records, algorithm_state)
         rows, sizes = [], []
         for slot, indices in enumerate(chosen):
-            pool = [item for index in indices for item in self.items(actor, memory, index, now)]
+            pool = [item for index in indices for item in self.items(worker, algorithm_state, index, now)]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.shell, lambda pool=pool, rng=rng: self._draw(pool, rng)))
+            rows.append(schedule(self.common, lambda pool=pool, rng=rng: self._draw(pool, rng)))
             sizes.append(len(pool))
-        metrics = metrics_of([], sum(sizes), (self.kinds - 1) * sum(sizes))
-        right = memory["correct"][sum(chosen, []), self.place(now)]
+        metrics = metrics_of([], sum(sizes), (self.rows_per_group - 1) * sum(sizes))
+        right = algorithm_state["correct"][sum(chosen, []), self.place(now)]
         metrics["rollout/first_accuracy"] = float(right.sum() / max(1, right.size))
-        return Collected(
+        return CohortData(
             rows=rows,
             weight=np.array([len(indices) for indices in chosen], float),
             active=np.array(sizes) > 0,
             traces=[(trace, "win" if trace.first.correct else "unused", 1.0) for trace in traces],
             metrics=metrics,
-            numbers=self.numbers(memory, now),
-            memory=memory,
+            loss_scalars=self.loss_scalars(algorithm_state, now),
+            algorithm_state=algorithm_state,
         )
 
-    def _asks(self, cohort: Cohort, chosen: list[list[int]], memory: dict, when: int, first: int) -> list[Ask]:
+    def _requests(
+        self, cohort: Cohort, chosen: list[list[int]], algorithm_state: dict, when: int, first: int
+    ) -> list[RolloutRequest]:
         """The questions whose set is missing; samples are numbered from `first`, so that no two sets share a key."""
-        stored, place = memory["iteration"], self.place(when)
+        stored, place = algorithm_state["iteration"], self.place(when)
         missing = [
             (c, i) for c, own in zip(cohort.clients, chosen, strict=True) for i in own if stored[i, place] != when
         ]
         return [(client, index, first + sample) for client, index in missing for sample in range(self.samples)]
 
-    def _store(self, memory: dict, told: list[tuple[Ask, Trace]], when: int) -> None:
+    def _store(self, algorithm_state: dict, records: list[tuple[RolloutRequest, Trace]], when: int) -> None:
         place = self.place(when)
-        for (_, index, number), trace in told:
+        for (_, index, number), trace in records:
             completion, at = trace.first.completion, (index, place, number % self.samples)
-            memory["tokens"][at] = 0
-            memory["tokens"][at][: len(completion)] = completion
-            memory["lengths"][at] = len(completion)
-            memory["correct"][at] = trace.first.correct
-            memory["iteration"][index, place] = when
+            algorithm_state["tokens"][at] = 0
+            algorithm_state["tokens"][at][: len(completion)] = completion
+            algorithm_state["lengths"][at] = len(completion)
+            algorithm_state["correct"][at] = trace.first.correct
+            algorithm_state["iteration"][index, place] = when
 
-    def items(self, actor: Actor, memory: dict, index: int, now: int) -> Iterator[Item]:
+    def items(self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int) -> Iterator[RowGroup]:
         """An example's items: its gold response beside each recent synthetic set, the newest first."""
         for when in range(now, max(-1, now - self.kept), -1):
-            if memory["iteration"][index, self.place(when)] == when:
-                yield (real_row(actor, index), *self.synthetic(actor, memory, index, when, -1))
+            if algorithm_state["iteration"][index, self.place(when)] == when:
+                yield (real_row(worker, index), *self.synthetic(worker, algorithm_state, index, when, -1))
 
-    def synthetic(self, actor: Actor, memory: dict, index: int, when: int, label: int) -> list[Row]:
+    def synthetic(
+        self, worker: RolloutWorker, algorithm_state: dict, index: int, when: int, label: int
+    ) -> list[TrainingRow]:
         """The rows of a stored set."""
         place = self.place(when)
-        pairs = zip(memory["tokens"][index, place], memory["lengths"][index, place], strict=True)
-        return [_row(actor.prompts[index], tokens[:length].tolist(), label) for tokens, length in pairs]
+        pairs = zip(algorithm_state["tokens"][index, place], algorithm_state["lengths"][index, place], strict=True)
+        return [_row(worker.prompts[index], tokens[:length].tolist(), label) for tokens, length in pairs]
 
-    def _draw(self, pool: list[Item], rng: np.random.Generator) -> list[Row | None]:
-        drawn = draw(pool, self.shell.batch_size, rng)
-        return [None if item is None else item[kind] for kind in range(self.kinds) for item in drawn]
+    def _draw(self, pool: list[RowGroup], rng: np.random.Generator) -> list[TrainingRow | None]:
+        drawn = draw(pool, self.common.batch_size, rng)
+        return [None if item is None else item[kind] for kind in range(self.rows_per_group) for item in drawn]
 
     # On device
 
     def by_kind(self, values: jax.Array) -> jax.Array:
         """[..., K B] -> [..., K, B]."""
-        return values.reshape(*values.shape[:-1], self.kinds, -1)
+        return values.reshape(*values.shape[:-1], self.rows_per_group, -1)
 
     def valid(self, batch: Batch) -> jax.Array:
         """bool[K, B]: the rows that hold a response."""
@@ -226,24 +232,24 @@ class SelfPlay(Algorithm, abc.ABC):
     def rewards(self, batch: Batch, logprobs: jax.Array) -> jax.Array:
         """r against every opponent, float32[J, K, B]."""
         policy = losses.sequence_sum(logprobs, batch.loss_mask)
-        reference = losses.sequence_sum(batch.reference, batch.loss_mask[:, None])  # [K B, J]
+        reference = losses.sequence_sum(batch.ref_logprobs, batch.loss_mask[:, None])  # [K B, J]
         return self.by_kind(log_ratio(policy, reference.T, self.settings.lam))
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers: Numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars) -> dict[str, jax.Array]:
         valid = self.valid(batch)
         real, synthetic = valid[0].sum(), valid[1:].sum()
         return {"real": real.astype(jnp.float32), "synthetic": synthetic.astype(jnp.float32)}
 
 
-def opponent(memory: dict, player: int) -> dict:
+def opponent(algorithm_state: dict, player: int) -> dict:
     """The adapter of a remembered opponent; 0 is π_t."""
-    return jax.tree.map(lambda x: x[player], memory["opponents"])
+    return jax.tree.map(lambda x: x[player], algorithm_state["opponents"])
 
 
-def real_row(actor: Actor, index: int) -> Row:
+def real_row(worker: RolloutWorker, index: int) -> TrainingRow:
     """The gold response of a training example, under its own prompt."""
-    return _row(actor.prompts[index], actor.responses[index], +1)
+    return _row(worker.prompts[index], worker.responses[index], +1)
 
 
-def _row(prompt: list[int], completion: list[int], label: int) -> Row:
-    return Row(prompt, completion, np.ones(len(completion), bool), 1.0, label)
+def _row(prompt: list[int], completion: list[int], label: int) -> TrainingRow:
+    return TrainingRow(prompt, completion, np.ones(len(completion), bool), 1.0, label)

@@ -16,8 +16,8 @@ import numpy as np
 from spear_jax.algorithms import east, losses
 from spear_jax.algorithms.base import (
     Algorithm,
-    Collected,
-    Work,
+    CohortData,
+    WorkEstimate,
     choose,
     metrics_of,
     needs_responses,
@@ -27,9 +27,9 @@ from spear_jax.algorithms.base import (
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Sft(Algorithm):
     def gold(self) -> str:
         return "responses"
 
-    def work(self, size: int) -> Work | None:
-        return None if self.settings.east else Work(0, self.shell.items)
+    def estimate_work(self, size: int) -> WorkEstimate | None:
+        return None if self.settings.east else WorkEstimate(0, self.common.items)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
@@ -60,44 +60,44 @@ class Sft(Algorithm):
             needs_verdicts(f"{self.name} with east", task)
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
-        asks = [
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
+        requests = [
             (client, int(i), 0)
             for slot, client in enumerate(cohort.clients)
-            for i in choose(cohort, slot, self.shell.examples)
+            for i in choose(cohort, slot, self.common.examples)
         ]
-        weights, traces = {ask: 1.0 for ask in asks}, []
+        weights, traces = {request: 1.0 for request in requests}, []
         if self.settings.east:
-            found = east.sample(actor, policy, asks, self.settings.east, self.settings.east_power, key)
+            found = east.sample(worker, policy, requests, self.settings.east, self.settings.east_power, key)
             weights, traces = (
-                {ask: one.weight for ask, one in found.items()},
+                {request: one.weight for request, one in found.items()},
                 [t for o in found.values() for t in o.traces],
             )
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
-            pool = [row(actor, i, w) for (c, i, _), w in weights.items() if c == client]
+            pool = [row(worker, i, w) for (c, i, _), w in weights.items() if c == client]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.shell, lambda p=pool, r=rng: draw(p, self.shell.batch_size, r)))
+            rows.append(schedule(self.common, lambda p=pool, r=rng: draw(p, self.common.batch_size, r)))
             sizes.append(float(len(pool)))
-        told = [(trace, "unused", 1.0) for trace in traces]
-        return Collected(rows, np.array(sizes), np.array(sizes) > 0, told, metrics_of(traces, int(sum(sizes)), 0))
+        records = [(trace, "unused", 1.0) for trace in traces]
+        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, int(sum(sizes)), 0))
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         one = jnp.float32(1)
         return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label > 0).sum() * one}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         """−Σ w m lp / Σ m, or the mean over rows of w times the row's token mean."""
         weight, mask = batch.weight[:, 0], batch.loss_mask
         if self.settings.reduction == "token_mean":
-            value = losses.ratio(losses.nll(weight[:, None] * logprobs, mask).total, counts["tokens"])
+            value = losses.ratio(losses.nll(weight[:, None] * logprobs, mask).total, denominators["tokens"])
         else:
-            value = losses.ratio(losses.sequence_nll(weight[:, None] * logprobs, mask).total, counts["rows"])
+            value = losses.ratio(losses.sequence_nll(weight[:, None] * logprobs, mask).total, denominators["rows"])
         return value, {"win_nll": losses.nll(logprobs, mask)}
 
 
-def row(actor: Actor, index: int, weight: float) -> Row:
+def row(worker: RolloutWorker, index: int, weight: float) -> TrainingRow:
     """A gold response under its prompt."""
-    ids = actor.responses[index]
-    return Row(actor.prompts[index], ids, np.ones(len(ids), bool), weight, 1)
+    ids = worker.responses[index]
+    return TrainingRow(worker.prompts[index], ids, np.ones(len(ids), bool), weight, 1)

@@ -55,18 +55,18 @@ class Space(SelfPlay):
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:
         super().check(task, examples, feedback)
-        if self.settings.mu > 1 and self.shell.temperature == 0:
+        if self.settings.mu > 1 and self.common.temperature == 0:
             raise UserError(
                 f"space.mu is {self.settings.mu}, but greedy sampling gives the same response {self.settings.mu} times. "
                 "Set --config.rollout.temperature=1 or --config.space.mu=1."
             )
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         mu = self.settings.mu
         rewards = self.rewards(batch, logprobs)[0]
         real, synthetic, valid = rewards[0], rewards[1:], self.valid(batch)
         # L = mean sp(log μ − r) + μ mean sp(r' − log μ)
-        loss = losses.ratio(jnp.where(valid[0], space_real(real, mu), 0.0).sum(), counts["real"])
+        loss = losses.ratio(jnp.where(valid[0], space_real(real, mu), 0.0).sum(), denominators["real"])
         each = jnp.where(valid[1:], space_synthetic(synthetic, mu), 0.0)
-        loss += mu * losses.ratio(each.sum(), counts["synthetic"])
+        loss += mu * losses.ratio(each.sum(), denominators["synthetic"])
         return loss, reward_metrics(real, synthetic, valid)

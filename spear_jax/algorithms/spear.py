@@ -25,14 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, Collected, Work, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.feedback_rollout import Conversation, completion_ids, converse
+from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.feedback_rollout import FeedbackRollout, completion_ids, rollout_with_feedback
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean, Trace
 from spear_jax.packing.arrays import Batch
-from spear_jax.packing.rows import Row, draw
+from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,41 +84,41 @@ class Spear(Algorithm):
     def micro(self) -> bool:
         return self.settings.confidence_weighting == "batch_mean"
 
-    def work(self, size: int) -> Work:
-        return Work(min(size, self.shell.examples), 2 * self.shell.items, revisions=None)
+    def estimate_work(self, size: int) -> WorkEstimate:
+        return WorkEstimate(min(size, self.common.examples), 2 * self.common.items, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
 
     def collect(
-        self, actor: Actor, policy: Policy, cohort: Cohort, memory: dict, key: jax.Array, phase: int
-    ) -> Collected:
-        talk = converse(actor, policy, cohort, self.shell.examples, key, self.settings.strict_format)
-        return self.pools(actor, cohort, talk)
+        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+    ) -> CohortData:
+        rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key, self.settings.strict_format)
+        return self.pools(worker, cohort, rollout)
 
-    def pools(self, actor: Actor, cohort: Cohort, talk: Conversation) -> Collected:
+    def pools(self, worker: RolloutWorker, cohort: Cohort, rollout: FeedbackRollout) -> CohortData:
         """Turns traces into wins and loses, caps the loses, draws every micro-step's rows, and weighs the clients."""
-        settings, size = self.settings, self.shell.batch_size
-        protected = protected_ids(actor, settings.skip_math_ops)
+        settings, size = self.settings, self.common.batch_size
+        protected = protected_ids(worker, settings.skip_math_ops)
         rows, weight, active, kept, total = [], [], [], set(), 0
         for slot, client in enumerate(cohort.clients):
-            own, rng = talk.of(client), cohort.rngs(slot, "pools")
-            wins = talk.wins(actor, client, settings.retokenise)
-            wrong = [i for i in own if not talk.traces[i].first.correct]
+            own, rng = rollout.of(client), cohort.rngs(slot, "pools")
+            wins = rollout.wins(worker, client, settings.retokenise)
+            wrong = [i for i in own if not rollout.traces[i].first.correct]
             capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
-            loses = [self._lose_row(actor, talk.traces[i], protected) for i in capped]
+            loses = [self._lose_row(worker, rollout.traces[i], protected) for i in capped]
             rows.append(
-                schedule(self.shell, lambda w=wins, n=loses, r=rng: draw(w, size, r) + self._alike(draw(n, size, r)))
+                schedule(self.common, lambda w=wins, n=loses, r=rng: draw(w, size, r) + self._alike(draw(n, size, r)))
             )
             kept |= set(capped)
             total += len(wins)
             active.append(bool(wins))
-            weight.append(talk.weight(client, wins, settings.skip_weight))
-        told = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(talk.traces)]
-        metrics = metrics_of(talk.traces, total, len(kept))
-        return Collected(rows, np.array(weight), np.array(active), told, metrics)
+            weight.append(rollout.weight(client, wins, settings.skip_weight))
+        records = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(rollout.traces)]
+        metrics = metrics_of(rollout.traces, total, len(kept))
+        return CohortData(rows, np.array(weight), np.array(active), records, metrics)
 
-    def _alike(self, loses: list[Row | None]) -> list[Row | None]:
+    def _alike(self, loses: list[TrainingRow | None]) -> list[TrainingRow | None]:
         """A micro-batch's loses; as published ("batch_mean") all of them with their mean confidence."""
         found = [row for row in loses if row is not None]
         if self.settings.confidence_weighting != "batch_mean" or not found:
@@ -132,35 +132,35 @@ class Spear(Algorithm):
             return 1.0 if trace.last.correct else 0.5
         return math.exp(float(np.mean(trace.first.logprobs)))
 
-    def _lose_row(self, actor: Actor, trace: Trace, protected: tuple[int, ...]) -> Row:
+    def _lose_row(self, worker: RolloutWorker, trace: Trace, protected: tuple[int, ...]) -> TrainingRow:
         """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood may touch."""
-        ids = completion_ids(actor, trace.first, self.settings.retokenise)
+        ids = completion_ids(worker, trace.first, self.settings.retokenise)
         asked = self.settings.answer_only
-        only = actor.task.answer_only if asked == "auto" else asked == "always"
-        window = self._answer_tokens(actor, trace, ids) if only else None
+        only = worker.task.answer_only if asked == "auto" else asked == "always"
+        window = self._answer_tokens(worker, trace, ids) if only else None
         whole = np.ones((1, len(ids)), bool)
-        mask = lose_mask(np.asarray([ids]), whole, self.shell.eos_ids, self.settings.tail, protected, window)
+        mask = lose_mask(np.asarray([ids]), whole, self.common.eos_ids, self.settings.tail, protected, window)
         if not self.settings.retokenise:
-            trace.first.touched = mask[0].tolist()
-        return Row(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
+            trace.first.unlikelihood_mask = mask[0].tolist()
+        return TrainingRow(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
 
-    def _answer_tokens(self, actor: Actor, trace: Trace, ids: list[int]) -> range | int | None:
+    def _answer_tokens(self, worker: RolloutWorker, trace: Trace, ids: list[int]) -> range | int | None:
         """The answer's positions; a number k for the last k ("last"); None where no answer was found."""
-        found = actor.task.extract(trace.first.text, trace.example)
+        found = worker.task.extract(trace.first.text, trace.example)
         if found is None:
             return None
         if self.settings.answer_window == "last":
             label = trace.first.text[found.start : found.end]
-            return len(actor.renderer.tokenizer.encode(label, add_special_tokens=False))
-        return actor.renderer.token_span(ids, found.start, found.end)
+            return len(worker.renderer.tokenizer.encode(label, add_special_tokens=False))
+        return worker.renderer.token_span(ids, found.start, found.end)
 
-    def counts(self, batch: Batch, logprobs: jax.Array | None, numbers) -> dict[str, jax.Array]:
+    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
         active = None if logprobs is None else losses.unlikelihood(logprobs, self.settings.margin)[1]
         _, count = self._lose_weights(batch, active)
         win = (batch.label > 0)[:, None] & batch.loss_mask
         return {"win": win.sum().astype(jnp.float32), "lose": count}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         """λ_win L_win + λ_lose L_lose, both from one pass over win and lose rows."""
         settings = self.settings
         # L_win = −Σ m lp / Σ m over win rows
@@ -169,13 +169,13 @@ class Spear(Algorithm):
         u, active = losses.unlikelihood(logprobs, settings.margin)
         weights, _ = self._lose_weights(batch, active)
         lose = (weights * u).sum()
-        loss = settings.win_weight * losses.ratio(win.total, counts["win"])
-        loss += settings.lose_weight * losses.ratio(lose, counts["lose"])
-        touched = (batch.label < 0)[:, None] & batch.loss_mask
+        loss = settings.win_weight * losses.ratio(win.total, denominators["win"])
+        loss += settings.lose_weight * losses.ratio(lose, denominators["lose"])
+        unlikelihood_mask = (batch.label < 0)[:, None] & batch.loss_mask
         metrics = {
             "win_nll": win,
-            "unlikelihood": Mean(jnp.where(touched, u, 0.0).sum(), touched.sum()),
-            "unlikelihood_active": Mean((touched & active).sum(), touched.sum()),
+            "unlikelihood": Mean(jnp.where(unlikelihood_mask, u, 0.0).sum(), unlikelihood_mask.sum()),
+            "unlikelihood_active": Mean((unlikelihood_mask & active).sum(), unlikelihood_mask.sum()),
         }
         return loss, metrics
 
@@ -198,10 +198,10 @@ def role(trace: Trace, kept: bool) -> str:
     return "lose" if kept else "unused"
 
 
-def protected_ids(actor: Actor, math_ops: bool) -> tuple[int, ...]:
+def protected_ids(worker: RolloutWorker, math_ops: bool) -> tuple[int, ...]:
     """Token ids that unlikelihood never touches: the task's answer markers and, on request, its operators."""
-    strings = actor.task.protected + (actor.task.math_ops if math_ops else ())
-    encode = actor.renderer.tokenizer.encode
+    strings = worker.task.protected + (worker.task.math_ops if math_ops else ())
+    encode = worker.renderer.tokenizer.encode
     return tuple(sorted({i for text in strings for i in encode(text, add_special_tokens=False)}))
 
 

@@ -48,12 +48,12 @@ class Spif(SelfPlay):
     name = "spif"
     Settings = SpifSettings
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         c, form = self.settings.c, self.settings.form
         real, synthetic = self.rewards(batch, logprobs)[0]
         valid = self.valid(batch)
         # L = mean f(r) + mean g(r')
-        loss = losses.ratio(jnp.where(valid[0], spif_real(real, c, form), 0.0).sum(), counts["real"])
+        loss = losses.ratio(jnp.where(valid[0], spif_real(real, c, form), 0.0).sum(), denominators["real"])
         each = jnp.where(valid[1], spif_synthetic(synthetic, c, form), 0.0)
-        loss += losses.ratio(each.sum(), counts["synthetic"])
+        loss += losses.ratio(each.sum(), denominators["synthetic"])
         return loss, reward_metrics(real, synthetic[None], valid)

@@ -50,10 +50,10 @@ class Spin(SelfPlay):
     def kept(self) -> int:
         return self.settings.history
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         real, synthetic = self.rewards(batch, logprobs)[0]
         valid = self.valid(batch)
         each = spin_loss(real, synthetic, self.settings.kind)
         # L = (1/n) Σ_i ℓ(r_i − r'_i)
-        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), counts["real"])
+        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), denominators["real"])
         return loss, reward_metrics(real, synthetic[None], valid)

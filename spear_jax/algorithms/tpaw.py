@@ -71,15 +71,15 @@ class Tpaw(SelfPlay):
     def kept(self) -> int:
         return self.settings.players
 
-    def numbers(self, memory: dict, now: int) -> dict[str, np.ndarray]:
+    def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
         """players, float32[J]: iteration t has t + 1 opponents, at most J."""
         return {"players": (np.arange(self.players) <= now).astype(np.float32)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         config = self.settings
         rewards = self.rewards(batch, logprobs)  # [J, 2, B]
         real, synthetic = rewards[:, 0], rewards[:, 1]
         valid = self.valid(batch)
-        each = tpaw_loss(real, synthetic, numbers["players"], config.eta, config.gamma, config.stop_beta)
-        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), counts["real"])
+        each = tpaw_loss(real, synthetic, loss_scalars["players"], config.eta, config.gamma, config.stop_beta)
+        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), denominators["real"])
         return loss, reward_metrics(real[0], synthetic[:1], valid)

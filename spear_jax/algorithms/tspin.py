@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.self_play import Item, SelfPlay, real_row, reward_metrics
+from spear_jax.algorithms.self_play import RowGroup, SelfPlay, real_row, reward_metrics
 from spear_jax.core.settings import number, positive
 from spear_jax.core.types import Mean
 from spear_jax.packing.arrays import Batch
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +60,13 @@ class Tspin(SelfPlay):
         return 2
 
     @property
-    def kinds(self) -> int:
+    def rows_per_group(self) -> int:
         return 3
 
-    def init_memory(self, lora: dict, examples: int, length: int) -> dict:
-        return super().init_memory(lora, examples, length) | {"initial": jax.tree.map(np.array, lora)}
+    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+        return super().init_state(lora, examples, length) | {"initial": jax.tree.map(np.array, lora)}
 
-    def references(self, memory: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return ()
 
     def place(self, when: int) -> int:
@@ -76,22 +76,22 @@ class Tspin(SelfPlay):
     def sets(self, now: int) -> tuple[int, ...]:
         return (0, now) if now else (0,)
 
-    def author(self, actor: Actor, policy: Policy, memory: dict, round: int, when: int) -> Policy:
+    def author(self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int) -> Policy:
         if when == 0 and self.iteration(round) > 0:
-            return actor.merge(memory["initial"])
-        return super().author(actor, policy, memory, round, when)
+            return worker.merge(algorithm_state["initial"])
+        return super().author(worker, policy, algorithm_state, round, when)
 
-    def items(self, actor: Actor, memory: dict, index: int, now: int) -> Iterator[Item]:
+    def items(self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int) -> Iterator[RowGroup]:
         """The one triplet of an example."""
-        latest = self.synthetic(actor, memory, index, now, -1)
-        yield (real_row(actor, index), *latest, *self.synthetic(actor, memory, index, 0, -2))
+        latest = self.synthetic(worker, algorithm_state, index, now, -1)
+        yield (real_row(worker, index), *latest, *self.synthetic(worker, algorithm_state, index, 0, -2))
 
-    def loss(self, batch: Batch, logprobs: jax.Array, counts, numbers) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
         config, valid = self.settings, self.valid(batch)
         scores = self.by_kind(losses.sequence_sum(logprobs, batch.loss_mask))
         real, synthetic, first = scores
         each = tspin_loss(real, synthetic, first, config.alpha, config.beta)
-        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), counts["real"])
+        loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), denominators["real"])
         lengths = self.by_kind(batch.loss_mask.sum(-1))
         metrics = reward_metrics(config.alpha * real, config.alpha * synthetic[None], valid[:2])
         metrics |= {

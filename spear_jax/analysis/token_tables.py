@@ -22,7 +22,7 @@ def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
     for number, trace in enumerate(runs.load_traces(workdir, round)):
         about = {name: trace[name] for name in ("client", "example", "role", "confidence")}
         table = pd.DataFrame({"trace": number, **about, **trace["tokens"]})
-        tables.append(table.assign(position=range(len(table)), touched=table["touched"].astype("boolean")))
+        tables.append(table.assign(position=range(len(table)), unlikelihood_mask=table["touched"].astype("boolean")))
     if not tables:
         raise UserError(f"nothing was asked in round {round} of {workdir}; its method generates no answers.")
     found = pd.concat(tables, ignore_index=True).rename(columns={"text": "token"})

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     else:
         sides = ("ours", "rival") if args.against else ("ours",)
         answers = run_phases(work, phases, sides, args.repeats, args.quiet)
-        result["phases"] = {phase: report.tell(phase, told, work, found) for phase, told in answers.items()}
+        result["phases"] = {phase: report.tell(phase, measured, work, found) for phase, measured in answers.items()}
         if args.against:
             result["ratios"] = {name: result["phases"][name]["ratio"] for name in RATIOS if name in answers}
     if not args.quiet:
@@ -183,8 +183,8 @@ def run_cohorts(work: Workload, cohorts: list[int], repeats: int, quiet: bool) -
     found = []
     with Peer(side.serve, "ours", work) as peer:
         for size in tqdm.tqdm(cohorts, desc="cohorts", disable=not on_terminal(quiet)):
-            told = report.summarise([peer.ask(("cohort", size)) for _ in range(repeats + 1)])
-            found.append({"clients": size, "seconds_per_client": told["seconds"]["median"] / size, **told})
+            measured = report.summarise([peer.ask(("cohort", size)) for _ in range(repeats + 1)])
+            found.append({"clients": size, "seconds_per_client": measured["seconds"]["median"] / size, **measured})
     return found
 
 

@@ -79,10 +79,10 @@ def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
     )
 
 
-def prefill(c: Counts, lengths: np.ndarray, opening: int) -> Part:
+def prefill(c: Counts, lengths: np.ndarray, shared_prefix: int) -> Part:
     """Prompts of int[B] tokens that all open with the same ones, and the distribution after each."""
-    again = opening * (len(lengths) - 1)
-    seen = (lengths * (lengths + 1) / 2).sum() - again * (opening + 1) / 2
+    again = shared_prefix * (len(lengths) - 1)
+    seen = (lengths * (lengths + 1) / 2).sum() - again * (shared_prefix + 1) / 2
     flops = 2 * c.layers * (lengths.sum() - again) + c.attention * seen + 2 * c.head * len(lengths)
     return Part(float(flops), float(c.weights + c.cache * lengths.sum()))
 
@@ -95,13 +95,13 @@ def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
     return Part(float(flops), float(steps * c.weights + c.cache * seen))
 
 
-def train(c: Counts, rows: list[Row], opening: int) -> Part:
+def train(c: Counts, rows: list[Row], shared_prefix: int) -> Part:
     """One forward and backward of a client's rows, whose prompts all open with the same tokens."""
     answers = collections.defaultdict(set)
     for row in rows:
         answers[tuple(row.prompt)].add(tuple(row.completion))
-    again = opening * (len(answers) - 1)
-    tokens, scored, seen = -again, 0, -again * (opening + 1) / 2
+    again = shared_prefix * (len(answers) - 1)
+    tokens, scored, seen = -again, 0, -again * (shared_prefix + 1) / 2
     for prompt, completions in answers.items():
         p = len(prompt)
         tokens += p

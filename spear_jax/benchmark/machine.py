@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from spear_jax.core.malloc import trim
+from spear_jax.core.malloc import release_free_memory
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
@@ -119,7 +119,7 @@ def reset_peak() -> int:
     gc.collect()
     if not CLEAR.exists():
         return peak_bytes()
-    trim()  # what the allocator kept would count as used
+    release_free_memory()  # what the allocator kept would count as used
     CLEAR.write_text("5")
     return _status("VmRSS")
 

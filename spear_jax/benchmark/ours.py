@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax.algorithms.base import Shell
+from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.benchmark.side import Side
 from spear_jax.benchmark.workload import Preset, Row, Workload, random_tensor
-from spear_jax.core.compilation import Compiles, trim_after_compiling
+from spear_jax.core.compilation import Compiles, release_after_compiling
 from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.core.types import Example
 from spear_jax.experiment.checkpoint import Checkpoints
@@ -30,24 +30,23 @@ from spear_jax.models.decoder import Decoder
 from spear_jax.models.io.safetensors import SafetensorsFolder
 from spear_jax.models.io.tensor_map import DTYPES, MODULES, fill, places
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
-from spear_jax.packing import blocks as blocks_module
 from spear_jax.packing import rows as rows_module
-from spear_jax.packing.blocks import Keys, choose_room, choose_small
-from spear_jax.packing.rows import Item
+from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
+from spear_jax.packing.rows import RowGroup
 from spear_jax.rollout.policy import Policy, as_policy
-from spear_jax.rollout.prefill import plan_batches
+from spear_jax.rollout.prefill import plan_prefill
 from spear_jax.rollout.sampler import Sampler
 from spear_jax.rollout.token_sampling import SamplingConfig
 
 SERVER = ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)
-Told = dict[str, Any]
+Measured = dict[str, Any]
 _aggregate = jax.jit(aggregate, static_argnums=0)
 
 
 def build(work: Workload) -> Side:
     """Loads or makes the weights on JAX's first device, and binds the phases."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # as `cli.run` does
-    trim_after_compiling()  # as `train` does
+    release_after_compiling()  # as `train` does
     compiles, system = Compiles(), System(work)
     device = jax.devices()[0]
     return Side(
@@ -112,10 +111,10 @@ class System:
         limit = default_config().train.block_tokens
         slots = max(len(items) for (items,) in steps)
         asked = sum(work.prompts, [])
-        opening = os.path.commonprefix(asked)[: min(map(len, asked)) - 1]  # no prompt is nothing but that
-        self.room = choose_room(steps, 1, 1, longest, preset.new_tokens, limit, slots, opening)
-        small = choose_small(steps, self.room)
-        self.small = None if small == self.room or self.local.clients_at_once > 1 else small
+        shared_prefix = os.path.commonprefix(asked)[: min(map(len, asked)) - 1]  # no prompt is nothing but that
+        self.shape = choose_block_shape(steps, 1, 1, longest, preset.new_tokens, limit, slots, shared_prefix)
+        small = choose_small(steps, self.shape)
+        self.small = None if small == self.shape or self.local.clients_at_once > 1 else small
         self.folder = tempfile.TemporaryDirectory()
         self.checkpoints = Checkpoints(pathlib.Path(self.folder.name), keep_last=1, keep_best=0)
         self.rounds = itertools.count(1)
@@ -125,33 +124,33 @@ class System:
         """The base with the adapter, as rollouts take it."""
         return as_policy(self.base, self.lora, self.decoder.lora, "none")
 
-    def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Told:
+    def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Measured:
         """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
         flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
-        opening = os.path.commonprefix(flat)
-        sampler, sampling = self.sampler(opening), sampling_config(self.preset, len(flat))
+        shared_prefix = os.path.commonprefix(flat)
+        sampler, sampling = self.sampler(shared_prefix), sampling_config(self.preset, len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
-        plan, parts = plan_batches(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(opening))
-        fills = -(-len(parts) // (plan.rows // plan.part))  # all completions are of one length, and end together
-        held = fills * plan.rows * new + len(parts) * plan.room.tokens
+        plan, batches = plan_prefill(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(shared_prefix))
+        fills = -(-len(batches) // (plan.rows // plan.batch))  # all completions are of one length, and end together
+        held = fills * plan.rows * new + len(batches) * plan.pack_shape.tokens
         return {
             "answers": [completion.tokens for completion in done],
-            "padding": 1 - sum(len(prompt) - len(opening) + new for prompt in flat) / held,
+            "padding": 1 - sum(len(prompt) - len(shared_prefix) + new for prompt in flat) / held,
         }
 
-    def sampler(self, opening: list[int]) -> Sampler:
+    def sampler(self, shared_prefix: list[int]) -> Sampler:
         """With arrays where an experiment has them: placed in another way they would be another program's."""
         place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
-        return Sampler(self.decoder, place, spread=spread, openings=[opening])
+        return Sampler(self.decoder, place, spread=spread, shared_prefixes=[shared_prefix])
 
-    def rollout(self) -> Told:
+    def rollout(self) -> Measured:
         return self.generate(self.policy(), self.work.prompts)
 
-    def revision(self) -> Told:
+    def revision(self) -> Measured:
         return self.generate(self.policy(), self.work.revisions)
 
-    def evaluation(self) -> Told:
+    def evaluation(self) -> Measured:
         names = tuple(map(str, range(len(self.work.options))))
         questions = self.work.questions
         evaluator = Evaluator(
@@ -168,7 +167,7 @@ class System:
         scores = evaluator.choice_scores(self.base, self.lora)
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
-    def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Told]:
+    def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Measured]:
         """Every client's optimiser steps; rows: [C][S] lists.
 
         Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of the rows.
@@ -176,51 +175,51 @@ class System:
         at_once = min(self.local.clients_at_once, len(rows))
         local, small = dataclasses.replace(self.local, clients_at_once=at_once), self.small if at_once == 1 else None
         keys = Keys()
-        blocks = [[blocks_module.plan([step_items(step)], self.room, keys) for step in own] for own in rows]
+        blocks = [[pack_rows([step_items(step)], self.shape, keys) for step in own] for own in rows]
         depth = max(len(step) for own in blocks for step in own)
         count = len(rows)
         # without dropout no key is read
         members = np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, bool)
-        shared = local_training.Shared(self.lora, self.base, (), {}, self.rate)
-        packed = cohort_training.Rows(blocks, depth, self.room, small)
+        shared = local_training.Broadcast(self.lora, self.base, (), {}, self.rate)
+        packed = cohort_training.Rows(blocks, depth, self.shape, small)
         found = cohort_training.train(self.algorithm, self.decoder, local, self.mesh, shared, packed, members)
         jax.block_until_ready(found.total)
         loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
         return found.total, found.mass, {"loss": float(loss), "padding": 1 - found.tokens / found.read}
 
-    def aggregation(self) -> Told:
+    def aggregation(self) -> Measured:
         weight = np.ones(self.preset.clients, np.float32)
         total = _weighted_sum([self.lora] * self.preset.clients, weight)
         state, _ = _aggregate(SERVER, self.state, total, weight.sum())
         jax.block_until_ready(state.lora)
         return {}
 
-    def checkpoint(self) -> Told:
+    def checkpoint(self) -> Measured:
         self.checkpoints.save(self.state.replace(round=np.int32(next(self.rounds))), {}, {})
         self.checkpoints.wait()
         return {}
 
-    def round(self) -> Told:
+    def round(self) -> Measured:
         policy = self.policy()
         self.generate(policy, self.work.prompts)
         self.generate(policy, self.work.revisions)
         del policy  # as in a round, the merged weights are not held while training
         return self.train_and_aggregate(self.preset.clients)
 
-    def cohort(self, size: int) -> Told:
+    def cohort(self, size: int) -> Measured:
         """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would count as this one's."""
         if size != self.cohort_size:
             jax.clear_caches()
         self.cohort_size = size
         return self.train_and_aggregate(size)
 
-    def train_and_aggregate(self, size: int) -> Told:
+    def train_and_aggregate(self, size: int) -> Measured:
         """A round's second half for any number of clients, which repeat the workload's."""
         rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
-        total, mass, told = self.train(rows)
+        total, mass, measured = self.train(rows)
         state, _ = _aggregate(SERVER, self.state, total, mass)
         jax.block_until_ready(state.lora)
-        return told
+        return measured
 
 
 @jax.jit
@@ -266,8 +265,8 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
 def spear(preset: Preset) -> Spear:
     """The method with the preset's numbers."""
     settings = dataclasses.replace(SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin)
-    shell = Shell(preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ())
-    return Spear(settings, shell)
+    common = CommonHyperparams(preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ())
+    return Spear(settings, common)
 
 
 def local_config(preset: Preset) -> local_training.LocalConfig:
@@ -286,11 +285,13 @@ def local_config(preset: Preset) -> local_training.LocalConfig:
     )
 
 
-def step_items(rows: list[Row | None]) -> list[Item]:
+def step_items(rows: list[Row | None]) -> list[RowGroup]:
     """An optimiser step's rows as the system has them; every completion token counts."""
     return [(training_row(row),) for row in rows if row]
 
 
-def training_row(row: Row) -> rows_module.Row:
+def training_row(row: Row) -> rows_module.TrainingRow:
     """One row, all of its completion tokens in use."""
-    return rows_module.Row(row.prompt, row.completion, np.ones(len(row.completion), bool), row.confidence, row.label)
+    return rows_module.TrainingRow(
+        row.prompt, row.completion, np.ones(len(row.completion), bool), row.confidence, row.label
+    )

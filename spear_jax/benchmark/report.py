@@ -26,7 +26,7 @@ def check_out(out: str) -> pathlib.Path:
     return file
 
 
-def tell(phase: str, told: dict[str, Answers], work: Workload, found: dict[str, Any]) -> dict[str, Any]:
+def tell(phase: str, measured: dict[str, Answers], work: Workload, found: dict[str, Any]) -> dict[str, Any]:
     """One phase of the result."""
     parts, tokens = floors.needs(work)[phase], floors.tokens(work).get(phase)
     floor = floors.seconds(parts, found["gemm"][work.preset.dtype], found["copy"])
@@ -36,13 +36,13 @@ def tell(phase: str, told: dict[str, Answers], work: Workload, found: dict[str, 
         "bytes": sum(part.bytes for part in parts),
         "floor_seconds": floor,
     }
-    for name, answers in told.items():
+    for name, answers in measured.items():
         entry[name] = summarise(answers)
         median = entry[name]["seconds"]["median"]
         entry[name]["floor_share"] = floor / median
         if tokens:
             entry[name]["tokens_per_second"] = tokens / median
-    if "rival" in told:
+    if "rival" in measured:
         ours, rival = entry["ours"]["seconds"], entry["rival"]["seconds"]
         entry |= {"ratio": rival["median"] / ours["median"], "ratio_of_min": rival["min"] / ours["min"]}
     return entry

@@ -20,7 +20,7 @@ from spear_jax.core.errors import UserError
 
 LIBRARIES = ("torch", "transformers", "peft")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Told = dict[str, Any]
+Measured = dict[str, Any]
 
 
 def require() -> None:
@@ -40,11 +40,11 @@ def build(work: Workload) -> Side:
     torch = rival.torch
 
     def finished(phase):
-        def run() -> Told:
-            told = phase()
+        def run() -> Measured:
+            measured = phase()
             if rival.device == "cuda":
                 torch.cuda.synchronize()
-            return told
+            return measured
 
         return run
 
@@ -121,7 +121,7 @@ class Rival:
         tensor = lambda values: self.torch.tensor(values, device=self.device)
         return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
-    def generate(self, prompts: list[list[list[int]]]) -> Told:
+    def generate(self, prompts: list[list[list[int]]]) -> Measured:
         """Client by client, the adapter unmerged."""
         new, sample = self.preset.new_tokens, self.preset.temperature > 0
         how = {"temperature": self.preset.temperature, "top_p": self.preset.top_p, "top_k": 0} if sample else {}
@@ -136,15 +136,15 @@ class Rival:
             answers += done[:, inputs["input_ids"].shape[1] :].tolist()
         return {"answers": answers}
 
-    def rollout(self) -> Told:
+    def rollout(self) -> Measured:
         self.set_adapter(self.start)
         return self.generate(self.work.prompts)
 
-    def revision(self) -> Told:
+    def revision(self) -> Measured:
         self.set_adapter(self.start)
         return self.generate(self.work.revisions)
 
-    def evaluation(self) -> Told:
+    def evaluation(self) -> Measured:
         """Every question once for each option, full logits."""
         self.set_adapter(self.start)
         self.model.eval()
@@ -157,7 +157,7 @@ class Rival:
                 choices.append(int(picked.argmax()))
         return {"choices": choices}
 
-    def update(self, steps: list[list[Row]]) -> Told:
+    def update(self, steps: list[list[Row]]) -> Measured:
         """A client's round: from the global adapter, one AdamW step for each list of rows. Returns the mean loss."""
         torch = self.torch
         self.set_adapter(self.start)
@@ -188,8 +188,8 @@ class Rival:
         targets, mask = inputs["input_ids"][:, 1:, None], mask[:, 1:]
         p = logits.log_softmax(-1).gather(-1, targets)[..., 0].exp().clamp(max=1 - 1e-7)
         confidence = self.torch.tensor([row.confidence for row in rows], device=self.device)[:, None]
-        touched = mask & (p > self.preset.margin)
-        values = self.torch.where(touched, -(1 - p + 1e-8).log() * confidence, 0.0)
+        unlikelihood_mask = mask & (p > self.preset.margin)
+        values = self.torch.where(unlikelihood_mask, -(1 - p + 1e-8).log() * confidence, 0.0)
         return self.preset.lose_weight * values.sum() / mask.sum()
 
     def batch(self, rows: list[Row]) -> tuple[dict[str, Any], Any]:
@@ -199,10 +199,10 @@ class Rival:
         begin = self.torch.tensor([[len(row.prompt)] for row in rows], device=self.device)
         return inputs, (places >= begin) & inputs["attention_mask"].bool()
 
-    def local_step(self) -> Told:
+    def local_step(self) -> Measured:
         return self.update(self.work.rows[0][:1])
 
-    def aggregation(self) -> Told:
+    def aggregation(self) -> Measured:
         self.set_adapter(self.mean([self.start] * self.preset.clients))
         return {}
 
@@ -211,11 +211,11 @@ class Rival:
         weight = 1.0 / len(adapters)
         return {name: sum(weight * one[name] for one in adapters) for name in adapters[0]}
 
-    def checkpoint(self) -> Told:
+    def checkpoint(self) -> Measured:
         self.torch.save(self.adapter(), pathlib.Path(self.folder.name) / "adapter.pt")
         return {}
 
-    def round(self) -> Told:
+    def round(self) -> Measured:
         """Answers and revisions of every client, then every client's local steps, then the mean."""
         self.set_adapter(self.start)
         for own, revised in zip(self.work.prompts, self.work.revisions, strict=True):

@@ -50,13 +50,13 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
         fresh = asked[question] <= 2
         resting = machine.reset_peak() if fresh else 0
         side.compiled()  # building the side compiles, too
-        told, seconds = run_settled(lambda: side.phases[phase](*arguments), settle)
-        told |= {"seconds": seconds, **side.compiled()}
+        measured, seconds = run_settled(lambda: side.phases[phase](*arguments), settle)
+        measured |= {"seconds": seconds, **side.compiled()}
         if not fresh:
-            return told
+            return measured
         if side.device_peak is not None:
-            return told | {"resting_bytes": 0, "peak_bytes": side.device_peak()}
-        return told | {"resting_bytes": resting, "peak_bytes": machine.peak_bytes()}
+            return measured | {"resting_bytes": 0, "peak_bytes": side.device_peak()}
+        return measured | {"resting_bytes": resting, "peak_bytes": machine.peak_bytes()}
 
     return answer
 
@@ -70,7 +70,7 @@ def run_settled(run: Callable[[], dict[str, Any]], settle: float) -> tuple[dict[
     runs: list[tuple[float, float]] = []  # seconds into the turn, and seconds taken
     while not runs or sum(runs[-1]) < 2 * settle:
         began = time.perf_counter()
-        told = run()
+        measured = run()
         runs.append((began - turn, time.perf_counter() - began))
     timed = [took for begin, took in runs if begin >= settle] or [runs[-1][1]]
-    return told, statistics.median(timed)
+    return measured, statistics.median(timed)

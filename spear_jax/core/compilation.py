@@ -10,7 +10,7 @@ import re
 
 import jax
 
-from spear_jax.core.malloc import trim
+from spear_jax.core.malloc import release_free_memory
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 LONG = 0.2  # seconds of compiling that leave enough behind, and are worth keeping
@@ -18,14 +18,14 @@ FOLDER = "JAX_COMPILATION_CACHE_DIR"
 CPU = pathlib.Path("/proc/cpuinfo")
 
 
-def keep_programs() -> None:
-    """From now on keeps compiled programs for later runs (`kept_in`). Called before anything compiles."""
+def enable_compilation_cache() -> None:
+    """From now on keeps compiled programs for later runs (`compilation_cache_folder`). Called before anything compiles."""
     if FOLDER not in os.environ:  # where it is, JAX has read it
-        jax.config.update("jax_compilation_cache_dir", str(kept_in()))
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_folder()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG)
 
 
-def kept_in() -> pathlib.Path | None:
+def compilation_cache_folder() -> pathlib.Path | None:
     """The folder of compiled programs: what JAX_COMPILATION_CACHE_DIR names (None where it is set to nothing), else one in the
     user's cache for each kind of processor, since a home may be many machines' and JAX does not tell their programs apart."""
     if FOLDER in os.environ:
@@ -37,10 +37,10 @@ def kept_in() -> pathlib.Path | None:
 
 
 @functools.cache
-def trim_after_compiling() -> None:
+def release_after_compiling() -> None:
     """From now on gives back what compiling a program took: some 0.2 GB of a model of 135 M parameters, for 0.1 s."""
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: trim() if event == _EVENT and seconds > LONG else None
+        lambda event, seconds, **_: release_free_memory() if event == _EVENT and seconds > LONG else None
     )
 
 

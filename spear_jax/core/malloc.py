@@ -3,7 +3,7 @@
 import ctypes
 
 
-def trim() -> None:
+def release_free_memory() -> None:
     """Gives it back to the system, where the C library is glibc."""
     found = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if found is not None:

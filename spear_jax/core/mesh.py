@@ -25,7 +25,7 @@ _SPLIT = {name: -1 for name in ("q", "k", "v", "gate", "up", "q_bias", "k_bias",
 _SPLIT |= {name: -2 for name in ("o", "down", "embed", "head")}
 
 
-def join(where: str) -> None:
+def init_distributed(where: str) -> None:
     """Joins a run of several processes; called before anything touches a device.
 
     Args: where: "" for a run of one process; "auto" where the cluster tells (SLURM, TPU pods, Open MPI, Kubernetes); else
@@ -54,18 +54,18 @@ def join(where: str) -> None:
         ) from error
 
 
-def writes() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes the run's files."""
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def agree(value: Any) -> Any:
+def broadcast_from_main(value: Any) -> Any:
     """The first process's value of a number, in every process: what is measured differs, what is decided by it must not."""
     if jax.process_count() == 1:
         return value

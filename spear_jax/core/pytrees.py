@@ -19,7 +19,7 @@ def where(condition: jax.Array, left: Any, right: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
 
 
-def each(function: Callable, in_axes: Any = 0) -> Callable:
+def vmap_or_single(function: Callable, in_axes: Any = 0) -> Callable:
     """`jax.vmap` (results with the new axis first), but one alone is not mapped: XLA's CPU kernels share their work over an
     array's first axis, and where its length is 1 a single core would do all of it."""
 

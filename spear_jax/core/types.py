@@ -76,7 +76,7 @@ class Attempt:
     text: str
     correct: bool
     feedback: str = ""
-    touched: list[bool] | None = None
+    unlikelihood_mask: list[bool] | None = None
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.core.mesh import CLIENTS, MODEL, agree, base_placer, make_mesh, replicate, shard_rows
+from spear_jax.core.mesh import CLIENTS, MODEL, base_placer, broadcast_from_main, make_mesh, replicate, shard_rows
 from spear_jax.core.rng import path_rng, purpose
 from spear_jax.core.types import Cohort, Example
 from spear_jax.experiment import tokenized_data
@@ -33,15 +33,15 @@ from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
-from spear_jax.packing.blocks import choose_room, choose_small
+from spear_jax.packing.blocks import choose_block_shape, choose_small
 from spear_jax.packing.rows import prompts
-from spear_jax.packing.shape_buckets import Room
+from spear_jax.packing.shape_buckets import BlockShape
 from spear_jax.rollout.policy import Policy, as_policy
-from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Sampler
 from spear_jax.rollout.scorer import scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
-from spear_jax.rollout.worker import Actor
+from spear_jax.rollout.worker import RolloutWorker
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.loading import load_examples
 
@@ -55,7 +55,7 @@ class Experiment:
     """A built experiment: the frozen parts. What changes from round to round is `ServerState`.
 
     Attributes:
-        parts: for each client, the positions of its examples in `actor.examples`.
+        parts: for each client, the positions of its examples in `worker.examples`.
         prompt_length: P of training batches, the longest training prompt.
         completion_length: T of training batches.
         adapter: what round 1 starts from; None is a new adapter.
@@ -65,7 +65,7 @@ class Experiment:
     model: LoadedModel
     decoder: Decoder
     mesh: Mesh
-    actor: Actor
+    worker: RolloutWorker
     algorithm: Algorithm
     evaluator: Evaluator
     parts: list[np.ndarray]
@@ -80,7 +80,7 @@ class Experiment:
         key, lora = jax.random.key(self.config.seed), self.adapter
         if lora is None:
             lora = init_lora(jax.random.fold_in(key, LORA_INIT), self.decoder.lora, self.model.config)
-        kept = self.algorithm.init_memory(lora, len(self.actor.examples), self.completion_length)
+        kept = self.algorithm.init_state(lora, len(self.worker.examples), self.completion_length)
         if self.server.rule == "local":  # every client has an adapter and a memory of its own
             copies = self.config.federation.num_clients
             lora = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), lora)
@@ -92,22 +92,22 @@ class Experiment:
         count = len(self.parts) if self.server.rule == "local" else 0
         own = [jax.tree.map(lambda x, c=c: x[c], lora) for c in range(count)] or [lora]
         if self.evaluator.method == "generate":
-            return list(map(self.actor.merge, own))
+            return list(map(self.worker.merge, own))
         return [Policy(self.model.base, self.on_devices(one)) for one in own]  # one pass is not worth a merged copy
 
-    def training_rooms(self, steps: list, slots: int) -> tuple[Room, Room | None]:
+    def training_shapes(self, steps: list, slots: int) -> tuple[BlockShape, BlockShape | None]:
         """The block size for local training, from the micro-batches of the first steps (every few of them, where many), and a
         smaller one for blocks that fit it (None: they do not, or clients train together). slots: items that no step exceeds."""
         some = [step for step in steps if any(step)]
-        shapes, opening = self.actor.sampler.shapes, self.actor.sampler.opening(prompts(some))
-        some, name = some[:: 1 + len(some) // 32], f"train {len(opening)}" if opening else "train"
+        shapes, shared_prefix = self.worker.sampler.shapes, self.worker.sampler.shared_prefix(prompts(some))
+        some, name = some[:: 1 + len(some) // 32], f"train {len(shared_prefix)}" if shared_prefix else "train"
         most = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
-        kinds = self.algorithm.kinds, self.algorithm.trunks
-        room = shapes.room(name, lambda: choose_room(some, *kinds, *most, opening))
+        rows_per_group = self.algorithm.rows_per_group, self.algorithm.num_packs
+        shape = shapes.shape(name, lambda: choose_block_shape(some, *rows_per_group, *most, shared_prefix))
         if self.local.clients_at_once > 1 or self.mesh.shape[MODEL] > 1:
-            return room, None  # all that train together would go through both
-        small = shapes.room(f"{name} small", lambda: choose_small(some, room))
-        return room, None if small == room else small
+            return shape, None  # all that train together would go through both
+        small = shapes.shape(f"{name} small", lambda: choose_small(some, shape))
+        return shape, None if small == shape else small
 
     def on_devices(self, tree: Any) -> Any:
         """A tree of host arrays on every device of the mesh."""
@@ -173,20 +173,20 @@ def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = 
     evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
     used = sorted({int(i) for part in parts for i in part})
     first, revise, _ = _sampling(config, model)
-    actor = tokenized_data.build_actor(config, algorithm, evaluator, train_set, used, first, revise)
-    prompt_length = tokenized_data.prompt_length(algorithm, actor, used)
-    completion_length = tokenized_data.completion_length(algorithm, actor)
-    actor.scorer = scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
+    worker = tokenized_data.build_worker(config, algorithm, evaluator, train_set, used, first, revise)
+    prompt_length = tokenized_data.prompt_length(algorithm, worker, used)
+    completion_length = tokenized_data.completion_length(algorithm, worker)
+    worker.scorer = scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
     local = _local_config(
         config, mesh.shape[CLIENTS], bytes_per_client(config, decoder, algorithm, prompt_length, completion_length)
     )
-    actor.merge = lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, config.quantize)
+    worker.merge = lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, config.quantize)
     return Experiment(
         config=config,
         model=model,
         decoder=decoder,
         mesh=mesh,
-        actor=actor,
+        worker=worker,
         algorithm=algorithm,
         evaluator=evaluator,
         parts=parts,
@@ -214,14 +214,14 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator of a test set, its prompts rendered and checked."""
     place, spread = functools.partial(shard_rows, mesh=mesh), functools.partial(replicate, mesh=mesh)
-    renderer = Renderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
+    renderer = PromptRenderer(model.tokenizer, config.data.chat_template, _prompt_limit(config, model))
     method = task.scoring if config.eval.method == "auto" else config.eval.method
     limit = config.data.max_response_tokens
     return Evaluator(
         task=task,
         renderer=renderer,
         decoder=decoder,
-        sampler=Sampler(decoder, place, mesh.shape[CLIENTS], None, spread, renderer.openings(task, examples)),
+        sampler=Sampler(decoder, place, mesh.shape[CLIENTS], None, spread, renderer.shared_prefixes(task, examples)),
         examples=examples,
         prompts=[renderer.prompt(task, example) for example in examples],
         method=method,
@@ -260,13 +260,13 @@ def _start_adapter(config: ml_collections.ConfigDict, decoder: Decoder) -> dict 
 
 def _prompt_limit(config: ml_collections.ConfigDict, model: LoadedModel) -> int:
     longest = max(config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision, config.eval.max_new_tokens)
-    room = model.config.max_positions - longest
-    if room < 8:
+    shape = model.config.max_positions - longest
+    if shape < 8:
         raise UserError(
             f"completions of {longest} tokens leave no room for prompts in the model's {model.config.max_positions} "
             "positions; lower rollout.max_new_tokens, rollout.max_new_tokens_revision or eval.max_new_tokens."
         )
-    return min(config.data.max_prompt_tokens, room)
+    return min(config.data.max_prompt_tokens, shape)
 
 
 def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[SamplingConfig, ...]:
@@ -299,7 +299,7 @@ def _local_config(config: ml_collections.ConfigDict, devices: int, each: int) ->
     at_once = fed.clients_at_once or cost_model.fitting(-(-fed.clients_per_round // devices), each, free)
     if fed.aggregation == "local":
         at_once = 1  # a local-only client trains alone
-    at_once = agree(at_once)
+    at_once = broadcast_from_main(at_once)
     cost_model.check_memory(at_once, each, free)
     return local_training.LocalConfig(
         clients_at_once=at_once,
@@ -318,9 +318,11 @@ def bytes_per_client(config: ml_collections.ConfigDict, decoder: Decoder, algori
     """An estimate for one client. Args: p, t: the longest prompt and completion."""
     lora = jax.eval_shape(functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    shell = algorithm.shell
-    rows = 4 * shell.accumulation * shell.batch_size * algorithm.kinds  # wins and loses, or a group's answers
-    tokens = max(min(config.train.block_tokens, rows * (p + t)), p + max(2, algorithm.kinds) * t)
+    common = algorithm.common
+    rows = (
+        4 * common.accumulation * common.batch_size * algorithm.rows_per_group
+    )  # wins and loses, or a group's answers
+    tokens = max(min(config.train.block_tokens, rows * (p + t)), p + max(2, algorithm.rows_per_group) * t)
     return cost_model.bytes_per_client(decoder.config, tokens, p + t, config.train.head_chunk, adapter, decoder.remat)
 
 

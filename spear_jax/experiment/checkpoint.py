@@ -12,9 +12,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from spear_jax.core import pytrees
 from spear_jax.core.errors import UserError
-from spear_jax.core.mesh import wait_for_all, writes
+from spear_jax.core.mesh import barrier, is_main_process
 from spear_jax.experiment.builder import Experiment
 from spear_jax.federated.state import ServerState
+
+# key of the saved tree -> field of ServerState; the keys enter the digest, so they keep the words of version 0.1
+TREE = {"lora": "lora", "opt_state": "opt_state", "memory": "algorithm_state", "round": "round", "key": "key"}
 
 
 class Checkpoints:
@@ -111,16 +114,16 @@ class Checkpoints:
             return None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         if pytrees.digest(found.state) != found.meta["digest"]:
             return None, {}, "its content does not match its digest"
-        return ServerState(**found.state), found.meta, None
+        return ServerState(**{name: found.state[key] for key, name in TREE.items()}), found.meta, None
 
     def _set_aside(self, step: int) -> None:
         target = self.folder / f"{step}.corrupt"
-        wait_for_all(f"read {target}")
-        if writes():
+        barrier(f"read {target}")
+        if is_main_process():
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
             print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
-        wait_for_all(f"moved {target}")
+        barrier(f"moved {target}")
         self.manager.reload()
 
 
@@ -144,5 +147,4 @@ def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tupl
 
 
 def _as_tree(state: ServerState) -> dict[str, Any]:
-    names = ("lora", "opt_state", "memory", "round", "key")
-    return jax.tree.map(np.asarray, {name: getattr(state, name) for name in names})
+    return jax.tree.map(np.asarray, {key: getattr(state, name) for key, name in TREE.items()})

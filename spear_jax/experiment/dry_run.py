@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from spear_jax.algorithms.base import Work
+from spear_jax.algorithms.base import WorkEstimate
 from spear_jax.core.types import Example, Tally
 from spear_jax.experiment import builder
 from spear_jax.experiment.builder import Experiment
@@ -59,7 +59,7 @@ def sizes(built: Experiment) -> dict[str, int]:
     count, size = sum(x.size for x in lora), sum(x.size * x.dtype.itemsize for x in lora)
     cohort = built.config.federation.clients_per_round
     return {
-        "train_examples": len(built.actor.examples),
+        "train_examples": len(built.worker.examples),
         "test_examples": len(built.evaluator.examples),
         "base_parameters": sum(int(np.prod(place.leaf_shape)) for place in places(built.model.config)),
         "base_bytes": sum(x.nbytes for x in jax.tree.leaves(built.model.base)),
@@ -82,7 +82,7 @@ def needs(built: Experiment) -> dict[str, int | None]:
     copied = config.quantize == "none" and jax.default_backend() != "cpu"
     merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base)) if copied else 0
     length = longest_prompt(built) + max(config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision)
-    tokens = min(config.rollout.max_rows * length, max(length, built.actor.first.max_tokens))
+    tokens = min(config.rollout.max_rows * length, max(length, built.worker.first.max_tokens))
     cache = cost_model.cache_bytes(model, 1, tokens, 2 if config.dtype == "bfloat16" else 4)
     return {
         "clients_at_once": built.local.clients_at_once,
@@ -94,7 +94,7 @@ def needs(built: Experiment) -> dict[str, int | None]:
 
 def work_of(built: Experiment) -> dict[str, int | None]:
     """An estimate of a round's tokens and FLOPs: mean prompts, every answer at full length, every first answer wrong."""
-    parts = [built.algorithm.work(len(part)) for part in built.parts]
+    parts = [built.algorithm.estimate_work(len(part)) for part in built.parts]
     names = ("round_answers", "round_generated_tokens", "round_trained_tokens", "round_flops")
     if any(part is None for part in parts):
         return dict.fromkeys(names)
@@ -103,7 +103,7 @@ def work_of(built: Experiment) -> dict[str, int | None]:
     rows = cohort * float(np.mean([part.rows for part in parts]))
     times = revisions_of(built, parts[0])
     used = np.concatenate(built.parts)
-    prompt = float(np.mean([len(built.actor.prompts[i]) for i in used]))
+    prompt = float(np.mean([len(built.worker.prompts[i]) for i in used]))
     revised = max((len(ids) for ids in revision_prompts(built, SHOWN_PROMPTS)), default=0) if times else 0
     generated = answers * (rollout.max_new_tokens + times * rollout.max_new_tokens_revision)
     trained = rows * (prompt + built.completion_length)
@@ -113,7 +113,7 @@ def work_of(built: Experiment) -> dict[str, int | None]:
     return dict(zip(names, map(round, (answers, generated, trained, flops)), strict=True))
 
 
-def revisions_of(built: Experiment, work: Work | None) -> int:
+def revisions_of(built: Experiment, work: WorkEstimate | None) -> int:
     """How many revisions a wrong first answer gets at most."""
     if work is None or built.config.rollout.feedback == "none":
         return 0
@@ -122,22 +122,22 @@ def revisions_of(built: Experiment, work: Work | None) -> int:
 
 def longest_prompt(built: Experiment) -> int:
     """The longest prompt that generation reads, in tokens: a question's, or a revision's with a full answer in it."""
-    longest = max(len(ids) for ids in built.actor.prompts)
-    if not revisions_of(built, built.algorithm.work(len(built.parts[0]))):
+    longest = max(len(ids) for ids in built.worker.prompts)
+    if not revisions_of(built, built.algorithm.estimate_work(len(built.parts[0]))):
         return longest
     revised = max((len(ids) for ids in revision_prompts(built, SHOWN_PROMPTS)), default=0)
-    return min(max(longest, revised + built.config.rollout.max_new_tokens), built.actor.renderer.limit)
+    return min(max(longest, revised + built.config.rollout.max_new_tokens), built.worker.renderer.limit)
 
 
 def revision_prompts(built: Experiment, count: int) -> list[list[int]]:
     """Token ids of the first clients' revision prompts, as they are after a wrong answer: another label than the gold one."""
-    actor = built.actor
-    examples = [actor.examples[int(part[0])] for part in built.parts[:count]]
-    answers = [wrong_answer(actor.task.scoring, example) for example in examples]
+    worker = built.worker
+    examples = [worker.examples[int(part[0])] for part in built.parts[:count]]
+    answers = [wrong_answer(worker.task.scoring, example) for example in examples]
     requests = [Request(example, answer, 1) for example, answer in zip(examples, answers, strict=True)]
-    said = ["(what you say)"] * count if isinstance(actor.feedback, Human) else actor.feedback(requests)
+    said = ["(what you say)"] * count if isinstance(worker.feedback, Human) else worker.feedback(requests)
     return [
-        actor.renderer.revision(actor.task, example, answer, text)
+        worker.renderer.revision(worker.task, example, answer, text)
         for example, answer, text in zip(examples, answers, said, strict=False)
         if text is not None
     ]
@@ -152,8 +152,8 @@ def print_prompts(built: Experiment) -> None:
     """First answer prompts of a few clients, and a revision prompt where the method revises."""
     decode = built.model.tokenizer.decode
     for client, part in enumerate(built.parts[:SHOWN_PROMPTS]):
-        print(f"--- first prompt of client {client} ---\n{decode(built.actor.prompts[int(part[0])])}")
-    if revisions_of(built, built.algorithm.work(len(built.parts[0]))):
+        print(f"--- first prompt of client {client} ---\n{decode(built.worker.prompts[int(part[0])])}")
+    if revisions_of(built, built.algorithm.estimate_work(len(built.parts[0]))):
         for ids in revision_prompts(built, 1):
             print(f"--- revision prompt of client 0, after a wrong answer ---\n{decode(ids)}")
     print("---")
@@ -161,7 +161,7 @@ def print_prompts(built: Experiment) -> None:
 
 def print_split(built: Experiment, folder: pathlib.Path) -> None:
     """A line a client: its examples and how many of each label."""
-    golds, names = _golds(built.actor.examples)
+    golds, names = _golds(built.worker.examples)
     for row in partition.split_table(built.parts[:SHOWN_CLIENTS], golds, names):
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if len(built.parts) > SHOWN_CLIENTS:
@@ -172,7 +172,7 @@ def print_split(built: Experiment, folder: pathlib.Path) -> None:
 def write_split(built: Experiment, folder: pathlib.Path) -> None:
     """split.json and split.png: which client holds which examples."""
     partition.save_split(built.parts, folder / "split.json")
-    golds, names = _golds(built.actor.examples)
+    golds, names = _golds(built.worker.examples)
     partition.plot_split(built.parts, golds, names, folder / "split.png")
 
 

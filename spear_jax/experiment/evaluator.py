@@ -21,12 +21,12 @@ from spear_jax.core.mesh import to_host
 from spear_jax.core.records import wilson
 from spear_jax.core.types import Example
 from spear_jax.models.decoder import Decoder, head_weight
-from spear_jax.models.token_logprobs import Scorer
+from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.arrays import Block
-from spear_jax.packing.blocks import choose_room, fold_rows
-from spear_jax.packing.rows import Row
-from spear_jax.packing.shape_buckets import Room
-from spear_jax.rollout.prompts import Renderer
+from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
+from spear_jax.packing.rows import TrainingRow
+from spear_jax.packing.shape_buckets import BlockShape
+from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Completion, Sampler
 from spear_jax.rollout.scorer import _token_scores
 from spear_jax.rollout.token_sampling import SamplingConfig
@@ -81,7 +81,7 @@ class Evaluator:
     """
 
     task: Task
-    renderer: Renderer
+    renderer: PromptRenderer
     decoder: Decoder
     sampler: Sampler
     examples: list[Example]
@@ -95,7 +95,7 @@ class Evaluator:
     responses: Sequence[list[int]] = ()
 
     def __post_init__(self):
-        self._opening = self.sampler.opening(self.prompts)
+        self._opening = self.sampler.shared_prefix(self.prompts)
         problem = ""
         if self.method == "choice" and any(len(example.labels) < 2 for example in self.examples):
             problem = "compares options, and its questions have none"
@@ -133,9 +133,11 @@ class Evaluator:
     def _likelihood(self, policy, lora) -> Accuracy:
         """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""
         rows = [self._row(i, response) for i, response in enumerate(self.responses)]
-        room, blocks, _ = self._blocks("likelihood", rows)
-        opening = self._read_opening(policy, lora)
-        found = self.over_devices(lambda b: _token_scores(self.decoder, 0, lora, policy, b, opening), blocks, room)
+        shape, blocks, _ = self._blocks("likelihood", rows)
+        shared_prefix = self._prefill_shared_prefix(policy, lora)
+        found = self.over_devices(
+            lambda b: _token_scores(self.decoder, 0, lora, policy, b, shared_prefix), blocks, shape
+        )
         real = np.stack([block.rows.completion_mask for block in blocks])
         logprobs, hit = (array[real] for array in found)
         return Accuracy(int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit))
@@ -152,13 +154,13 @@ class Evaluator:
     def _one_forward(self, policy, lora, ids, prefix) -> np.ndarray:
         width = max(len(example.labels) for example in self.examples)
         rows = [self._row(i, ids[e.labels[0]][-1:], prefix) for i, e in enumerate(self.examples)]
-        room, blocks, places = self._blocks("choice", rows)
-        last = np.zeros((len(blocks), room.items, width), np.int32)
+        shape, blocks, places = self._blocks("choice", rows)
+        last = np.zeros((len(blocks), shape.groups, width), np.int32)
         for example, place in zip(self.examples, places, strict=True):
             last[place][: len(example.labels)] = [ids[name][-1] for name in example.labels]
-        opening = self._read_opening(policy, lora)
-        score = lambda xs: _last_scores(self.decoder, lora, policy, *xs, opening)
-        found = self.over_devices(score, list(zip(blocks, last, strict=True)), room)
+        shared_prefix = self._prefill_shared_prefix(policy, lora)
+        score = lambda xs: _last_scores(self.decoder, lora, policy, *xs, shared_prefix)
+        found = self.over_devices(score, list(zip(blocks, last, strict=True)), shape)
         scores = np.full((len(rows), width), -np.inf, np.float32)
         for index, (example, place) in enumerate(zip(self.examples, places, strict=True)):
             count = len(example.labels)
@@ -169,33 +171,33 @@ class Evaluator:
         width = max(len(example.labels) for example in self.examples)
         pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
         rows = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in pairs]
-        room, blocks, places = self._blocks("continuations", rows)
-        opening = self._read_opening(policy, lora)
-        score = lambda block: _token_scores(self.decoder, 0, lora, policy, block, opening)
-        found, _ = self.over_devices(score, blocks, room)
+        shape, blocks, places = self._blocks("continuations", rows)
+        shared_prefix = self._prefill_shared_prefix(policy, lora)
+        score = lambda block: _token_scores(self.decoder, 0, lora, policy, block, shared_prefix)
+        found, _ = self.over_devices(score, blocks, shape)
         scores = np.full((len(self.prompts), width), -np.inf, np.float32)
         for pair, place in zip(pairs, places, strict=True):
             scores[pair] = found[place].sum()
         return scores
 
-    def _read_opening(self, policy, lora):
+    def _prefill_shared_prefix(self, policy, lora):
         """What `_row` leaves out, read."""
-        return self.sampler.read_opening(lora, policy, self._opening)
+        return self.sampler.prefill_shared_prefix(lora, policy, self._opening)
 
-    def _row(self, index: int, tokens: list[int], prefix: Sequence[int] = ()) -> Row:
+    def _row(self, index: int, tokens: list[int], prefix: Sequence[int] = ()) -> TrainingRow:
         prompt = self.prompts[index][len(self._opening) :]
-        return Row([*prompt, *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
+        return TrainingRow([*prompt, *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
 
-    def _blocks(self, name: str, rows: list[Row]) -> tuple[Room, list[Block], list[tuple[int, int]]]:
+    def _blocks(self, name: str, rows: list[TrainingRow]) -> tuple[BlockShape, list[Block], list[tuple[int, int]]]:
         """Rows in blocks of about `self.rows` questions; block and row of each."""
         prompt, length = max(len(row.prompt) for row in rows), max(len(row.completion) for row in rows)
         limit = self.rows * (sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows))
         items = [(row,) for row in rows]
-        choose = lambda: choose_room([[items]], 1, 1, prompt, length, limit)
-        room = self.sampler.shapes.room(f"evaluate {name} {prompt} {length}", choose)
-        return (room, *fold_rows(rows, room))
+        choose = lambda: choose_block_shape([[items]], 1, 1, prompt, length, limit)
+        shape = self.sampler.shapes.shape(f"evaluate {name} {prompt} {length}", choose)
+        return (shape, *pack_single_rows(rows, shape))
 
-    def over_devices(self, run: Callable, blocks: list, room: Room) -> Any:
+    def over_devices(self, run: Callable, blocks: list, shape: BlockShape) -> Any:
         """run(blocks with a leading axis) on as many blocks at a time as there are devices; numpy, stacked over blocks."""
         found, reported = [], 0
         for begin in range(0, len(blocks), self.devices):
@@ -210,12 +212,12 @@ class Evaluator:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_scores(decoder, lora, base, blocks, candidates, opening=None):
+def _last_scores(decoder, lora, base, blocks, candidates, shared_prefix=None):
     """float32[G, B, n]: log-probabilities of candidate next tokens int32[G, B, n]."""
 
     def one(block, candidates):
-        hidden = Scorer(decoder, base, 0, opening=opening).states(lora, block)[block.start]
+        hidden = TokenLogprobs(decoder, base, 0, shared_prefix=shared_prefix).states(lora, block)[block.start]
         logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
-    return pytrees.each(one)(blocks, candidates)
+    return pytrees.vmap_or_single(one)(blocks, candidates)

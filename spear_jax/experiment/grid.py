@@ -24,13 +24,13 @@ from spear_jax.experiment import builder, loop, processes, run_folder
 from spear_jax.experiment.dry_run import write_split
 from spear_jax.experiment.processes import ask
 from spear_jax.experiment.run_logger import on_terminal
-from spear_jax.experiment.wandb_logger import check_tracking
+from spear_jax.experiment.wandb_logger import check_wandb
 
 NO_METHODS = ("common", "from_yaml", "pretrain", "quickstart")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class GridRow:
     """One row of a grid: its label, which is a folder name, and its config for every seed."""
 
     label: str
@@ -55,7 +55,7 @@ def cell_folder(folder: pathlib.Path, label: str, seed: int) -> pathlib.Path:
     return folder / label / f"seed{seed}"
 
 
-def check_folder(folder: pathlib.Path, rows: Sequence[Row]) -> None:
+def check_folder(folder: pathlib.Path, rows: Sequence[GridRow]) -> None:
     """Raises UserError where the folder is itself a run folder, or holds a cell of another config."""
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is the run folder of a `train` command; give a new --workdir.")
@@ -66,7 +66,7 @@ def check_folder(folder: pathlib.Path, rows: Sequence[Row]) -> None:
                 run_folder.open_workdir(str(cell), config, "must")
 
 
-def unfinished(folder: pathlib.Path, rows: Sequence[Row]) -> dict[str, dict[int, ml_collections.ConfigDict]]:
+def unfinished(folder: pathlib.Path, rows: Sequence[GridRow]) -> dict[str, dict[int, ml_collections.ConfigDict]]:
     """The configs, by label and seed, of the cells that are still to be trained."""
     left = {}
     for row in rows:
@@ -75,7 +75,7 @@ def unfinished(folder: pathlib.Path, rows: Sequence[Row]) -> dict[str, dict[int,
     return left
 
 
-def check_rows(rows: Sequence[Row]) -> dict[str, str]:
+def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
     """Builds each row's experiment for the first seed, in a process of its own, so that this one never holds a device.
 
     Returns: the gold text that each label's method sees. Raises: UserError for the first config that cannot run.
@@ -83,7 +83,7 @@ def check_rows(rows: Sequence[Row]) -> dict[str, str]:
     if not rows:
         return {}
     for row in rows:
-        check_tracking(next(iter(row.configs.values())))
+        check_wandb(next(iter(row.configs.values())))
     found = ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
     if isinstance(found, UserError):
         raise found
@@ -106,7 +106,7 @@ def machine(jobs: int) -> dict[str, Any]:
     return {"jobs": jobs, "cores": os.cpu_count(), "versions": versions}
 
 
-def run(folder: pathlib.Path, rows: Sequence[Row], jobs: int, quiet: bool) -> list[str]:
+def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
     """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns those that failed."""
     # most of the labels' programs are the same
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs(folder)))

@@ -12,31 +12,31 @@ import jax
 import ml_collections
 import numpy as np
 
-from spear_jax.core.compilation import Compiles, trim_after_compiling
-from spear_jax.core.mesh import wait_for_all, writes
+from spear_jax.core.compilation import Compiles, release_after_compiling
+from spear_jax.core.mesh import barrier, is_main_process
 from spear_jax.experiment import run_folder
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.checkpoint import Checkpoints
 from spear_jax.experiment.dry_run import write_split
-from spear_jax.experiment.run_logger import Nowhere, Progress, Writer
-from spear_jax.experiment.wandb_logger import Tracking
+from spear_jax.experiment.run_logger import NullLogger, Progress, RunLogger
+from spear_jax.experiment.wandb_logger import WandbLogger
 from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import Spent
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.state import ServerState
 
 
 def open_folder(built: Experiment, workdir: str, resume: str) -> pathlib.Path:
     """The run folder: the first process makes or checks it and draws the split, the others come after."""
-    if writes():
+    if is_main_process():
         folder, _ = run_folder.open_workdir(workdir, built.config, resume)
         write_split(built, folder)
-    wait_for_all("run folder")
+    barrier("run folder")
     return run_folder.open_workdir(workdir, built.config, "auto")[0]
 
 
 def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """The round loop. Returns the summary."""
-    trim_after_compiling()
+    release_after_compiling()
     config = built.config
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
     state = built.initial_state()
@@ -45,31 +45,31 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     if found is not None:
         state, meta = found
         line = meta["line"]
-        built.actor.sampler.shapes.load(meta["shapes"])
-    first, done = writes(), int(state.round)
+        built.worker.sampler.shapes.load(meta["shapes"])
+    first, done = is_main_process(), int(state.round)
     if found is not None and first:
         print(f"going on after round {done}", file=sys.stderr)
     # always placed alike, or the programs would compile again; a method's memory stays on the host
-    state = built.on_devices(state.replace(memory={})).replace(memory=state.memory)
-    tracking = Tracking(workdir, config) if first and config.wandb else None
-    writer = Writer(workdir, None if found is None else done, line, tracking) if first else Nowhere()
+    state = built.on_devices(state.replace(algorithm_state={})).replace(algorithm_state=state.algorithm_state)
+    tracking = WandbLogger(workdir, config) if first and config.wandb else None
+    writer = RunLogger(workdir, None if found is None else done, line, tracking) if first else NullLogger()
     progress = Progress(quiet or not first, config.rounds, done)
-    built.actor.report = progress.stage_rows
+    built.worker.report = progress.stage_rows
     questions = len(built.evaluator.prompts)
     built.evaluator.report = lambda rows: progress.stage_rows("evaluate", rows, questions)
     if found is None:
         line = {"round": 0, "time": time.time()} | evaluate(built, state)
         writer.write(line)
-        checkpoints.save(state, line, built.actor.sampler.shapes.save())
+        checkpoints.save(state, line, built.worker.sampler.shapes.save())
     blocked, compiles = 0.0, Compiles()
     while not over(built, state, line):
-        state, line, told = one_round(built, state, blocked, Spent.read(line))
+        state, line, records = one_round(built, state, blocked, BudgetUsed.read(line))
         line |= compiles.take()
         if config.record_traces:
-            writer.traces(line["round"], told, built.actor.renderer.pieces)
+            writer.traces(line["round"], records, built.worker.renderer.pieces)
         writer.write(line)
         began = time.perf_counter()
-        checkpoints.save(state, line, built.actor.sampler.shapes.save())
+        checkpoints.save(state, line, built.worker.sampler.shapes.save())
         blocked = time.perf_counter() - began
         progress.round_done(line)
     progress.close()
@@ -80,12 +80,14 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
 
 def over(built: Experiment, state: ServerState, line: dict[str, Any]) -> bool:
     """Whether the run is done: all its rounds, or its budget (config.budget) reached by the last one."""
-    budget, spent = built.config.budget, Spent.read(line)
+    budget, spent = built.config.budget, BudgetUsed.read(line)
     reached = (budget.tokens and spent.tokens >= budget.tokens) or (budget.seconds and spent.seconds >= budget.seconds)
     return bool(reached) or int(state.round) >= built.config.rounds
 
 
-def one_round(built: Experiment, state: ServerState, blocked: float, spent: Spent) -> tuple[ServerState, dict, list]:
+def one_round(
+    built: Experiment, state: ServerState, blocked: float, spent: BudgetUsed
+) -> tuple[ServerState, dict, list]:
     """One round and its evaluation.
 
     Args:
@@ -93,16 +95,16 @@ def one_round(built: Experiment, state: ServerState, blocked: float, spent: Spen
         spent: what the run has used before this round.
     """
     began = time.perf_counter()
-    state, metrics, told = rounds.run_round(built, state, spent)
+    state, metrics, records = rounds.run_round(built, state, spent)
     number = int(state.round)
     if number == 2:
-        built.actor.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
+        built.worker.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
     if is_due(built.config, number) or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
     metrics["time/round"] = time.perf_counter() - began
     metrics["memory/peak_bytes"] = float(peak_bytes())
-    return state, {"round": number, "time": time.time()} | metrics, told
+    return state, {"round": number, "time": time.time()} | metrics, records
 
 
 def is_due(config: ml_collections.ConfigDict, number: int) -> bool:

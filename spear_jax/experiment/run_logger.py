@@ -13,12 +13,12 @@ import tqdm
 
 from spear_jax.core.records import read_lines
 from spear_jax.core.types import Trace
-from spear_jax.experiment.wandb_logger import Tracking
+from spear_jax.experiment.wandb_logger import WandbLogger
 
 Pieces = Callable[[list[int]], list[str]]
 
 
-class Writer:
+class RunLogger:
     """metrics.jsonl, TensorBoard and traces of one run folder.
 
     Args:
@@ -33,7 +33,7 @@ class Writer:
         workdir: pathlib.Path,
         resumed: int | None,
         line: dict[str, Any] | None = None,
-        tracking: Tracking | None = None,
+        tracking: WandbLogger | None = None,
     ):
         self.file = workdir / "metrics.jsonl"
         kept = [] if resumed is None else [x for x in read_lines(self.file) if x["round"] <= resumed]
@@ -58,7 +58,7 @@ class Writer:
         if self.tracking:
             self.tracking.write(line)
 
-    def traces(self, round: int, told: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
+    def traces(self, round: int, records: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
         """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read, first answers also by token.
 
         Args: pieces: token ids -> each token's own text.
@@ -68,7 +68,7 @@ class Writer:
         target = folder / f"round_{round:05d}.jsonl.gz"
         temporary = target.with_suffix(".tmp")
         with gzip.open(temporary, "wt", encoding="utf-8") as out:
-            for trace, role, confidence in told:
+            for trace, role, confidence in records:
                 out.write(json.dumps(_record(trace, role, confidence, pieces), ensure_ascii=False) + "\n")
         os.replace(temporary, target)
 
@@ -78,13 +78,13 @@ class Writer:
             self.tracking.close()
 
 
-class Nowhere:
-    """In place of a `Writer` in all processes but the first: writes nothing."""
+class NullLogger:
+    """In place of a `RunLogger` in all processes but the first: writes nothing."""
 
     def write(self, line: dict[str, Any]) -> None:
         pass
 
-    def traces(self, round: int, told: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
+    def traces(self, round: int, records: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
         pass
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ def _record(trace: Trace, role: str, confidence: float, pieces: Pieces) -> dict[
             "id": first.completion,
             "text": pieces(first.completion),
             "logprob": [round(x, 4) for x in map(float, first.logprobs)],
-            "touched": first.touched and [int(x) for x in first.touched],
+            "touched": first.unlikelihood_mask and [int(x) for x in first.unlikelihood_mask],
         },
         "revisions": [
             {"feedback": attempt.feedback, "text": attempt.text, "correct": attempt.correct}

@@ -18,7 +18,7 @@ ID = "wandb_id"
 HOST = "https://api.wandb.ai"
 
 
-def check_tracking(config: ml_collections.ConfigDict) -> None:
+def check_wandb(config: ml_collections.ConfigDict) -> None:
     """Raises UserError where config.wandb names a project and the package is missing."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -27,7 +27,7 @@ def check_tracking(config: ml_collections.ConfigDict) -> None:
         )
 
 
-class Tracking:
+class WandbLogger:
     """One W&B run for one run folder: its id is kept there, so that a run that goes on after a kill goes on there too.
 
     Where WANDB_MODE is not set, the run is online if somebody is logged in and the server answers, else offline: its files are

@@ -20,11 +20,11 @@ from spear_jax.core.types import Mean
 from spear_jax.federated import local_training
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
-from spear_jax.packing.blocks import OpenBlock, stack_blocks
+from spear_jax.packing.blocks import BlockBuilder, stack_blocks
 from spear_jax.packing.prefix_tree import real_tokens
-from spear_jax.packing.shape_buckets import Room
+from spear_jax.packing.shape_buckets import BlockShape
 
-PORTION = 1 << 24  # bytes of rows that go to a device together, where more clients have rows than train at once
+CHUNK_BYTES = 1 << 24  # bytes of rows that go to a device together, where more clients have rows than train at once
 
 _train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
@@ -38,36 +38,36 @@ class Rows:
         blocks: [C][S] lists of blocks; none for a client that does not train.
         depth: K, blocks of a step at most.
         room: of a block.
-        small: of the blocks that fit it; None: all go through the model in `room`.
+        small: of the blocks that fit it; None: all go through the model in `shape`.
     """
 
-    blocks: list[list[list[OpenBlock]]]
+    blocks: list[list[list[BlockBuilder]]]
     depth: int
-    room: Room
-    small: Room | None
+    shape: BlockShape
+    small: BlockShape | None
 
     def bytes_per_client(self) -> int:
         """Of one client's arrays."""
-        block = OpenBlock(self.room, 0).close()
+        block = BlockBuilder(self.shape, 0).build()
         return len(self.blocks[0]) * self.depth * sum(x.nbytes for x in jax.tree.leaves(block))
 
-    def arrays(self, begin: int, size: int) -> local_training.Work:
+    def arrays(self, begin: int, size: int) -> local_training.LocalBatches:
         """Numpy arrays [size, S, ...] of the clients from `begin` on, empty behind the last."""
         steps = len(self.blocks[0])
         own = [step for client in self.blocks[begin : begin + size] for step in client]
-        closed = [[block.close() for block in step] for step in own] + [[]] * (size * steps - len(own))
-        work = local_training.Work(*stack_blocks(closed, self.room, self.depth, self.small), self.small)
+        closed = [[block.build() for block in step] for step in own] + [[]] * (size * steps - len(own))
+        work = local_training.LocalBatches(*stack_blocks(closed, self.shape, self.depth, self.small), self.small)
         return jax.tree.map(lambda x: x.reshape(size, steps, *x.shape[1:]), work)
 
-    def read(self, work: local_training.Work) -> int:
+    def read(self, work: local_training.LocalBatches) -> int:
         """Tokens that go through the model for these arrays, padding included."""
         used = np.arange(self.depth) < work.count[..., None]
-        large = int((used & ~work.fits).sum()) * self.room.tokens
-        return self.room.trunks * (large + int((used & work.fits).sum()) * (self.small or self.room).tokens)
+        large = int((used & ~work.fits).sum()) * self.shape.tokens
+        return self.shape.num_packs * (large + int((used & work.fits).sum()) * (self.small or self.shape).tokens)
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedCohort:
     """What comes out of a cohort's training.
 
     Attributes:
@@ -91,13 +91,13 @@ def train(
     decoder: Decoder,
     local: local_training.LocalConfig,
     mesh: Mesh,
-    shared: local_training.Shared,
+    broadcast: local_training.Broadcast,
     rows: Rows,
     members: tuple[np.ndarray, np.ndarray, np.ndarray],
     keep: bool = False,
     carried: list[ClientState] | None = None,
     report: Callable[[int], None] = lambda clients: None,
-) -> Trained:
+) -> TrainedCohort:
     """Trains a cohort of C clients.
 
     Args:
@@ -107,7 +107,7 @@ def train(
         report: called with 0, and then with the clients of each portion when it is trained.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
-    size = portion_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
+    size = chunk_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
     if carried is not None:
         size = jax.tree.leaves(carried[0])[0].shape[0]
     begins = range(0, cohort, size)
@@ -128,21 +128,21 @@ def train(
             finish(*running)
         before = None if carried is None else carried[number]
         total, mass, *running = _train(
-            algorithm, decoder, local, mesh, keep, shared, *shard_rows((before, *per_client), mesh)
+            algorithm, decoder, local, mesh, keep, broadcast, *shard_rows((before, *per_client), mesh)
         )
         sums = (total, mass) if sums is None else _add(sums, (total, mass))
     finish(*running)
     per_client = jax.tree.map(lambda *x: np.concatenate(x)[:cohort], *means)
-    return Trained(*sums, per_client, states if keep else None, tokens, read)
+    return TrainedCohort(*sums, per_client, states if keep else None, tokens, read)
 
 
-def portion_size(cohort: int, each: int, at_once: int, devices: int) -> int:
+def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:
     """Clients of a portion: whole chunks of those that train together on every device, and equal portions, of at most PORTION
     bytes where that is more than one chunk. Args: each: bytes of a client's rows."""
     chunk = at_once * devices
-    most = max(1, PORTION // (each * chunk)) * chunk
-    portions = -(-cohort // most)
-    return local_training.padded_clients(-(-cohort // portions), at_once, devices)
+    most = max(1, CHUNK_BYTES // (each * chunk)) * chunk
+    cohort_chunks = -(-cohort // most)
+    return local_training.padded_clients(-(-cohort // cohort_chunks), at_once, devices)
 
 
 def stacked(states: list[ClientState], cohort: int) -> dict:

@@ -23,10 +23,10 @@ from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Mean
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
-from spear_jax.models.token_logprobs import Scorer, by_row
+from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
 from spear_jax.packing.arrays import Block
 from spear_jax.packing.prefix_tree import shrink
-from spear_jax.packing.shape_buckets import Room
+from spear_jax.packing.shape_buckets import BlockShape
 
 DROPOUT = purpose("dropout")
 
@@ -58,7 +58,7 @@ class LocalConfig:
 
 
 @flax.struct.dataclass
-class Work:
+class LocalBatches:
     """What a client trains on. Leading axes [C, S] for a round.
 
     Attributes:
@@ -71,11 +71,11 @@ class Work:
     blocks: Block
     count: jax.Array
     fits: jax.Array
-    small: Room | None = flax.struct.field(pytree_node=False)
+    small: BlockShape | None = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
-class Shared:
+class Broadcast:
     """What all clients of a round have in common; replicated over devices.
 
     Attributes:
@@ -89,7 +89,7 @@ class Shared:
     start: dict
     base: dict
     references: tuple[dict, ...]
-    numbers: dict
+    loss_scalars: dict
     rate: jax.Array
 
 
@@ -103,9 +103,9 @@ def local_update(
     algorithm: Algorithm,
     decoder: Decoder,
     config: LocalConfig,
-    shared: Shared,
+    broadcast: Broadcast,
     client: ClientState,
-    work: Work,
+    work: LocalBatches,
     key: jax.Array,
 ) -> tuple[ClientState, dict[str, Mean]]:
     """A client's phase: S AdamW steps, each over as many blocks as it takes.
@@ -121,25 +121,27 @@ def local_update(
     Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps with a non-finite
     gradient norm skipped).
     """
-    plain = Scorer(decoder, shared.base, config.head_chunk)
+    plain = TokenLogprobs(decoder, broadcast.base, config.head_chunk)
     dropout = decoder.lora.dropout > 0.0 and algorithm.dropout
 
     def forward(lora, block, at):
         scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
-        return algorithm.forward(scorer, lora, block, shared.references)
+        return algorithm.forward(scorer, lora, block, broadcast.references)
 
     def step(carry, xs):
-        lora, opt_state, numbers = carry
+        lora, opt_state, loss_scalars = carry
         work, index = xs
         keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(jnp.arange(work.blocks.micro.shape[0]))
-        blocks, held = _fixed(algorithm, plain, forward, shared.references, client.lora, lora, work, keys)
-        sums, counts = _counts(algorithm, config.normalize, blocks, held, numbers)
+        blocks, held = score_frozen(algorithm, plain, forward, broadcast.references, client.lora, lora, work, keys)
+        sums, denominators = loss_denominators(algorithm, config.normalize, blocks, held, loss_scalars)
 
         def gradient(k):
-            block, at, count, fits = jax.tree.map(lambda x: x[k], (blocks, keys, counts, work.fits))
+            block, at, count, fits = jax.tree.map(lambda x: x[k], (blocks, keys, denominators, work.fits))
 
             def of(block):
-                loss = lambda lora: algorithm.loss(block.rows, by_row(block, forward(lora, block, at)), count, numbers)
+                loss = lambda lora: algorithm.loss(
+                    block.rows, unpack_rows(block, forward(lora, block, at)), count, loss_scalars
+                )
                 return jax.value_and_grad(loss, has_aux=True)(lora)
 
             if work.small is None:
@@ -149,14 +151,14 @@ def local_update(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
         add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
         (loss, means), grads = jax.lax.fori_loop(0, work.count, add, zero)
-        extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(lora, shared.start)
+        extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(lora, broadcast.start)
         grads = jax.tree.map(jnp.add, grads, extra_grads)
         norm = pytrees.global_norm(grads)
         finite = jnp.isfinite(norm)
         updates, moved = optimiser(config).update(
             pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads)), opt_state, lora
         )
-        stepped = optax.apply_updates(lora, jax.tree.map(lambda u: shared.rate * u, updates))
+        stepped = optax.apply_updates(lora, jax.tree.map(lambda u: broadcast.rate * u, updates))
         lora, opt_state = pytrees.where(finite, (stepped, moved), (lora, opt_state))
         one = jnp.float32(1)
         means |= {
@@ -164,14 +166,16 @@ def local_update(
             "grad_norm": Mean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
             "skipped_steps": Mean(1.0 - finite, one),
         }
-        return (lora, opt_state, dict(algorithm.advance(numbers, sums))), means
+        return (lora, opt_state, dict(algorithm.update_loss_scalars(loss_scalars, sums))), means
 
     steps = jnp.arange(work.count.shape[0])
-    (lora, opt_state, _), means = jax.lax.scan(step, (client.lora, client.opt_state, shared.numbers), (work, steps))
+    (lora, opt_state, _), means = jax.lax.scan(
+        step, (client.lora, client.opt_state, broadcast.loss_scalars), (work, steps)
+    )
     return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
 
 
-def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> tuple[Block, jax.Array | None]:
+def score_frozen(algorithm, scorer, forward, references, start, lora, work, keys) -> tuple[Block, jax.Array | None]:
     """The blocks with what stays fixed while the client trains, and where `two_pass` the rows' log-probabilities [K, B, T]."""
     score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
     passes = [score(reference) for reference in references if algorithm.cached]
@@ -182,7 +186,7 @@ def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> t
 
     def fill(k, kept):
         block, at = jax.tree.map(lambda x: x[k], (work.blocks, keys))
-        return kept.at[k].set(jnp.stack([by_row(block, one(block, at)) for one in passes], axis=1))
+        return kept.at[k].set(jnp.stack([unpack_rows(block, one(block, at)) for one in passes], axis=1))
 
     blocks, rows = work.blocks, work.blocks.rows
     size, length = rows.completion_mask.shape[1:]
@@ -190,25 +194,25 @@ def _fixed(algorithm, scorer, forward, references, start, lora, work, keys) -> t
     found = jax.lax.fori_loop(0, work.count, fill, empty)  # [K, B, passes, T]
     held = found[:, :, -1] if algorithm.two_pass else None
     if algorithm.scores_old:
-        rows = rows.replace(old=found[:, :, len(passes) - 1 - algorithm.two_pass])
+        rows = rows.replace(old_logprobs=found[:, :, len(passes) - 1 - algorithm.two_pass])
     if references and algorithm.cached:
-        rows = rows.replace(reference=found[:, :, : len(references)])
+        rows = rows.replace(ref_logprobs=found[:, :, : len(references)])
     return blocks.replace(rows=rows), held
 
 
-def _counts(algorithm, normalize, blocks, held, numbers):
+def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
     """The step's denominators, and what each block [K] divides by: those, or the number of micro-batches times its own's
     ("micro": a mean of means)."""
     if held is None:
-        counts = jax.vmap(lambda rows: algorithm.counts(rows, None, numbers))(blocks.rows)
+        denominators = jax.vmap(lambda rows: algorithm.denominators(rows, None, loss_scalars))(blocks.rows)
     else:
-        counts = jax.vmap(lambda rows, x: algorithm.counts(rows, x, numbers))(blocks.rows, held)
-    sums = jax.tree.map(lambda c: c.sum(0), counts)
+        denominators = jax.vmap(lambda rows, x: algorithm.denominators(rows, x, loss_scalars))(blocks.rows, held)
+    sums = jax.tree.map(lambda c: c.sum(0), denominators)
     if normalize == "global" and not algorithm.micro:
-        return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), counts)
+        return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), denominators)
     same = blocks.micro[:, None] == blocks.micro[None, :]
     return sums, jax.tree.map(
-        lambda c: algorithm.shell.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1), counts
+        lambda c: algorithm.common.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1), denominators
     )
 
 
@@ -229,9 +233,9 @@ def train_cohort(
     config: LocalConfig,
     mesh: Mesh,
     keep: bool,
-    shared: Shared,
+    broadcast: Broadcast,
     carried: ClientState | None,
-    work: Work,
+    work: LocalBatches,
     keys: jax.Array,
     weight: jax.Array,
     active: jax.Array,
@@ -247,27 +251,29 @@ def train_cohort(
     Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients' states where kept.
     """
 
-    def device(shared, carried, *per_client):
+    def device(broadcast, carried, *per_client):
         def one(client, work, key):
             if client is None:
-                client = ClientState(shared.start, optimiser(config).init(shared.start))
-            new, means = local_update(algorithm, decoder, config, shared, client, work, jax.random.wrap_key_data(key))
+                client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
+            new, means = local_update(
+                algorithm, decoder, config, broadcast, client, work, jax.random.wrap_key_data(key)
+            )
             return client.lora, new, means
 
         def chunk(sums, xs):
             carried, (work, keys, weight, active) = xs
-            mapped = pytrees.each(one, in_axes=(None if carried is None else 0, 0, 0))
+            mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
             old, new, means = mapped(carried, work, keys)
             shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
             e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
-            ended = jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, shared.start, new.lora) if e else new.lora
+            ended = jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, broadcast.start, new.lora) if e else new.lora
             lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
             total = jax.tree.map(lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora)
             means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
             return (total, sums[1] + weight.sum()), (means, new.replace(lora=lora) if keep else None)
 
         split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
-        zero = (jax.tree.map(jnp.zeros_like, shared.start), jnp.float32(0))
+        zero = (jax.tree.map(jnp.zeros_like, broadcast.start), jnp.float32(0))
         sums, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
         means, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
         return jax.tree.map(lambda x: x[None], sums), means, states
@@ -284,7 +290,7 @@ def train_cohort(
         axis_names={CLIENTS},  # the other axis, over which the base may be split, is the compiler's
         check_vma=False,
     )
-    sums, means, states = run(shared, carried, work, keys, weight, active)
+    sums, means, states = run(broadcast, carried, work, keys, weight, active)
     whole = NamedSharding(mesh, Spec())
     total, mass = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), sums)
     return total, mass, means, states

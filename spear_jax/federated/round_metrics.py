@@ -4,15 +4,15 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Spent:
-    """What a run has used so far: generated tokens, FLOPs (`memory.flops`), and seconds of rounds."""
+class BudgetUsed:
+    """What a run has used so far: generated tokens, FLOPs (`algorithm_state.flops`), and seconds of rounds."""
 
     tokens: float = 0.0
     flops: float = 0.0
     seconds: float = 0.0
 
     @classmethod
-    def read(cls, line: dict) -> "Spent":
+    def read(cls, line: dict) -> "BudgetUsed":
         """From a line of metrics.jsonl; nothing before round 1."""
         return cls(*(line.get(f"budget/{field.name}", 0.0) for field in dataclasses.fields(cls)))
 

@@ -33,6 +33,6 @@ class ServerState:
 
     lora: Any
     opt_state: Any
-    memory: Any
+    algorithm_state: Any
     round: jax.Array
     key: jax.Array

@@ -24,7 +24,7 @@ from spear_jax.models.attention import KEPT, attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.quantization import widen
-from spear_jax.packing.arrays import Pack, spans
+from spear_jax.packing.arrays import PackedSequences, spans
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
 # nothing: every activation is kept · attention: what products with weights and attention give is kept; scores, norms and
@@ -61,34 +61,34 @@ class _Layout:
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
-    pack: Pack | None = None
+    pack: PackedSequences | None = None
 
     def to_queries(self, x: jax.Array) -> list[jax.Array]:
         if self.pack is None:
             return [x]
-        return [x[self.pack.grid[:rows, begin:end]] for rows, begin, end in spans(self.pack.columns)]
+        return [x[self.pack.token_index[:rows, begin:end]] for rows, begin, end in spans(self.pack.tiles)]
 
     def to_keys(self, x: jax.Array) -> jax.Array:
         """Of x [h + N, ...], with what was read before the pack in front."""
         if self.pack is None:
             return x
-        read, grid = len(x) - len(self.positions), self.pack.grid
-        first = jnp.tile(jnp.arange(read, dtype=grid.dtype), (len(grid), 1))
-        return x[jnp.concatenate([first, grid + read], axis=1)]
+        read, token_index = len(x) - len(self.positions), self.pack.token_index
+        first = jnp.tile(jnp.arange(read, dtype=token_index.dtype), (len(token_index), 1))
+        return x[jnp.concatenate([first, token_index + read], axis=1)]
 
     def from_queries(self, parts: list[jax.Array]) -> jax.Array:
         if self.pack is None:
             return parts[0]
-        return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])[self.pack.cell]
+        return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in parts])[self.pack.query_index]
 
 
 def packed_states(
     decoder: Decoder,
     lora: dict | None,
     base: dict,
-    pack: Pack,
+    pack: PackedSequences,
     dropout_key: jax.Array | None = None,
-    opening: Layers | None = None,
+    shared_prefix: Layers | None = None,
 ) -> tuple[jax.Array, Layers]:
     """Final-norm hidden states of packed trees: every product sees the N real tokens, attention alone the padded grid.
 
@@ -100,11 +100,13 @@ def packed_states(
     Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the opening's first (stacked where
         the base is).
     """
-    read = 0 if opening is None else jax.tree.leaves(opening)[0].shape[-3]
-    branch = jnp.pad(pack.branch, ((0, 0), (read, 0)))
-    visible = tuple(seen_in_tree(branch[:rows, : read + end], end - begin) for rows, begin, end in spans(pack.columns))
+    read = 0 if shared_prefix is None else jax.tree.leaves(shared_prefix)[0].shape[-3]
+    branch_ids = jnp.pad(pack.branch_ids, ((0, 0), (read, 0)))
+    visible = tuple(
+        seen_in_tree(branch_ids[:rows, : read + end], end - begin) for rows, begin, end in spans(pack.tiles)
+    )
     layout = _Layout(pack.positions + read, visible, pack)
-    return _run(decoder, lora, base, pack.tokens, layout, dropout_key, opening=opening)
+    return _run(decoder, lora, base, pack.tokens, layout, dropout_key, shared_prefix=shared_prefix)
 
 
 def hidden_states(
@@ -190,7 +192,7 @@ def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, m
     return jnp.einsum("btd,vd->btv", hidden, head_weight(base), preferred_element_type=jnp.float32)
 
 
-def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, opening=None):
+def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, shared_prefix=None):
     """The one forward pass: layers without adapters first, then those that carry them.
 
     Args: past: (cache, place of the new token); opening: as for `packed_states`.
@@ -211,7 +213,7 @@ def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, opening=No
         for index, weights in enumerate(base["layers"]):
             pairs = None if index < plain else jax.tree.map(lambda x, i=index - plain: x[i], lora)
             cached = None if past is None else (*past[0][index], past[1])
-            hidden, cache = layer(hidden, weights, pairs, index, cached, opening and opening[index])
+            hidden, cache = layer(hidden, weights, pairs, index, cached, shared_prefix and shared_prefix[index])
             caches.append(cache)
         return _rms_norm(hidden, base["norm"], config.norm_eps), tuple(caches)
 
@@ -219,7 +221,7 @@ def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, opening=No
         index, pairs = xs
         # Weights are indexed inside the loop: slicing the stack first would copy it.
         own = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
-        return layer(hidden, own(base["layers"]), pairs, index, None, own(opening))
+        return layer(hidden, own(base["layers"]), pairs, index, None, own(shared_prefix))
 
     body = _recomputed(body, decoder.remat)
     caches = []
@@ -272,8 +274,8 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, ke
         *cache, at = cached
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
         keys, values = kept = tuple(map(write, cache, (k, v)))
-    columns = zip(layout.to_queries(q), layout.visible, strict=True)
-    attended = layout.from_queries([attend(own, keys, values, seen, decoder.attention) for own, seen in columns])
+    tiles = zip(layout.to_queries(q), layout.visible, strict=True)
+    attended = layout.from_queries([attend(own, keys, values, seen, decoder.attention) for own, seen in tiles])
     attended = attended.reshape(*lead, config.heads * config.head_width)
     hidden = checkpoint_name(hidden + next(project(attended, "o")), KEPT)
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)

@@ -20,7 +20,7 @@ def block_positions(chunk: int, vocab: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
+class TokenLogprobs:
     """A model that scores completions; made inside a jitted function.
 
     Attributes:
@@ -35,7 +35,7 @@ class Scorer:
     base: dict
     chunk: int
     dropout_key: jax.Array | None = None
-    opening: Any = None
+    shared_prefix: Any = None
 
     def logprobs(self, lora: dict | None, block: Block, temperature: float = 1.0) -> jax.Array:
         """log p(token | everything before it) of each scored token, of logits divided by the temperature.
@@ -44,13 +44,15 @@ class Scorer:
         """
         return token_logprobs(self.states(lora, block) / temperature, head_weight(self.base), block.target, self.chunk)
 
-    def states(self, lora: dict | None, block: Block, trunk: int = 0) -> jax.Array:
+    def states(self, lora: dict | None, block: Block, pack: int = 0) -> jax.Array:
         """[M, D]: the states from which each scored token is predicted, in one of the block's packs."""
-        hidden, _ = packed_states(self.decoder, lora, self.base, block.packs[trunk], self.dropout_key, self.opening)
-        return hidden[block.source[trunk]]
+        hidden, _ = packed_states(
+            self.decoder, lora, self.base, block.packs[pack], self.dropout_key, self.shared_prefix
+        )
+        return hidden[block.source[pack]]
 
 
-def by_row(block: Block, values: jax.Array) -> jax.Array:
+def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
     """Values of scored tokens as rows: [M] -> [B, T], 0 at padding; the gradient of rows that repeat each other adds up."""
     index = block.start[:, None] + jnp.arange(block.rows.completion_mask.shape[1])
     return jnp.where(block.rows.completion_mask, values[jnp.minimum(index, values.shape[0] - 1)], 0.0)

@@ -7,19 +7,19 @@ import flax.struct
 import jax
 
 
-def spans(columns: Sequence[tuple[int, int]], first: int = 0) -> list[tuple[int, int, int]]:
+def spans(tiles: Sequence[tuple[int, int]], first: int = 0) -> list[tuple[int, int, int]]:
     """(rows, begin, end) of each (rows, width), the first of which begins at `first`."""
-    *begins, _ = itertools.accumulate((width for _, width in columns), initial=first)
-    return [(rows, begin, begin + width) for (rows, width), begin in zip(columns, begins, strict=True)]
+    *begins, _ = itertools.accumulate((width for _, width in tiles), initial=first)
+    return [(rows, begin, begin + width) for (rows, width), begin in zip(tiles, begins, strict=True)]
 
 
 @flax.struct.dataclass
-class Pack:
+class PackedSequences:
     """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat behind one another. What
     all prompts open with may stand once before them.
 
     Products with weights see the flat tokens; attention sees a grid of one tree a row, the longest first. Its queries are taken
-    column by column, each from as many rows as trees reach it. Unused places of any array hold 0, but for `branch`.
+    column by column, each from as many rows as trees reach it. Unused places of any array hold 0, but for `branch_ids`.
 
     Attributes:
         tokens: int32[..., N], an opening's h tokens the first.
@@ -32,10 +32,10 @@ class Pack:
 
     tokens: jax.Array
     positions: jax.Array
-    grid: jax.Array
-    branch: jax.Array
-    cell: jax.Array
-    columns: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+    token_index: jax.Array
+    branch_ids: jax.Array
+    query_index: jax.Array
+    tiles: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -48,8 +48,8 @@ class Batch:
         weight: float32[..., B, T], token-level confidence, or an example's weight.
         advantage: float32[..., B], of the completion.
         label: int32[..., B], +1 win (or real), -1 lose (or synthetic), 0 padding row; a method may use further kinds.
-        reference: float32[..., B, J, T], log-probabilities under each reference adapter; filled in by local training.
-        old: float32[..., B, T], under the adapter that the phase started from; filled in by local training.
+        ref_logprobs: float32[..., B, J, T], log-probabilities under each reference adapter; filled in by local training.
+        old_logprobs: float32[..., B, T], under the adapter that the phase started from; filled in by local training.
     """
 
     completion_mask: jax.Array
@@ -57,8 +57,8 @@ class Batch:
     weight: jax.Array
     advantage: jax.Array
     label: jax.Array
-    reference: jax.Array | None = None
-    old: jax.Array | None = None
+    ref_logprobs: jax.Array | None = None
+    old_logprobs: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -66,7 +66,7 @@ class Block:
     """Rows that go through the model together, each distinct one once. Leading axes [C, S, K] for a round's local training.
 
     Attributes:
-        packs: the tokens; one pack, or one for each of a method's `trunks`.
+        packs: the tokens; one pack, or one for each of a method's `num_packs`.
         source: for each pack int32[..., M], the flat places whose states predict the scored completion tokens.
         target: int32[..., M], those completion tokens.
         start: int32[..., B], where each row's completion begins in `target`.
@@ -74,7 +74,7 @@ class Block:
         micro: int32[...], the micro-batch that the rows belong to.
     """
 
-    packs: tuple[Pack, ...]
+    packs: tuple[PackedSequences, ...]
     source: tuple[jax.Array, ...]
     target: jax.Array
     start: jax.Array

@@ -1,6 +1,6 @@
 """Rows of token ids -> static-shape blocks that hold each distinct row once and each prompt once.
 
-A block is what goes through the model together. Its sizes (`Room`) are chosen once, from the first rows that are seen, so that
+A block is what goes through the model together. Its sizes (`BlockShape`) are chosen once, from the first rows that are seen, so that
 little of it is padding; how many blocks a step takes is a number on the device, so that a step costs what its tokens cost and
 nothing compiles again.
 """
@@ -13,73 +13,73 @@ import jax
 import numpy as np
 
 from spear_jax.packing.arrays import Block
-from spear_jax.packing.prefix_tree import Tree, Trunk, fill, fits
-from spear_jax.packing.rows import Item, Row, batch
-from spear_jax.packing.shape_buckets import Room, size_bucket, split_columns
+from spear_jax.packing.prefix_tree import PackBuilder, PrefixTree, fill, fits
+from spear_jax.packing.rows import RowGroup, TrainingRow, batch
+from spear_jax.packing.shape_buckets import BlockShape, size_bucket, split_tiles
 
 HEADROOM = 12  # a block's size is chosen as if 1 / HEADROOM of it were to stay free
 BLOCK_COST = 48  # a block's pass over all weights, in tokens; decides between few blocks and many
 
 
-class OpenBlock:
+class BlockBuilder:
     """A block under construction: who stands where, but no arrays yet."""
 
-    def __init__(self, room: Room, micro: int):
-        self.room, self.micro = room, micro
-        self.trunks = [Trunk(room) for _ in range(room.trunks)]
+    def __init__(self, shape: BlockShape, micro: int):
+        self.shape, self.micro = shape, micro
+        self.num_packs = [PackBuilder(shape) for _ in range(shape.num_packs)]
         self.scored = 0
         self.known: dict[tuple, list[int]] = {}  # item -> where its completions begin in `target`
-        self.places: list[tuple[int, list[tuple[Tree, int]]]] = []  # (start, a (tree, branch) in each trunk)
-        self.rows: list[tuple[Item, list[int]]] = []
+        self.places: list[tuple[int, list[tuple[PrefixTree, int]]]] = []  # (start, a (tree, branch) in each trunk)
+        self.rows: list[tuple[RowGroup, list[int]]] = []
 
-    def add(self, key: tuple, item: Item) -> bool:
+    def add(self, key: tuple, group: RowGroup) -> bool:
         """Adds an item, or leaves the block as it was apart from room that is lost."""
-        if len(self.rows) == self.room.items:
+        if len(self.rows) == self.shape.groups:
             return False
         if key not in self.known:
-            starts = self._enter(item)
+            starts = self._enter(group)
             if starts is None:
                 return False
             self.known[key] = starts
-        self.rows.append((item, self.known[key]))
+        self.rows.append((group, self.known[key]))
         return True
 
-    def _enter(self, item: Item) -> list[int] | None:
-        starts, trunks = [], self.room.trunks
-        for first in range(0, len(item), trunks):
-            rows, start = item[first : first + trunks], self.scored
+    def _enter(self, group: RowGroup) -> list[int] | None:
+        starts, num_packs = [], self.shape.num_packs
+        for first in range(0, len(group), num_packs):
+            rows, start = group[first : first + num_packs], self.scored
             found = []
-            if start + len(rows[0].completion) > self.room.scored:
+            if start + len(rows[0].completion) > self.shape.scored:
                 return None
-            for trunk, row in zip(self.trunks, rows, strict=True):
-                at = trunk.place(tuple(row.prompt), row.completion)
+            for pack, row in zip(self.num_packs, rows, strict=True):
+                at = pack.place(tuple(row.prompt), row.completion)
                 if at is None:
                     return None
                 found.append(at)
             self.places.append((start, found))
             self.scored += len(rows[0].completion)
-            starts += [start] * trunks
+            starts += [start] * num_packs
         return starts
 
-    def close(self) -> Block:
+    def build(self) -> Block:
         """The finished numpy arrays."""
-        room = self.room
-        packs, bases = zip(*(fill(trunk, room) for trunk in self.trunks), strict=True)
-        source = [np.zeros(room.scored, np.int32) for _ in packs]
-        target = np.zeros(room.scored, np.int32)
+        shape = self.shape
+        packs, bases = zip(*(fill(pack, shape) for pack in self.num_packs), strict=True)
+        source = [np.zeros(shape.scored, np.int32) for _ in packs]
+        target = np.zeros(shape.scored, np.int32)
         for start, found in self.places:
-            for places, base, (tree, branch) in zip(source, bases, found, strict=True):
-                completion, begin = tree.branches[branch], base[id(tree)]
+            for places, base, (tree, branch_ids) in zip(source, bases, found, strict=True):
+                completion, begin = tree.branches[branch_ids], base[id(tree)]
                 end = start + len(completion)
                 target[start:end] = completion
                 places[start] = begin + len(tree.prompt) - 1
-                places[start + 1 : end] = begin + tree.starts[branch] + np.arange(len(completion) - 1)
-        starts = np.zeros(room.items * room.kinds, np.int32)
-        rows: list[Row | None] = [None] * len(starts)
-        for slot, (item, begins) in enumerate(self.rows):
-            for kind, (row, begin) in enumerate(zip(item, begins, strict=True)):
-                rows[slot + kind * room.items], starts[slot + kind * room.items] = row, begin
-        return Block(packs, tuple(source), target, starts, batch(rows, room.length), np.int32(self.micro))
+                places[start + 1 : end] = begin + tree.starts[branch_ids] + np.arange(len(completion) - 1)
+        starts = np.zeros(shape.groups * shape.rows_per_group, np.int32)
+        rows: list[TrainingRow | None] = [None] * len(starts)
+        for slot, (group, begins) in enumerate(self.rows):
+            for kind, (row, begin) in enumerate(zip(group, begins, strict=True)):
+                rows[slot + kind * shape.groups], starts[slot + kind * shape.groups] = row, begin
+        return Block(packs, tuple(source), target, starts, batch(rows, shape.length), np.int32(self.micro))
 
 
 class Keys:
@@ -97,74 +97,74 @@ class Keys:
         return found
 
 
-def fold(micros: Sequence[Sequence[Item]], room: Room, keys: Keys | None = None) -> list[Block]:
-    """The blocks of an optimiser step, as `plan` deals its items."""
-    return [block.close() for block in plan(micros, room, keys or Keys())]
+def pack_step(micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys | None = None) -> list[Block]:
+    """The blocks of an optimiser step, as `pack_rows` deals its items."""
+    return [block.build() for block in pack_rows(micros, shape, keys or Keys())]
 
 
-def plan(micros: Sequence[Sequence[Item]], room: Room, keys: Keys) -> list[OpenBlock]:
+def pack_rows(micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys) -> list[BlockBuilder]:
     """An optimiser step's blocks before they are arrays; block by block, items of one micro-batch.
 
     Items with a common prompt are kept together, larger groups first; within a block an item that stands twice is read once.
     Raises: ValueError where an item alone is larger than a block.
     """
     found = []
-    for number, items in enumerate(micros):
+    for number, groups in enumerate(micros):
         families = collections.defaultdict(list)
-        for item in items:
-            key = tuple((keys(row.prompt), keys(row.completion)) for row in item)
-            families[key[0][0]].append((key, item))
-        sizes = {prompt: _tokens(family, room) for prompt, family in families.items()}
-        opened: list[OpenBlock] = []
+        for group in groups:
+            key = tuple((keys(row.prompt), keys(row.completion)) for row in group)
+            families[key[0][0]].append((key, group))
+        sizes = {prompt: _tokens(family, shape) for prompt, family in families.items()}
+        opened: list[BlockBuilder] = []
         for prompt in sorted(families, key=lambda p: -sizes[p]):
-            fits = (b for b in opened if min(t.left for t in b.trunks) >= sizes[prompt])
+            fits = (b for b in opened if min(t.left for t in b.num_packs) >= sizes[prompt])
             block = next(fits, None)
-            for key, item in sorted(families[prompt], key=lambda pair: pair[0]):
-                if block is None or not block.add(key, item):
-                    block = _next(opened, room, number, key, item)
+            for key, group in sorted(families[prompt], key=lambda pair: pair[0]):
+                if block is None or not block.add(key, group):
+                    block = _next(opened, shape, number, key, group)
         found += opened
     return found
 
 
-def _next(opened: list[OpenBlock], room: Room, micro: int, key: tuple, item: Item) -> OpenBlock:
+def _next(opened: list[BlockBuilder], shape: BlockShape, micro: int, key: tuple, group: RowGroup) -> BlockBuilder:
     """The first open block that takes an item, or a new one."""
     for block in opened:
-        if block.add(key, item):
+        if block.add(key, group):
             return block
-    block = OpenBlock(room, micro)
-    if not block.add(key, item):
-        raise ValueError(f"an item of {[len(r.prompt) + len(r.completion) for r in item]} tokens exceeds {room}")
+    block = BlockBuilder(shape, micro)
+    if not block.add(key, group):
+        raise ValueError(f"an item of {[len(r.prompt) + len(r.completion) for r in group]} tokens exceeds {shape}")
     opened.append(block)
     return block
 
 
-def _tokens(family: list, room: Room) -> int:
+def _tokens(family: list, shape: BlockShape) -> int:
     """Tokens that a family adds to the fuller trunk: its prompts once, without the opening, and its distinct completions."""
-    trunks = room.trunks
-    total = [0] * trunks
+    num_packs = shape.num_packs
+    total = [0] * num_packs
     seen: set = set()
-    for key, item in family:
-        for kind, (row, (prompt, completion)) in enumerate(zip(item, key, strict=True)):
-            trunk = kind % trunks
-            if (trunk, prompt) not in seen:
-                seen.add((trunk, prompt))
-                total[trunk] += len(row.prompt) - len(room.opening)
-            if (trunk, prompt, completion) not in seen:
-                seen.add((trunk, prompt, completion))
-                total[trunk] += len(row.completion) - 1
+    for key, group in family:
+        for kind, (row, (prompt, completion)) in enumerate(zip(group, key, strict=True)):
+            pack = kind % num_packs
+            if (pack, prompt) not in seen:
+                seen.add((pack, prompt))
+                total[pack] += len(row.prompt) - len(shape.shared_prefix)
+            if (pack, prompt, completion) not in seen:
+                seen.add((pack, prompt, completion))
+                total[pack] += len(row.completion) - 1
     return max(total)
 
 
-def choose_room(
-    steps: Sequence[Sequence[Sequence[Item]]],
-    kinds: int,
-    trunks: int,
+def choose_block_shape(
+    steps: Sequence[Sequence[Sequence[RowGroup]]],
+    rows_per_group: int,
+    num_packs: int,
     prompt: int,
     length: int,
     limit: int,
     slots: int | None = None,
-    opening: Sequence[int] = (),
-) -> Room:
+    shared_prefix: Sequence[int] = (),
+) -> BlockShape:
     """The block size that wastes least on these steps.
 
     Args:
@@ -176,82 +176,82 @@ def choose_room(
         opening: token ids with which every prompt begins.
     Returns: a room into which every item fits that keeps to `prompt` and `length`.
     """
-    shared = -(-kinds // trunks)  # rows of an item in one pack, under one prompt
-    longest = prompt - len(opening) + max(2, shared) * (length - 1)
+    shared = -(-rows_per_group // num_packs)  # rows of an item in one pack, under one prompt
+    longest = prompt - len(shared_prefix) + max(2, shared) * (length - 1)
     least = size_bucket(prompt + shared * (length - 1))
     most = max(least, limit)
-    wide = Room(most, ((10**6, longest),), 10**9, 10**9, kinds, trunks, length, tuple(opening))
+    wide = BlockShape(most, ((10**6, longest),), 10**9, 10**9, rows_per_group, num_packs, length, tuple(shared_prefix))
     keys = Keys()
     total = max((_read(step, keys, wide) for step in steps), default=least)
     best, lowest = most, float("inf")
     sizes = np.geomspace(least, max(least, min(most, total * HEADROOM / (HEADROOM - 1))), 48)
     for size in sorted({int(-(-size // 16) * 16) for size in sizes}):
         # other steps will be a little longer than these
-        room = dataclasses.replace(wide, tokens=max(least, size - size // HEADROOM))
-        cost = sum(len(plan(step, room, keys)) for step in steps) * (size + BLOCK_COST)
+        shape = dataclasses.replace(wide, tokens=max(least, size - size // HEADROOM))
+        cost = sum(len(pack_rows(step, shape, keys)) for step in steps) * (size + BLOCK_COST)
         if cost < lowest:
             best, lowest = size, cost
-    columns = tuple((10**6, width) for width in split_columns(longest))
-    found = [b for step in steps for b in plan(step, dataclasses.replace(wide, tokens=best, columns=columns), keys)]
+    tiles = tuple((10**6, width) for width in split_tiles(longest))
+    found = [b for step in steps for b in pack_rows(step, dataclasses.replace(wide, tokens=best, tiles=tiles), keys)]
     # tokens are what costs: a block should be full of them before it is full of anything else
-    most_items = 10**9 if slots is None else slots
+    most_groups = 10**9 if slots is None else slots
 
     def spare(counts: Sequence[int], of_item: int = 1) -> int:
-        return min(1 + max(counts, default=0) * 5 // 4, most_items * of_item)
+        return min(1 + max(counts, default=0) * 5 // 4, most_groups * of_item)
 
-    reaching = [[10**6 - trunk.free[c] for block in found for trunk in block.trunks] for c in range(len(columns))]
+    reaching = [[10**6 - pack.free[c] for block in found for pack in block.num_packs] for c in range(len(tiles))]
     return dataclasses.replace(
         wide,
         tokens=best,
-        columns=tuple((spare(own, shared), width) for own, (_, width) in zip(reaching, columns, strict=True)),
+        tiles=tuple((spare(own, shared), width) for own, (_, width) in zip(reaching, tiles, strict=True)),
         scored=max(size_bucket(spare([b.scored for b in found], shared * length)), shared * length),
-        items=spare([len(b.rows) for b in found]),
+        groups=spare([len(b.rows) for b in found]),
     )
 
 
-def choose_small(steps: Sequence[Sequence[Sequence[Item]]], room: Room) -> Room:
-    """A smaller room for the blocks of these steps that fit one: the size that saves most tokens; `room` itself where none
+def choose_small(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape) -> BlockShape:
+    """A smaller room for the blocks of these steps that fit one: the size that saves most tokens; `shape` itself where none
     saves a twentieth."""
     keys = Keys()
-    blocks = [block for step in steps for block in plan(step, room, keys)]
-    tokens = [room.tokens - min(t.left for t in block.trunks) for block in blocks]
+    blocks = [block for step in steps for block in pack_rows(step, shape, keys)]
+    tokens = [shape.tokens - min(t.left for t in block.num_packs) for block in blocks]
     sizes = sorted({-(-n // 16) * 16 for n in tokens})
-    saved = [sum(n <= size for n in tokens) * (room.tokens - size) for size in sizes]
-    if not saved or max(saved) * 20 < room.tokens * len(blocks):
-        return room
+    saved = [sum(n <= size for n in tokens) * (shape.tokens - size) for size in sizes]
+    if not saved or max(saved) * 20 < shape.tokens * len(blocks):
+        return shape
     size = sizes[int(np.argmax(saved))]
     fitting = [block for block, n in zip(blocks, tokens, strict=True) if n <= size]
 
-    def rows(column: int) -> int:
-        most = room.columns[column][0]
-        return max(1, *(most - t.free[column] for block in fitting for t in block.trunks))
+    def rows(tile: int) -> int:
+        most = shape.tiles[tile][0]
+        return max(1, *(most - t.free[tile] for block in fitting for t in block.num_packs))
 
-    scored = min(room.scored, -(-max(block.scored for block in fitting) // 16) * 16)
-    columns = tuple((rows(column), width) for column, (_, width) in enumerate(room.columns))
-    return dataclasses.replace(room, tokens=size, columns=columns, scored=scored)
+    scored = min(shape.scored, -(-max(block.scored for block in fitting) // 16) * 16)
+    tiles = tuple((rows(tile), width) for tile, (_, width) in enumerate(shape.tiles))
+    return dataclasses.replace(shape, tokens=size, tiles=tiles, scored=scored)
 
 
-def _read(step, keys: Keys, room: Room) -> int:
+def _read(step, keys: Keys, shape: BlockShape) -> int:
     """Distinct tokens of a step."""
-    plans = plan(step, dataclasses.replace(room, tokens=10**9), keys)
-    return max((10**9 - min(t.left for t in b.trunks) for b in plans), default=1)
+    plans = pack_rows(step, dataclasses.replace(shape, tokens=10**9), keys)
+    return max((10**9 - min(t.left for t in b.num_packs) for b in plans), default=1)
 
 
-def most_blocks(steps: Sequence[Sequence[Sequence[Item]]], room: Room, slots: int) -> int:
+def most_blocks(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape, slots: int) -> int:
     """Blocks that a step may come to take, when all of its `slots` items are distinct and a quarter longer than these."""
-    items = [item for step in steps for micro in step for item in micro]
-    shared = len(room.opening)
-    tokens = sum(len(row.prompt) - shared + len(row.completion) for item in items for row in item) / room.trunks
-    longer = 1.25 * tokens / max(1, len(items))
-    return 1 + -int(-max(slots * longer / (room.tokens - shared), slots / room.items))
+    groups = [group for step in steps for micro in step for group in micro]
+    shared = len(shape.shared_prefix)
+    tokens = sum(len(row.prompt) - shared + len(row.completion) for group in groups for row in group) / shape.num_packs
+    longer = 1.25 * tokens / max(1, len(groups))
+    return 1 + -int(-max(slots * longer / (shape.tokens - shared), slots / shape.groups))
 
 
 def stack_blocks(
-    steps: list[list[Block]], room: Room, count: int, small: Room | None = None
+    steps: list[list[Block]], shape: BlockShape, count: int, small: BlockShape | None = None
 ) -> tuple[Block, np.ndarray, np.ndarray]:
     """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; int32[S], how many are in use; bool[S, K],
     which of them fit the small room."""
-    empty = OpenBlock(room, 0).close()
+    empty = BlockBuilder(shape, 0).build()
     padded = [blocks + [empty] * (count - len(blocks)) for blocks in steps]
     inner = [jax.tree.map(lambda *parts: np.stack(parts), *blocks) for blocks in padded]
     fitting = np.array([[small is not None and fits(block, small) for block in blocks] for blocks in padded])
@@ -259,9 +259,9 @@ def stack_blocks(
     return jax.tree.map(lambda *parts: np.stack(parts), *inner), used, fitting
 
 
-def fold_rows(rows: Sequence[Row], room: Room) -> tuple[list[Block], list[tuple[int, int]]]:
+def pack_single_rows(rows: Sequence[TrainingRow], shape: BlockShape) -> tuple[list[Block], list[tuple[int, int]]]:
     """Single rows as blocks, and for each the (block, row) where it stands."""
-    items: list[Item] = [(row,) for row in rows]
-    blocks = plan([items], room, Keys())
-    places = {id(item): (b, slot) for b, block in enumerate(blocks) for slot, (item, _) in enumerate(block.rows)}
-    return [block.close() for block in blocks], [places[id(item)] for item in items]
+    groups: list[RowGroup] = [(row,) for row in rows]
+    blocks = pack_rows([groups], shape, Keys())
+    places = {id(group): (b, slot) for b, block in enumerate(blocks) for slot, (group, _) in enumerate(block.rows)}
+    return [block.build() for block in blocks], [places[id(group)] for group in groups]

@@ -8,32 +8,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.packing.arrays import Block, Pack, spans
-from spear_jax.packing.shape_buckets import Room, split_columns
+from spear_jax.packing.arrays import Block, PackedSequences, spans
+from spear_jax.packing.shape_buckets import BlockShape, split_tiles
 
 
-class Trunk:
+class PackBuilder:
     """One pack under construction."""
 
-    def __init__(self, room: Room):
-        self.opening = room.opening
-        self.free = [rows for rows, _ in room.columns]  # trees that may yet reach each column
-        self.ends = [end for *_, end in spans(room.columns)]
-        self.left = room.tokens - len(room.opening)
-        self.trees: dict[tuple[int, ...], list[Tree]] = {}
+    def __init__(self, shape: BlockShape):
+        self.shared_prefix = shape.shared_prefix
+        self.free = [rows for rows, _ in shape.tiles]  # trees that may yet reach each column
+        self.ends = [end for *_, end in spans(shape.tiles)]
+        self.left = shape.tokens - len(shape.shared_prefix)
+        self.trees: dict[tuple[int, ...], list[PrefixTree]] = {}
 
-    def place(self, prompt: tuple[int, ...], completion: Sequence[int]) -> "tuple[Tree, int] | None":
+    def place(self, prompt: tuple[int, ...], completion: Sequence[int]) -> "tuple[PrefixTree, int] | None":
         """The tree and branch that a completion joins; None where there is no room. Its last token is never read.
 
         Raises: ValueError for a prompt that does not go on from the opening.
         """
-        read, shared = len(completion) - 1, len(self.opening)
+        read, shared = len(completion) - 1, len(self.shared_prefix)
         for tree in self.trees.get(prompt, ()):
             if self._take(tree.length, tree.length + read):
                 return tree, tree.add(completion)
-        if prompt[:shared] != self.opening or len(prompt) == shared:
-            raise ValueError(f"the prompt {prompt} does not go on from the opening {self.opening}")
-        tree = Tree(prompt[shared:])
+        if prompt[:shared] != self.shared_prefix or len(prompt) == shared:
+            raise ValueError(f"the prompt {prompt} does not go on from the opening {self.shared_prefix}")
+        tree = PrefixTree(prompt[shared:])
         if not self._take(0, tree.length + read):
             return None
         self.trees.setdefault(prompt, []).append(tree)
@@ -42,16 +42,16 @@ class Trunk:
     def _take(self, length: int, longer: int) -> bool:
         """Takes the room for a tree (0: a new one) that grows; False where there is not as much."""
         reached = bisect.bisect_left(self.ends, length) + 1 if length else 0
-        columns = range(reached, bisect.bisect_left(self.ends, longer) + 1)
-        if longer > self.ends[-1] or longer - length > self.left or not all(self.free[c] for c in columns):
+        tiles = range(reached, bisect.bisect_left(self.ends, longer) + 1)
+        if longer > self.ends[-1] or longer - length > self.left or not all(self.free[c] for c in tiles):
             return False
-        for column in columns:
-            self.free[column] -= 1
+        for tile in tiles:
+            self.free[tile] -= 1
         self.left -= longer - length
         return True
 
 
-class Tree:
+class PrefixTree:
     """A prompt without its opening, with completions behind it."""
 
     def __init__(self, prompt: tuple[int, ...]):
@@ -66,95 +66,104 @@ class Tree:
         return len(self.branches) - 1
 
 
-def fill(trunk: Trunk, room: Room) -> tuple[Pack, dict[int, int]]:
-    """A trunk's arrays, and the flat place where each tree (by id) begins."""
-    shared = len(room.opening)
-    tokens, positions, cell = (np.zeros(room.tokens, np.int32) for _ in range(3))
-    size = room.columns[0][0], shared + sum(width for _, width in room.columns)
-    pack = Pack(tokens, positions, np.zeros(size, np.int32), np.full(size, -1, np.int32), cell, _columns(room))
-    trees = sorted((tree for trees in trunk.trees.values() for tree in trees), key=lambda tree: -tree.length)
+def fill(builder: PackBuilder, shape: BlockShape) -> tuple[PackedSequences, dict[int, int]]:
+    """The arrays of a pack, and the flat place where each tree (by id) begins."""
+    shared = len(shape.shared_prefix)
+    tokens, positions, query_index = (np.zeros(shape.tokens, np.int32) for _ in range(3))
+    size = shape.tiles[0][0], shared + sum(width for _, width in shape.tiles)
+    pack = PackedSequences(
+        tokens, positions, np.zeros(size, np.int32), np.full(size, -1, np.int32), query_index, _tiles(shape)
+    )
+    trees = sorted((tree for trees in builder.trees.values() for tree in trees), key=lambda tree: -tree.length)
     base, at = {}, shared if trees else 0
-    tokens[:at], positions[:at], cell[:at] = room.opening[:at], np.arange(at), np.arange(at)
+    tokens[:at], positions[:at], query_index[:at] = shape.shared_prefix[:at], np.arange(at), np.arange(at)
     for row, tree in enumerate(trees):
-        grid, branch = pack.grid[row], pack.branch[row]
+        token_index, branch_ids = pack.token_index[row], pack.branch_ids[row]
         begin = len(tree.prompt)
         base[id(tree)] = at
         tokens[at : at + begin] = tree.prompt
         positions[at : at + tree.length] = shared + np.arange(tree.length)
-        branch[: shared + begin] = 0
+        branch_ids[: shared + begin] = 0
         for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
             read = len(completion) - 1
             tokens[at + start : at + start + read] = completion[:-1]
             positions[at + start : at + start + read] = shared + begin + np.arange(read)
-            branch[shared + start : shared + start + read] = number
-        grid[:shared] = np.arange(shared)
-        grid[shared : shared + tree.length] = np.arange(at, at + tree.length)
+            branch_ids[shared + start : shared + start + read] = number
+        token_index[:shared] = np.arange(shared)
+        token_index[shared : shared + tree.length] = np.arange(at, at + tree.length)
         at += tree.length
     before = 0
-    for rows, begin, end in spans(pack.columns):
-        own = pack.branch[:rows, begin:end] >= 0
-        cell[pack.grid[:rows, begin:end][own]] = before + np.flatnonzero(own)
+    for rows, begin, end in spans(pack.tiles):
+        own = pack.branch_ids[:rows, begin:end] >= 0
+        query_index[pack.token_index[:rows, begin:end][own]] = before + np.flatnonzero(own)
         before += own.size
     return pack, base
 
 
-def _columns(room: Room) -> tuple[tuple[int, int], ...]:
-    """Of a pack: the room's, behind the opening's."""
-    return ((1, len(room.opening)),) * bool(room.opening) + room.columns
+def _tiles(shape: BlockShape) -> tuple[tuple[int, int], ...]:
+    """The shape's tiles, behind that of the shared prefix."""
+    return ((1, len(shape.shared_prefix)),) * bool(shape.shared_prefix) + shape.tiles
 
 
-def real_tokens(pack: Pack) -> int:
+def real_tokens(pack: PackedSequences) -> int:
     """How many of a pack's tokens (numpy arrays, any leading axes) are not padding."""
-    return sum(int((pack.branch[..., :rows, begin:end] >= 0).sum()) for rows, begin, end in spans(pack.columns))
+    return sum(int((pack.branch_ids[..., :rows, begin:end] >= 0).sum()) for rows, begin, end in spans(pack.tiles))
 
 
-def fits(block: Block, room: Room) -> bool:
+def fits(block: Block, shape: BlockShape) -> bool:
     """Whether `shrink` would lose nothing of a block (numpy arrays)."""
     for pack in block.packs:
-        if real_tokens(pack) > room.tokens:
+        if real_tokens(pack) > shape.tokens:
             return False
-        if any((pack.branch[rows:, begin] >= 0).any() for rows, begin, _ in spans(room.columns, len(room.opening))):
+        if any(
+            (pack.branch_ids[rows:, begin] >= 0).any()
+            for rows, begin, _ in spans(shape.tiles, len(shape.shared_prefix))
+        ):
             return False
     ends = block.start + block.rows.completion_mask.sum(-1)
-    return int(ends.max()) <= room.scored
+    return int(ends.max()) <= shape.scored
 
 
-def shrink(block: Block, room: Room) -> Block:
+def shrink(block: Block, shape: BlockShape) -> Block:
     """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
-    columns, rows = _columns(room), room.columns[0][0]
+    tiles, rows = _tiles(shape), shape.tiles[0][0]
 
-    def cut(pack: Pack) -> Pack:
-        cell, gone, before = pack.cell[: room.tokens], 0, 0
-        shift = jnp.zeros_like(cell)
-        for (most, width), (kept, _) in zip(pack.columns, columns, strict=True):
-            shift = jnp.where(cell >= before, gone, shift)  # queries of this column, and for now of those behind it
+    def cut(pack: PackedSequences) -> PackedSequences:
+        query_index, gone, before = pack.query_index[: shape.tokens], 0, 0
+        shift = jnp.zeros_like(query_index)
+        for (most, width), (kept, _) in zip(pack.tiles, tiles, strict=True):
+            shift = jnp.where(
+                query_index >= before, gone, shift
+            )  # queries of this column, and for now of those behind it
             before, gone = before + most * width, gone + (most - kept) * width
-        return Pack(
-            tokens=pack.tokens[: room.tokens],
-            positions=pack.positions[: room.tokens],
-            grid=pack.grid[:rows],
-            branch=pack.branch[:rows],
-            cell=cell - shift,
-            columns=columns,
+        return PackedSequences(
+            tokens=pack.tokens[: shape.tokens],
+            positions=pack.positions[: shape.tokens],
+            token_index=pack.token_index[:rows],
+            branch_ids=pack.branch_ids[:rows],
+            query_index=query_index - shift,
+            tiles=tiles,
         )
 
     return block.replace(
         packs=tuple(map(cut, block.packs)),
-        source=tuple(places[: room.scored] for places in block.source),
-        target=block.target[: room.scored],
+        source=tuple(places[: shape.scored] for places in block.source),
+        target=block.target[: shape.scored],
     )
 
 
-def one_sequence(tokens: Sequence[int]) -> Pack:
+def one_sequence(tokens: Sequence[int]) -> PackedSequences:
     """A pack of nothing but one sequence."""
     places = np.arange(len(tokens), dtype=np.int32)
-    grid = places[None]
-    return Pack(np.array(tokens, np.int32), places, grid, np.zeros_like(grid), places, ((1, len(tokens)),))
+    token_index = places[None]
+    return PackedSequences(
+        np.array(tokens, np.int32), places, token_index, np.zeros_like(token_index), places, ((1, len(tokens)),)
+    )
 
 
 def pack_prompts(
-    groups: Sequence[Sequence[list[int]]], rows: int, width: int, room: Room, opening: int = 0
-) -> tuple[Pack, np.ndarray, np.ndarray]:
+    groups: Sequence[Sequence[list[int]]], rows: int, width: int, shape: BlockShape, shared_prefix: int = 0
+) -> tuple[PackedSequences, np.ndarray, np.ndarray]:
     """Prompts of groups that share nothing with one another; within a group equal prompts are read once.
 
     Args:
@@ -166,50 +175,50 @@ def pack_prompts(
     """
     packs, index, mask = [], np.zeros((len(groups), rows, width), np.int32), np.zeros((len(groups), rows, width), bool)
     for group, prompts in enumerate(groups):
-        trunk = Trunk(room)
-        for prompt in sorted({tuple(p[opening:]) for p in prompts}, key=len, reverse=True):
-            if trunk.place(prompt, (0,)) is None:
-                raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {room}")
-        pack, base = fill(trunk, room)
+        pack = PackBuilder(shape)
+        for prompt in sorted({tuple(p[shared_prefix:]) for p in prompts}, key=len, reverse=True):
+            if pack.place(prompt, (0,)) is None:
+                raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {shape}")
+        pack, base = fill(pack, shape)
         for row, prompt in enumerate(prompts):
-            begin = base[id(trunk.trees[tuple(prompt[opening:])][0])]
+            begin = base[id(pack.trees[tuple(prompt[shared_prefix:])][0])]
             index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
-            index[group, row, width - len(prompt) :][:opening] = np.arange(opening)
+            index[group, row, width - len(prompt) :][:shared_prefix] = np.arange(shared_prefix)
             mask[group, row, width - len(prompt) :] = True
         packs.append(pack)
     return jax.tree.map(lambda *parts: np.stack(parts), *packs), index, mask
 
 
-def prompt_room(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> Room:
+def prompt_shape(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> BlockShape:
     """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum. It
     holds any single prompt of at most `width` tokens.
 
     Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
     """
     lengths = _distinct(groups)
-    total, widths = max(1, *map(len, lengths)), split_columns(width)
+    total, widths = max(1, *map(len, lengths)), split_tiles(width)
     begins = itertools.accumulate(widths[:-1], initial=0)
     reaching = [min(total, 1 + max(sum(n > begin for n in own) for own in lengths)) for begin in begins]
     spread = lambda own: 1.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
-    return Room(
+    return BlockShape(
         tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 16) * 16,
-        columns=tuple(zip(reaching, widths, strict=True)),
+        tiles=tuple(zip(reaching, widths, strict=True)),
         scored=1,
-        items=1,
-        kinds=1,
-        trunks=1,
+        groups=1,
+        rows_per_group=1,
+        num_packs=1,
         length=1,
     )
 
 
-def holds_prompts(room: Room, groups: Sequence[Sequence[list[int]]]) -> bool:
+def holds_prompts(shape: BlockShape, groups: Sequence[Sequence[list[int]]]) -> bool:
     """Whether `pack_prompts` finds room for all of them."""
-    columns = spans(room.columns)
-    longest = columns[-1][-1]
+    tiles = spans(shape.tiles)
+    longest = tiles[-1][-1]
     for own in _distinct(groups):
-        if sum(own) > room.tokens or max(own, default=0) > longest:
+        if sum(own) > shape.tokens or max(own, default=0) > longest:
             return False
-        if any(sum(n > begin for n in own) > rows for rows, begin, _ in columns):
+        if any(sum(n > begin for n in own) > rows for rows, begin, _ in tiles):
             return False
     return True
 

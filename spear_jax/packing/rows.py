@@ -9,7 +9,7 @@ from spear_jax.packing.arrays import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """One training row; host only.
 
     Attributes:
@@ -29,10 +29,10 @@ class Row:
     advantage: float = 0.0
 
 
-Item = tuple[Row, ...]  # rows that a loss needs together
+RowGroup = tuple[TrainingRow, ...]  # rows that a loss needs together
 
 
-def batch(rows: Sequence[Row | None], length: int) -> Batch:
+def batch(rows: Sequence[TrainingRow | None], length: int) -> Batch:
     """Rows as numpy arrays [B, T]; a None row is all padding (label 0). No completion is longer than `length`."""
     size = len(rows)
     found = Batch(
@@ -53,17 +53,17 @@ def batch(rows: Sequence[Row | None], length: int) -> Batch:
     return found
 
 
-def prompts(steps: Iterable[Iterable[Iterable[Item]]]) -> list[list[int]]:
+def prompts(steps: Iterable[Iterable[Iterable[RowGroup]]]) -> list[list[int]]:
     """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands once."""
-    rows = (row for step in steps for micro in step for item in micro for row in item)
+    rows = (row for step in steps for micro in step for group in micro for row in group)
     return list({id(row.prompt): row.prompt for row in rows}.values())
 
 
-def items_of(rows: Sequence[Row | None], kinds: int) -> list[Item]:
-    """A micro-batch's items: row i of each of `kinds` equal blocks; None rows make none."""
-    size = len(rows) // kinds
-    parts = [rows[kind * size : (kind + 1) * size] for kind in range(kinds)]
-    return [item for item in zip(*parts, strict=True) if None not in item]
+def groups_of(rows: Sequence[TrainingRow | None], rows_per_group: int) -> list[RowGroup]:
+    """A micro-batch's items: row i of each of `rows_per_group` equal blocks; None rows make none."""
+    size = len(rows) // rows_per_group
+    parts = [rows[kind * size : (kind + 1) * size] for kind in range(rows_per_group)]
+    return [group for group in zip(*parts, strict=True) if None not in group]
 
 
 def draw(pool: list, count: int, rng: np.random.Generator) -> list:

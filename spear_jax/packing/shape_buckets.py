@@ -9,9 +9,18 @@ import numpy as np
 
 COLUMN, COLUMNS = 64, 6  # tokens of a column where that makes few enough; columns at most
 
+# how versions up to 0.10 named the fields of a saved shape
+_RENAMED = {
+    "columns": "tiles",
+    "items": "groups",
+    "kinds": "rows_per_group",
+    "trunks": "num_packs",
+    "opening": "shared_prefix",
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class BlockShape:
     """The sizes of a block; hashable.
 
     Attributes:
@@ -26,13 +35,13 @@ class Room:
     """
 
     tokens: int
-    columns: tuple[tuple[int, int], ...]
+    tiles: tuple[tuple[int, int], ...]
     scored: int
-    items: int
-    kinds: int
-    trunks: int
+    groups: int
+    rows_per_group: int
+    num_packs: int
     length: int
-    opening: tuple[int, ...] = ()
+    shared_prefix: tuple[int, ...] = ()
 
 
 def size_bucket(size: int, finest: int = 16) -> int:
@@ -41,7 +50,7 @@ def size_bucket(size: int, finest: int = 16) -> int:
     return -(-size // step) * step
 
 
-def split_columns(longest: int) -> list[int]:
+def split_tiles(longest: int) -> list[int]:
     """The widths of the columns of trees of up to `longest` tokens: at most COLUMNS, as each is compiled."""
     up = lambda n: -(-n // 8) * 8
     width = max(COLUMN, up(-(-longest // COLUMNS)))
@@ -49,7 +58,7 @@ def split_columns(longest: int) -> list[int]:
     return [width] * full + [up(longest - full * width)]
 
 
-class Shapes:
+class ShapeBuckets:
     """The padded sizes that a run has opened. A batch takes an open one that holds it with little waste; once frozen any that
     holds it, so that nothing compiles any more. Part of what a run must remember (`save`, `load`)."""
 
@@ -58,7 +67,7 @@ class Shapes:
     def __init__(self):
         self.frozen = False
         self._open: dict[str, set[tuple[int, ...]]] = {}
-        self._rooms: dict[str, Room] = {}
+        self._block_shapes: dict[str, BlockShape] = {}
 
     def freeze(self) -> None:
         """Prefers open shapes from now on, however wasteful."""
@@ -94,25 +103,33 @@ class Shapes:
         """Opens a shape."""
         self._open.setdefault(name, set()).add(shape)
 
-    def room(self, name: str, choose: Callable[[], Room]) -> Room:
+    def shape(self, name: str, choose: Callable[[], BlockShape]) -> BlockShape:
         """The room of this name, chosen once."""
-        if name not in self._rooms:
-            self._rooms[name] = choose()
-        return self._rooms[name]
+        if name not in self._block_shapes:
+            self._block_shapes[name] = choose()
+        return self._block_shapes[name]
 
     def save(self) -> dict[str, Any]:
         """What `load` needs, as JSON."""
         return {
             "frozen": self.frozen,
             "open": {name: sorted(map(list, found)) for name, found in self._open.items()},
-            "rooms": {name: dataclasses.asdict(room) for name, room in self._rooms.items()},
+            "rooms": {name: dataclasses.asdict(shape) for name, shape in self._block_shapes.items()},
         }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `save` gave."""
         self.frozen = saved["frozen"]
         self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
-        whole = lambda room: {"columns": tuple(map(tuple, room["columns"])), "opening": tuple(room["opening"])}
-        # a run of before 0.8.0 had rooms of another kind
-        rooms = ((name, room) for name, room in saved["rooms"].items() if "columns" in room)
-        self._rooms = {name: Room(**room | whole(room)) for name, room in rooms}
+        named = {
+            name: {_RENAMED.get(field, field): value for field, value in shape.items()}
+            for name, shape in saved["rooms"].items()
+        }
+        whole = lambda shape: {
+            "tiles": tuple(map(tuple, shape["tiles"])),
+            "shared_prefix": tuple(shape["shared_prefix"]),
+        }
+        # runs of before 0.8.0 saved shapes without tiles; theirs are chosen anew
+        self._block_shapes = {
+            name: BlockShape(**shape | whole(shape)) for name, shape in named.items() if "tiles" in shape
+        }

@@ -23,7 +23,7 @@ from spear_jax.published.values import (
     kl_weight,
     last_layers,
     maybe,
-    prompt_room,
+    prompt_shape,
     real,
     refuse,
     reward_scale,
@@ -52,7 +52,7 @@ KEYS: dict[str, Key] = {
     "model.max_seq_len": Key(
         2048,
         integer,
-        prompt_room,
+        prompt_shape,
         "`data.max_prompt_tokens`: what the longest completion leaves; longer questions are refused, not cut",
     ),
     "model.dtype": Key(

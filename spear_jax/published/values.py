@@ -116,7 +116,7 @@ def free(default: Any, why: str) -> Key:
     return Key(default, anything, lambda *_: {}, f"no effect: {why}")
 
 
-def prompt_room(value: int, values: Values) -> dict[str, Any]:
+def prompt_shape(value: int, values: Values) -> dict[str, Any]:
     room = value - max(values["gen.max_new_tokens_y0"], values["gen.max_new_tokens_y1"])
     if room < 8:
         raise Refused("it must exceed gen.max_new_tokens_y0 and _y1 by at least 8 tokens, the room for a prompt")

@@ -9,43 +9,43 @@ import heapq
 import itertools
 from collections.abc import Sequence
 
-from spear_jax.packing.prefix_tree import holds_prompts, prompt_room
-from spear_jax.packing.shape_buckets import Room, Shapes, size_bucket
+from spear_jax.packing.prefix_tree import holds_prompts, prompt_shape
+from spear_jax.packing.shape_buckets import BlockShape, ShapeBuckets, size_bucket
 from spear_jax.rollout.token_sampling import SamplingConfig
 
-Part = list[list[int]]  # prompt numbers of each group
+PrefillBatch = list[list[int]]  # prompt numbers of each group
 PASSES = 3  # the fewest that fill all slots where prompts wait for them: a part waits until so many are free
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PrefillPlan:
     """The padded sizes of generation.
 
     Attributes:
         rows: slots of each group.
-        part: r, slots of each group whose prompts are read together.
+        batch: r, slots of each group whose prompts are read together.
         width: P.
-        room: of a part's pack.
+        pack_shape: the padded sizes of a batch's pack.
     """
 
     rows: int
-    part: int
+    batch: int
     width: int
-    room: Room
+    pack_shape: BlockShape
 
     def shape(self) -> tuple[int, ...]:
-        return (self.rows, self.part, self.width, self.room.tokens, *itertools.chain(*self.room.columns))
+        return (self.rows, self.batch, self.width, self.pack_shape.tokens, *itertools.chain(*self.pack_shape.tiles))
 
-    def cells(self, parts: int, new: int) -> int:
+    def cells(self, batches: int, new: int) -> int:
         """Of each group: cache places that this many parts take, tokens read and queries of their grids. Args: new: tokens to
         generate."""
-        read = self.room.tokens + sum(rows * width for rows, width in self.room.columns)
-        return max(self.rows, parts * self.part) * (self.width + new) + parts * read
+        read = self.pack_shape.tokens + sum(rows * width for rows, width in self.pack_shape.tiles)
+        return max(self.rows, batches * self.batch) * (self.width + new) + batches * read
 
-    def of_shape(self, shape: tuple[int, ...]) -> "Plan":
+    def of_shape(self, shape: tuple[int, ...]) -> "PrefillPlan":
         """The plan of another shape."""
-        columns = tuple(zip(shape[4::2], shape[5::2], strict=True))
-        return Plan(*shape[:3], dataclasses.replace(self.room, tokens=shape[3], columns=columns))
+        tiles = tuple(zip(shape[4::2], shape[5::2], strict=True))
+        return PrefillPlan(*shape[:3], dataclasses.replace(self.pack_shape, tokens=shape[3], tiles=tiles))
 
 
 def length_bucket(length: int, step: int = 16) -> int:
@@ -61,14 +61,14 @@ def fewer_rows(rows: int) -> list[int]:
     return [] if rows // 4 < 4 else [rows // 4, *fewer_rows(rows // 4)]
 
 
-def plan_batches(
+def plan_prefill(
     config: SamplingConfig,
     groups: Sequence[Sequence[int]],
     prompts: Sequence[list[int]],
     devices: int,
-    shapes: Shapes,
-    opening: int = 0,
-) -> tuple[Plan, list[Part]]:
+    shapes: ShapeBuckets,
+    shared_prefix: int = 0,
+) -> tuple[PrefillPlan, list[PrefillBatch]]:
     """The sizes for these prompts, and the parts in which they are read.
 
     Args:
@@ -76,24 +76,24 @@ def plan_batches(
         devices: how many the groups are split over.
         opening: h tokens that all prompts begin with, and that are read once for all.
     """
-    prompts = [prompt[opening:] for prompt in prompts]
+    prompts = [prompt[shared_prefix:] for prompt in prompts]
     # tight while sizes are being opened anyhow; a prompt that exceeds them all later opens a size with room to spare
-    longest = max(map(len, prompts)) + opening
+    longest = max(map(len, prompts)) + shared_prefix
     width = length_bucket(longest) if shapes.frozen else size_bucket(longest)
-    wanted = _smallest(config, groups, prompts, devices, opening, width)
-    dealt: dict[tuple[int, ...], list[Part] | None] = {}
+    wanted = _smallest(config, groups, prompts, devices, shared_prefix, width)
+    dealt: dict[tuple[int, ...], list[PrefillBatch] | None] = {}
 
     def cost(shape: tuple[int, ...]) -> float:
         plan = wanted.of_shape(shape)
         dealt[shape] = _deal(plan, groups, prompts) if plan.width >= longest else None
         return float("inf") if dealt[shape] is None else plan.cells(len(dealt[shape]), config.max_new_tokens)
 
-    shape = shapes.fit(f"read {len(groups)} {opening} {config!r}", wanted.shape(), cost)
+    shape = shapes.fit(f"read {len(groups)} {shared_prefix} {config!r}", wanted.shape(), cost)
     plan = wanted.of_shape(shape)
     return plan, dealt.get(shape) or _deal(plan, groups, prompts)
 
 
-def _smallest(config, groups, prompts, devices, opening, width) -> Plan:
+def _smallest(config, groups, prompts, devices, shared_prefix, width) -> PrefillPlan:
     """As many slots as rows and tokens allow, but no more than it takes to fill them equally often, and parts as large as a
     pass allows. Args: prompts: without their opening."""
     lengths = [len(prompts[i]) for group in groups for i in group]
@@ -107,22 +107,22 @@ def _smallest(config, groups, prompts, devices, opening, width) -> Plan:
     if times > 1:  # equal parts that fill all slots, where there are such: completions of one length end together
         least = max(passes, PASSES)
         passes = next((n for n in range(least, 2 * least) if rows % n == 0), min(rows, least))
-    part = -(-rows // passes) if times == 1 else rows // passes
-    count = -(-largest // part)
-    shares = [own for group in groups for own in _shares(group, prompts, count, part)]
-    room = prompt_room([[prompts[i] for i in own] for own in shares], width - opening, count)
-    return Plan(rows, part, width, room)
+    batch = -(-rows // passes) if times == 1 else rows // passes
+    count = -(-largest // batch)
+    shares = [own for group in groups for own in _shares(group, prompts, count, batch)]
+    pack_shape = prompt_shape([[prompts[i] for i in own] for own in shares], width - shared_prefix, count)
+    return PrefillPlan(rows, batch, width, pack_shape)
 
 
-def _deal(plan: Plan, groups, prompts) -> list[Part] | None:
+def _deal(plan: PrefillPlan, groups, prompts) -> list[PrefillBatch] | None:
     """As few parts as the plan allows; None where not even single prompts fit."""
     largest = max(map(len, groups))
-    count = -(-largest // plan.part)
+    count = -(-largest // plan.batch)
     while True:
-        shares = [_shares(group, prompts, count, plan.part) for group in groups]
-        parts = [list(part) for part in zip(*shares, strict=True)]
-        if all(holds_prompts(plan.room, [[prompts[i] for i in own] for own in part]) for part in parts):
-            return [part for part in parts if any(part)]
+        shares = [_shares(group, prompts, count, plan.batch) for group in groups]
+        batches = [list(batch) for batch in zip(*shares, strict=True)]
+        if all(holds_prompts(plan.pack_shape, [[prompts[i] for i in own] for own in batch]) for batch in batches):
+            return [batch for batch in batches if any(batch)]
         if count >= largest:
             return None
         count = min(count + 1 + count // 4, largest)
@@ -132,15 +132,15 @@ def _shares(group: Sequence[int], prompts, count: int, most: int) -> list[list[i
     """A group's prompts dealt to `count` parts of at most `most` rows and about equally many tokens; equal prompts, which
     are read once, stay together."""
     order = sorted(group, key=lambda i: (-len(prompts[i]), prompts[i]))
-    parts: list[list[int]] = [[] for _ in range(count)]
-    least = [(0, 0, part) for part in range(count)]  # a heap of (tokens, rows, part) that have room
+    batches: list[list[int]] = [[] for _ in range(count)]
+    least = [(0, 0, batch) for batch in range(count)]  # a heap of (tokens, rows, part) that have room
     for prompt, same in itertools.groupby(order, key=lambda i: prompts[i]):
         rows = list(same)
         while rows:
-            tokens, taken, part = heapq.heappop(least)
+            tokens, taken, batch = heapq.heappop(least)
             space = most - taken
-            parts[part] += rows[:space]
+            batches[batch] += rows[:space]
             if len(rows) < space:
-                heapq.heappush(least, (tokens + len(prompt), taken + len(rows), part))
+                heapq.heappush(least, (tokens + len(prompt), taken + len(rows), batch))
             rows = rows[space:]
-    return parts
+    return batches

@@ -8,10 +8,10 @@ from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 
 CHAT_MODES = ("auto", "always", "never")
-OPENING = 16  # the shortest opening in tokens that is worth a pass of its own
+MIN_SHARED_PREFIX = 16  # the shortest opening in tokens that is worth a pass of its own
 
 
-class Renderer:
+class PromptRenderer:
     """Turns a task's text into prompt ids.
 
     With a chat template the question is the user's message and the header opens the assistant's turn; without one the
@@ -57,7 +57,7 @@ class Renderer:
             keep = max(0, len(answer) - 4 * (len(ids) - limit))
             answer = answer[:keep]
 
-    def openings(self, task: Task, examples: list[Example]) -> list[list[int]]:
+    def shared_prefixes(self, task: Task, examples: list[Example]) -> list[list[int]]:
         """The token ids with which prompts open, whatever the example: those of questions, and those of revision prompts.
         Fewer than OPENING do not count."""
         few = examples[:64]
@@ -67,7 +67,7 @@ class Renderer:
         for prompts in (asked, revised):
             shared = os.path.commonprefix(prompts) if len({*map(tuple, prompts)}) > 1 else []
             shared = shared[: len(shared) // 8 * 8]  # what a few examples share by chance is seldom as long
-            if len(shared) >= OPENING:
+            if len(shared) >= MIN_SHARED_PREFIX:
                 found.append(shared)
         return found
 

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.core.malloc import trim
+from spear_jax.core.malloc import release_free_memory
 from spear_jax.core.mesh import to_host
 from spear_jax.models.decoder import Decoder, unstack
 from spear_jax.packing.prefix_tree import one_sequence, pack_prompts
-from spear_jax.packing.shape_buckets import Shapes
+from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout import decode
-from spear_jax.rollout.decode import advance
-from spear_jax.rollout.prefill import Part, Plan, fewer_rows, plan_batches
+from spear_jax.rollout.prefill import PrefillBatch, PrefillPlan, fewer_rows, plan_prefill
 from spear_jax.rollout.token_sampling import SamplingConfig
 
 
@@ -35,19 +34,19 @@ class Completion:
     logprobs: list[float]
 
 
-_read_opening = jax.jit(decode.read_opening, static_argnums=0)
+_prefill_shared_prefix = jax.jit(decode.prefill_shared_prefix, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _read(decoder, config, lora, base, state, opening, pack, index, mask, keys, live, slots, at):
+def _prefill(decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at):
     keys = jax.random.wrap_key_data(keys)
-    return decode.read(decoder, config, lora, base, state, opening, pack, index, mask, keys, live, slots, at)
+    return decode.prefill(decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _advance(decoder, config, lora, base, state, at, enough):
+def _decode_until(decoder, config, lora, base, state, at, enough):
     state = {**state, "keys": jax.random.wrap_key_data(state["keys"])}
-    state, at = advance(decoder, config, lora, base, state, at, enough)
+    state, at = decode.decode_until(decoder, config, lora, base, state, at, enough)
     return {**state, "keys": jax.random.key_data(state["keys"])}, at
 
 
@@ -73,13 +72,13 @@ class Sampler:
         decoder: Decoder,
         place: Callable = jnp.asarray,
         devices: int = 1,
-        shapes: Shapes | None = None,
+        shapes: ShapeBuckets | None = None,
         spread: Callable = jnp.asarray,
-        openings: Sequence[list[int]] = (),
+        shared_prefixes: Sequence[list[int]] = (),
     ):
         self.decoder, self.place, self.devices, self.spread = decoder, place, devices, spread
-        self.shapes = Shapes() if shapes is None else shapes
-        self.openings = sorted(openings, key=len, reverse=True)
+        self.shapes = ShapeBuckets() if shapes is None else shapes
+        self.shared_prefixes = sorted(shared_prefixes, key=len, reverse=True)
 
     def generate(
         self,
@@ -104,29 +103,31 @@ class Sampler:
         """
         done: dict[int, Completion] = {}
         bases = base, unstack(base)  # prompts are read by a scan over layers, where they are stacked
-        opening = self.opening(prompts)
+        shared_prefix = self.shared_prefix(prompts)
         for adapters, groups in self._groups(prompts, config.max_rows, lora, owners):
             # groups of clients need not fill the devices evenly; they are then on all of them
             even = len(groups) % self.devices == 0
             place, devices = (self.place, self.devices) if even else (self.spread, 1)
-            plan, parts = plan_batches(config, groups, prompts, devices, self.shapes, len(opening))
-            slots = _Slots(self, adapters, bases, config, plan, len(groups), place, opening)
-            for new in slots.run(parts, prompts, keys):
+            plan, batches = plan_prefill(config, groups, prompts, devices, self.shapes, len(shared_prefix))
+            slots = ContinuousBatch(self, adapters, bases, config, plan, len(groups), place, shared_prefix)
+            for new in slots.run(batches, prompts, keys):
                 for number, completion in new.items():
                     finished(number, completion)
                 done |= new
         return [done[number] for number in range(len(prompts))]
 
-    def opening(self, prompts: Sequence[list[int]]) -> list[int]:
-        """What these prompts all open with, of `openings`; none of them is nothing but that."""
-        begins = lambda opening: all(len(p) > len(opening) and p[: len(opening)] == opening for p in prompts)
-        return next(filter(begins, self.openings), [])
+    def shared_prefix(self, prompts: Sequence[list[int]]) -> list[int]:
+        """What these prompts all open with, of `shared_prefixes`; none of them is nothing but that."""
+        begins = lambda shared_prefix: all(
+            len(p) > len(shared_prefix) and p[: len(shared_prefix)] == shared_prefix for p in prompts
+        )
+        return next(filter(begins, self.shared_prefixes), [])
 
-    def read_opening(self, lora: dict | None, base: dict, tokens: list[int]):
-        """`read_opening` of these tokens; None where there are none."""
+    def prefill_shared_prefix(self, lora: dict | None, base: dict, tokens: list[int]):
+        """`prefill_shared_prefix` of these tokens; None where there are none."""
         if not tokens:
             return None
-        return _read_opening(self.decoder, lora, base, jax.tree.map(self.spread, one_sequence(tokens)))
+        return _prefill_shared_prefix(self.decoder, lora, base, jax.tree.map(self.spread, one_sequence(tokens)))
 
     def _groups(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
         """(adapters, groups of prompt numbers)."""
@@ -145,44 +146,61 @@ class Sampler:
             yield jax.tree.map(self.spread, adapters), groups
 
 
-class _Slots:
+class ContinuousBatch:
     """A decoding state and what stands in it.
 
     Attributes:
         owner: int[G, slots], the number of the prompt that a slot completes, or -1.
         at: the ring's next column.
-        state: as from `decoding.blank`; None until the first prompts are read.
+        state: as from `decoding.init_decode_state`; None until the first prompts are read.
     """
 
-    def __init__(self, sampler: Sampler, lora, bases, config: SamplingConfig, plan: Plan, groups: int, place, opening):
+    def __init__(
+        self,
+        sampler: Sampler,
+        lora,
+        bases,
+        config: SamplingConfig,
+        plan: PrefillPlan,
+        groups: int,
+        place,
+        shared_prefix,
+    ):
         self.decoder, self.shapes, self.place = sampler.decoder, sampler.shapes, place
         self.lora, self.bases, self.config, self.plan = lora, bases, config, plan
         self.dtype = bases[0]["embed"].dtype
         self.owner, self.at, self.state = np.full((groups, plan.rows), -1), np.int32(0), None
-        self.length, self.opening = len(opening), sampler.read_opening(lora, bases[0], opening)
+        self.length, self.shared_prefix = (
+            len(shared_prefix),
+            sampler.prefill_shared_prefix(lora, bases[0], shared_prefix),
+        )
 
-    def run(self, parts: list[Part], prompts: list[list[int]], keys: np.ndarray) -> Iterator[dict[int, Completion]]:
+    def run(
+        self, batches: list[PrefillBatch], prompts: list[list[int]], keys: np.ndarray
+    ) -> Iterator[dict[int, Completion]]:
         """Completes all prompts; yields those that have finished, while the device goes on."""
-        waiting, finished = collections.deque(parts), {}
+        waiting, finished = collections.deque(batches), {}
         while waiting or (self.owner >= 0).any():
             while waiting and all((self.owner < 0).sum(1) >= [len(own) for own in waiting[0]]):
-                self._read(waiting.popleft(), prompts, keys)
+                self._prefill(waiting.popleft(), prompts, keys)
             fewer = [] if waiting else self._fewer()
-            self._advance([self.owner.shape[1] - len(own) for own in waiting[0]] if waiting else max(fewer, default=0))
+            self._decode_until(
+                [self.owner.shape[1] - len(own) for own in waiting[0]] if waiting else max(fewer, default=0)
+            )
             yield finished
             finished = self._harvest()
             if fewer:
                 self._compact(fewer)
         yield finished
 
-    def _read(self, part: Part, prompts, keys) -> None:
+    def _prefill(self, batch: PrefillBatch, prompts, keys) -> None:
         """Reads a part's prompts into free slots."""
         packed = pack_prompts(
-            [[prompts[i] for i in own] for own in part], self.plan.part, self.plan.width, self.plan.room, self.length
+            [[prompts[i] for i in own] for own in batch], self.plan.batch, self.plan.width, self.plan.shape, self.length
         )
-        numbers = np.full((len(part), self.plan.part), -1)
+        numbers = np.full((len(batch), self.plan.batch), -1)
         slots = np.full(numbers.shape, self.owner.shape[1], np.int32)
-        for group, own in enumerate(part):
+        for group, own in enumerate(batch):
             numbers[group, : len(own)] = own
             slots[group, : len(own)] = np.flatnonzero(self.owner[group] < 0)[: len(own)]
             self.owner[group, slots[group, : len(own)]] = own
@@ -191,21 +209,23 @@ class _Slots:
         inputs = jax.tree.map(self.place, (*packed, row_keys, numbers >= 0, slots))
         if self.state is None:
             self.state = self._begin(inputs)
-        self.state = _read(*self._of(0), self.state, self.opening, *inputs, self.at)
+        self.state = _prefill(*self._of(0), self.state, self.shared_prefix, *inputs, self.at)
 
     def _begin(self, inputs: tuple):
         """A state of free slots. What reads and what decodes is compiled before it is there: compiling takes memory, too, and
         many keys and values would lie there meanwhile. What that leaves, and what an earlier state was, is given back."""
         free = self.place(np.zeros(self.owner.size, bool))
-        blank = functools.partial(decode.blank, self.decoder, self.config, self.plan.width, free, self.dtype)
+        blank = functools.partial(
+            decode.init_decode_state, self.decoder, self.config, self.plan.width, free, self.dtype
+        )
         like = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         shapes = jax.eval_shape(blank)
         begun = jax.tree.map(functools.partial(like, free.sharding), shapes)
-        read = _read.lower(*self._of(0), begun, self.opening, *inputs, self.at).compile()
+        read = _prefill.lower(*self._of(0), begun, self.shared_prefix, *inputs, self.at).compile()
         if self.config.max_new_tokens > 1:
             after = jax.tree.map(like, read.output_shardings, shapes)
-            _advance.lower(*self._of(1), after, self.at, self._enough(0)).compile()
-        trim()
+            _decode_until.lower(*self._of(1), after, self.at, self._enough(0)).compile()
+        release_free_memory()
         return blank()
 
     def _of(self, base: int) -> tuple:
@@ -215,10 +235,10 @@ class _Slots:
     def _enough(self, rows: int | list[int]) -> np.ndarray:
         return np.broadcast_to(np.asarray(rows, np.int32), len(self.owner))
 
-    def _advance(self, enough: int | list[int]) -> None:
+    def _decode_until(self, enough: int | list[int]) -> None:
         """Decodes until no group has more than `enough` rows that go on; returns before that is done."""
         if self.config.max_new_tokens > 1:
-            self.state, self.at = _advance(*self._of(1), self.state, self.at, self._enough(enough))
+            self.state, self.at = _decode_until(*self._of(1), self.state, self.at, self._enough(enough))
 
     def _harvest(self) -> dict[int, Completion]:
         """Waits for the device; frees the slots of finished rows and returns their completions."""

@@ -10,28 +10,28 @@ import numpy as np
 
 from spear_jax.core import pytrees
 from spear_jax.models.decoder import Decoder, head_weight
-from spear_jax.models.token_logprobs import Scorer, block_positions, by_row, over_chunks
+from spear_jax.models.token_logprobs import TokenLogprobs, block_positions, over_chunks, unpack_rows
 from spear_jax.packing.arrays import Block
-from spear_jax.packing.blocks import choose_room, fold_rows
-from spear_jax.packing.rows import Row
-from spear_jax.packing.shape_buckets import Room
+from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
+from spear_jax.packing.rows import TrainingRow
+from spear_jax.packing.shape_buckets import BlockShape
 from spear_jax.rollout.policy import Policy
 
 
-def scorer(evaluator: Any, prompt_room: int, length: int, max_rows: int) -> Callable:
+def scorer(evaluator: Any, prompt_shape: int, length: int, max_rows: int) -> Callable:
     """(policy, rows) -> log-probabilities of each row's completion, about `max_rows` rows at a time."""
     decoder = evaluator.decoder
 
-    def choose(rows: list[Row]) -> Room:
+    def choose(rows: list[TrainingRow]) -> BlockShape:
         mean = sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows)
         items = [(row,) for row in rows]
-        return choose_room([[items]], 1, 1, prompt_room, length, max_rows * mean)
+        return choose_block_shape([[items]], 1, 1, prompt_shape, length, max_rows * mean)
 
-    def score(policy: Policy, rows: list[Row]) -> list[np.ndarray]:
-        room = evaluator.sampler.shapes.room("score", lambda: choose(rows))
-        blocks, places = fold_rows(rows, room)
+    def score(policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
+        shape = evaluator.sampler.shapes.shape("score", lambda: choose(rows))
+        blocks, places = pack_single_rows(rows, shape)
         one = lambda blocks: _score_rows(decoder, 0, policy.lora, policy.base, blocks)
-        scores = evaluator.over_devices(one, blocks, room)
+        scores = evaluator.over_devices(one, blocks, shape)
         return [scores[block, slot, : len(row.completion)] for (block, slot), row in zip(places, rows, strict=True)]
 
     return score
@@ -40,16 +40,16 @@ def scorer(evaluator: Any, prompt_room: int, length: int, max_rows: int) -> Call
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score_rows(decoder, chunk, lora, base, blocks):
     """float32[G, B, T] of blocks with a leading axis."""
-    return pytrees.each(lambda block: score_rows(decoder, chunk, lora, base, block))(blocks)
+    return pytrees.vmap_or_single(lambda block: score_rows(decoder, chunk, lora, base, block))(blocks)
 
 
 def score_rows(decoder: Decoder, chunk: int, lora: dict | None, base: dict, block: Block) -> jax.Array:
     """float32[B, T]: log-probabilities of rows under a frozen policy."""
-    return by_row(block, Scorer(decoder, base, chunk).logprobs(lora, block))
+    return unpack_rows(block, TokenLogprobs(decoder, base, chunk).logprobs(lora, block))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _token_scores(decoder, chunk, lora, base, blocks, opening=None):
+def _token_scores(decoder, chunk, lora, base, blocks, shared_prefix=None):
     """float32[G, B, T] log-probability of each completion token, and whether it is the most likely one; 0 at padding.
 
     Logits are held for `chunk` positions at a time (0: as `block_positions`).
@@ -63,7 +63,7 @@ def _token_scores(decoder, chunk, lora, base, blocks, opening=None):
         return picked - jax.nn.logsumexp(logits, axis=-1), (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
 
     def one(block):
-        hidden = Scorer(decoder, base, chunk, opening=opening).states(lora, block)
-        return [by_row(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
+        hidden = TokenLogprobs(decoder, base, chunk, shared_prefix=shared_prefix).states(lora, block)
+        return [unpack_rows(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
 
-    return pytrees.each(one)(blocks)
+    return pytrees.vmap_or_single(one)(blocks)

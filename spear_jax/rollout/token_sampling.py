@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-RUN = 256  # tokens of a run of `pick`
+RUN = 256  # tokens of a run of `inverse_cdf_sample`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SamplingConfig:
     read_tokens: int = 1024
 
 
-def keep_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Which tokens survive top-k and then top-p, without sorting.
 
     The k-th largest value, and the smallest value inside the nucleus, are found by bisection over the bit patterns of
@@ -73,7 +73,9 @@ def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array
     return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
 
 
-def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig) -> tuple[jax.Array, jax.Array]:
+def sample_token(
+    logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig
+) -> tuple[jax.Array, jax.Array]:
     """One token a row.
 
     Args: logits float32[B, V]; keys [B]; step int32[B], folded into each row's key.
@@ -83,15 +85,15 @@ def draw(logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingCo
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         tempered = logits / config.temperature
-        kept = keep_mask(tempered, config.top_k, config.top_p)
+        kept = nucleus_mask(tempered, config.top_k, config.top_p)
         share = jnp.where(kept, jnp.exp(tempered - tempered.max(-1, keepdims=True)), 0.0)
         step_keys = jax.vmap(jax.random.fold_in)(keys, step)
-        token = pick(share, jax.vmap(jax.random.uniform)(step_keys))
+        token = inverse_cdf_sample(share, jax.vmap(jax.random.uniform)(step_keys))
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def pick(share: jax.Array, uniform: jax.Array) -> jax.Array:
+def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
     """The first token whose running sum of shares exceeds uniform x their sum: one random number a row instead of one a token.
 
     The running sum is taken over runs of RUN tokens, then inside the run that was hit.

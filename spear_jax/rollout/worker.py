@@ -9,9 +9,9 @@ import numpy as np
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Attempt, Example, Tally, Trace
 from spear_jax.feedback.base import Feedback, Request
-from spear_jax.packing.rows import Row
+from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.prompts import Renderer
+from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Completion, Sampler
 from spear_jax.rollout.token_sampling import SamplingConfig
 from spear_jax.tasks.base import Task
@@ -20,11 +20,11 @@ ROLLOUT = purpose("rollout")
 REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
 KEYS = 256  # that are made at a time
 SAMPLE_BITS = 21  # of a key path's last step, those below hold the attempt, those above the sample number
-Ask = tuple[int, int, int]  # (client, position in the training set, sample number)
+RolloutRequest = tuple[int, int, int]  # (client, position in the training set, sample number)
 
 
 @dataclasses.dataclass
-class Actor:
+class RolloutWorker:
     """Everything a conversation needs except the weights.
 
     Attributes:
@@ -42,7 +42,7 @@ class Actor:
     """
 
     task: Task
-    renderer: Renderer
+    renderer: PromptRenderer
     sampler: Sampler
     feedback: Feedback
     examples: list[Example]
@@ -51,24 +51,31 @@ class Actor:
     revise: SamplingConfig
     num_revisions: int
     merge: Callable[[dict], Policy] | None = None
-    scorer: Callable[[Policy, list[Row]], list[np.ndarray]] | None = None
+    scorer: Callable[[Policy, list[TrainingRow]], list[np.ndarray]] | None = None
     responses: list[list[int]] = dataclasses.field(default_factory=list)
     rejected: list[list[int]] = dataclasses.field(default_factory=list)
     tally: Tally = dataclasses.field(default_factory=Tally)
     report: Callable[[str, int, int], None] = lambda stage, rows, total: None
 
-    def answer(self, policy: Policy, asks: list[Ask], key: jax.Array) -> list[Trace]:
+    def answer(self, policy: Policy, requests: list[RolloutRequest], key: jax.Array) -> list[Trace]:
         """First answers of all clients in one batch.
 
         Args: key: the round's key; row keys are its path (client, example, attempt 0 of the sample).
         """
-        prompts = [self.prompts[index] for _, index, _ in asks]
-        examples = [self.examples[index] for _, index, _ in asks]
-        done = self._attempts(policy, examples, prompts, asks, key, 0, self.first, "rollout")
-        return [Trace(ask[0], example, [one]) for ask, example, one in zip(asks, examples, done, strict=True)]
+        prompts = [self.prompts[index] for _, index, _ in requests]
+        examples = [self.examples[index] for _, index, _ in requests]
+        done = self._attempts(policy, examples, prompts, requests, key, 0, self.first, "rollout")
+        return [
+            Trace(request[0], example, [one]) for request, example, one in zip(requests, examples, done, strict=True)
+        ]
 
     def revise_until_right(
-        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array, limit: int | None = None
+        self,
+        policy: Policy,
+        traces: list[Trace],
+        requests: list[RolloutRequest],
+        key: jax.Array,
+        limit: int | None = None,
     ) -> None:
         """Revises wrong answers after feedback, all pending ones of an attempt in one batch; extends the traces in place.
 
@@ -85,14 +92,14 @@ class Actor:
             prompts = [
                 self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i]) for i in pending
             ]
-            examples, own = [traces[i].example for i in pending], [asks[i] for i in pending]
+            examples, own = [traces[i].example for i in pending], [requests[i] for i in pending]
             done = self._attempts(policy, examples, prompts, own, key, number, self.revise, "revision")
             for i, attempt in zip(pending, done, strict=True):
                 traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
             pending = [i for i in pending if not traces[i].last.correct]
 
     def rewrite(
-        self, policy: Policy, traces: list[Trace], asks: list[Ask], key: jax.Array
+        self, policy: Policy, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array
     ) -> dict[int, Attempt | None]:
         """Rewrites right first answers of wrong form, without feedback.
 
@@ -108,7 +115,7 @@ class Actor:
             self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
             for i in chosen
         ]
-        examples, own = [traces[i].example for i in chosen], [asks[i] for i in chosen]
+        examples, own = [traces[i].example for i in chosen], [requests[i] for i in chosen]
         done = self._attempts(policy, examples, prompts, own, key, REWRITE, self.revise, "rewrite")
         rewrites: dict[int, Attempt | None] = {}
         for i, attempt in zip(chosen, done, strict=True):
@@ -116,12 +123,12 @@ class Actor:
             rewrites[i] = attempt if whole else None
         return rewrites
 
-    def score(self, policy: Policy, rows: list[Row]) -> list[np.ndarray]:
+    def score(self, policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
         """float32[len(completion)] a row: log-probabilities of its completion, without gradient and untempered."""
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
         return self.scorer(policy, rows)
 
-    def _attempts(self, policy, examples, prompts, asks, key, number, config, stage) -> list[Attempt]:
+    def _attempts(self, policy, examples, prompts, requests, key, number, config, stage) -> list[Attempt]:
         """Graded completions of the prompts, without feedback; each is graded while the device completes others."""
         if not prompts:
             return []
@@ -133,24 +140,24 @@ class Actor:
             made[i] = Attempt(prompts[i], completion.tokens, completion.logprobs, text, correct, "")
             self.report(stage, 1, len(prompts))
 
-        keys = row_keys(key, asks, number)
-        owners = np.array([policy.slots[client] for client, _, _ in asks], np.int32) if policy.slots else None
+        keys = row_keys(key, requests, number)
+        owners = np.array([policy.slots[client] for client, _, _ in requests], np.int32) if policy.slots else None
         done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, grade, owners)
         self.tally.prompt += sum(map(len, prompts))
         self.tally.generated += sum(len(completion.tokens) for completion in done)
         return [made[i] for i in range(len(prompts))]
 
 
-def row_keys(key: jax.Array, asks: list[Ask], attempt: int) -> np.ndarray:
+def row_keys(key: jax.Array, requests: list[RolloutRequest], attempt: int) -> np.ndarray:
     """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and attempt) below the round's."""
     # so many at a time, that the number of pending rows does not cause a compilation
-    padded = np.zeros((-(-len(asks) // KEYS), KEYS, 3), np.uint32)
-    padded.reshape(-1, 3)[: len(asks)] = asks
+    padded = np.zeros((-(-len(requests) // KEYS), KEYS, 3), np.uint32)
+    padded.reshape(-1, 3)[: len(requests)] = requests
     padded[..., 2] = (padded[..., 2] << SAMPLE_BITS) + attempt
-    return np.concatenate([np.asarray(_row_keys(key, some)) for some in padded])[: len(asks)]
+    return np.concatenate([np.asarray(_row_keys(key, some)) for some in padded])[: len(requests)]
 
 
 @jax.jit
-def _row_keys(key, asks):
-    path = jax.vmap(lambda ask: path_key(key, ROLLOUT, ask[0], ask[1], ask[2]))
-    return jax.random.key_data(path(asks))
+def _row_keys(key, requests):
+    path = jax.vmap(lambda request: path_key(key, ROLLOUT, request[0], request[1], request[2]))
+    return jax.random.key_data(path(requests))

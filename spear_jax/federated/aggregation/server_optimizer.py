@@ -50,14 +50,14 @@ def check_server(config: ServerConfig) -> None:
             raise UserError(f"federation.{name} is {value}; it must lie in [0, 1).")
 
 
-def init_server(config: ServerConfig, lora: dict, memory: Any, key: jax.Array) -> ServerState:
+def init_server(config: ServerConfig, lora: dict, algorithm_state: Any, key: jax.Array) -> ServerState:
     """The state before round 1: zero momentum, variance τ²."""
     opt_state = {}
     if config.rule not in ("fedavg", "last", "local"):
         opt_state["m"] = jax.tree.map(jnp.zeros_like, lora)
     if config.rule in WITH_VARIANCE:
         opt_state["v"] = jax.tree.map(lambda x: jnp.full_like(x, config.tau**2), lora)
-    return ServerState(lora, opt_state, memory, jnp.int32(0), jax.random.key_data(key))
+    return ServerState(lora, opt_state, algorithm_state, jnp.int32(0), jax.random.key_data(key))
 
 
 def aggregate(config: ServerConfig, state: ServerState, total: dict, mass: jax.Array) -> tuple[ServerState, jax.Array]:
