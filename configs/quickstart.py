@@ -1,4 +1,5 @@
-"""The embedded default: a tiny model learns facts from feedback alone, in minutes on a CPU and without any download.
+"""The embedded default: a tiny model learns facts from feedback alone, in minutes on a CPU and
+without any download.
 
     bash launch/quickstart.sh
     python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -14,8 +15,9 @@ from spear_jax.experiment import presets
 
 
 def get_config(arg: str = "facts") -> ml_collections.ConfigDict:
-    """Args: arg: "facts" (multiple choice) or "reasoned" (a reasoned answer with an answer line), then ",reference" for the
-    published code's behaviour."""
+    """Args: arg: "facts" (multiple choice) or "reasoned" (a reasoned answer with an answer line),
+    then ",reference" for the published code's behaviour.
+    """
     task, *variants = arg.split(",")
     if task not in presets.EMBEDDED:
         raise unknown("embedded task", task, presets.EMBEDDED)

@@ -1,17 +1,21 @@
-"""What the number of clients changes: clients x cohort x Dirichlet alpha x rank x method, one table and one figure, one command.
+"""What the number of clients changes: clients x cohort x Dirichlet alpha x rank x method, one table
+and one figure, one command.
 
-A cohort is a number (`10`: so many clients a round, all of them where there are fewer) or a share (`10%`, rounded up). A fixed
-cohort keeps bytes, tokens and optimiser steps of a round equal, so that only the population changes; a share keeps participation
-equal, and a round costs what its clients cost.
+A cohort is a number (`10`: so many clients a round, all of them where there are fewer) or a share
+(`10%`, rounded up). A fixed cohort keeps bytes, tokens and optimiser steps of a round equal, so
+that only the population changes; a share keeps participation equal, and a round costs what its
+clients cost.
 
-One split for all cells, so that they can be compared: `federation.partition=resample`. Every client, however many there are,
-draws its own 32 of the training examples (3,420 in `facts`), no example twice, its labels (the gold options' letters) in
-Dirichlet(alpha) shares; clients share examples. A client that is asked answers 8 of its examples a round and takes 2 optimiser
-steps on up to 8 wins and 8 loses each; 8 rounds, then the held-out questions. --config.a.b=VALUE changes any of this, for all
-cells.
+One split for all cells, so that they can be compared: `federation.partition=resample`. Every
+client, however many there are, draws its own 32 of the training examples (3,420 in `facts`), no
+example twice, its labels (the gold options' letters) in Dirichlet(alpha) shares; clients share
+examples. A client that is asked answers 8 of its examples a round and takes 2 optimiser steps on up
+to 8 wins and 8 loses each; 8 rounds, then the held-out questions. --config.a.b=VALUE changes any of
+this, for all cells.
 
-WORKDIR gets a run folder a cell, cells.csv, table.csv, table.md, and sweep.png and .svg. The same command goes on after a kill;
-values and seeds may be added later. `seconds` depend on --jobs, which share the cores: compare them within one command only.
+WORKDIR gets a run folder a cell, cells.csv, table.csv, table.md, and sweep.png and .svg. The same
+command goes on after a kill; values and seeds may be added later. `seconds` depend on --jobs, which
+share the cores: compare them within one command only.
 """
 
 import math
@@ -56,41 +60,60 @@ SETTING = {
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("", __doc__, EXAMPLES)
     parser.prog = "python launch/sweep_clients.py"
-    parser.add_argument("--clients", default="5,10,50,100,500,1000,5000,10000", help="default: %(default)s")
+    parser.add_argument(
+        "--clients", default="5,10,50,100,500,1000,5000,10000", help="default: %(default)s"
+    )
     parser.add_argument("--cohort", default="10,10%", help="numbers or shares (default: 10,10%%)")
-    parser.add_argument("--alpha", default="1.0", help="Dirichlet concentrations; small is uneven (default: 1.0)")
+    parser.add_argument(
+        "--alpha", default="1.0", help="Dirichlet concentrations; small is uneven (default: 1.0)"
+    )
     parser.add_argument("--rank", default="16", help="of the adapters (default: 16)")
     parser.add_argument(
-        "--method", default="spear,feedback_sft", help="names of configs/<method>.py (default: %(default)s)"
+        "--method",
+        default="spear,feedback_sft",
+        help="names of configs/<method>.py (default: %(default)s)",
     )
-    parser.add_argument("--task", default="facts,tiny,small", help="TASK,MODEL[,VARIANT...] (default: %(default)s)")
+    parser.add_argument(
+        "--task", default="facts,tiny,small", help="TASK,MODEL[,VARIANT...] (default: %(default)s)"
+    )
     sweep.add_flags(parser, seeds="0")
     args, overrides = parser.parse_known_args(argv)
     grid = {name: getattr(args, name).split(",") for name in FIELDS}
     settings = make_settings(args, grid, overrides)
     fields = [FIELDS[name] for name in ("method", "clients", "cohort", "alpha", "rank")]
     request = {"config": args.task, "overrides": overrides, "fields": fields, "grid": grid}
-    return sweep.sweep(args, request, settings, FIELDS["clients"], lambda table: split_lines(table, grid["cohort"]))
+    return sweep.sweep(
+        args, request, settings, FIELDS["clients"], lambda table: split_lines(table, grid["cohort"])
+    )
 
 
-def make_settings(args: Any, grid: dict[str, list[str]], overrides: list[str]) -> list[sweep.Setting]:
+def make_settings(
+    args: Any, grid: dict[str, list[str]], overrides: list[str]
+) -> list[sweep.Setting]:
     """Every cell's setting, the most clients first, so that the longest runs do not come last."""
     counts = sorted({read_count(text) for text in grid["clients"]}, reverse=True)
-    seeds, fixed = read_seeds(args.seeds), [f"--config.{name}={value}" for name, value in SETTING.items()]
+    seeds, fixed = (
+        read_seeds(args.seeds),
+        [f"--config.{name}={value}" for name, value in SETTING.items()],
+    )
     settings: list[sweep.Setting] = []
     for count in counts:
         points = sweep.product(
             {
                 FIELDS["clients"]: [str(count)],
                 # a number and a share may be the same clients
-                FIELDS["cohort"]: list(dict.fromkeys(str(cohort_size(text, count)) for text in grid["cohort"])),
+                FIELDS["cohort"]: list(
+                    dict.fromkeys(str(cohort_size(text, count)) for text in grid["cohort"])
+                ),
                 FIELDS["alpha"]: grid["alpha"],
                 FIELDS["rank"]: grid["rank"],
             }
         )
         for method in grid["method"]:
             found = [{FIELDS["method"]: method} | point for point in points]
-            settings += sweep.make_settings(source(method, args.task), found, fixed + overrides, seeds)
+            settings += sweep.make_settings(
+                source(method, args.task), found, fixed + overrides, seeds
+            )
     return settings
 
 
@@ -105,7 +128,9 @@ def source(method: str, task: str) -> str:
 def read_count(text: str) -> int:
     """A number of clients."""
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--clients has {text!r}; give whole numbers from 1, for example --clients=10,100,1000.")
+        raise UserError(
+            f"--clients has {text!r}; give whole numbers from 1, for example --clients=10,100,1000."
+        )
     return int(text)
 
 
@@ -118,7 +143,8 @@ def cohort_size(text: str, clients: int) -> int:
         number = math.nan
     if not (0 < number <= 100 if share else number >= 1 and number.is_integer()):
         raise UserError(
-            f"--cohort has {text!r}; give numbers from 1 or shares up to 100%, for example --cohort=10,10%."
+            f"--cohort has {text!r}; give numbers from 1 or shares up to 100%, for example "
+            f"--cohort=10,10%."
         )
     return math.ceil(number * clients / 100) if share else min(clients, int(number))
 

@@ -1,8 +1,10 @@
-"""Methods side by side on an equal budget: one table and one figure; stopped, it goes on where it was.
+"""Methods side by side on an equal budget: one table and one figure; stopped, it goes on where it
+was.
 
-Each method takes its configs/<method>.py. A cell is a method and a seed, an ordinary run folder WORKDIR/<label>/seed<k>.
-Nothing starts before every config has been checked. --config.a.b=VALUE changes a field for all methods; a --variant is one more
-row, a method with fields of its own. Every worker of --jobs has its own share of the cores; on an accelerator leave it at 1.
+Each method takes its configs/<method>.py. A cell is a method and a seed, an ordinary run folder
+WORKDIR/<label>/seed<k>. Nothing starts before every config has been checked. --config.a.b=VALUE
+changes a field for all methods; a --variant is one more row, a method with fields of its own. Every
+worker of --jobs has its own share of the cores; on an accelerator leave it at 1.
 
 A run ends with the first round at whose end the budget is used up, or at config.rounds.
 """
@@ -51,13 +53,23 @@ class Entry(GridRow):
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("compare", __doc__, EXAMPLES)
-    parser.add_argument("--methods", required=True, help="names of configs/<method>.py, separated by commas")
-    parser.add_argument("--task", required=True, help="TASK[,MODEL[,VARIANT...]]; the model is tiny where not given")
+    parser.add_argument(
+        "--methods", required=True, help="names of configs/<method>.py, separated by commas"
+    )
+    parser.add_argument(
+        "--task", required=True, help="TASK[,MODEL[,VARIANT...]]; the model is tiny where not given"
+    )
     parser.add_argument("--seeds", required=True, help="for example 0,1,2")
-    parser.add_argument("--budget", required=True, help="tokens:N (generated), rounds:N or seconds:N")
-    parser.add_argument("--workdir", required=True, help="the folder of all cells, the table and the figure")
+    parser.add_argument(
+        "--budget", required=True, help="tokens:N (generated), rounds:N or seconds:N"
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="the folder of all cells, the table and the figure"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="worker processes (default: 1)")
-    parser.add_argument("--variant", action="append", default=[], help="LABEL:METHOD:key=value[,key=value...]")
+    parser.add_argument(
+        "--variant", action="append", default=[], help="LABEL:METHOD:key=value[,key=value...]"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
     command_line.add_offline(parser)
     parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing")
@@ -77,10 +89,20 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.dry_run:
         count, waiting = len(entries) * len(seeds), sum(map(len, left.values()))
         return {"workdir": args.workdir, "budget": args.budget, "cells": count, "waiting": waiting}
-    rows = {e.label: {"method": e.method, "overrides": e.overrides, "gold": golds[e.label]} for e in unchecked}
-    comparison.write_request(folder, same | {"seeds": seeds, "labels": known | rows} | machine(args.jobs))
+    rows = {
+        e.label: {"method": e.method, "overrides": e.overrides, "gold": golds[e.label]}
+        for e in unchecked
+    }
+    comparison.write_request(
+        folder, same | {"seeds": seeds, "labels": known | rows} | machine(args.jobs)
+    )
     failed = run(folder, entries, args.jobs, args.quiet)
-    return {"workdir": args.workdir, "budget": args.budget, **conclude(folder, args.quiet), "failed": failed}
+    return {
+        "workdir": args.workdir,
+        "budget": args.budget,
+        **conclude(folder, args.quiet),
+        "failed": failed,
+    }
 
 
 def read_budget(text: str) -> dict[str, Any]:
@@ -89,28 +111,42 @@ def read_budget(text: str) -> dict[str, Any]:
     if kind not in BUDGETS:
         raise unknown("budget", kind, BUDGETS)
     if not amount.isdecimal() or int(amount) < 1:
-        raise UserError(f"--budget is {text!r}; give a whole number from 1, for example --budget={kind}:100.")
+        raise UserError(
+            f"--budget is {text!r}; give a whole number from 1, for example --budget={kind}:100."
+        )
     return {"kind": kind, "amount": int(amount)}
 
 
-def read_entries(args: argparse.Namespace, seeds: list[int], budget: dict, overrides: list[str]) -> list[Entry]:
-    """All rows with their configs; raises UserError for unknown methods and fields, and for labels that are no folder names."""
+def read_entries(
+    args: argparse.Namespace, seeds: list[int], budget: dict, overrides: list[str]
+) -> list[Entry]:
+    """All rows with their configs; raises UserError for unknown methods and fields, and for labels
+    that are no folder names.
+    """
     rows: list[tuple[str, str, list[str]]] = [(name, name, []) for name in args.methods.split(",")]
     for text in args.variant:
         label, method, fields = (text.split(":", 2) + ["", ""])[:3]
         if not fields:
-            raise UserError(f"--variant is {text!r}; write it as LABEL:METHOD:key=value[,key=value...].")
+            raise UserError(
+                f"--variant is {text!r}; write it as LABEL:METHOD:key=value[,key=value...]."
+            )
         # a comma inside a value, as in targets=('q','v'), is followed by no key
-        rows.append((label, method, [f"--config.{field}" for field in re.split(r",(?=[\w.]+=)", fields)]))
+        rows.append(
+            (label, method, [f"--config.{field}" for field in re.split(r",(?=[\w.]+=)", fields)])
+        )
     known = known_methods()
-    arg, fixed = args.task if "," in args.task else f"{args.task},tiny", ("seed", BUDGETS[budget["kind"]])
+    arg, fixed = (
+        args.task if "," in args.task else f"{args.task},tiny",
+        ("seed", BUDGETS[budget["kind"]]),
+    )
     entries: list[Entry] = []
     for label, method, own in rows:
         if method not in known:
             raise unknown("method", method, known)
         if not re.fullmatch(r"\w[\w.+-]*", label) or any(entry.label == label for entry in entries):
             raise UserError(
-                f"the label {label!r} is taken, or no folder name; give each row one of its own, as in no_average."
+                f"the label {label!r} is taken, or no folder name; give each row one of its own, "
+                f"as in no_average."
             )
         for name in fixed:
             if any(override.split("=")[0] == f"--config.{name}" for override in overrides + own):
@@ -119,25 +155,34 @@ def read_entries(args: argparse.Namespace, seeds: list[int], budget: dict, overr
         for seed in seeds:
             config = importlib.import_module(f"configs.{method}").get_config(arg)
             made[seed] = command_line.apply_overrides(config, overrides + own)
-            made[seed].update_from_flattened_dict({"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]})
+            made[seed].update_from_flattened_dict(
+                {"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]}
+            )
         entries.append(Entry(label, made, method, own))
     return entries
 
 
 def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Raises UserError where the folder holds another comparison; returns the labels that compare.json has.
+    """Raises UserError where the folder holds another comparison; returns the labels that
+    compare.json has.
 
-    Args: request: what has to be equal for all cells of a folder; methods and seeds may be added later.
+    Args: request: what has to be equal for all cells of a folder; methods and seeds may be added
+        later.
     """
     old = runs.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
     for name, value in request.items():
         if name in old and old[name] != value:
-            raise UserError(f"{folder} compares with {name} {old[name]}, now it is {value}; give a new --workdir.")
+            raise UserError(
+                f"{folder} compares with {name} {old[name]}, now it is {value}; give a new "
+                f"--workdir."
+            )
     return old["labels"]
 
 
 def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    """table.csv, table.md, compare.png and compare.svg from the finished cells, and the table on stdout."""
+    """table.csv, table.md, compare.png and compare.svg from the finished cells, and the table on
+    stdout.
+    """
     if not any(folder.glob("*/seed*/summary.json")):
         return {"table": [], "files": []}
     table = comparison.grid_table(folder)
@@ -148,7 +193,9 @@ def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
     short = comparison.short_of_budget(folder)
     if short:
         print(
-            f"ended at config.rounds, short of the budget: {', '.join(short)}; raise --config.rounds", file=sys.stderr
+            f"ended at config.rounds, short of the budget: {', '.join(short)}; raise "
+            f"--config.rounds",
+            file=sys.stderr,
         )
     if not quiet:
         print(shown.to_string(index=False))

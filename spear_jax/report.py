@@ -1,10 +1,11 @@
 """One page, tables and figures from run folders or `compare` folders, finished or still running.
 
-Writes report.html, which needs no other file and no network: what was run, results with 95 % intervals, wins and loses, what
-feedback fixed, losses, bytes, time by phase, a heat map of clients, the data split, sample traces, and the fields in which the
-configs differ. Beside it every figure as PNG and SVG, and metrics.csv (tidy: run, round, metric, value), summary.csv (a row
-a run), results.csv (a row a label), clients.csv, and of the configs differences.csv (fields that differ) and common.csv (fields
-that are equal in all runs, but not the default).
+Writes report.html, which needs no other file and no network: what was run, results with 95 %
+intervals, wins and loses, what feedback fixed, losses, bytes, time by phase, a heat map of clients,
+the data split, sample traces, and the fields in which the configs differ. Beside it every figure as
+PNG and SVG, and metrics.csv (tidy: run, round, metric, value), summary.csv (a row a run),
+results.csv (a row a label), clients.csv, and of the configs differences.csv (fields that differ)
+and common.csv (fields that are equal in all runs, but not the default).
 """
 
 import pathlib
@@ -28,7 +29,9 @@ EXAMPLES = """
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("report", __doc__, EXAMPLES)
-    parser.add_argument("--workdir", required=True, nargs="+", help="run folders, or folders of `compare`")
+    parser.add_argument(
+        "--workdir", required=True, nargs="+", help="run folders, or folders of `compare`"
+    )
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
@@ -38,9 +41,13 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError(f"--out is {args.out!r}, which is a file; give a folder.")
     out.mkdir(parents=True, exist_ok=True)
     author, default = Author(found, begun, out), flatten(default_config())
-    names = ", ".join(dict.fromkeys(pathlib.Path(workdir).resolve().name for workdir in args.workdir))
+    names = ", ".join(
+        dict.fromkeys(pathlib.Path(workdir).resolve().name for workdir in args.workdir)
+    )
     sections = author.all(default)
-    (out / "report.html").write_text(page.render(f"Report: {names}", summary(found), sections), encoding="utf-8")
+    (out / "report.html").write_text(
+        page.render(f"Report: {names}", summary(found), sections), encoding="utf-8"
+    )
     files = ["report.html", *write_tables(author, out, default), *author.files]
     if not args.quiet:
         print(author.results.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
@@ -67,7 +74,9 @@ def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> 
     counts = [traces.client_counts(run).assign(run=run.name) for run in author.runs]
     tables = {
         "metrics": pd.concat(tidy, ignore_index=True),
-        "summary": pd.json_normalize([{"run": run.name, **run_files.summarise(run.folder)} for run in author.runs]),
+        "summary": pd.json_normalize(
+            [{"run": run.name, **run_files.summarise(run.folder)} for run in author.runs]
+        ),
         "results": author.results,
         "differences": between,
         "common": common,

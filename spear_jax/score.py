@@ -1,8 +1,10 @@
-"""How likely a round's recorded first answers are under the adapters of saved rounds: the same tokens, followed over rounds.
+"""How likely a round's recorded first answers are under the adapters of saved rounds: the same
+tokens, followed over rounds.
 
-Writes WORKDIR/scores/round_00001.jsonl.gz (of --traces=1), which `spear_jax.tokens.load_scores` reads. Answers that are sampled
-anew in every round cannot be compared so: the tokens that are drawn are those that are likely. A round is scored where it has a
-checkpoint; --config.checkpoint.keep_last=1000 at training keeps them all.
+Writes WORKDIR/scores/round_00001.jsonl.gz (of --traces=1), which `spear_jax.tokens.load_scores`
+reads. Answers that are sampled anew in every round cannot be compared so: the tokens that are drawn
+are those that are likely. A round is scored where it has a checkpoint;
+--config.checkpoint.keep_last=1000 at training keeps them all.
 """
 
 import gzip
@@ -33,8 +35,15 @@ EXAMPLES = """
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("score", __doc__, EXAMPLES)
     parser.add_argument("--workdir", required=True, help="a run folder of `train`")
-    parser.add_argument("--traces", type=int, default=1, help="the round whose first answers are scored (default: 1)")
-    parser.add_argument("--rounds", default="", help="saved rounds to score under, for example 0,4,8 (default: all)")
+    parser.add_argument(
+        "--traces",
+        type=int,
+        default=1,
+        help="the round whose first answers are scored (default: 1)",
+    )
+    parser.add_argument(
+        "--rounds", default="", help="saved rounds to score under, for example 0,4,8 (default: all)"
+    )
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
     enable_compilation_cache()
@@ -47,7 +56,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     for round in tqdm.tqdm(rounds, desc="rounds", disable=not on_terminal(args.quiet)):
         policies = built.policies(restore(built, folder, round)[0].lora)
         lines += [
-            {"adapter": round, "trace": i, "logprob": x} for i, x in enumerate(score(built, policies, traces, rows))
+            {"adapter": round, "trace": i, "logprob": x}
+            for i, x in enumerate(score(built, policies, traces, rows))
         ]
     out = folder / "scores" / f"round_{args.traces:05d}.jsonl.gz"
     out.parent.mkdir(exist_ok=True)
@@ -56,7 +66,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     os.replace(temporary, out)
     if not args.quiet:
-        print(f"{len(traces)} first answers of round {args.traces} under the adapters of rounds {rounds} -> {out}")
+        print(
+            f"{len(traces)} first answers of round {args.traces} under the adapters of rounds "
+            f"{rounds} -> {out}"
+        )
     return {"out": str(out), "traces": len(traces), "rounds": rounds}
 
 
@@ -64,7 +77,9 @@ def read_rounds(text: str) -> list[int]:
     """The numbers of "0,4,8"."""
     parts = text.split(",") if text else []
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"--rounds is {text!r}; give whole numbers from 0, for example --rounds=0,4,8.")
+        raise UserError(
+            f"--rounds is {text!r}; give whole numbers from 0, for example --rounds=0,4,8."
+        )
     return [int(part) for part in parts]
 
 
@@ -74,19 +89,24 @@ def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[Train
     tokens = [trace["tokens"]["id"] for trace in traces]
     prompts = [built.worker.prompts[place[trace["example"]]] for trace in traces]
     return [
-        TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, 1) for prompt, ids in zip(prompts, tokens, strict=True)
+        TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, 1)
+        for prompt, ids in zip(prompts, tokens, strict=True)
     ]
 
 
 def score(
     built: Experiment, policies: list[Policy], traces: list[dict[str, Any]], rows: list[TrainingRow]
 ) -> list[list[float]]:
-    """Log-probabilities of each row's tokens in nats, under the global policy or, of a local-only run, its client's own."""
+    """Log-probabilities of each row's tokens in nats, under the global policy or, of a local-only
+    run, its client's own.
+    """
     found: list[list[float]] = [[]] * len(rows)
     alone = len(policies) > 1
     for client, policy in enumerate(policies):
         own = [i for i, trace in enumerate(traces) if not alone or trace["client"] == client]
-        for i, logprobs in zip(own, built.worker.score(policy, [rows[i] for i in own]) if own else [], strict=True):
+        for i, logprobs in zip(
+            own, built.worker.score(policy, [rows[i] for i in own]) if own else [], strict=True
+        ):
             found[i] = [round(float(x), 4) for x in logprobs]
     return found
 

@@ -1,4 +1,6 @@
-"""Sweeps over config fields, behind launch/sweep.py and launch/sweep_clients.py: settings to cells, run here or by a cluster."""
+"""Sweeps over config fields, behind launch/sweep.py and launch/sweep_clients.py: settings to cells,
+run here or by a cluster.
+"""
 
 import argparse
 import dataclasses
@@ -16,7 +18,16 @@ from spear_jax.analysis import comparison, runs, sweeps
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line
 from spear_jax.experiment.config import check_config, flatten
-from spear_jax.experiment.grid import GridRow, cell_folder, check_folder, check_rows, machine, programs, run, unfinished
+from spear_jax.experiment.grid import (
+    GridRow,
+    cell_folder,
+    check_folder,
+    check_rows,
+    machine,
+    programs,
+    run,
+    unfinished,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What makes a sweep: it has to stay as it is in a folder, but values and seeds may be added.
@@ -25,7 +36,9 @@ SAME = ("config", "overrides", "fields")
 
 @dataclasses.dataclass(frozen=True)
 class Setting(GridRow):
-    """A row of a sweep: the arguments of `train` that make its configs, but for seed and workdir."""
+    """A row of a sweep: the arguments of `train` that make its configs, but for seed and
+    workdir.
+    """
 
     arguments: list[str]
 
@@ -38,13 +51,25 @@ class Setting(GridRow):
 def add_flags(parser: argparse.ArgumentParser, seeds: str | None = None) -> None:
     """The flags that every sweep has. Args: seeds: the default; None makes --seeds required."""
     shown = f" (default: {seeds})" if seeds else ""
-    parser.add_argument("--seeds", required=seeds is None, default=seeds, help=f"for example 0,1,2{shown}")
-    parser.add_argument("--workdir", required=True, help="the folder of all cells, the table and the figure")
-    parser.add_argument("--jobs", type=int, help="cells at a time (default: 1; with --slurm no limit)")
     parser.add_argument(
-        "--print", "--dry-run", dest="dry_run", action="store_true", help="check all, print each cell's command"
+        "--seeds", required=seeds is None, default=seeds, help=f"for example 0,1,2{shown}"
     )
-    parser.add_argument("--slurm", metavar="FILE", help="write a job array of the unfinished cells; run nothing")
+    parser.add_argument(
+        "--workdir", required=True, help="the folder of all cells, the table and the figure"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="cells at a time (default: 1; with --slurm no limit)"
+    )
+    parser.add_argument(
+        "--print",
+        "--dry-run",
+        dest="dry_run",
+        action="store_true",
+        help="check all, print each cell's command",
+    )
+    parser.add_argument(
+        "--slurm", metavar="FILE", help="write a job array of the unfinished cells; run nothing"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
 
 
@@ -55,9 +80,13 @@ def read_grid(texts: list[str]) -> dict[str, list[str]]:
         name, _, values = text.partition("=")
         found = re.split(r",(?![^(\[]*[)\]])", values)
         if not name or not all(found):
-            raise UserError(f"--grid is {text!r}; write it as FIELD=VALUE,VALUE..., for example lora.rank=4,16.")
+            raise UserError(
+                f"--grid is {text!r}; write it as FIELD=VALUE,VALUE..., for example lora.rank=4,16."
+            )
         if name in grid or name == "seed":
-            raise UserError(f"--grid {name} is given twice; give all its values at once (seeds with --seeds).")
+            raise UserError(
+                f"--grid {name} is given twice; give all its values at once (seeds with --seeds)."
+            )
         grid[name] = found
     return grid
 
@@ -83,8 +112,14 @@ def make_settings(
         for name in ("seed", *point):
             if any(override.split("=")[0] == f"--config.{name}" for override in overrides):
                 raise UserError(f"--config.{name} is what the sweep itself sets; leave it out.")
-        arguments = [f"--config={source}", *overrides, *(f"--config.{name}={value}" for name, value in point.items())]
-        made = {seed: command_line.read_config([*arguments, f"--config.seed={seed}"]) for seed in seeds}
+        arguments = [
+            f"--config={source}",
+            *overrides,
+            *(f"--config.{name}={value}" for name, value in point.items()),
+        ]
+        made = {
+            seed: command_line.read_config([*arguments, f"--config.seed={seed}"]) for seed in seeds
+        }
         label = make_label(made[seeds[0]], list(point))
         for config in made.values():
             try:
@@ -108,7 +143,8 @@ def sweep(
     x: str,
     split: Callable[[pd.DataFrame], list[sweeps.Line]],
 ) -> dict[str, Any]:
-    """Prints the cells, writes a job array, or trains what is not finished, as the flags say; returns the command's result.
+    """Prints the cells, writes a job array, or trains what is not finished, as the flags say;
+    returns the command's result.
 
     Args:
         args: of `add_flags`.
@@ -126,8 +162,16 @@ def sweep(
     request = merge_request(folder, request | {"seeds": seeds})
     check_folder(folder, settings)
     left = unfinished(folder, settings)
-    count = {"workdir": args.workdir, "cells": len(settings) * len(seeds), "waiting": sum(map(len, left.values()))}
-    commands = [setting.command(folder, seed) for setting in settings for seed in left.get(setting.label, ())]
+    count = {
+        "workdir": args.workdir,
+        "cells": len(settings) * len(seeds),
+        "waiting": sum(map(len, left.values())),
+    }
+    commands = [
+        setting.command(folder, seed)
+        for setting in settings
+        for seed in left.get(setting.label, ())
+    ]
     if args.dry_run:
         for command in commands:
             print(shlex.join(["python", "-m", "spear_jax.train", *command]))
@@ -143,7 +187,9 @@ def sweep(
 
 
 def merge_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """The request together with an earlier one of the folder; raises UserError where that was of another sweep."""
+    """The request together with an earlier one of the folder; raises UserError where that was of
+    another sweep.
+    """
     if not (folder / "sweep.json").exists():
         if (folder / "compare.json").exists():
             raise UserError(f"{folder} holds a comparison; give a new --workdir.")
@@ -152,13 +198,15 @@ def merge_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
     for name in SAME:
         if old[name] != request[name]:
             raise UserError(
-                f"{folder} holds a sweep with {name} {old[name]}, now it is {request[name]}; give a new --workdir."
+                f"{folder} holds a sweep with {name} {old[name]}, now it is {request[name]}; "
+                f"give a new --workdir."
             )
     for name, values in old["grid"].items():
         gone = [value for value in values if value not in request["grid"][name]]
         if gone:
             raise UserError(
-                f"{folder} holds a sweep with {name}={','.join(values)}, now without {', '.join(gone)}; values may be added, "
+                f"{folder} holds a sweep with {name}={','.join(values)}, now without "
+                f"{', '.join(gone)}; values may be added, "
                 "not taken away: give all of them, or a new --workdir."
             )
     return request | {"seeds": sorted({*old["seeds"], *request["seeds"]})}
@@ -183,9 +231,15 @@ exec bash {script} "$@"
 """
 
 
-def write_array(file: pathlib.Path, folder: pathlib.Path, commands: list[list[str]], limit: int | None) -> None:
-    """An sbatch file whose array index picks a cell. Args: limit: jobs at a time; None is no limit."""
-    cases = "\n".join(f"  {index}) set -- {shlex.join(command)} ;;" for index, command in enumerate(commands))
+def write_array(
+    file: pathlib.Path, folder: pathlib.Path, commands: list[list[str]], limit: int | None
+) -> None:
+    """An sbatch file whose array index picks a cell. Args: limit: jobs at a time; None is no
+    limit.
+    """
+    cases = "\n".join(
+        f"  {index}) set -- {shlex.join(command)} ;;" for index, command in enumerate(commands)
+    )
     filled = ARRAY.format(
         file=file,
         last=len(commands) - 1,
@@ -200,9 +254,15 @@ def write_array(file: pathlib.Path, folder: pathlib.Path, commands: list[list[st
 
 
 def conclude(
-    folder: pathlib.Path, fields: list[str], x: str, split: Callable[[pd.DataFrame], list[sweeps.Line]], quiet: bool
+    folder: pathlib.Path,
+    fields: list[str],
+    x: str,
+    split: Callable[[pd.DataFrame], list[sweeps.Line]],
+    quiet: bool,
 ) -> dict[str, Any]:
-    """cells.csv, table.csv, table.md, sweep.png and sweep.svg from the finished cells, and the table on stdout."""
+    """cells.csv, table.csv, table.md, sweep.png and sweep.svg from the finished cells, and the
+    table on stdout.
+    """
     if not any(folder.glob("*/seed*/summary.json")):
         return {"table": [], "files": []}
     found = runs.load_sweep(folder)
@@ -213,7 +273,10 @@ def conclude(
     (folder / "table.md").write_text(comparison.to_markdown(shown))
     over = "seeds" if found["seed"].nunique() > 1 else "questions"
     sweeps.plot_sweep(
-        split(table), x, f"95 % intervals over {over}; points of a place stand a hair apart", folder / "sweep.png"
+        split(table),
+        x,
+        f"95 % intervals over {over}; points of a place stand a hair apart",
+        folder / "sweep.png",
     )
     if not quiet:
         print(shown.to_string(index=False))

@@ -1,9 +1,10 @@
-"""Runs or continues an experiment: rounds of rollout, local training and aggregation, evaluated and checkpointed.
+"""Runs or continues an experiment: rounds of rollout, local training and aggregation, evaluated and
+checkpointed.
 
 The experiment is --config=FILE[:ARG]; --config.a.b=VALUE changes one of its fields.
 
-The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json and, at the end,
-summary.json and figures.
+The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json
+and, at the end, summary.json and figures.
 """
 
 from typing import Any
@@ -25,18 +26,22 @@ EXAMPLES = """
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("train", __doc__, EXAMPLES)
     parser.add_argument("--workdir", required=True, help="the run folder")
-    parser.add_argument("--resume", default="auto", help="auto (go on with a run of the same config), never, must")
+    parser.add_argument(
+        "--resume", default="auto", help="auto (go on with a run of the same config), never, must"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
     command_line.add_offline(parser)
     parser.add_argument(
         "--distributed",
         default="",
-        help="several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,COUNT,NUMBER; the workdir is shared by all",
+        help="several processes: auto (SLURM, TPU pods, Open MPI), or HOST:PORT,COUNT,NUMBER; "
+        "the workdir is shared by all",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything; show config, split, sizes, memory, bytes and prompts; train nothing",
+        help="check everything; show config, split, sizes, memory, bytes and prompts; train "
+        "nothing",
     )
     args, rest = parser.parse_known_args(argv)
     command_line.go_offline(args.offline)

@@ -5,12 +5,17 @@ import os
 import pathlib
 import tempfile
 
-# Before anything imports JAX. Most of the suite's time is compilation: the second and third flags make it much cheaper.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+# Before anything imports JAX. Most of the suite's time is compilation: the second and third flags
+# make it much cheaper.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
+os.environ["XLA_FLAGS"] += (
+    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+)
 
-# Programs that several files, processes and runs of the suite's subprocesses have in common are compiled once. pytest-xdist's
-# workers find the folder in what they inherit.
+# Programs that several files, processes and runs of the suite's subprocesses have in common are
+# compiled once. pytest-xdist's workers find the folder in what they inherit.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.TemporaryDirectory(prefix="spear-jax-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
@@ -22,7 +27,9 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Frees a module's compiled programs: each holds memory maps, and a process may have only so many (65,530 on Linux)."""
+    """Frees a module's compiled programs: each holds memory maps, and a process may have only so
+    many (65,530 on Linux).
+    """
     yield
     jax.clear_caches()
     gc.collect()
@@ -32,7 +39,37 @@ def forget_programs():
 def data_dir() -> pathlib.Path:
     """The folder with real datasets: $SPEAR_DATA, else ../shared/data beside the repository."""
     root = pathlib.Path(__file__).resolve().parents[1]
-    folder = pathlib.Path(os.environ["SPEAR_DATA"]) if "SPEAR_DATA" in os.environ else root.parent / "shared/data"
+    folder = (
+        pathlib.Path(os.environ["SPEAR_DATA"])
+        if "SPEAR_DATA" in os.environ
+        else root.parent / "shared/data"
+    )
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}; set SPEAR_DATA to a folder with one subfolder per dataset")
+        pytest.skip(
+            f"no real data at {folder}; set SPEAR_DATA to a folder with one subfolder per dataset"
+        )
     return folder
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A Qwen2 of two layers with random weights (fixtures/qwen2)."""
+    import small_cohort
+
+    return small_cohort.load_small_model()
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    """An adapter of it, B not zero."""
+    import small_cohort
+
+    return small_cohort.make_lora(model)
+
+
+@pytest.fixture(scope="module")
+def cohort(model):
+    """[C][S][A] lists of B wins and B loses."""
+    import small_cohort
+
+    return small_cohort.make_rows(model)

@@ -11,9 +11,14 @@ from spear_jax.packing.rows import groups_of
 
 
 def logprobs(decoder, base, lora, rows, length):
-    """float32[B, T] of completions under their prompts, every row padded by itself; None rows are 0."""
+    """float32[B, T] of completions under their prompts, every row padded by itself; None rows are
+    0.
+    """
     width = max(len(row.prompt) for row in rows if row)
-    tokens, mask = np.zeros((len(rows), width + length), np.int32), np.zeros((len(rows), width + length), bool)
+    tokens, mask = (
+        np.zeros((len(rows), width + length), np.int32),
+        np.zeros((len(rows), width + length), bool),
+    )
     for i, row in enumerate(rows):
         if row:
             span = slice(width - len(row.prompt), width + len(row.completion))
@@ -23,15 +28,36 @@ def logprobs(decoder, base, lora, rows, length):
     return jnp.where(mask[:, width:], picked, 0.0)
 
 
-def work(cohort, algorithm, prompt, length, normalize="global", limit=64, padded=0, small=False, shared_prefix=()):
-    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks that fit a smaller room go
-    through the model in it. opening: what all prompts begin with, read once a block."""
-    micros = [[[groups_of(m, algorithm.rows_per_group) for m in step] for step in client] for client in cohort]
+def work(
+    cohort,
+    algorithm,
+    prompt,
+    length,
+    normalize="global",
+    limit=64,
+    padded=0,
+    small=False,
+    shared_prefix=(),
+):
+    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks
+    that fit a smaller room go through the model in it. opening: what all prompts begin with, read
+    once a block.
+    """
+    micros = [
+        [[groups_of(m, algorithm.rows_per_group) for m in step] for step in client]
+        for client in cohort
+    ]
     steps = [step for client in micros for step in client]
     if normalize == "global" and not algorithm.micro:
         steps = [[sum(step, [])] for step in steps]
     shape = choose_block_shape(
-        steps, algorithm.rows_per_group, algorithm.num_packs, prompt, length, limit, shared_prefix=shared_prefix
+        steps,
+        algorithm.rows_per_group,
+        algorithm.num_packs,
+        prompt,
+        length,
+        limit,
+        shared_prefix=shared_prefix,
     )
     blocks = [pack_step(step, shape) for step in steps]
     per_client, clients = len(cohort[0]), max(padded, len(cohort))

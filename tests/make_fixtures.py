@@ -1,11 +1,13 @@
-"""Makes tests/fixtures again, with transformers and PEFT as the oracle: `python tests/make_fixtures.py`.
+"""Makes tests/fixtures again, with transformers and PEFT as the oracle: `python
+tests/make_fixtures.py`.
 
-Needs torch, transformers and peft. Every weight is random and large enough to matter (biases, norms and LoRA's B
-included), so that a forgotten or misplaced one shows in the logits.
+Needs torch, transformers and peft. Every weight is random and large enough to matter (biases, norms
+and LoRA's B included), so that a forgotten or misplaced one shows in the logits.
 
     fixtures/<family>/                   a Hugging Face model folder and expected.npz
     fixtures/<family>/adapters/<kind>/   a PEFT folder and expected.npz
-expected.npz: tokens int32[B, T], mask bool[B, T] and logits float32[B, T, V], for "right" and "left" padding.
+expected.npz: tokens int32[B, T], mask bool[B, T] and logits float32[B, T, V], for "right" and
+"left" padding.
 """
 
 import pathlib
@@ -41,7 +43,9 @@ LLAMA3 = {
 }
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True, rms_norm_eps=1e-5),
-    "llama3": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=False, rope_parameters=LLAMA3, attention_bias=True),
+    "llama3": transformers.LlamaConfig(
+        **SHAPE, tie_word_embeddings=False, rope_parameters=LLAMA3, attention_bias=True
+    ),
     "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SHAPE, tie_word_embeddings=False, head_dim=16),
 }
@@ -68,11 +72,15 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
     raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = tokenizers.decoders.ByteLevel()
     raw.add_special_tokens(SPECIAL)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=SPECIAL[0], pad_token=SPECIAL[1])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=SPECIAL[0], pad_token=SPECIAL[1]
+    )
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Matrices of standard deviation 1/sqrt(inputs), norms around 1, biases of standard deviation 0.3."""
+    """Matrices of standard deviation 1/sqrt(inputs), norms around 1, biases of standard deviation
+    0.3.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -95,15 +103,23 @@ def padded(side: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Batches of both paddings and the model's logits; positions count real tokens, as in `generate`."""
+    """Batches of both paddings and the model's logits; positions count real tokens, as in
+    `generate`.
+    """
     arrays = {}
     for side in ("right", "left"):
         tokens, mask = padded(side)
         long = torch.from_numpy(mask.astype(np.int64))
         positions = (long.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
-            out = model(torch.from_numpy(tokens).long(), attention_mask=long, position_ids=positions)
-        arrays |= {f"{side}_tokens": tokens, f"{side}_mask": mask, f"{side}_logits": out.logits.numpy()}
+            out = model(
+                torch.from_numpy(tokens).long(), attention_mask=long, position_ids=positions
+            )
+        arrays |= {
+            f"{side}_tokens": tokens,
+            f"{side}_mask": mask,
+            f"{side}_logits": out.logits.numpy(),
+        }
     return arrays
 
 
@@ -118,13 +134,17 @@ def main() -> None:
         for kind, settings in ADAPTERS.items():
             adapter = folder / "adapters" / kind
             fresh = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            tuned = get_peft_model(fresh, LoraConfig(**settings, lora_dropout=0.1, task_type="CAUSAL_LM")).eval()
+            tuned = get_peft_model(
+                fresh, LoraConfig(**settings, lora_dropout=0.1, task_type="CAUSAL_LM")
+            ).eval()
             generator = torch.Generator().manual_seed(100 + seed)
             for name, weight in tuned.named_parameters():
                 if "lora_B" in name:
                     weight.data.copy_(0.3 * torch.randn(weight.shape, generator=generator))
                 elif "lora_A" in name:
-                    weight.data.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5)
+                    weight.data.copy_(
+                        torch.randn(weight.shape, generator=generator) / weight.shape[1] ** 0.5
+                    )
             tuned.peft_config["default"].base_model_name_or_path = family
             tuned.save_pretrained(adapter)
             (adapter / "README.md").unlink(missing_ok=True)

@@ -1,17 +1,20 @@
 """Makes tests/fixtures/trl.json again, with TRL as the oracle: `python tests/make_trl_fixtures.py`.
 
-Needs torch and TRL. What runs is TRL's own: `DPOTrainer` and `GRPOTrainer` are built by their constructors on the model of
-fixtures/llama, and every number comes out of their `training_step` (with `_prepare_inputs`, `compute_loss`, the division for
-gradient accumulation and the backward pass) or, for advantages, out of `GRPOTrainer._generate_and_score_completions`.
+Needs torch and TRL. What runs is TRL's own: `DPOTrainer` and `GRPOTrainer` are built by their
+constructors on the model of fixtures/llama, and every number comes out of their `training_step`
+(with `_prepare_inputs`, `compute_loss`, the division for gradient accumulation and the backward
+pass) or, for advantages, out of `GRPOTrainer._generate_and_score_completions`.
 
-What is supplied: the policy and DPO's reference are `Given`, a module that hands out fixed float64 log-probabilities where a
-language model would compute them (as TRL's fused LM head does: 0 where a label is -100); GRPO's sampled batch (ids, masks,
-advantages, old and reference log-probabilities, num_items_in_batch) stands in the trainer's own buffer, so that nothing is
-sampled; for advantages the tiny model samples, and the rewards are given.
+What is supplied: the policy and DPO's reference are `Given`, a module that hands out fixed float64
+log-probabilities where a language model would compute them (as TRL's fused LM head does: 0 where a
+label is -100); GRPO's sampled batch (ids, masks, advantages, old and reference log-probabilities,
+num_items_in_batch) stands in the trainer's own buffer, so that nothing is sampled; for advantages
+the tiny model samples, and the rewards are given.
 
-trl.json: {"versions", "dpo": {arrays, "cases"}, "grpo": {arrays, "cases"}, "advantages": {"rewards", group, batch, none}}.
-A case holds TRL's settings, the rows (DPO: pairs) of a micro-batch, and per optimiser step its loss and the gradient with
-respect to the policy's log-probabilities.
+trl.json: {"versions", "dpo": {arrays, "cases"}, "grpo": {arrays, "cases"}, "advantages":
+{"rewards", group, batch, none}}. A case holds TRL's settings, the rows (DPO: pairs) of a
+micro-batch, and per optimiser step its loss and the gradient with respect to the policy's
+log-probabilities.
 """
 
 import json
@@ -41,7 +44,10 @@ DPO = {  # name: (settings, pairs of a micro-batch)
 }
 
 GRPO_LENGTHS = [5, 3, 1, 4, 2, 5, 0, 3]
-PLAIN = {"num_iterations": 2, "use_bias_correction_kl": False}  # TRL's default is True; two cases have it
+PLAIN = {
+    "num_iterations": 2,
+    "use_bias_correction_kl": False,
+}  # TRL's default is True; two cases have it
 CLIP = {"epsilon": 0.2, "epsilon_high": 0.28, **PLAIN}
 DAPO = {"loss_type": "dapo", "beta": 0.3, **CLIP}
 CISPO = {"loss_type": "cispo", "epsilon_high": 1.2, **PLAIN}
@@ -50,7 +56,10 @@ SEQUENCE = {"loss_type": "grpo", "importance_sampling_level": "sequence", **CLIP
 OWN, CORRECTED = {"num_iterations": 1}, {"use_bias_correction_kl": True}
 GRPO = {  # name: (settings, rows of a micro-batch)
     **{
-        f"{kind}{' with a reference' if beta else ''}": ({"loss_type": kind, "beta": beta, **CLIP}, 4)
+        f"{kind}{' with a reference' if beta else ''}": (
+            {"loss_type": kind, "beta": beta, **CLIP},
+            4,
+        )
         for kind in ("grpo", "bnpo", "dapo", "dr_grpo")
         for beta in (0.0, 0.3)
     },
@@ -73,15 +82,23 @@ def lengths_mask(lengths) -> np.ndarray:
 
 
 def dpo_arrays() -> dict[str, np.ndarray]:
-    """logprobs, reference float64[2, pairs, T] and mask; chosen first. Margins of both signs and on both sides of 1."""
+    """logprobs, reference float64[2, pairs, T] and mask; chosen first. Margins of both signs and on
+    both sides of 1.
+    """
     rng = np.random.default_rng(3)
     mask = lengths_mask(DPO_LENGTHS)
     logprobs = rng.uniform(-4.0, -0.05, mask.shape).round(6)
-    return {"logprobs": logprobs, "reference": (logprobs + rng.normal(0, 1.2, mask.shape)).round(6), "mask": mask}
+    return {
+        "logprobs": logprobs,
+        "reference": (logprobs + rng.normal(0, 1.2, mask.shape)).round(6),
+        "mask": mask,
+    }
 
 
 def grpo_arrays() -> dict[str, np.ndarray]:
-    """logprobs, old, reference float64[rows, T], mask, advantage. Ratios, and sequences' too, beyond the clip on both sides."""
+    """logprobs, old, reference float64[rows, T], mask, advantage. Ratios, and sequences' too,
+    beyond the clip on both sides.
+    """
     rng = np.random.default_rng(172)
     mask = lengths_mask(GRPO_LENGTHS)
     logprobs = rng.uniform(-4.0, -0.05, mask.shape).round(6)
@@ -109,7 +126,11 @@ class Given(torch.nn.Module):
         full = torch.nn.functional.pad(self.logprobs[input_ids[:, 0]], (PROMPT - 1, 0))
         zero = torch.zeros_like(full)
         return FusedCausalLMOutput(
-            log_probs=full.masked_fill(~scored, 0), entropy=zero, mean_logits=zero, is_top1=scored, label_mask=scored
+            log_probs=full.masked_fill(~scored, 0),
+            entropy=zero,
+            mean_logits=zero,
+            is_top1=scored,
+            label_mask=scored,
         )
 
 
@@ -131,11 +152,16 @@ def common(size: int) -> dict:
 def run_steps(trainer, policy: Given, batches: list, accumulation: int) -> list[dict]:
     """TRL's training steps on micro-batches; per optimiser step its loss and gradient."""
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = accumulation  # Trainer.train's inner loop would set it
+    trainer.current_gradient_accumulation_steps = (
+        accumulation  # Trainer.train's inner loop would set it
+    )
     steps = []
     for start in range(0, len(batches), accumulation):
         policy.zero_grad()
-        parts = [trainer.training_step(policy, batch, None) for batch in batches[start : start + accumulation]]
+        parts = [
+            trainer.training_step(policy, batch, None)
+            for batch in batches[start : start + accumulation]
+        ]
         steps.append({"loss": float(sum(parts)), "grad": policy.logprobs.grad.tolist()})
     return steps
 
@@ -144,7 +170,9 @@ def run_dpo(settings: dict, size: int) -> list[dict]:
     """One optimiser step over all pairs. The gradient has the chosen rows first."""
     arrays = dpo_arrays()
     pairs = arrays["mask"].shape[1]
-    policy, reference = (Given(arrays[name].reshape(-1, LENGTH)) for name in ("logprobs", "reference"))
+    policy, reference = (
+        Given(arrays[name].reshape(-1, LENGTH)) for name in ("logprobs", "reference")
+    )
     mask = torch.tensor(arrays["mask"].reshape(-1, LENGTH)).long()
     batches = []
     for start in range(0, pairs, size):
@@ -178,9 +206,14 @@ def run_grpo(settings: dict, size: int) -> list[dict]:
     policy, mask = Given(arrays["logprobs"].numpy()), arrays["mask"].long()
     count = len(mask) // size
     with tempfile.TemporaryDirectory() as folder:
-        own = common(size) | {"gradient_accumulation_steps": ACCUMULATION, "steps_per_generation": count}
+        own = common(size) | {
+            "gradient_accumulation_steps": ACCUMULATION,
+            "steps_per_generation": count,
+        }
         trainer = grpo_trainer(folder, lambda **_: [], **own, **settings, num_generations=2)
-        rows = [torch.arange(len(mask))[start : start + size] for start in range(0, len(mask), size)]
+        rows = [
+            torch.arange(len(mask))[start : start + size] for start in range(0, len(mask), size)
+        ]
         trainer._buffered_inputs = [
             {
                 "prompt_ids": prompts(index),
@@ -189,12 +222,17 @@ def run_grpo(settings: dict, size: int) -> list[dict]:
                 "completion_mask": mask[index],
                 "advantages": arrays["advantage"][index],
                 "num_items_in_batch": mask.sum(),
-                "old_per_token_logps": arrays["old"][index] if settings["num_iterations"] > 1 else None,
+                "old_per_token_logps": arrays["old"][index]
+                if settings["num_iterations"] > 1
+                else None,
                 "ref_per_token_logps": arrays["reference"][index],
             }
             for index in rows
         ]
-        trainer.num_iterations, trainer._step = 2, count  # as at a second iteration: the buffer is used again
+        trainer.num_iterations, trainer._step = (
+            2,
+            count,
+        )  # as at a second iteration: the buffer is used again
         return run_steps(trainer, policy, [{}] * count, ACCUMULATION)
 
 
@@ -218,9 +256,16 @@ def make() -> dict:
     listed = lambda arrays: {name: array.tolist() for name, array in arrays.items()}
     return {
         "versions": {module.__name__: module.__version__ for module in (trl, torch, transformers)},
-        "dpo": {**listed(dpo_arrays()), "cases": {name: case(run_dpo, *made) for name, made in DPO.items()}},
-        "grpo": {**listed(grpo_arrays()), "cases": {name: case(run_grpo, *made) for name, made in GRPO.items()}},
-        "advantages": {"rewards": REWARDS} | {how: run_advantages(how) for how in ("group", "batch", "none")},
+        "dpo": {
+            **listed(dpo_arrays()),
+            "cases": {name: case(run_dpo, *made) for name, made in DPO.items()},
+        },
+        "grpo": {
+            **listed(grpo_arrays()),
+            "cases": {name: case(run_grpo, *made) for name, made in GRPO.items()},
+        },
+        "advantages": {"rewards": REWARDS}
+        | {how: run_advantages(how) for how in ("group", "batch", "none")},
     }
 
 

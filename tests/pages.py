@@ -7,12 +7,16 @@ import shlex
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block. `mark` is the comment before it: "run", or "file: NAME", or "" for a block that is only checked."""
+    """A fenced block. `mark` is the comment before it: "run", or "file: NAME", or "" for a block
+    that is only checked.
+    """
 
     page: pathlib.Path
     line: int
@@ -39,7 +43,9 @@ def blocks(page: pathlib.Path) -> list[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """The simple commands of a bash block as words, without comments, assignments before them, and srun."""
+    """The simple commands of a bash block as words, without comments, assignments before them, and
+    srun.
+    """
     found = []
     for line in block.text.replace("\\\n", " ").splitlines():
         words: list[str] = []

@@ -1,6 +1,8 @@
-"""The user's mistakes of the README's table, each made for real: `python tests/print_errors.py` prints the table again.
+"""The user's mistakes of the README's table, each made for real: `python tests/print_errors.py`
+prints the table again.
 
-tests/test_errors.py runs the same cases and checks that each ends in one message before anything is traced.
+tests/test_errors.py runs the same cases and checks that each ends in one message before anything is
+traced.
 """
 
 import json
@@ -28,14 +30,18 @@ Case = tuple[str, Callable[[], object]]
 
 def started(*overrides: str) -> None:
     """What `train` does before it compiles."""
-    config = command_line.read_config(["--config=configs/quickstart.py", *(f"--config.{text}" for text in overrides)])
+    config = command_line.read_config(
+        ["--config=configs/quickstart.py", *(f"--config.{text}" for text in overrides)]
+    )
     builder.build(config, jax.devices()[:1])
 
 
 def model_cases(tmp: pathlib.Path) -> Iterator[Case]:
     def damaged(name: str, change: Callable[[pathlib.Path], None]) -> Case:
         def make():
-            folder = pathlib.Path(shutil.copytree(FIXTURE, tmp / name.replace(" ", "-"), dirs_exist_ok=True))
+            folder = pathlib.Path(
+                shutil.copytree(FIXTURE, tmp / name.replace(" ", "-"), dirs_exist_ok=True)
+            )
             change(folder)
             load_model(str(folder), "float32")
 
@@ -64,7 +70,9 @@ def model_cases(tmp: pathlib.Path) -> Iterator[Case]:
     yield damaged("missing safetensors", lambda folder: (folder / "model.safetensors").unlink())
     yield damaged("truncated safetensors", truncate)
     yield damaged("tensor missing", tensors(lambda held: held.pop(key)))
-    yield damaged("tensor extra", tensors(lambda held: held.update(surplus=np.zeros(3, np.float32))))
+    yield damaged(
+        "tensor extra", tensors(lambda held: held.update(surplus=np.zeros(3, np.float32)))
+    )
     yield damaged("tensor of wrong shape", tensors(lambda held: held.update({key: held[key][:-1]})))
     yield damaged("tokenizer without EOS", without_eos)
 
@@ -87,7 +95,9 @@ def data_cases(tmp: pathlib.Path) -> Iterator[Case]:
 
         return name, make
 
-    yield table("dataset without a column", [{k: v for k, v in good.items() if k != "answerKey"}] * 4)
+    yield table(
+        "dataset without a column", [{k: v for k, v in good.items() if k != "answerKey"}] * 4
+    )
     yield table("empty split", [], list(good))
     yield table("gold label outside the options", [good, good | {"answerKey": "E"}])
 
@@ -96,16 +106,22 @@ def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
     def foreign_adapter():
         model = load_model(str(builder.TINY), "float32").config
         lora = LoraConfig(4, 8.0, 0.0, ("q", "v"))
-        save_adapter(tmp / "adapter", init_lora(jax.random.key(0), lora, model), lora, model, "tiny")
+        save_adapter(
+            tmp / "adapter", init_lora(jax.random.key(0), lora, model), lora, model, "tiny"
+        )
         started(f"lora.init_from={tmp / 'adapter'}")
 
     def foreign_workdir():
         config = command_line.read_config(["--config=configs/quickstart.py", "--config.seed=1"])
         run_folder.open_workdir(str(tmp / "run"), config, "auto")
-        run_folder.open_workdir(str(tmp / "run"), command_line.read_config(["--config=configs/quickstart.py"]), "auto")
+        run_folder.open_workdir(
+            str(tmp / "run"), command_line.read_config(["--config=configs/quickstart.py"]), "auto"
+        )
 
     def ruined_checkpoint():
-        built = builder.build(command_line.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1])
+        built = builder.build(
+            command_line.read_config(["--config=configs/quickstart.py"]), jax.devices()[:1]
+        )
         checkpoints = Checkpoints(tmp / "checkpoints", 3, 1)
         checkpoints.save(built.initial_state(), {"round": 0}, {})
         checkpoints.close()
@@ -131,7 +147,10 @@ def cases(tmp: pathlib.Path) -> Iterator[Case]:
         ("max_lose_ratio out of range", "spear.max_lose_ratio=-1.0"),
         ("dirichlet_alpha out of range", "federation.dirichlet_alpha=0.0"),
         ("temperature out of range", "rollout.temperature=-1.0"),
-        ("not enough memory", "federation.clients_at_once=4 train.batch_size=400000000 train.block_tokens=4000000000"),
+        (
+            "not enough memory",
+            "federation.clients_at_once=4 train.batch_size=400000000 train.block_tokens=4000000000",
+        ),
         ("DPO without pairs", "algorithm.name=dpo dpo.source=data"),
         ("RLTF-SD without feedback", "algorithm.name=rltf_sd rollout.feedback=none"),
         ("IRIS with one sample a side", "algorithm.name=iris train.batch_size=1"),

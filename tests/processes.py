@@ -7,7 +7,8 @@ import sys
 
 def environment(devices: int = 1) -> dict[str, str]:
     """This Python, so many virtual CPU devices, and what conftest.py sets for compilation."""
-    flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"  # as in conftest.py
+    # as in conftest.py
+    flags = "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
     # without $VENV, which launch scripts would make anew for themselves
     mine = {name: value for name, value in os.environ.items() if name != "VENV"}
     return mine | {

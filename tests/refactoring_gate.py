@@ -1,15 +1,17 @@
-"""Records what a refactoring must not change: every program that JAX compiles, and the bits of trained adapters.
+"""Records what a refactoring must not change: every program that JAX compiles, and the bits of
+trained adapters.
 
     python tests/refactoring_gate.py record BEFORE.json     # in the tree as it was
     python tests/refactoring_gate.py record AFTER.json      # in the tree as it is
     python tests/refactoring_gate.py compare BEFORE.json AFTER.json
 
-Each case trains the embedded model for two rounds through the command line, so that the script needs no name of the code that
-moves. A program is its StableHLO text without locations, module and function names, and the names of arguments and results.
-A case's digest is the sha256 that its last checkpoint carries: of every bit of adapter, moments, algorithm state, round and key.
+Each case trains the embedded model for two rounds through the command line, so that the script
+needs no name of the code that moves. A program is its StableHLO text without locations, module and
+function names, and the names of arguments and results. A case's digest is the sha256 that its last
+checkpoint carries: of every bit of adapter, moments, algorithm state, round and key.
 
-`compare` prints a line a case and exits with 1 where a digest differs. A program may differ where the change is meant to change
-programs; a digest may not. CONTRIBUTING.md says when to run it.
+`compare` prints a line a case and exits with 1 where a digest differs. A program may differ where
+the change is meant to change programs; a digest may not. CONTRIBUTING.md says when to run it.
 """
 
 import collections
@@ -41,7 +43,10 @@ SMALL = {
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "quickstart": ("configs/quickstart.py", {"rounds": 2}),
     **{method: (f"configs/{method}.py:facts,tiny,small", SMALL) for method in METHODS},
-    "reasoned": ("configs/quickstart.py:reasoned", SMALL | {"train.batch_size": 4, "lora.dropout": 0.1}),
+    "reasoned": (
+        "configs/quickstart.py:reasoned",
+        SMALL | {"train.batch_size": 4, "lora.dropout": 0.1},
+    ),
     "reference": ("configs/spear.py:facts,tiny,small,reference", SMALL),
     "local": ("configs/spear.py:facts,tiny,small", SMALL | {"federation.aggregation": "local"}),
     "fedadam": ("configs/spear.py:facts,tiny,small", SMALL | {"federation.aggregation": "fedadam"}),
@@ -73,7 +78,14 @@ def run_case(name: str) -> dict[str, object]:
     config, changes = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         workdir, dumped = pathlib.Path(folder, "run"), pathlib.Path(folder, "ir")
-        command = [sys.executable, "-m", "spear_jax.train", f"--config={config}", f"--workdir={workdir}", "--quiet"]
+        command = [
+            sys.executable,
+            "-m",
+            "spear_jax.train",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            "--quiet",
+        ]
         command += [f"--config.{field}={value}" for field, value in changes.items()]
         flags = f"--xla_force_host_platform_device_count={DEVICES.get(name, 1)} --xla_backend_optimization_level=0"
         env = os.environ | {
@@ -85,7 +97,9 @@ def run_case(name: str) -> dict[str, object]:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
-        programs = collections.Counter(program_digest(file.read_text()) for file in dumped.glob("*.mlir"))
+        programs = collections.Counter(
+            program_digest(file.read_text()) for file in dumped.glob("*.mlir")
+        )
         print(f"{name}: {sum(programs.values())} programs", file=sys.stderr)
         return {"digest": checkpoint_digest(workdir), "programs": dict(sorted(programs.items()))}
 
@@ -95,9 +109,13 @@ def program_digest(text: str) -> str:
     text = re.sub(r"^#loc.*$", "", text, flags=re.M)
     text = re.sub(r"\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", text)
     text = re.sub(r"module @\S+", "module", text)
-    text = re.sub(r'(?:jax\.result_info|jax\.arg_info|jax\.buffer_donor_info) = "(?:[^"\\]|\\.)*"', "", text)
+    text = re.sub(
+        r'(?:jax\.result_info|jax\.arg_info|jax\.buffer_donor_info) = "(?:[^"\\]|\\.)*"', "", text
+    )
     names: dict[str, str] = {}
-    text = re.sub(r'@(?:"[^"]*"|[\w.$-]+)', lambda found: names.setdefault(found[0], f"@f{len(names)}"), text)
+    text = re.sub(
+        r'@(?:"[^"]*"|[\w.$-]+)', lambda found: names.setdefault(found[0], f"@f{len(names)}"), text
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -115,10 +133,15 @@ def compare(before: dict, after: dict) -> int:
             print(f"{name:14} missing")
             wrong = 1
             continue
-        old, new = collections.Counter(before[name]["programs"]), collections.Counter(after[name]["programs"])
+        old, new = (
+            collections.Counter(before[name]["programs"]),
+            collections.Counter(after[name]["programs"]),
+        )
         same = before[name]["digest"] == after[name]["digest"]
         wrong |= not same
-        programs = f"{(old & new).total()} equal, {(old - new).total()} gone, {(new - old).total()} new"
+        programs = (
+            f"{(old & new).total()} equal, {(old - new).total()} gone, {(new - old).total()} new"
+        )
         print(f"{name:14} digest {'equal' if same else 'DIFFERS'}   programs: {programs}")
     return int(wrong)
 

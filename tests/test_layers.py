@@ -39,7 +39,15 @@ LAYERS = [
         "memory",
         "devices",
     ),
-    ("actor", "algorithms", "config", "run_folder", "published_values", "published_keys", "published_yaml"),
+    (
+        "actor",
+        "algorithms",
+        "config",
+        "run_folder",
+        "published_values",
+        "published_keys",
+        "published_yaml",
+    ),
     ("federated", "casting", "experiment"),
     (
         "cli",
@@ -93,7 +101,10 @@ def modules():
 
 def test_no_file_imports_from_a_layer_below_it():
     wrong = [
-        f"{name} imports {used}" for name, file in modules() for used in imports(file) if layer(used) > layer(name)
+        f"{name} imports {used}"
+        for name, file in modules()
+        for used in imports(file)
+        if layer(used) > layer(name)
     ]
     assert not wrong
 
@@ -105,11 +116,19 @@ def test_every_config_field_is_read_somewhere():
         if isinstance(node, ast.Attribute):
             used.add(node.attr)
     recorded_only = {"preset"}
-    unread = {name for name in flatten(default_config()) if name.split(".")[-1] not in used | recorded_only}
+    unread = {
+        name
+        for name in flatten(default_config())
+        if name.split(".")[-1] not in used | recorded_only
+    }
     # templates and columns are handed over whole
-    assert not {name for name in unread if not name.startswith(("data.columns.", "data.templates."))}
+    assert not {
+        name for name in unread if not name.startswith(("data.columns.", "data.templates."))
+    }
 
 
 def test_files_stay_short():
-    long = {str(file): n for _, file in modules() if (n := len(file.read_text().splitlines())) > 350}
+    long = {
+        str(file): n for _, file in modules() if (n := len(file.read_text().splitlines())) > 350
+    }
     assert not long

@@ -1,7 +1,8 @@
-"""What differs between papers, and nothing else: how a round's rows are collected, and the loss on their log-probabilities.
+"""What differs between papers, and nothing else: how a round's rows are collected, and the loss on
+their log-probabilities.
 
-Rollouts, adapters, reference log-probabilities, optimiser, accumulation, clipping, mapping over clients and aggregation are
-written once, elsewhere.
+Rollouts, adapters, reference log-probabilities, optimiser, accumulation, clipping, mapping over
+clients and aggregation are written once, elsewhere.
 """
 
 import abc
@@ -77,7 +78,8 @@ class CohortData:
         active: bool[C], clients that train; the others keep the global adapter.
         traces: (trace, role, confidence) of what the rollouts said, for recording.
         metrics: numbers of the round.
-        numbers: what the loss needs besides the batch, equal for all clients (IRIS's order, TPAW's number of players).
+        numbers: what the loss needs besides the batch, equal for all clients (IRIS's order, TPAW's
+            number of players).
         memory: the server's memory after collecting; None leaves it as it was.
     """
 
@@ -92,14 +94,17 @@ class CohortData:
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm(abc.ABC):
-    """One method. Frozen and hashable: equal settings are equal methods, and share compiled programs.
+    """One method. Frozen and hashable: equal settings are equal methods, and share compiled
+    programs.
 
     Class attributes:
         name: the key in ALGORITHMS, and the config group with its settings.
         Settings: the frozen dataclass of its own numbers.
-        reference: what preset "reference" sets, by config field, from the method's published code; empty where there is none.
+        reference: what preset "reference" sets, by config field, from the method's published code;
+            empty where there is none.
         dropout: LoRA dropout while training; False wherever the loss holds a ratio of two policies.
-        cached: whether the references' log-probabilities are scored once, before the local steps, into `Batch.ref_logprobs`.
+        cached: whether the references' log-probabilities are scored once, before the local steps,
+            into `Batch.ref_logprobs`.
     """
 
     settings: Any
@@ -113,27 +118,37 @@ class Algorithm(abc.ABC):
 
     @property
     def gold(self) -> str:
-        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected). Decides what data it needs."""
+        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected).
+        Decides what data it needs.
+        """
         return ""
 
     @property
     def sees_gold(self) -> str:
-        """The gold text that enters training in any way, for tables: `gold`, or "teacher" where a frozen teacher reads it."""
+        """The gold text that enters training in any way, for tables: `gold`, or "teacher" where a
+        frozen teacher reads it.
+        """
         return self.gold or ("teacher" if "privileged" in self.scored_prompts else "")
 
     @property
     def scored_prompts(self) -> tuple[str, ...]:
-        """The prompts that its rows may stand under: "task", "revision", "privileged". Decides how long rows are."""
+        """The prompts that its rows may stand under: "task", "revision", "privileged". Decides how
+        long rows are.
+        """
         return ("task",)
 
     @property
     def phases(self) -> int:
-        """Collect-and-train cycles of a round; more than one where a method samples again between local steps."""
+        """Collect-and-train cycles of a round; more than one where a method samples again between
+        local steps.
+        """
         return 1
 
     @property
     def rows_per_group(self) -> int:
-        """Rows of an item, which the loss needs together: row i of each of so many equal parts of a micro-batch."""
+        """Rows of an item, which the loss needs together: row i of each of so many equal parts of a
+        micro-batch.
+        """
         return 1
 
     @property
@@ -148,7 +163,9 @@ class Algorithm(abc.ABC):
 
     @property
     def two_pass(self) -> bool:
-        """Whether `counts` needs the log-probabilities of the whole optimiser step (a forward pass more)."""
+        """Whether `denominators` needs the log-probabilities of the whole optimiser step (a forward pass
+        more).
+        """
         return False
 
     @property
@@ -158,11 +175,15 @@ class Algorithm(abc.ABC):
 
     @property
     def scores_old(self) -> bool:
-        """Whether `Batch.old_logprobs` is to hold the log-probabilities under the adapter that the phase started from."""
+        """Whether `Batch.old_logprobs` is to hold the log-probabilities under the adapter that the
+        phase started from.
+        """
         return False
 
     def estimate_work(self, size: int) -> WorkEstimate | None:
-        """The round's work of a client with `size` examples; None where it depends on what happens in the run."""
+        """The round's work of a client with `size` examples; None where it depends on what happens
+        in the run.
+        """
         return None
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:  # noqa: B027 (most need nothing)
@@ -172,7 +193,8 @@ class Algorithm(abc.ABC):
         """
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
-        """The server's memory before round 1: a pytree of numpy arrays, of a size that never changes.
+        """The server's memory before round 1: a pytree of numpy arrays, of a size that never
+        changes.
 
         Args:
             lora: the adapter that round 1 starts from.
@@ -190,7 +212,13 @@ class Algorithm(abc.ABC):
 
     @abc.abstractmethod
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         """Rolls out, and turns what was said into rows.
 
@@ -206,35 +234,50 @@ class Algorithm(abc.ABC):
         """S, optimiser steps on one phase's rows."""
         return self.common.steps
 
-    def forward(self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
-        """float32[M], differentiable in `lora`: what `counts` and `loss` take, spread over rows, as `logprobs`."""
+    def forward(
+        self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]
+    ) -> jax.Array:
+        """float32[M], differentiable in `lora`: what `denominators` and `loss` take, spread over rows, as
+        `logprobs`.
+        """
         return scorer.logprobs(lora, block, self.scored_temperature)
 
     @abc.abstractmethod
-    def counts(self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars) -> Mapping[str, Any]:
-        """The denominators of some rows, a tree of scalars that are summed over the optimiser step before `loss` divides.
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars
+    ) -> Mapping[str, Any]:
+        """The denominators of some rows, a tree of scalars that are summed over the optimiser step
+        before `loss` divides.
 
         Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
         """
 
     @abc.abstractmethod
     def loss(
-        self, batch: Batch, logprobs: jax.Array, counts: Mapping[str, Any], loss_scalars: LossScalars
+        self,
+        batch: Batch,
+        logprobs: jax.Array,
+        denominators: Mapping[str, Any],
+        loss_scalars: LossScalars,
     ) -> tuple[jax.Array, dict[str, Mean]]:
         """Some rows' share of the optimiser step's loss, and metrics as (sum, count).
 
         Args:
             batch: whole items in any number, padding rows among them; no leading axes.
             logprobs: float32[B, T], differentiable.
-            counts: summed over the step's rows.
+            denominators: summed over the step's rows.
             numbers: `CohortData.loss_scalars`, as `update_loss_scalars` left them.
         """
 
-    def update_loss_scalars(self, loss_scalars: LossScalars, counts: Mapping[str, Any]) -> LossScalars:
-        """The numbers of the next local step, from this step's counts (summed over its rows)."""
+    def update_loss_scalars(
+        self, loss_scalars: LossScalars, denominators: Mapping[str, Any]
+    ) -> LossScalars:
+        """The numbers of the next local step, from this step's denominators (summed over its rows)."""
         return loss_scalars
 
-    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+    def end_round(
+        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+    ) -> dict:
         """The memory after aggregation.
 
         Args:
@@ -246,9 +289,13 @@ class Algorithm(abc.ABC):
 
 
 def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
-    """The examples that a client asks this round: `count` of its own, without replacement, the same for every method."""
+    """The examples that a client asks this round: `count` of its own, without replacement, the same
+    for every method.
+    """
     own = cohort.indices[slot]
-    return own[cohort.rngs(slot, "examples").choice(len(own), size=min(len(own), count), replace=False)]
+    return own[
+        cohort.rngs(slot, "examples").choice(len(own), size=min(len(own), count), replace=False)
+    ]
 
 
 def schedule(
@@ -259,7 +306,9 @@ def schedule(
 
 
 def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
-    """The round's rollout numbers, by the contract's names; no fractions where nothing was asked."""
+    """The round's rollout numbers, by the contract's names; no fractions where nothing was
+    asked.
+    """
     counts = {"rollout/wins": float(wins), "rollout/loses": float(loses)}
     if not traces:
         return counts
@@ -275,8 +324,10 @@ def needs_responses(name: str, task: Task, examples: list[Example]) -> None:
     for example in examples:
         if not task.response(example).strip():
             raise UserError(
-                f"method {name!r} trains on gold responses, but task {task.name!r} has none for example {example.id!r}; "
-                "take a task with responses (task=pairs maps the columns of any file), or a method that learns from feedback."
+                f"method {name!r} trains on gold responses, but task {task.name!r} has none for "
+                f"example {example.id!r}; "
+                "take a task with responses (task=pairs maps the columns of any file), or a "
+                "method that learns from feedback."
             )
 
 
@@ -285,8 +336,10 @@ def needs_pairs(name: str, task: Task, examples: list[Example]) -> None:
     for example in examples:
         if not (task.response(example).strip() and example.rejected.strip()):
             raise UserError(
-                f"method {name!r} with source 'data' trains on pairs, but task {task.name!r} has none for example "
-                f"{example.id!r}; set --config.task=preferences with --config.data.columns.chosen and .rejected, or "
+                f"method {name!r} with source 'data' trains on pairs, but task {task.name!r} has "
+                f"none for example "
+                f"{example.id!r}; set --config.task=preferences with "
+                f"--config.data.columns.chosen and .rejected, or "
                 f"--config.{name}.source=feedback."
             )
 
@@ -295,8 +348,10 @@ def needs_verdicts(name: str, task: Task) -> None:
     """Raises UserError where no answer can be called right or wrong."""
     if task.scoring == "likelihood":
         raise UserError(
-            f"method {name!r} learns from right and wrong answers, but nothing grades task {task.name!r}; take a task with an "
-            "answer to compare with (gsm8k, mcqa), or a method that learns from responses (sft, spin)."
+            f"method {name!r} learns from right and wrong answers, but nothing grades task "
+            f"{task.name!r}; take a task with an "
+            "answer to compare with (gsm8k, mcqa), or a method that learns from responses (sft, "
+            "spin)."
         )
 
 
@@ -305,6 +360,7 @@ def needs_feedback(name: str, task: Task, provider: str) -> None:
     needs_verdicts(name, task)
     if provider == "none":
         raise UserError(
-            f"method {name!r} learns from feedback, but rollout.feedback is 'none'; set it to 'oracle' or 'human', or take "
+            f"method {name!r} learns from feedback, but rollout.feedback is 'none'; set it to "
+            f"'oracle' or 'human', or take "
             "a method that needs none (grpo, sft)."
         )

@@ -1,14 +1,15 @@
-"""DPO: the policy is moved to prefer one completion over another, measured against the adapter that the round started from.
-Pairs come from feedback (a revision that was right over the first answer that was wrong), from a preference dataset, or from
-EAST's groups of sampled answers.
+"""DPO: the policy is moved to prefer one completion over another, measured against the adapter that
+the round started from. Pairs come from feedback (a revision that was right over the first answer
+that was wrong), from a preference dataset, or from EAST's groups of sampled answers.
 
-Source: DPO (arXiv 2305.18290); hinge: SLiC (arXiv 2305.10425); IPO (arXiv 2310.12036); label smoothing: conservative DPO
-(Mitchell 2023). Sums over tokens, IPO means, as in TRL.
+Source: DPO (arXiv 2305.18290); hinge: SLiC (arXiv 2305.10425); IPO (arXiv 2310.12036); label
+smoothing: conservative DPO (Mitchell 2023). Sums over tokens, IPO means, as in TRL.
 
 Departures:
-    1. The reference is the round-start adapter and not the adapter-free base; its log-probabilities are cached once a round.
-    2. Pairs from feedback are SPEAR's fixed items alone (its rollout, prompts and skip rule); what was not fixed, or right at
-       once, has no partner and is left out.
+    1. The reference is the round-start adapter and not the adapter-free base; its log-probabilities
+       are cached once a round.
+    2. Pairs from feedback are SPEAR's fixed items alone (its rollout, prompts and skip rule); what
+       was not fixed, or right at once, has no partner and is left out.
 """
 
 import dataclasses
@@ -68,7 +69,9 @@ class Dpo(Algorithm):
             return None
         requests = self.settings.source == "feedback"
         return WorkEstimate(
-            min(size, self.common.examples) if requests else 0, 2 * self.common.items, revisions=None if requests else 0
+            min(size, self.common.examples) if requests else 0,
+            2 * self.common.items,
+            revisions=None if requests else 0,
         )
 
     def check(self, task, examples, feedback) -> None:
@@ -87,7 +90,13 @@ class Dpo(Algorithm):
         return (start,)
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         pairs, traces = getattr(self, f"_from_{self.settings.source}")(worker, policy, cohort, key)
         rows, sizes = [], []
@@ -97,13 +106,17 @@ class Dpo(Algorithm):
             sizes.append(float(len(pairs[client])))
         records = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces]
         total = int(sum(sizes))
-        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, total, total))
+        return CohortData(
+            rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, total, total)
+        )
 
     def _draw(self, pool: list[Pair], rng: np.random.Generator) -> list[TrainingRow | None]:
         chosen = [pair or (None, None) for pair in draw(pool, self.common.batch_size, rng)]
         return [win for win, _ in chosen] + [lose for _, lose in chosen]
 
-    def _from_feedback(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
+    def _from_feedback(
+        self, worker, policy, cohort, key
+    ) -> tuple[dict[int, list[Pair]], list[Trace]]:
         rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key)
         fixed = {
             client: [
@@ -114,7 +127,9 @@ class Dpo(Algorithm):
             for client in cohort.clients
         }
         pairs = {
-            client: [(win_row(worker, t, t.last), win_row(worker, t, t.first, label=-1)) for t in traces]
+            client: [
+                (win_row(worker, t, t.last), win_row(worker, t, t.first, label=-1)) for t in traces
+            ]
             for client, traces in fixed.items()
         }
         return pairs, rollout.traces
@@ -134,37 +149,60 @@ class Dpo(Algorithm):
 
     def _from_east(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
         slots = {client: slot for slot, client in enumerate(cohort.clients)}
-        requests = [(c, int(i), 0) for c, slot in slots.items() for i in choose(cohort, slot, self.common.examples)]
-        found = east.sample(worker, policy, requests, self.settings.east, self.settings.east_power, key)
+        requests = [
+            (c, int(i), 0)
+            for c, slot in slots.items()
+            for i in choose(cohort, slot, self.common.examples)
+        ]
+        found = east.sample(
+            worker, policy, requests, self.settings.east, self.settings.east_power, key
+        )
         pairs: dict[int, list[Pair]] = {client: [] for client in cohort.clients}
         rngs = {client: cohort.rngs(slot, "east") for client, slot in slots.items()}
         for (client, _, _), one in found.items():
             right = [trace for trace in one.traces if trace.first.correct]
-            chosen, other = (pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected))
-            win, lose = win_row(worker, chosen, chosen.first), win_row(worker, other, other.first, label=-1)
-            pairs[client].append(tuple(dataclasses.replace(row, weight=one.weight) for row in (win, lose)))
+            chosen, other = (
+                pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected)
+            )
+            win, lose = (
+                win_row(worker, chosen, chosen.first),
+                win_row(worker, other, other.first, label=-1),
+            )
+            pairs[client].append(
+                tuple(dataclasses.replace(row, weight=one.weight) for row in (win, lose))
+            )
         return pairs, [trace for one in found.values() for trace in one.traces]
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         return {"pairs": (batch.label > 0).sum() * jnp.float32(1)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         settings = self.settings
         real = jnp.split(batch.label > 0, 2)[0]
         score = losses.sequence_mean if settings.kind == "ipo" else losses.sequence_sum
         gain = score(logprobs, batch.loss_mask) - score(batch.ref_logprobs[:, 0], batch.loss_mask)
         win, lose = jnp.split(gain, 2)
         weight = jnp.split(batch.weight[:, 0], 2)[0] * real
-        value = losses.ratio((weight * preference_loss(win - lose, settings)).sum(), denominators["pairs"])
+        value = losses.ratio(
+            (weight * preference_loss(win - lose, settings)).sum(), denominators["pairs"]
+        )
         pairs = real.sum()
         return value, {
             "margin": Mean((settings.beta * (win - lose) * real).sum(), pairs),
-            "preferred": Mean(((win > lose) & real).sum(), pairs),  # share of pairs that are ordered right
+            "preferred": Mean(
+                ((win > lose) & real).sum(), pairs
+            ),  # share of pairs that are ordered right
         }
 
 
 def preference_loss(difference: jax.Array, settings: DpoSettings) -> jax.Array:
-    """Of Δ = (s_w − s_w^ref) − (s_l − s_l^ref), elementwise, z = β Δ: `losses.pair_loss` of z; ipo: (Δ − 1 / (2 β))²."""
+    """Of Δ = (s_w − s_w^ref) − (s_l − s_l^ref), elementwise, z = β Δ: `losses.pair_loss` of z; ipo:
+    (Δ − 1 / (2 β))².
+    """
     if settings.kind == "ipo":
         return (difference - 1.0 / (2.0 * settings.beta)) ** 2
     return losses.pair_loss(settings.beta * difference, settings.kind, settings.smoothing)

@@ -1,13 +1,14 @@
-"""EAST: examples are weighed by how undecided the model is. Several answers to each question are grouped by what they conclude;
-the entropy of the groups, to a power, is the example's weight in SFT or DPO; questions that are always or never answered right
-are left out.
+"""EAST: examples are weighed by how undecided the model is. Several answers to each question are
+grouped by what they conclude; the entropy of the groups, to a power, is the example's weight in SFT
+or DPO; questions that are always or never answered right are left out.
 
 Source: EAST, entropy-based exploration weighting (published code).
 
 Departures:
-    1. The weight multiplies each example's own loss; the published SFT code multiplies the mean of the batch by the weights.
-    2. Weights are taken anew every round, from the round's policy, over the round's questions; one scalar (the mean of H^a) is
-       averaged over the cohort.
+    1. The weight multiplies each example's own loss; the published SFT code multiplies the mean of
+       the batch by the weights.
+    2. Weights are taken anew every round, from the round's policy, over the round's questions; one
+       scalar (the mean of H^a) is averaged over the cohort.
     3. Answers that cannot be read are one group.
 """
 
@@ -37,7 +38,12 @@ class Weighed:
 
 
 def sample(
-    worker: RolloutWorker, policy: Policy, requests: list[RolloutRequest], count: int, power: float, key: jax.Array
+    worker: RolloutWorker,
+    policy: Policy,
+    requests: list[RolloutRequest],
+    count: int,
+    power: float,
+    key: jax.Array,
 ) -> dict[RolloutRequest, Weighed]:
     """Asks every question `count` times; returns the questions that stay, with their weights."""
     traces = worker.answer(policy, [(c, i, n) for c, i, _ in requests for n in range(count)], key)
@@ -50,9 +56,13 @@ def sample(
                 groups[request].setdefault(_conclusion(worker, trace), []).append(trace)
     if not groups:
         return {}
-    _, weights = entropy_weights([[len(group) for group in found.values()] for found in groups.values()], power)
+    _, weights = entropy_weights(
+        [[len(group) for group in found.values()] for found in groups.values()], power
+    )
     return {
-        request: Weighed(float(weight), [t for group in found.values() for t in group], _largest_wrong(found))
+        request: Weighed(
+            float(weight), [t for group in found.values() for t in group], _largest_wrong(found)
+        )
         for (request, found), weight in zip(groups.items(), weights, strict=True)
     }
 
@@ -68,7 +78,9 @@ def _largest_wrong(found: dict[object, list[Trace]]) -> list[Trace]:
     return max((group for group in found.values() if not group[0].first.correct), key=len)
 
 
-def entropy_weights(counts: list[list[int]], power: float, base: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+def entropy_weights(
+    counts: list[list[int]], power: float, base: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
     """H, the entropy of each question's answer groups (base 2: bits), and H^a / mean(H^a).
 
     Args: counts: for each question the sizes of its groups, all positive.

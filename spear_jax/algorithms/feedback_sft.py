@@ -1,11 +1,14 @@
-"""Feedback-SFT: SPEAR without its loses. Clients answer, are told right or wrong with a hint, and revise; what came out right
-is trained on by maximum likelihood, what was wrong is dropped. It isolates what SPEAR's unlikelihood term adds.
+"""Feedback-SFT: SPEAR without its loses. Clients answer, are told right or wrong with a hint, and
+revise; what came out right is trained on by maximum likelihood, what was wrong is dropped. It
+isolates what SPEAR's unlikelihood term adds.
 
 Source: the feedback-SFT baseline of SPEAR (arXiv 2605.07977), published code.
 
 Departures:
-    1. SPEAR's departures 1, 2, 3, 4, 5 and 6 (its rollout, pools and weights are the same lines and random streams).
-    2. Training prompts are the original prompts, as in the published code; its README can be read otherwise.
+    1. SPEAR's departures 1, 2, 3, 4, 5 and 6 (its rollout, pools and weights are the same lines and
+       random streams).
+    2. Training prompts are the original prompts, as in the published code; its README can be read
+       otherwise.
 """
 
 import dataclasses
@@ -16,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts, schedule
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    WorkEstimate,
+    metrics_of,
+    needs_verdicts,
+    schedule,
+)
 from spear_jax.algorithms.feedback_rollout import rollout_with_feedback
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean
@@ -60,25 +70,45 @@ class FeedbackSft(Algorithm):
         needs_verdicts(self.name, task)
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         settings = self.settings
-        rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key, settings.strict_format)
+        rollout = rollout_with_feedback(
+            worker, policy, cohort, self.common.examples, key, settings.strict_format
+        )
         rows, weight, active, total = [], [], [], 0
         for slot, client in enumerate(cohort.clients):
             rng = cohort.rngs(slot, "pools")
             wins = rollout.wins(worker, client, settings.retokenise)
-            rows.append(schedule(self.common, lambda w=wins, r=rng: draw(w, self.common.batch_size, r)))
+            rows.append(
+                schedule(self.common, lambda w=wins, r=rng: draw(w, self.common.batch_size, r))
+            )
             total += len(wins)
             active.append(bool(wins))
             weight.append(rollout.weight(client, wins, settings.skip_weight))
-        records = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in rollout.traces]
-        return CohortData(rows, np.array(weight), np.array(active), records, metrics_of(rollout.traces, total, 0))
+        records = [
+            (trace, "win" if trace.last.correct else "unused", 1.0) for trace in rollout.traces
+        ]
+        return CohortData(
+            rows, np.array(weight), np.array(active), records, metrics_of(rollout.traces, total, 0)
+        )
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         return {"tokens": batch.loss_mask.sum().astype(jnp.float32)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         """λ_win L_win, L_win = −Σ m lp / Σ m."""
         win = losses.nll(logprobs, batch.loss_mask)
-        return self.settings.win_weight * losses.ratio(win.total, denominators["tokens"]), {"win_nll": win}
+        return self.settings.win_weight * losses.ratio(win.total, denominators["tokens"]), {
+            "win_nll": win
+        }

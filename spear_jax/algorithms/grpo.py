@@ -1,23 +1,31 @@
-"""GRPO: every optimiser step samples a group of completions for each of a few prompts with the client's *current* adapter,
-rewards the right ones, and moves along the group-relative advantage with a clipped ratio and a KL leash to the round-start
-adapter. Each phase of a round is one such sampling for all clients at once, with their adapters stacked.
+"""GRPO: every optimiser step samples a group of completions for each of a few prompts with the
+client's *current* adapter, rewards the right ones, and moves along the group-relative advantage
+with a clipped ratio and a KL leash to the round-start adapter. Each phase of a round is one such
+sampling for all clients at once, with their adapters stacked.
 
-Source: GRPO (arXiv 2402.03300); reductions: DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783), bnpo as in TRL; CISPO
-(MiniMax-M1, arXiv 2506.13585). Preset `reference`: the baseline published with SPEAR (arXiv 2605.07977).
+Source: GRPO (arXiv 2402.03300); reductions: DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783),
+bnpo as in TRL; CISPO (MiniMax-M1, arXiv 2506.13585). Preset `reference`: the baseline published
+with SPEAR (arXiv 2605.07977).
 
 Departures of preset `default` from that baseline (`reference` repeats 1, 3, 4 and 6):
-    1. The ratio is clipped by min for either sign of the advantage; the published branch for A < 0 takes max.
-    2. Old and new log-probabilities see the same network (no LoRA dropout), so the first ratio is exactly 1.
-    3. The KL estimate is k3 of KL(π ‖ π_ref): δ = ref − new, unclamped; published: the other way round, clamped to ±5.
-    4. Logits are divided by the sampling temperature before log-probabilities are taken. Top-p is not in them: sample with
-       top_p 1 for exactness.
-    5. Prompts hold the task and nothing else; the published StrategyQA prompts append all gold facts.
-    6. Ratios are of tokens and not of length-normalised sequences, with DAPO's denominator, and advantages are divided by
-       std + 1e-4 instead of std (1 where it is 0).
-    7. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at 0.8.
+    1. The ratio is clipped by min for either sign of the advantage; the published branch for A < 0
+       takes max.
+    2. Old and new log-probabilities see the same network (no LoRA dropout), so the first ratio is
+       exactly 1.
+    3. The KL estimate is k3 of KL(π ‖ π_ref): δ = ref − new, unclamped; published: the other way
+       round, clamped to ±5.
+    4. Logits are divided by the sampling temperature before log-probabilities are taken. Top-p is
+       not in them: sample with top_p 1 for exactness.
+    5. Prompts hold the task and nothing else; the published StrategyQA prompts append all gold
+       facts.
+    6. Ratios are of tokens and not of length-normalised sequences, with DAPO's denominator, and
+       advantages are divided by std + 1e-4 instead of std (1 where it is 0).
+    7. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at
+       0.8.
 Against TRL 1.16, beside which the losses are tested:
     8. The KL term is plain k3; TRL's default multiplies it by the ratio (use_bias_correction_kl).
-    9. With ratio `sequence` the KL is k3 of mean log-probabilities, as in the published baseline; TRL averages k3 over tokens.
+    9. With ratio `sequence` the KL is k3 of mean log-probabilities, as in the published baseline;
+       TRL averages k3 over tokens.
 """
 
 import dataclasses
@@ -28,7 +36,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    WorkEstimate,
+    metrics_of,
+    needs_verdicts,
+)
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.packing.arrays import Batch
@@ -45,7 +59,9 @@ class GrpoSettings:
     reward_scale: float = number(1.0, 0)
     scaling: str = one_of("group", "batch", "none", "std")  # of advantages; std as published
     ratio: str = one_of("token", "sequence", "cispo", "published")
-    reduction: str = one_of("dapo", "grpo", "bnpo", "dr_grpo")  # of token losses; sequence ratios are averaged
+    reduction: str = one_of(
+        "dapo", "grpo", "bnpo", "dr_grpo"
+    )  # of token losses; sequence ratios are averaged
     clip_low: float = number(0.2, 0, 1)  # ε_l
     clip_high: float = number(0.2, 0)  # ε_h; with ratio cispo the cap itself
     kl_weight: float = number(0.02, 0)  # β
@@ -81,12 +97,17 @@ class Grpo(Algorithm):
 
     @property
     def scored_temperature(self) -> float:
-        return self.common.temperature if self.settings.tempered and self.common.temperature > 0 else 1.0
+        return (
+            self.common.temperature
+            if self.settings.tempered and self.common.temperature > 0
+            else 1.0
+        )
 
     def estimate_work(self, size: int) -> WorkEstimate:
         group = self.settings.group
         return WorkEstimate(
-            self.phases * self.common.accumulation * self.common.batch_size * group, self.common.items * group
+            self.phases * self.common.accumulation * self.common.batch_size * group,
+            self.common.items * group,
         )
 
     def check(self, task, examples, feedback) -> None:
@@ -100,56 +121,89 @@ class Grpo(Algorithm):
         return (start,) if self.settings.kl_weight else ()
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         group, common = self.settings.group, self.common
         requests = []
         for slot, client in enumerate(cohort.clients):
             rng, own = cohort.rngs(slot, f"grpo/{phase}"), list(cohort.indices[slot])
-            prompts = [int(i) for _ in range(common.accumulation) for i in draw(own, common.batch_size, rng)]
-            # the sample number keeps a prompt that is drawn twice from giving the same completions twice
-            requests += [(client, i, n * group + g) for n, i in enumerate(prompts) for g in range(group)]
+            prompts = [
+                int(i)
+                for _ in range(common.accumulation)
+                for i in draw(own, common.batch_size, rng)
+            ]
+            # the sample number keeps a prompt that is drawn twice from giving the same completions
+            # twice
+            requests += [
+                (client, i, n * group + g) for n, i in enumerate(prompts) for g in range(group)
+            ]
         traces = worker.answer(policy, requests, key)
         shape = (len(cohort.clients), common.accumulation, common.batch_size, group)
-        rewards = self.settings.reward_scale * np.array([t.first.correct for t in traces], float).reshape(shape)
+        rewards = self.settings.reward_scale * np.array(
+            [t.first.correct for t in traces], float
+        ).reshape(shape)
         found = np.stack([advantages(client, self.settings.scaling) for client in rewards])
         made = [row(t, a) for t, a in zip(traces, found.reshape(-1), strict=True)]
         size = common.batch_size * group
         micro = [made[i : i + size] for i in range(0, len(made), size)]
-        step = [micro[i : i + common.accumulation] for i in range(0, len(micro), common.accumulation)]
+        step = [
+            micro[i : i + common.accumulation] for i in range(0, len(micro), common.accumulation)
+        ]
         rows = [[one] * self.settings.updates for one in step]
         sizes = np.array([len(own) for own in cohort.indices], float)
         right = sum(t.first.correct for t in traces)
         metrics = metrics_of(traces, right, len(traces) - right)
-        metrics["grpo/mixed_groups"] = float((rewards.std(-1) > 0).mean())  # only these have a gradient
+        metrics["grpo/mixed_groups"] = float(
+            (rewards.std(-1) > 0).mean()
+        )  # only these have a gradient
         records = [(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
         return CohortData(rows, sizes, np.ones(len(sizes), bool), records, metrics)
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         one = jnp.float32(1)
         return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label != 0).sum() * one}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         settings, mask = self.settings, batch.loss_mask
         old = batch.old_logprobs if self.scores_old else jax.lax.stop_gradient(logprobs)
         # without a reference β is 0: any finite stand-in
-        reference = batch.ref_logprobs[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
+        reference = (
+            batch.ref_logprobs[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
+        )
         span = (settings.clip_low, settings.clip_high)
         if settings.ratio in ("sequence", "published"):
             fixed = settings.ratio == "sequence"
-            each = sequence_loss(logprobs, old, reference, mask, batch.advantage, *span, settings.kl_weight, fixed)
+            each = sequence_loss(
+                logprobs, old, reference, mask, batch.advantage, *span, settings.kl_weight, fixed
+            )
             value = losses.ratio((each * (batch.label != 0)).sum(), denominators["rows"])
         else:
             cispo = settings.ratio == "cispo"
-            each = token_loss(logprobs, old, reference, batch.advantage[:, None], *span, settings.kl_weight, cispo)
-            value = reduce_tokens(each, mask, denominators, settings.reduction, self.common.max_new_tokens)
+            each = token_loss(
+                logprobs, old, reference, batch.advantage[:, None], *span, settings.kl_weight, cispo
+            )
+            value = reduce_tokens(
+                each, mask, denominators, settings.reduction, self.common.max_new_tokens
+            )
         ratio = jnp.exp(logprobs - old)
         clipped = (ratio < 1 - settings.clip_low) | (ratio > 1 + settings.clip_high)
         tokens = mask.sum()
         return value, {
             "clip_fraction": Mean((clipped & mask).sum(), tokens),
             "kl": Mean((losses.k3(logprobs, reference) * mask).sum(), tokens),
-            "entropy": Mean(-(logprobs * mask).sum(), tokens),  # estimated by the samples' own log-probabilities
+            "entropy": Mean(
+                -(logprobs * mask).sum(), tokens
+            ),  # estimated by the samples' own log-probabilities
         }
 
 
@@ -157,14 +211,20 @@ def row(trace, advantage: float) -> TrainingRow:
     """A sampled first answer with its advantage."""
     ids = trace.first.completion
     return TrainingRow(
-        trace.first.prompt, ids, np.ones(len(ids), bool), 1.0, 1 if trace.first.correct else -1, float(advantage)
+        trace.first.prompt,
+        ids,
+        np.ones(len(ids), bool),
+        1.0,
+        1 if trace.first.correct else -1,
+        float(advantage),
     )
 
 
 def advantages(rewards: np.ndarray, scaling: str) -> np.ndarray:
     """Reward minus its group's mean, scaled by a sample standard deviation (n − 1).
 
-    group ÷ (std of the group + 1e-4) · batch ÷ (std of all + 1e-4) · none · std ÷ std of the group, 1 where it is 0
+    group ÷ (std of the group + 1e-4) · batch ÷ (std of all + 1e-4) · none · std ÷ std of the group,
+    1 where it is 0
 
     Args: rewards: float[..., G]; all leading axes together are the batch.
     """
@@ -177,7 +237,9 @@ def advantages(rewards: np.ndarray, scaling: str) -> np.ndarray:
     return centred / (std + 1e-4 if scaling == "group" else np.where(std > 0, std, 1.0))
 
 
-def token_loss(logprobs, old, reference, advantage, clip_low, clip_high, kl_weight, cispo=False) -> jax.Array:
+def token_loss(
+    logprobs, old, reference, advantage, clip_low, clip_high, kl_weight, cispo=False
+) -> jax.Array:
     """float[B, T]. ρ = exp(lp − sg old);  −min(ρ A, clip(ρ, 1 − ε_l, 1 + ε_h) A) + β k3;  cispo: −sg[min(ρ, ε_h)] A lp + β k3.
 
     Args: logprobs, old, reference: float[B, T], nats; advantage: float[B, 1].
@@ -186,15 +248,19 @@ def token_loss(logprobs, old, reference, advantage, clip_low, clip_high, kl_weig
     if cispo:
         gain = jax.lax.stop_gradient(jnp.minimum(ratio, clip_high)) * advantage * logprobs
     else:
-        gain = jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantage)
+        gain = jnp.minimum(
+            ratio * advantage, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantage
+        )
     return -gain + kl_weight * losses.k3(logprobs, jax.lax.stop_gradient(reference))
 
 
-def reduce_tokens(each: jax.Array, mask: jax.Array, denominators, reduction: str, longest: int) -> jax.Array:
+def reduce_tokens(
+    each: jax.Array, mask: jax.Array, denominators, reduction: str, longest: int
+) -> jax.Array:
     """Some rows' share of the step's loss.
 
-    dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean (`Grpo.micro`) · grpo mean over
-    rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
+    dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean
+    (`Grpo.micro`) · grpo mean over rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
 
     Args:
         each: float[B, T].
@@ -209,10 +275,13 @@ def reduce_tokens(each: jax.Array, mask: jax.Array, denominators, reduction: str
     return losses.ratio(total, denominators["rows"] * longest)
 
 
-def sequence_loss(logprobs, old, reference, mask, advantage, clip_low, clip_high, kl_weight, fixed=True) -> jax.Array:
+def sequence_loss(
+    logprobs, old, reference, mask, advantage, clip_low, clip_high, kl_weight, fixed=True
+) -> jax.Array:
     """float[B]: the clipped objective on length-normalised sequence ratios, with k3.
 
-    Args: fixed: False repeats the published code: max instead of min where A < 0, and e^d − 1 − d with d = new − ref in ±5.
+    Args: fixed: False repeats the published code: max instead of min where A < 0, and e^d − 1 − d
+        with d = new − ref in ±5.
     """
     new, old, reference = (losses.sequence_mean(x, mask) for x in (logprobs, old, reference))
     ratio = jnp.exp(new - jax.lax.stop_gradient(old))

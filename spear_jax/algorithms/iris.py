@@ -1,19 +1,22 @@
-"""IRIS: two independent risks, one of the real and one of the synthetic responses, each an exponentially tilted mean of the
-log-ratio r. The order α sets how sharply the tilts look at single responses: the real side has order α − 1, the synthetic
-side α. It follows the gap between data and opponent, and the data's distribution is the optimum at every order.
+"""IRIS: two independent risks, one of the real and one of the synthetic responses, each an
+exponentially tilted mean of the log-ratio r. The order α sets how sharply the tilts look at single
+responses: the real side has order α − 1, the synthetic side α. It follows the gap between data and
+opponent, and the data's distribution is the optimum at every order.
 
-Source: IRIS, its public abstract and readers' notes; the loss is the one form that we found consistent with all of them, the
-Rényi variational formula with r as test function.
+Source: IRIS, its public abstract and readers' notes; the loss is the one form that we found
+consistent with all of them, the Rényi variational formula with r as test function.
 
 Departures (see also `self_play`):
-    1. The paper's prefactor is not known: 1, or α (`scale`), with which the minimum is minus the Rényi divergence.
-    2. The schedule's direction is the paper's; its formula, range and the estimate of the gap are ours. Every client measures
-       the gap on the opponent's new responses, the server averages by number of examples, and the round trains with the α
-       that follows.
-    3. Weights are normalised over the optimiser step, not over a micro-batch, at the price of one forward pass more
-       (train.normalize=micro gives that up). They are computed from clipped r without gradient and act on r itself; the
-       reported loss is that of the clipped r.
-    4. λ is 0.1: at 1 the log-ratios of whole responses collapse the weights onto one of them (`real_ess`, `synthetic_ess`).
+    1. The paper's prefactor is not known: 1, or α (`scale`), with which the minimum is minus the
+       Rényi divergence.
+    2. The schedule's direction is the paper's; its formula, range and the estimate of the gap are
+       ours. Every client measures the gap on the opponent's new responses, the server averages by
+       number of examples, and the round trains with the α that follows.
+    3. Weights are normalised over the optimiser step, not over a micro-batch, at the price of one
+       forward pass more (train.normalize=micro gives that up). They are computed from clipped r
+       without gradient and act on r itself; the reported loss is that of the clipped r.
+    4. λ is 0.1: at 1 the log-ratios of whole responses collapse the weights onto one of them
+       (`real_ess`, `synthetic_ess`).
 """
 
 import dataclasses
@@ -42,12 +45,15 @@ EXPONENT = 80.0  # float32 holds e^80 times as many rows as a step may have
 class IrisSettings:
     """The method's own numbers."""
 
-    # Where α comes from: the gap on the opponent's responses, `alpha`, or the running difference of mean r and mean r'.
+    # Where α comes from: the gap on the opponent's responses, `alpha`, or the running difference of
+    # mean r and mean r'.
     order: str = one_of("adaptive", "fixed", "per_step")
     alpha: float = number(1.0, 0)  # of "fixed"
     alpha_min: float = number(0.5, 0)  # α at gap 0
     alpha_max: float = number(2.0, 0)  # α at an infinite gap
-    tau: float = positive(1.0)  # τ, the gap's scale: nats per token ("adaptive"), or of r ("per_step")
+    tau: float = positive(
+        1.0
+    )  # τ, the gap's scale: nats per token ("adaptive"), or of r ("per_step")
     ema: float = number(0.9, 0, 1)  # of "per_step": how much of the running gap a step keeps
     lam: float = positive(0.1)  # λ of r = λ (s_θ − s_t)
     scale: str = one_of("one", "alpha")  # the loss's factor
@@ -56,7 +62,9 @@ class IrisSettings:
 
 
 def distribution_gap(real: np.ndarray, synthetic: np.ndarray) -> float:
-    """D = max(0, mean NLL_t(y) − mean NLL_t(y')), nats per token under the opponent; one number a response."""
+    """D = max(0, mean NLL_t(y) − mean NLL_t(y')), nats per token under the opponent; one number a
+    response.
+    """
     return max(0.0, float(np.mean(real) - np.mean(synthetic)))
 
 
@@ -65,7 +73,9 @@ def adaptive_order(gap: jax.Array, low: float, high: float, tau: float) -> jax.A
     return low + (high - low) * (1.0 - jnp.exp(-gap / tau))
 
 
-def tilt_sums(reward: jax.Array, valid: jax.Array, order: jax.Array, clip: float) -> dict[str, jax.Array]:
+def tilt_sums(
+    reward: jax.Array, valid: jax.Array, order: jax.Array, clip: float
+) -> dict[str, jax.Array]:
     """What a tilted mean needs to know of a whole step; adds over micro-batches.
 
     Args: reward: float[...]; valid: bool[...]; order: float[], d.
@@ -77,11 +87,16 @@ def tilt_sums(reward: jax.Array, valid: jax.Array, order: jax.Array, clip: float
 
 
 def tilted_mean(
-    reward: jax.Array, valid: jax.Array, order: jax.Array, sums: Mapping[str, jax.Array], clip: float
+    reward: jax.Array,
+    valid: jax.Array,
+    order: jax.Array,
+    sums: Mapping[str, jax.Array],
+    clip: float,
 ) -> tuple[jax.Array, jax.Array]:
     """M_d(r) = (1/d) log mean e^{d r}, and mean r + (d/2) var r where |d| < SMALL: this micro-batch's share of it.
 
-    The gradient with respect to r_i is w_i = softmax_i(d z) over the whole step, whatever the shares.
+    The gradient with respect to r_i is w_i = softmax_i(d z) over the whole step, whatever the
+    shares.
 
     Args: sums: `tilt_sums` of the whole step.
     Returns: float[]; w, float[...].
@@ -91,16 +106,25 @@ def tilted_mean(
     mean = losses.ratio(sums["total"], count)
     mass = jnp.where(count > 0, sums["weight"], 1.0)
     # w = e^{d z} / Σ e^{d z}, or (1 + d (z − mean z)) / n
-    weight = jnp.where(small, losses.ratio(1.0 + order * (z - mean), count), jnp.exp(order * z) / mass)
+    weight = jnp.where(
+        small, losses.ratio(1.0 + order * (z - mean), count), jnp.exp(order * z) / mass
+    )
     weight = jnp.where(valid, weight, 0.0)
     tilted = jnp.log(mass / jnp.maximum(1, count)) / jnp.where(small, 1.0, order)
-    value = jnp.where(small, mean + order / 2 * (losses.ratio(sums["square"], count) - mean**2), tilted)
+    value = jnp.where(
+        small, mean + order / 2 * (losses.ratio(sums["square"], count) - mean**2), tilted
+    )
     share = losses.ratio(valid.sum(), count) * value
     return share + (weight * (reward - jax.lax.stop_gradient(reward))).sum(), weight
 
 
 def iris_loss(
-    real: jax.Array, synthetic: jax.Array, valid: tuple, alpha: jax.Array, sums: Mapping[str, Mapping], clip: float
+    real: jax.Array,
+    synthetic: jax.Array,
+    valid: tuple,
+    alpha: jax.Array,
+    sums: Mapping[str, Mapping],
+    clip: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """L_α = M_α(r') − M_{α−1}(r): this micro-batch's share of it.
 
@@ -129,7 +153,9 @@ def _clipped(reward: jax.Array, clip: float) -> jax.Array:
 
 
 class Iris(SelfPlay):
-    """IRIS; real and synthetic rows are not paired. Memory beside the shell's: `gap`, float32[], the last measured D."""
+    """IRIS; real and synthetic rows are not paired. Memory beside the shell's: `gap`, float32[],
+    the last measured D.
+    """
 
     name = "iris"
     Settings = IrisSettings
@@ -143,34 +169,48 @@ class Iris(SelfPlay):
         config, rows = self.settings, self.common.batch_size * self.common.accumulation
         if rows < 2:
             raise UserError(
-                f"iris has {rows} real response in an optimiser step, where its order has no effect; it needs at least 2. "
-                "Set --config.train.batch_size or --config.train.accumulation (16 in all is enough)."
+                f"iris has {rows} real response in an optimiser step, where its order has no "
+                f"effect; it needs at least 2. "
+                "Set --config.train.batch_size or --config.train.accumulation (16 in all is "
+                "enough)."
             )
         if rows < 16:
             print(
-                f"warning: iris weighs {rows} responses a side; estimates are biased below about 16.", file=sys.stderr
+                f"warning: iris weighs {rows} responses a side; estimates are biased below about "
+                f"16.",
+                file=sys.stderr,
             )
         if config.alpha_min > config.alpha_max:
             raise UserError(
-                f"iris.alpha_min is {config.alpha_min}, above iris.alpha_max {config.alpha_max}; set --config.iris.alpha_min."
+                f"iris.alpha_min is {config.alpha_min}, above iris.alpha_max {config.alpha_max}; "
+                f"set --config.iris.alpha_min."
             )
-        orders = (config.alpha,) if config.order == "fixed" else (config.alpha_min, config.alpha_max)
+        orders = (
+            (config.alpha,) if config.order == "fixed" else (config.alpha_min, config.alpha_max)
+        )
         if config.scale == "alpha" and min(orders) == 0:
             raise UserError(
-                "iris.scale is 'alpha' and the order can be 0, where the loss vanishes. Set --config.iris.scale=one."
+                "iris.scale is 'alpha' and the order can be 0, where the loss vanishes. Set "
+                "--config.iris.scale=one."
             )
         steepest = max(max(abs(alpha), abs(alpha - 1)) for alpha in orders)
         if steepest * config.clip > EXPONENT:
             raise UserError(
-                f"iris.clip is {config.clip} and the order reaches {max(orders)}: weights up to e^{steepest * config.clip:g} "
-                f"overflow; their exponent may be {EXPONENT:g}. Set --config.iris.clip={EXPONENT / steepest:g} or lower."
+                f"iris.clip is {config.clip} and the order reaches {max(orders)}: weights up to "
+                f"e^{steepest * config.clip:g} "
+                f"overflow; their exponent may be {EXPONENT:g}. Set "
+                f"--config.iris.clip={EXPONENT / steepest:g} or lower."
             )
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
 
     def measure(
-        self, worker: RolloutWorker, author: Policy, records: list[tuple[RolloutRequest, Trace]], algorithm_state: dict
+        self,
+        worker: RolloutWorker,
+        author: Policy,
+        records: list[tuple[RolloutRequest, Trace]],
+        algorithm_state: dict,
     ) -> dict:
         """D of each client on the opponent, averaged by its number of examples."""
         if self.settings.order != "adaptive":
@@ -180,7 +220,11 @@ class Iris(SelfPlay):
         for ((client, _, _), trace), real in zip(records, scored, strict=True):
             clients.setdefault(client, []).append((-np.mean(real), -np.mean(trace.first.logprobs)))
         gaps = [distribution_gap(*np.transpose(pairs)) for pairs in clients.values()]
-        return {"gap": np.asarray(np.average(gaps, weights=[len(p) for p in clients.values()]), np.float32)}
+        return {
+            "gap": np.asarray(
+                np.average(gaps, weights=[len(p) for p in clients.values()]), np.float32
+            )
+        }
 
     def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
         """ "per_step": the running gap, 0 where a round begins. Else α, float32[]."""
@@ -192,25 +236,43 @@ class Iris(SelfPlay):
         return {"alpha": np.asarray(self._schedule(algorithm_state["gap"]), np.float32)}
 
     def _schedule(self, gap: jax.Array) -> jax.Array:
-        return adaptive_order(gap, self.settings.alpha_min, self.settings.alpha_max, self.settings.tau)
+        return adaptive_order(
+            gap, self.settings.alpha_min, self.settings.alpha_max, self.settings.tau
+        )
 
     def _alpha(self, loss_scalars) -> jax.Array:
-        return self._schedule(jnp.maximum(0, loss_scalars["gap"])) if "gap" in loss_scalars else loss_scalars["alpha"]
+        return (
+            self._schedule(jnp.maximum(0, loss_scalars["gap"]))
+            if "gap" in loss_scalars
+            else loss_scalars["alpha"]
+        )
 
-    def denominators(self, batch: Batch, logprobs: jax.Array, loss_scalars) -> dict[str, dict[str, jax.Array]]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array, loss_scalars
+    ) -> dict[str, dict[str, jax.Array]]:
         real, synthetic = self.rewards(batch, logprobs)[0]
-        return iris_sums(real, synthetic, self.valid(batch), self._alpha(loss_scalars), self.settings.clip)
+        return iris_sums(
+            real, synthetic, self.valid(batch), self._alpha(loss_scalars), self.settings.clip
+        )
 
     def update_loss_scalars(self, loss_scalars, denominators):
         """gap ← e gap + (1 − e)(mean r − mean r')."""
         if "gap" not in loss_scalars:
             return loss_scalars
-        mean = {side: losses.ratio(sums["total"], sums["count"]) for side, sums in denominators.items()}
+        mean = {
+            side: losses.ratio(sums["total"], sums["count"]) for side, sums in denominators.items()
+        }
         ema = self.settings.ema
         return {"gap": ema * loss_scalars["gap"] + (1 - ema) * (mean["real"] - mean["synthetic"])}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
-        (real, synthetic), valid, alpha = self.rewards(batch, logprobs)[0], self.valid(batch), self._alpha(loss_scalars)
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
+        (real, synthetic), valid, alpha = (
+            self.rewards(batch, logprobs)[0],
+            self.valid(batch),
+            self._alpha(loss_scalars),
+        )
         loss, weights = iris_loss(real, synthetic, valid, alpha, denominators, self.settings.clip)
         loss *= alpha if self.settings.scale == "alpha" else 1.0
         metrics = reward_metrics(real, synthetic[None], valid) | {
@@ -220,12 +282,15 @@ class Iris(SelfPlay):
         }
         return loss, metrics
 
-    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
+    def end_round(
+        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+    ) -> dict:
         for side in ("real", "synthetic"):
             share = metrics[f"{self.name}/{side}_ess"]
             if 0 < share < 0.1:
                 print(
-                    f"warning: iris's {side} weights of round {round} rest on {share:.0%} of the responses; "
+                    f"warning: iris's {side} weights of round {round} rest on {share:.0%} of the "
+                    f"responses; "
                     "a lower --config.iris.lam or --config.iris.alpha_max spreads them.",
                     file=sys.stderr,
                 )
@@ -233,5 +298,7 @@ class Iris(SelfPlay):
 
 
 def _ess(weight: jax.Array, valid: jax.Array, count: jax.Array) -> Mean:
-    """Effective share of the step's n responses, 1 / (n Σ w²): over steps its harmonic mean, exact as a ratio of sums."""
+    """Effective share of the step's n responses, 1 / (n Σ w²): over steps its harmonic mean, exact
+    as a ratio of sums.
+    """
     return Mean(losses.ratio(valid.sum(), count), count * (weight**2).sum())

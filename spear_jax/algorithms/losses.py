@@ -1,7 +1,8 @@
-"""Objectives as pure arithmetic on per-token log-probabilities: arrays in, arrays out, nothing else.
+"""Objectives as pure arithmetic on per-token log-probabilities: arrays in, arrays out, nothing
+else.
 
-A reduction is a sum and a count that are divided once (`ratio`), so that a caller who accumulates over micro-batches divides
-by the count of the whole optimiser step.
+A reduction is a sum and a count that are divided once (`ratio`), so that a caller who accumulates
+over micro-batches divides by the count of the whole optimiser step.
 """
 
 import math
@@ -27,7 +28,9 @@ def nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
 
 
 def sequence_nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
-    """Mean over sequences of per-sequence means: total = −Σ_i (Σ_t m lp) / max(1, Σ_t m), count = B. Arguments as `nll`."""
+    """Mean over sequences of per-sequence means: total = −Σ_i (Σ_t m lp) / max(1, Σ_t m), count =
+    B. Arguments as `nll`.
+    """
     means = (logprobs * mask).sum(-1) / jnp.maximum(1, mask.sum(-1))
     return Mean(-means.sum(), jnp.asarray(logprobs.shape[0], logprobs.dtype))
 
@@ -41,25 +44,35 @@ def unlikelihood(
         logprobs: float[B, T], nats.
         margin: ξ; a token at or below it is left alone.
     Returns: u, float[B, T]; active, bool[B, T], where p > ξ.
-    Source: Welleck et al. (arXiv 1908.04319), with the sampled wrong token as the one negative candidate; SPEAR.
+    Source: Welleck et al. (arXiv 1908.04319), with the sampled wrong token as the one negative
+        candidate; SPEAR.
 
     Departures:
         1. 1 − p is −expm1(lp): float32 resolves it near p = 1, where 1 − exp(lp) cancels.
-        2. The clamp acts on lp (lp <= log p_max): the same value, and the same zero gradient above p_max.
+        2. The clamp acts on lp (lp <= log p_max): the same value, and the same zero gradient above
+           p_max.
     """
     clamped = jnp.minimum(logprobs, math.log(p_max))
     active = jnp.exp(clamped) > margin
-    safe = jnp.where(active, clamped, -1.0)  # the unused branch stays away from log 0, so its gradient is never NaN
+    safe = jnp.where(
+        active, clamped, -1.0
+    )  # the unused branch stays away from log 0, so its gradient is never NaN
     return jnp.where(active, -jnp.log(-jnp.expm1(safe) + eps), 0.0), active
 
 
 def unlikelihood_weights(
-    mask: jax.Array, active: jax.Array | None, confidence: jax.Array, rows: jax.Array, weighting: str, denominator: str
+    mask: jax.Array,
+    active: jax.Array | None,
+    confidence: jax.Array,
+    rows: jax.Array,
+    weighting: str,
+    denominator: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token weights w and count n such that L_lose = Σ w u / n, for each reading of "confidence-weighted".
+    """Token weights w and count n such that L_lose = Σ w u / n, for each reading of
+    "confidence-weighted".
 
-    per_token Σ c M u / Σ M · batch_mean c̄ Σ M u / Σ M (the published code) · per_trace mean over traces of
-    c (Σ_t M u) / Σ_t M · normalised Σ c M u / Σ c M.
+    per_token Σ c M u / Σ M · batch_mean c̄ Σ M u / Σ M (the published code) · per_trace mean over
+    traces of c (Σ_t M u) / Σ_t M · normalised Σ c M u / Σ c M.
 
     Args:
         mask: [B, T], the positions M.
@@ -68,7 +81,8 @@ def unlikelihood_weights(
         rows: bool[B], the rows that hold a trace.
         weighting: one of WEIGHTINGS.
         denominator: "masked" counts M before the margin test, "active" after it.
-    Returns: w float[B, T]; n float[]. Both add over micro-batches (batch_mean's c̄ stays each micro-batch's own).
+    Returns: w float[B, T]; n float[]. Both add over micro-batches (batch_mean's c̄ stays each
+        micro-batch's own).
     Source: SPEAR (arXiv 2605.07977); batch_mean as published in code.
     """
     mask = mask.astype(confidence.dtype)
@@ -87,7 +101,8 @@ def unlikelihood_weights(
 def anchor(theta: dict, reference: dict) -> jax.Array:
     """L_anchor = Σ over tensors of mean((θ − sg θ_ref)²).
 
-    Source: SPEAR. Departure: the gradient flows to θ (the published code reads detached tensors, so its anchor has none).
+    Source: SPEAR. Departure: the gradient flows to θ (the published code reads detached tensors, so
+        its anchor has none).
     """
     pairs = zip(jax.tree.leaves(theta), jax.tree.leaves(reference), strict=True)
     return sum(jnp.mean((t - jax.lax.stop_gradient(r)) ** 2) for t, r in pairs)
@@ -99,7 +114,8 @@ def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """The k3 estimate of KL(π ‖ π_ref) under samples of π, elementwise: e^δ − δ − 1, δ = lp_ref − lp.
+    """The k3 estimate of KL(π ‖ π_ref) under samples of π, elementwise: e^δ − δ − 1, δ = lp_ref −
+    lp.
 
     Source: Schulman, "Approximating KL divergence"; as used by GRPO (arXiv 2402.03300).
     """
@@ -108,7 +124,9 @@ def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def published_k3(new: jax.Array, reference: jax.Array) -> jax.Array:
-    """e^d − 1 − d, d = clamp(new − ref, ±5): the orientation of the GRPO and RLTF-SD published with SPEAR."""
+    """e^d − 1 − d, d = clamp(new − ref, ±5): the orientation of the GRPO and RLTF-SD published with
+    SPEAR.
+    """
     d = jnp.clip(new - reference, -5.0, 5.0)
     return jnp.exp(d) - 1.0 - d
 
@@ -129,7 +147,8 @@ def pair_loss(margin: jax.Array, kind: str, smoothing: float = 0.0) -> jax.Array
     sigmoid  (1 − e) sp(−z) + e sp(z), sp(z) = log(1 + e^z), e the label smoothing
     hinge    max(0, 1 − z)
 
-    Source: DPO (arXiv 2305.18290), conservative DPO (Mitchell 2023), SLiC (arXiv 2305.10425), SPIN (arXiv 2401.01335).
+    Source: DPO (arXiv 2305.18290), conservative DPO (Mitchell 2023), SLiC (arXiv 2305.10425), SPIN
+        (arXiv 2401.01335).
     """
     if kind == "hinge":
         return jax.nn.relu(1.0 - margin)

@@ -1,13 +1,15 @@
-"""OPSD, on-policy self-distillation: the client's model answers, and a teacher that has read the gold answer, the solution and
-all facts scores every token of that answer; the student's distribution is pulled towards the teacher's, token by token. Teacher
-and student are one network under two prompts.
+"""OPSD, on-policy self-distillation: the client's model answers, and a teacher that has read the
+gold answer, the solution and all facts scores every token of that answer; the student's
+distribution is pulled towards the teacher's, token by token. Teacher and student are one network
+under two prompts.
 
-Source: OPSD (published code; generalised Jensen-Shannon divergence as in GKD, arXiv 2306.13649). Preset `reference`: the baseline
-published with SPEAR (arXiv 2605.07977): forward KL at temperature 2.
+Source: OPSD (published code; generalised Jensen-Shannon divergence as in GKD, arXiv 2306.13649).
+Preset `reference`: the baseline published with SPEAR (arXiv 2605.07977): forward KL at temperature
+2.
 
 Departures:
-    1. Default is the official code's divergence (JSD 0.5) with the teacher at the current weights; its scripts hold the teacher
-       fixed (`teacher=fixed`).
+    1. Default is the official code's divergence (JSD 0.5) with the teacher at the current weights;
+       its scripts hold the teacher fixed (`teacher=fixed`).
     2. The baseline's `kl_weight` and `anchor_weight` do nothing there and do not exist here.
     3. The privileged block may hold gold text; the student never sees it, the server neither.
 """
@@ -22,7 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, choose, metrics_of, needs_responses, schedule
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    WorkEstimate,
+    choose,
+    metrics_of,
+    needs_responses,
+    schedule,
+)
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean
 from spear_jax.models.decoder import head_weight
@@ -40,13 +50,19 @@ class OpsdSettings:
     divergence: str = one_of("jsd", "forward_kl", "sampled")
     beta: float = number(0.5, 0, 1)  # of jsd: 0 is forward KL, 1 reverse
     temperature: float = positive(1.0)  # T of both softmaxes; forward_kl is scaled by T²
-    top_k: int = number(0, 0)  # both distributions renormalised on the teacher's k likeliest tokens; 0 means all
-    teacher: str = one_of("dynamic", "fixed", "ema")  # current weights, round 1's, or a moving average over rounds
+    top_k: int = number(
+        0, 0
+    )  # both distributions renormalised on the teacher's k likeliest tokens; 0 means all
+    teacher: str = one_of(
+        "dynamic", "fixed", "ema"
+    )  # current weights, round 1's, or a moving average over rounds
     ema_decay: float = number(0.9, 0, 1)  # of the old teacher
 
 
 class Opsd(Algorithm):
-    """Distillation from the informed self; rows 0..B are students, B..2B the same completions under the teacher's prompt."""
+    """Distillation from the informed self; rows 0..B are students, B..2B the same completions under
+    the teacher's prompt.
+    """
 
     name = "opsd"
     Settings = OpsdSettings
@@ -78,7 +94,11 @@ class Opsd(Algorithm):
         return 2
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
-        return {} if self.settings.teacher == "dynamic" else {"teacher": jax.tree.map(np.asarray, lora)}
+        return (
+            {}
+            if self.settings.teacher == "dynamic"
+            else {"teacher": jax.tree.map(np.asarray, lora)}
+        )
 
     def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return () if self.settings.teacher == "dynamic" else (algorithm_state["teacher"],)
@@ -91,33 +111,57 @@ class Opsd(Algorithm):
         return {"teacher": jax.tree.map(blend, algorithm_state["teacher"], lora)}
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         requests = [
-            (c, int(i), 0) for s, c in enumerate(cohort.clients) for i in choose(cohort, s, self.common.examples)
+            (c, int(i), 0)
+            for s, c in enumerate(cohort.clients)
+            for i in choose(cohort, s, self.common.examples)
         ]
         traces = worker.answer(policy, requests, key)
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
             pool = [pair(worker, trace) for trace in traces if trace.client == client]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.common, lambda p=pool, r=rng: _split(draw(p, self.common.batch_size, r))))
+            rows.append(
+                schedule(
+                    self.common, lambda p=pool, r=rng: _split(draw(p, self.common.batch_size, r))
+                )
+            )
             sizes.append(float(len(pool)))
         records = [(trace, "unused", 1.0) for trace in traces]
-        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, 0, 0))
+        return CohortData(
+            rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, 0, 0)
+        )
 
-    def forward(self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]) -> jax.Array:
+    def forward(
+        self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]
+    ) -> jax.Array:
         """float32[M]: the divergence at every completion token."""
         informed = references[0] if references else jax.lax.stop_gradient(lora)
-        right = jax.lax.stop_gradient(dataclasses.replace(scorer, dropout_key=None).states(informed, block, pack=1))
+        right = jax.lax.stop_gradient(
+            dataclasses.replace(scorer, dropout_key=None).states(informed, block, pack=1)
+        )
         left = scorer.states(lora, block)
         compare = _comparison(self.settings)
-        return map_positions(compare, left, (right, block.target), head_weight(scorer.base), scorer.chunk)
+        return map_positions(
+            compare, left, (right, block.target), head_weight(scorer.base), scorer.chunk
+        )
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         return {"tokens": _students(batch).sum() * jnp.float32(1)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         """Σ m d / Σ m over student rows; `logprobs` holds the divergences d."""
         mask = _students(batch)
         total = (logprobs * mask).sum()
@@ -131,7 +175,8 @@ def _comparison(settings: OpsdSettings) -> Callable:
     def compare(student, fixed, head):
         teacher, target = fixed
         mine, theirs = (
-            jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32) for x in (student, teacher)
+            jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
+            for x in (student, teacher)
         )
         return divergence(mine, theirs, target, settings)
 
@@ -152,11 +197,16 @@ def pair(worker: RolloutWorker, trace) -> tuple[TrainingRow, TrainingRow]:
     ids = trace.first.completion
     mask = np.ones(len(ids), bool)
     informed = worker.renderer.privileged(worker.task, trace.example)
-    return TrainingRow(trace.first.prompt, ids, mask, 1.0, 1), TrainingRow(informed, ids, mask, 1.0, -1)
+    return TrainingRow(trace.first.prompt, ids, mask, 1.0, 1), TrainingRow(
+        informed, ids, mask, 1.0, -1
+    )
 
 
-def divergence(student: jax.Array, teacher: jax.Array, target: jax.Array | None, settings: OpsdSettings) -> jax.Array:
-    """float[M] from logits float[M, V]; the teacher's carry no gradient. t and s are the softmaxes at temperature T.
+def divergence(
+    student: jax.Array, teacher: jax.Array, target: jax.Array | None, settings: OpsdSettings
+) -> jax.Array:
+    """float[M] from logits float[M, V]; the teacher's carry no gradient. t and s are the softmaxes
+    at temperature T.
 
     jsd         β KL(t ‖ m) + (1 − β) KL(s ‖ m), m = β t + (1 − β) s; β = 0: KL(t ‖ s), β = 1: KL(s ‖ t)
     forward_kl  T² KL(t ‖ s)

@@ -1,16 +1,19 @@
-"""RLTF-SD, reinforcement learning from text feedback with self-distillation: each prompt is answered several times, every wrong
-answer is revised once after feedback, and both turns are rewarded. Policy gradients train the first answer under the task and
-the revision under its feedback prompt; distillation trains the *revision under the task's own prompt*, weighted by how much
-better it is than first answers are on average.
+"""RLTF-SD, reinforcement learning from text feedback with self-distillation: each prompt is
+answered several times, every wrong answer is revised once after feedback, and both turns are
+rewarded. Policy gradients train the first answer under the task and the revision under its feedback
+prompt; distillation trains the *revision under the task's own prompt*, weighted by how much better
+it is than first answers are on average.
 
 Source: RLTF-SD as published with SPEAR (arXiv 2605.07977).
 
 Departures:
-    1. The KL estimate is k3 of KL(π ‖ π_ref), δ = ref − new, unclamped; preset `reference` repeats the published orientation.
-    2. The paper's one "RL coefficient (Self Distillation) 0.1" is read as sd_weight 0.1 with rl_weight 1; the other reading is
-       sd_weight 1 with rl_weight 0.1.
+    1. The KL estimate is k3 of KL(π ‖ π_ref), δ = ref − new, unclamped; preset `reference` repeats
+       the published orientation.
+    2. The paper's one "RL coefficient (Self Distillation) 0.1" is read as sd_weight 0.1 with
+       rl_weight 1; the other reading is sd_weight 1 with rl_weight 0.1.
     3. LoRA dropout is off, since the loss holds ratios to the reference.
-    4. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at 0.8.
+    4. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at
+       0.8.
 """
 
 import dataclasses
@@ -21,7 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, choose, metrics_of, needs_feedback, schedule
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    WorkEstimate,
+    choose,
+    metrics_of,
+    needs_feedback,
+    schedule,
+)
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Attempt, Cohort, Mean, Trace
 from spear_jax.packing.arrays import Batch
@@ -43,7 +54,9 @@ class RltfSdSettings:
     kl_weight: float = number(0.02, 0)  # β
     kl: str = one_of("k3", "published")
     scores: str = one_of("mean", "sum")  # s̄ as published, or s
-    drop_terminated_turn1: bool = False  # leave the second turn of answers that were right at once out of the RL term
+    drop_terminated_turn1: bool = (
+        False  # leave the second turn of answers that were right at once out of the RL term
+    )
 
 
 class RltfSd(Algorithm):
@@ -52,7 +65,11 @@ class RltfSd(Algorithm):
     name = "rltf_sd"
     Settings = RltfSdSettings
     dropout = False
-    reference: ClassVar = {"rltf_sd.kl": "published", "train.normalize": "micro", "rollout.top_k": 50}
+    reference: ClassVar = {
+        "rltf_sd.kl": "published",
+        "train.normalize": "micro",
+        "rollout.top_k": 50,
+    }
 
     @property
     def scored_prompts(self) -> tuple[str, ...]:
@@ -61,7 +78,9 @@ class RltfSd(Algorithm):
     def estimate_work(self, size: int) -> WorkEstimate:
         count = self.settings.samples
         return WorkEstimate(
-            min(size, max(1, self.common.examples // count)) * count, 3 * self.common.items, revisions=1
+            min(size, max(1, self.common.examples // count)) * count,
+            3 * self.common.items,
+            revisions=1,
         )
 
     def check(self, task, examples, feedback) -> None:
@@ -71,7 +90,13 @@ class RltfSd(Algorithm):
         return (start,) if self.settings.kl_weight else ()
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         count = self.settings.samples
         prompts = max(1, self.common.examples // count)
@@ -84,13 +109,24 @@ class RltfSd(Algorithm):
         traces = worker.answer(policy, requests, key)
         worker.revise_until_right(policy, traces, requests, key, limit=1)
         # an answer that was right at once ends the conversation: the second turn repeats the first
-        r0, r1 = (np.array([float(x(t).correct) for t in traces]).reshape(-1, count) for x in (_first, _last))
+        r0, r1 = (
+            np.array([float(x(t).correct) for t in traces]).reshape(-1, count)
+            for x in (_first, _last)
+        )
         found = [a.reshape(-1) for a in advantages(r0, r1, self.settings.discount)]
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
-            pool = [self._rows(t, *(float(a[i]) for a in found)) for i, t in enumerate(traces) if t.client == client]
+            pool = [
+                self._rows(t, *(float(a[i]) for a in found))
+                for i, t in enumerate(traces)
+                if t.client == client
+            ]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.common, lambda p=pool, r=rng: _by_kind(draw(p, self.common.batch_size, r))))
+            rows.append(
+                schedule(
+                    self.common, lambda p=pool, r=rng: _by_kind(draw(p, self.common.batch_size, r))
+                )
+            )
             sizes.append(float(len(pool)))
         records = [(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
         metrics = metrics_of(traces, int(r1.sum()), int((1 - r1).sum()))
@@ -107,18 +143,31 @@ class RltfSd(Algorithm):
             _row(first.prompt, last, DISTILLED, a_sd),
         )
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         rows_per_group = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
-        return {name: (batch.label == kind).sum() * jnp.float32(1) for name, kind in rows_per_group.items()}
+        return {
+            name: (batch.label == kind).sum() * jnp.float32(1)
+            for name, kind in rows_per_group.items()
+        }
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         settings, label = self.settings, batch.label
         score = losses.sequence_mean if settings.scores == "mean" else losses.sequence_sum
         new = score(logprobs, batch.loss_mask)
-        held = score(batch.ref_logprobs[:, 0], batch.loss_mask) if settings.kl_weight else jax.lax.stop_gradient(new)
+        held = (
+            score(batch.ref_logprobs[:, 0], batch.loss_mask)
+            if settings.kl_weight
+            else jax.lax.stop_gradient(new)
+        )
         rl = policy_loss(new, held, batch.advantage, settings.kl_weight, settings.kl)
         sd = -batch.advantage * new
-        part = lambda each, kind, name: losses.ratio((each * (label == kind)).sum(), denominators[name])
+        part = lambda each, kind, name: losses.ratio(
+            (each * (label == kind)).sum(), denominators[name]
+        )
         first, revised = part(rl, FIRST, "first"), part(rl, REVISED, "revised")
         distilled = part(sd, DISTILLED, "distilled")
         turns = (label == FIRST) | (label == REVISED)
@@ -146,8 +195,11 @@ def _by_kind(samples: list) -> list[TrainingRow | None]:
     return [one[kind] for kind in range(3) for one in samples]
 
 
-def advantages(r0: np.ndarray, r1: np.ndarray, discount: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A_SD = r1 − mean(r0), A_0 = R − mean(R), A_1 = r1 − mean(r1), R = r0 + γ r1; means over the group, no std.
+def advantages(
+    r0: np.ndarray, r1: np.ndarray, discount: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A_SD = r1 − mean(r0), A_0 = R − mean(R), A_1 = r1 − mean(r1), R = r0 + γ r1; means over the
+    group, no std.
 
     Args: r0, r1: float[prompts, N], rewards of the two turns.
     """
@@ -156,7 +208,9 @@ def advantages(r0: np.ndarray, r1: np.ndarray, discount: float) -> tuple[np.ndar
     return r1 - mean(r0), both - mean(both), r1 - mean(r1)
 
 
-def policy_loss(new: jax.Array, held: jax.Array, advantage: jax.Array, kl_weight: float, kl: str) -> jax.Array:
+def policy_loss(
+    new: jax.Array, held: jax.Array, advantage: jax.Array, kl_weight: float, kl: str
+) -> jax.Array:
     """−A s̄ + β k, elementwise. Args: new, held: float[B], scores under policy and reference."""
     estimate = losses.published_k3 if kl == "published" else losses.k3
     return -advantage * new + kl_weight * estimate(new, jax.lax.stop_gradient(held))

@@ -1,17 +1,20 @@
-"""What the self-play methods share: gold responses are real, the responses of an earlier policy (the opponent) synthetic, and
-the policy learns to tell them apart, r(x, y) = λ (s_θ(y) − s_t(y)), s the sum of a completion's log-probabilities.
+"""What the self-play methods share: gold responses are real, the responses of an earlier policy
+(the opponent) synthetic, and the policy learns to tell them apart, r(x, y) = λ (s_θ(y) − s_t(y)), s
+the sum of a completion's log-probabilities.
 
-An iteration begins by freezing the global adapter as the opponent π_t; every y' of the iteration is sampled from it, and
-π_{t+1} is what training from π_t gave. Each method's own file adds its loss.
+An iteration begins by freezing the global adapter as the opponent π_t; every y' of the iteration is
+sampled from it, and π_{t+1} is what training from π_t gave. Each method's own file adds its loss.
 Source: SPIN (arXiv 2401.01335), whose scheme the others keep.
 
 Departures:
-    1. Federated: a round is an iteration (`refresh_rounds` makes it several), and a client asks only the examples that it
-       draws in the round, not all of them before the first.
-    2. An example's older synthetic sets are used while they are recent enough, whichever client round made them.
-    3. The opponent is always the stored global adapter; the published code's reference is the model without an adapter.
-    4. y' are the sampled ids, with an EOS only where one was sampled. Sampling follows `rollout.temperature` and `top_p`:
-       only 1 and 1 sample the opponent itself.
+    1. Federated: a round is an iteration (`refresh_rounds` makes it several), and a client asks
+       only the examples that it draws in the round, not all of them before the first.
+    2. An example's older synthetic sets are used while they are recent enough, whichever client
+       round made them.
+    3. The opponent is always the stored global adapter; the published code's reference is the model
+       without an adapter.
+    4. y' are the sampled ids, with an EOS only where one was sampled. Sampling follows
+       `rollout.temperature` and `top_p`: only 1 and 1 sample the opponent itself.
 """
 
 import abc
@@ -22,7 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, LossScalars, choose, metrics_of, needs_responses, schedule
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    LossScalars,
+    choose,
+    metrics_of,
+    needs_responses,
+    schedule,
+)
 from spear_jax.core.types import Cohort, Example, Mean, Trace
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
@@ -55,10 +66,12 @@ def reward_metrics(real: jax.Array, synthetic: jax.Array, valid: jax.Array) -> d
 class SelfPlay(Algorithm, abc.ABC):
     """The shell of a self-play method.
 
-    A micro-batch of B items holds K blocks of B rows: row i of block 0 is an item's gold response (label +1), row i of block k
-    the item's k-th synthetic one (label -1). A padding item has K rows of label 0.
+    A micro-batch of B items holds K blocks of B rows: row i of block 0 is an item's gold response
+    (label +1), row i of block k the item's k-th synthetic one (label -1). A padding item has K rows
+    of label 0.
 
-    Memory (numpy, of constant size; a synthetic set is the `samples` responses to one prompt of one iteration):
+    Memory (numpy, of constant size; a synthetic set is the `samples` responses to one prompt of one
+    iteration):
         opponents: adapters with a leading axis of `players`, π_t first, then π_{t−1}, ...
         tokens int32[N, H, M, T], lengths int32[N, H, M]: H sets of each of N examples.
         correct bool[N, H, M]: whether each response was right.
@@ -103,7 +116,9 @@ class SelfPlay(Algorithm, abc.ABC):
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
         shape = (examples, self.kept, self.samples)
         return {
-            "opponents": jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], self.players, axis=0), lora),
+            "opponents": jax.tree.map(
+                lambda x: np.repeat(np.asarray(x)[None], self.players, axis=0), lora
+            ),
             "tokens": np.zeros((*shape, length), np.int32),
             "lengths": np.zeros(shape, np.int32),
             "correct": np.zeros(shape, bool),
@@ -113,12 +128,18 @@ class SelfPlay(Algorithm, abc.ABC):
     def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return tuple(opponent(algorithm_state, player) for player in range(self.players))
 
-    def end_round(self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int) -> dict:
-        """At the end of an iteration the new adapter becomes the first opponent, and the last one is forgotten."""
+    def end_round(
+        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+    ) -> dict:
+        """At the end of an iteration the new adapter becomes the first opponent, and the last one
+        is forgotten.
+        """
         if round % self.settings.refresh_rounds:
             return algorithm_state
         shift = lambda old, new: np.concatenate([np.asarray(new)[None], np.asarray(old)[:-1]])
-        return algorithm_state | {"opponents": jax.tree.map(shift, algorithm_state["opponents"], lora)}
+        return algorithm_state | {
+            "opponents": jax.tree.map(shift, algorithm_state["opponents"], lora)
+        }
 
     def place(self, when: int) -> int:
         """Where an iteration's synthetic set is kept."""
@@ -130,12 +151,24 @@ class SelfPlay(Algorithm, abc.ABC):
         """The iterations whose synthetic sets every chosen example must have."""
         return (now,)
 
-    def author(self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int) -> Policy:
-        """Who answers for an iteration's set: the opponent, which is the round's own policy where a round is an iteration."""
-        return policy if self.settings.refresh_rounds == 1 else worker.merge(opponent(algorithm_state, 0))
+    def author(
+        self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int
+    ) -> Policy:
+        """Who answers for an iteration's set: the opponent, which is the round's own policy where a
+        round is an iteration.
+        """
+        return (
+            policy
+            if self.settings.refresh_rounds == 1
+            else worker.merge(opponent(algorithm_state, 0))
+        )
 
     def measure(
-        self, worker: RolloutWorker, author: Policy, records: list[tuple[RolloutRequest, Trace]], algorithm_state: dict
+        self,
+        worker: RolloutWorker,
+        author: Policy,
+        records: list[tuple[RolloutRequest, Trace]],
+        algorithm_state: dict,
     ) -> dict:
         """Entries of the memory that change with the opponent's new responses."""
         return {}
@@ -145,12 +178,23 @@ class SelfPlay(Algorithm, abc.ABC):
         return {}
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         now = self.iteration(cohort.round)
-        chosen = [choose(cohort, slot, self.common.examples).tolist() for slot in range(len(cohort.clients))]
+        chosen = [
+            choose(cohort, slot, self.common.examples).tolist()
+            for slot in range(len(cohort.clients))
+        ]
         # Copies: a checkpoint may still be writing the old arrays.
-        algorithm_state = algorithm_state | {name: np.array(algorithm_state[name]) for name in STORE}
+        algorithm_state = algorithm_state | {
+            name: np.array(algorithm_state[name]) for name in STORE
+        }
         traces = []
         for offset, when in enumerate(self.sets(now)):
             requests = self._requests(cohort, chosen, algorithm_state, when, offset * self.samples)
@@ -164,7 +208,11 @@ class SelfPlay(Algorithm, abc.ABC):
                 algorithm_state |= self.measure(worker, author, records, algorithm_state)
         rows, sizes = [], []
         for slot, indices in enumerate(chosen):
-            pool = [item for index in indices for item in self.items(worker, algorithm_state, index, now)]
+            pool = [
+                item
+                for index in indices
+                for item in self.items(worker, algorithm_state, index, now)
+            ]
             rng = cohort.rngs(slot, "pools")
             rows.append(schedule(self.common, lambda pool=pool, rng=rng: self._draw(pool, rng)))
             sizes.append(len(pool))
@@ -184,14 +232,25 @@ class SelfPlay(Algorithm, abc.ABC):
     def _requests(
         self, cohort: Cohort, chosen: list[list[int]], algorithm_state: dict, when: int, first: int
     ) -> list[RolloutRequest]:
-        """The questions whose set is missing; samples are numbered from `first`, so that no two sets share a key."""
+        """The questions whose set is missing; samples are numbered from `first`, so that no two
+        sets share a key.
+        """
         stored, place = algorithm_state["iteration"], self.place(when)
         missing = [
-            (c, i) for c, own in zip(cohort.clients, chosen, strict=True) for i in own if stored[i, place] != when
+            (c, i)
+            for c, own in zip(cohort.clients, chosen, strict=True)
+            for i in own
+            if stored[i, place] != when
         ]
-        return [(client, index, first + sample) for client, index in missing for sample in range(self.samples)]
+        return [
+            (client, index, first + sample)
+            for client, index in missing
+            for sample in range(self.samples)
+        ]
 
-    def _store(self, algorithm_state: dict, records: list[tuple[RolloutRequest, Trace]], when: int) -> None:
+    def _store(
+        self, algorithm_state: dict, records: list[tuple[RolloutRequest, Trace]], when: int
+    ) -> None:
         place = self.place(when)
         for (_, index, number), trace in records:
             completion, at = trace.first.completion, (index, place, number % self.samples)
@@ -201,23 +260,40 @@ class SelfPlay(Algorithm, abc.ABC):
             algorithm_state["correct"][at] = trace.first.correct
             algorithm_state["iteration"][index, place] = when
 
-    def items(self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int) -> Iterator[RowGroup]:
-        """An example's items: its gold response beside each recent synthetic set, the newest first."""
+    def items(
+        self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int
+    ) -> Iterator[RowGroup]:
+        """An example's items: its gold response beside each recent synthetic set, the newest
+        first.
+        """
         for when in range(now, max(-1, now - self.kept), -1):
             if algorithm_state["iteration"][index, self.place(when)] == when:
-                yield (real_row(worker, index), *self.synthetic(worker, algorithm_state, index, when, -1))
+                yield (
+                    real_row(worker, index),
+                    *self.synthetic(worker, algorithm_state, index, when, -1),
+                )
 
     def synthetic(
         self, worker: RolloutWorker, algorithm_state: dict, index: int, when: int, label: int
     ) -> list[TrainingRow]:
         """The rows of a stored set."""
         place = self.place(when)
-        pairs = zip(algorithm_state["tokens"][index, place], algorithm_state["lengths"][index, place], strict=True)
-        return [_row(worker.prompts[index], tokens[:length].tolist(), label) for tokens, length in pairs]
+        pairs = zip(
+            algorithm_state["tokens"][index, place],
+            algorithm_state["lengths"][index, place],
+            strict=True,
+        )
+        return [
+            _row(worker.prompts[index], tokens[:length].tolist(), label) for tokens, length in pairs
+        ]
 
     def _draw(self, pool: list[RowGroup], rng: np.random.Generator) -> list[TrainingRow | None]:
         drawn = draw(pool, self.common.batch_size, rng)
-        return [None if item is None else item[kind] for kind in range(self.rows_per_group) for item in drawn]
+        return [
+            None if item is None else item[kind]
+            for kind in range(self.rows_per_group)
+            for item in drawn
+        ]
 
     # On device
 
@@ -235,7 +311,9 @@ class SelfPlay(Algorithm, abc.ABC):
         reference = losses.sequence_sum(batch.ref_logprobs, batch.loss_mask[:, None])  # [K B, J]
         return self.by_kind(log_ratio(policy, reference.T, self.settings.lam))
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars
+    ) -> dict[str, jax.Array]:
         valid = self.valid(batch)
         real, synthetic = valid[0].sum(), valid[1:].sum()
         return {"real": real.astype(jnp.float32), "synthetic": synthetic.astype(jnp.float32)}

@@ -1,10 +1,13 @@
-"""SFT: maximum likelihood of gold responses, on the same clients, steps and server as every other method. It sees what the
-feedback methods never do, so it is a privileged upper reference and not a like-for-like baseline.
+"""SFT: maximum likelihood of gold responses, on the same clients, steps and server as every other
+method. It sees what the feedback methods never do, so it is a privileged upper reference and not a
+like-for-like baseline.
 
-Source: ordinary supervised fine-tuning; EAST's weights (`east` > 0) as in `spear_jax.algorithms.east`.
+Source: ordinary supervised fine-tuning; EAST's weights (`east` > 0) as in
+`spear_jax.algorithms.east`.
 
 Departures:
-    1. With `east`, the weight multiplies each example's own loss; the published EAST code multiplies the mean of the batch.
+    1. With `east`, the weight multiplies each example's own loss; the published EAST code
+       multiplies the mean of the batch.
 """
 
 import dataclasses
@@ -37,7 +40,9 @@ class SftSettings:
     """The method's own numbers."""
 
     reduction: str = one_of("token_mean", "seq_mean")
-    east: int = number(0, 0)  # samples a question for EAST's entropy weights; 0 weighs all examples alike
+    east: int = number(
+        0, 0
+    )  # samples a question for EAST's entropy weights; 0 weighs all examples alike
     east_power: float = number(1.0, 0)  # a
 
 
@@ -60,7 +65,13 @@ class Sft(Algorithm):
             needs_verdicts(f"{self.name} with east", task)
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
         requests = [
             (client, int(i), 0)
@@ -69,7 +80,9 @@ class Sft(Algorithm):
         ]
         weights, traces = {request: 1.0 for request in requests}, []
         if self.settings.east:
-            found = east.sample(worker, policy, requests, self.settings.east, self.settings.east_power, key)
+            found = east.sample(
+                worker, policy, requests, self.settings.east, self.settings.east_power, key
+            )
             weights, traces = (
                 {request: one.weight for request, one in found.items()},
                 [t for o in found.values() for t in o.traces],
@@ -78,22 +91,38 @@ class Sft(Algorithm):
         for slot, client in enumerate(cohort.clients):
             pool = [row(worker, i, w) for (c, i, _), w in weights.items() if c == client]
             rng = cohort.rngs(slot, "pools")
-            rows.append(schedule(self.common, lambda p=pool, r=rng: draw(p, self.common.batch_size, r)))
+            rows.append(
+                schedule(self.common, lambda p=pool, r=rng: draw(p, self.common.batch_size, r))
+            )
             sizes.append(float(len(pool)))
         records = [(trace, "unused", 1.0) for trace in traces]
-        return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, int(sum(sizes)), 0))
+        return CohortData(
+            rows,
+            np.array(sizes),
+            np.array(sizes) > 0,
+            records,
+            metrics_of(traces, int(sum(sizes)), 0),
+        )
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
         one = jnp.float32(1)
         return {"tokens": batch.loss_mask.sum() * one, "rows": (batch.label > 0).sum() * one}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         """−Σ w m lp / Σ m, or the mean over rows of w times the row's token mean."""
         weight, mask = batch.weight[:, 0], batch.loss_mask
         if self.settings.reduction == "token_mean":
-            value = losses.ratio(losses.nll(weight[:, None] * logprobs, mask).total, denominators["tokens"])
+            value = losses.ratio(
+                losses.nll(weight[:, None] * logprobs, mask).total, denominators["tokens"]
+            )
         else:
-            value = losses.ratio(losses.sequence_nll(weight[:, None] * logprobs, mask).total, denominators["rows"])
+            value = losses.ratio(
+                losses.sequence_nll(weight[:, None] * logprobs, mask).total, denominators["rows"]
+            )
         return value, {"win_nll": losses.nll(logprobs, mask)}
 
 

@@ -1,8 +1,9 @@
-"""SPACE: the policy's ratio to the opponent is a classifier of real against synthetic responses, trained by noise-contrastive
-estimation with μ synthetic responses to each real one. Real and synthetic rows are not paired, and the optimum is the data's
-distribution whatever the opponent was.
+"""SPACE: the policy's ratio to the opponent is a classifier of real against synthetic responses,
+trained by noise-contrastive estimation with μ synthetic responses to each real one. Real and
+synthetic rows are not paired, and the optimum is the data's distribution whatever the opponent was.
 
-Source: SPACE (self-play by noise-contrastive estimation), equation from readers' notes, checked here by its fixed point.
+Source: SPACE (self-play by noise-contrastive estimation), equation from readers' notes, checked
+here by its fixed point.
 
 Departures (see also `self_play`):
     1. AdamW with the shell's round rate instead of RMSProp.
@@ -28,7 +29,9 @@ from spear_jax.tasks.base import Task
 class SpaceSettings:
     """The method's own numbers."""
 
-    mu: int = number(1, 1)  # μ: synthetic responses to each real one; 3 and 7 gain little for several times the cost
+    mu: int = number(
+        1, 1
+    )  # μ: synthetic responses to each real one; 3 and 7 gain little for several times the cost
     lam: float = positive(1.0)  # λ of r = λ (s_θ − s_t)
     refresh_rounds: int = number(1, 1)  # rounds of an iteration
 
@@ -57,16 +60,21 @@ class Space(SelfPlay):
         super().check(task, examples, feedback)
         if self.settings.mu > 1 and self.common.temperature == 0:
             raise UserError(
-                f"space.mu is {self.settings.mu}, but greedy sampling gives the same response {self.settings.mu} times. "
+                f"space.mu is {self.settings.mu}, but greedy sampling gives the same response "
+                f"{self.settings.mu} times. "
                 "Set --config.rollout.temperature=1 or --config.space.mu=1."
             )
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         mu = self.settings.mu
         rewards = self.rewards(batch, logprobs)[0]
         real, synthetic, valid = rewards[0], rewards[1:], self.valid(batch)
         # L = mean sp(log μ − r) + μ mean sp(r' − log μ)
-        loss = losses.ratio(jnp.where(valid[0], space_real(real, mu), 0.0).sum(), denominators["real"])
+        loss = losses.ratio(
+            jnp.where(valid[0], space_real(real, mu), 0.0).sum(), denominators["real"]
+        )
         each = jnp.where(valid[1:], space_synthetic(synthetic, mu), 0.0)
         loss += mu * losses.ratio(each.sum(), denominators["synthetic"])
         return loss, reward_metrics(real, synthetic, valid)

@@ -1,19 +1,24 @@
-"""SPEAR: clients answer, are told right or wrong with a hint, and revise. Right completions become wins (maximum likelihood),
-wrong first answers become loses (confidence-weighted unlikelihood). No gold completion is ever trained on.
+"""SPEAR: clients answer, are told right or wrong with a hint, and revise. Right completions become
+wins (maximum likelihood), wrong first answers become loses (confidence-weighted unlikelihood). No
+gold completion is ever trained on.
 
 Source: SPEAR (arXiv 2605.07977); token-level unlikelihood from Welleck et al. (arXiv 1908.04319).
 
-Departures of preset `default` (preset `reference` undoes each; every switch stands alone in the config):
-    1. A1 clients are averaged from copies (federation.aggregation; `last` repeats the published code's aliasing).
-    2. A2 a client without wins has weight 0 (skip_weight; `rollouts` gives it its number of rollouts).
+Departures of preset `default` (preset `reference` undoes each; every switch stands alone in the
+config):
+    1. A1 clients are averaged from copies (federation.aggregation; `last` repeats the published
+       code's aliasing).
+    2. A2 a client without wins has weight 0 (skip_weight; `rollouts` gives it its number of
+       rollouts).
     3. A3 the anchor has a gradient (train.anchor_gradient).
-    4. A4, A5 one bounded, case-sensitive extractor grades and gives feedback (data.extractor), and hints never leak
-       (rollout.feedback).
+    4. A4, A5 one bounded, case-sensitive extractor grades and gives feedback (data.extractor), and
+       hints never leak (rollout.feedback).
     5. A6 the sampled ids are trained on, EOS only where it was generated (retokenise).
     6. A7 random streams are paths that never collide (federation.colliding_streams).
     7. A8 the lose cap rounds up (cap).
-    8. A trace's confidence weighs its own tokens (confidence_weighting; `batch_mean` as published), and the answer of an
-       answer-only task is located in the text (answer_window; `last` assumes that it ends the completion).
+    8. A trace's confidence weighs its own tokens (confidence_weighting; `batch_mean` as published),
+       and the answer of an answer-only task is located in the text (answer_window; `last` assumes
+       that it ends the completion).
 """
 
 import dataclasses
@@ -25,8 +30,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
-from spear_jax.algorithms.base import Algorithm, CohortData, WorkEstimate, metrics_of, needs_verdicts, schedule
-from spear_jax.algorithms.feedback_rollout import FeedbackRollout, completion_ids, rollout_with_feedback
+from spear_jax.algorithms.base import (
+    Algorithm,
+    CohortData,
+    WorkEstimate,
+    metrics_of,
+    needs_verdicts,
+    schedule,
+)
+from spear_jax.algorithms.feedback_rollout import (
+    FeedbackRollout,
+    completion_ids,
+    rollout_with_feedback,
+)
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Cohort, Mean, Trace
 from spear_jax.packing.arrays import Batch
@@ -43,17 +59,29 @@ class SpearSettings:
     lose_weight: float = number(0.1, 0)  # λ_lose
     margin: float = number(0.3, 0, 1)  # ξ: unlikelihood leaves tokens of probability <= ξ alone
     tail: int = number(0, 0)  # unlikelihood touches the last N completion tokens only; 0 means all
-    skip_math_ops: bool = False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
+    skip_math_ops: bool = (
+        False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
+    )
     max_lose_ratio: float = number(2.0, 0)  # at most this many loses per win
-    strict_format: bool = False  # rewrite right answers of wrong format; wins only where the rewrite is right
-    confidence: str = one_of("fixability", "model")  # 1.0 fixed and 0.5 else, or mean rollout probability
+    strict_format: bool = (
+        False  # rewrite right answers of wrong format; wins only where the rewrite is right
+    )
+    confidence: str = one_of(
+        "fixability", "model"
+    )  # 1.0 fixed and 0.5 else, or mean rollout probability
     confidence_weighting: str = one_of("per_token", "batch_mean", "per_trace", "normalised")
     ul_denominator: str = one_of("masked", "active")  # active counts only p > ξ
-    answer_only: str = one_of("auto", "always", "never")  # restrict it to the answer's tokens: as the task says, or not
+    answer_only: str = one_of(
+        "auto", "always", "never"
+    )  # restrict it to the answer's tokens: as the task says, or not
     answer_window: str = one_of("span", "last")  # the answer's own tokens, or as many at the end
-    skip_weight: str = one_of("zero", "rollouts")  # aggregation weight of a client without wins (A2)
+    skip_weight: str = one_of(
+        "zero", "rollouts"
+    )  # aggregation weight of a client without wins (A2)
     cap: str = one_of("ceil", "floor")  # rounding of max_lose_ratio * wins (A8)
-    retokenise: bool = False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
+    retokenise: bool = (
+        False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
+    )
 
 
 class Spear(Algorithm):
@@ -91,13 +119,23 @@ class Spear(Algorithm):
         needs_verdicts(self.name, task)
 
     def collect(
-        self, worker: RolloutWorker, policy: Policy, cohort: Cohort, algorithm_state: dict, key: jax.Array, phase: int
+        self,
+        worker: RolloutWorker,
+        policy: Policy,
+        cohort: Cohort,
+        algorithm_state: dict,
+        key: jax.Array,
+        phase: int,
     ) -> CohortData:
-        rollout = rollout_with_feedback(worker, policy, cohort, self.common.examples, key, self.settings.strict_format)
+        rollout = rollout_with_feedback(
+            worker, policy, cohort, self.common.examples, key, self.settings.strict_format
+        )
         return self.pools(worker, cohort, rollout)
 
     def pools(self, worker: RolloutWorker, cohort: Cohort, rollout: FeedbackRollout) -> CohortData:
-        """Turns traces into wins and loses, caps the loses, draws every micro-step's rows, and weighs the clients."""
+        """Turns traces into wins and loses, caps the loses, draws every micro-step's rows, and
+        weighs the clients.
+        """
         settings, size = self.settings, self.common.batch_size
         protected = protected_ids(worker, settings.skip_math_ops)
         rows, weight, active, kept, total = [], [], [], set(), 0
@@ -108,18 +146,26 @@ class Spear(Algorithm):
             capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
             loses = [self._lose_row(worker, rollout.traces[i], protected) for i in capped]
             rows.append(
-                schedule(self.common, lambda w=wins, n=loses, r=rng: draw(w, size, r) + self._alike(draw(n, size, r)))
+                schedule(
+                    self.common,
+                    lambda w=wins, n=loses, r=rng: draw(w, size, r) + self._alike(draw(n, size, r)),
+                )
             )
             kept |= set(capped)
             total += len(wins)
             active.append(bool(wins))
             weight.append(rollout.weight(client, wins, settings.skip_weight))
-        records = [(trace, role(trace, i in kept), self._confidence(trace)) for i, trace in enumerate(rollout.traces)]
+        records = [
+            (trace, role(trace, i in kept), self._confidence(trace))
+            for i, trace in enumerate(rollout.traces)
+        ]
         metrics = metrics_of(rollout.traces, total, len(kept))
         return CohortData(rows, np.array(weight), np.array(active), records, metrics)
 
     def _alike(self, loses: list[TrainingRow | None]) -> list[TrainingRow | None]:
-        """A micro-batch's loses; as published ("batch_mean") all of them with their mean confidence."""
+        """A micro-batch's loses; as published ("batch_mean") all of them with their mean
+        confidence.
+        """
         found = [row for row in loses if row is not None]
         if self.settings.confidence_weighting != "batch_mean" or not found:
             return loses
@@ -127,25 +173,37 @@ class Spear(Algorithm):
         return [row and dataclasses.replace(row, weight=mean) for row in loses]
 
     def _confidence(self, trace: Trace) -> float:
-        """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability of the first answer."""
+        """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability
+        of the first answer.
+        """
         if self.settings.confidence == "fixability":
             return 1.0 if trace.last.correct else 0.5
         return math.exp(float(np.mean(trace.first.logprobs)))
 
-    def _lose_row(self, worker: RolloutWorker, trace: Trace, protected: tuple[int, ...]) -> TrainingRow:
-        """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood may touch."""
+    def _lose_row(
+        self, worker: RolloutWorker, trace: Trace, protected: tuple[int, ...]
+    ) -> TrainingRow:
+        """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood
+        may touch.
+        """
         ids = completion_ids(worker, trace.first, self.settings.retokenise)
         asked = self.settings.answer_only
         only = worker.task.answer_only if asked == "auto" else asked == "always"
         window = self._answer_tokens(worker, trace, ids) if only else None
         whole = np.ones((1, len(ids)), bool)
-        mask = lose_mask(np.asarray([ids]), whole, self.common.eos_ids, self.settings.tail, protected, window)
+        mask = lose_mask(
+            np.asarray([ids]), whole, self.common.eos_ids, self.settings.tail, protected, window
+        )
         if not self.settings.retokenise:
             trace.first.unlikelihood_mask = mask[0].tolist()
         return TrainingRow(trace.first.prompt, ids, mask[0], self._confidence(trace), -1)
 
-    def _answer_tokens(self, worker: RolloutWorker, trace: Trace, ids: list[int]) -> range | int | None:
-        """The answer's positions; a number k for the last k ("last"); None where no answer was found."""
+    def _answer_tokens(
+        self, worker: RolloutWorker, trace: Trace, ids: list[int]
+    ) -> range | int | None:
+        """The answer's positions; a number k for the last k ("last"); None where no answer was
+        found.
+        """
         found = worker.task.extract(trace.first.text, trace.example)
         if found is None:
             return None
@@ -154,13 +212,19 @@ class Spear(Algorithm):
             return len(worker.renderer.tokenizer.encode(label, add_special_tokens=False))
         return worker.renderer.token_span(ids, found.start, found.end)
 
-    def denominators(self, batch: Batch, logprobs: jax.Array | None, loss_scalars) -> dict[str, jax.Array]:
-        active = None if logprobs is None else losses.unlikelihood(logprobs, self.settings.margin)[1]
+    def denominators(
+        self, batch: Batch, logprobs: jax.Array | None, loss_scalars
+    ) -> dict[str, jax.Array]:
+        active = (
+            None if logprobs is None else losses.unlikelihood(logprobs, self.settings.margin)[1]
+        )
         _, count = self._lose_weights(batch, active)
         win = (batch.label > 0)[:, None] & batch.loss_mask
         return {"win": win.sum().astype(jnp.float32), "lose": count}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         """λ_win L_win + λ_lose L_lose, both from one pass over win and lose rows."""
         settings = self.settings
         # L_win = −Σ m lp / Σ m over win rows
@@ -174,8 +238,12 @@ class Spear(Algorithm):
         unlikelihood_mask = (batch.label < 0)[:, None] & batch.loss_mask
         metrics = {
             "win_nll": win,
-            "unlikelihood": Mean(jnp.where(unlikelihood_mask, u, 0.0).sum(), unlikelihood_mask.sum()),
-            "unlikelihood_active": Mean((unlikelihood_mask & active).sum(), unlikelihood_mask.sum()),
+            "unlikelihood": Mean(
+                jnp.where(unlikelihood_mask, u, 0.0).sum(), unlikelihood_mask.sum()
+            ),
+            "unlikelihood_active": Mean(
+                (unlikelihood_mask & active).sum(), unlikelihood_mask.sum()
+            ),
         }
         return loss, metrics
 
@@ -199,14 +267,18 @@ def role(trace: Trace, kept: bool) -> str:
 
 
 def protected_ids(worker: RolloutWorker, math_ops: bool) -> tuple[int, ...]:
-    """Token ids that unlikelihood never touches: the task's answer markers and, on request, its operators."""
+    """Token ids that unlikelihood never touches: the task's answer markers and, on request, its
+    operators.
+    """
     strings = worker.task.protected + (worker.task.math_ops if math_ops else ())
     encode = worker.renderer.tokenizer.encode
     return tuple(sorted({i for text in strings for i in encode(text, add_special_tokens=False)}))
 
 
 def cap_loses(loses: list, wins: int, ratio: float, how: str, rng: np.random.Generator) -> list:
-    """A uniform subset of ratio * wins loses, rounded up ("ceil") or down ("floor", as published: A8)."""
+    """A uniform subset of ratio * wins loses, rounded up ("ceil") or down ("floor", as published:
+    A8).
+    """
     limit = math.ceil(ratio * wins - 1e-9) if how == "ceil" else int(ratio * wins)
     if len(loses) <= limit:
         return loses
@@ -223,13 +295,14 @@ def lose_mask(
 ) -> np.ndarray:
     """The positions M that unlikelihood may touch.
 
-    In this order: completion positions; minus EOS; the last `tail` of what remains (0: all), or the answer's own positions;
-    minus protected ids, which therefore shrink the window instead of moving it.
+    In this order: completion positions; minus EOS; the last `tail` of what remains (0: all), or the
+    answer's own positions; minus protected ids, which therefore shrink the window instead of moving
+    it.
 
     Args:
         tokens: int[B, T]; completion_mask: bool[B, T].
-        answer: None keeps the tail rule. A range holds the answer's positions, a number k means the last k; the tail caps
-            either.
+        answer: None keeps the tail rule. A range holds the answer's positions, a number k means the
+            last k; the tail caps either.
     Returns: bool[B, T].
     Source: SPEAR's published code, mask order.
     """

@@ -1,10 +1,13 @@
-"""SPIN: the policy learns to prefer the gold response to its own earlier one, as a player that tells the two apart. The next
-iteration's opponent is the trained policy; the game is at rest only where the policy answers as the data does.
+"""SPIN: the policy learns to prefer the gold response to its own earlier one, as a player that
+tells the two apart. The next iteration's opponent is the trained policy; the game is at rest only
+where the policy answers as the data does.
 
-Source: SPIN (arXiv 2401.01335), equation 4.7; reductions, losses and the two kept data sets from its published code.
+Source: SPIN (arXiv 2401.01335), equation 4.7; reductions, losses and the two kept data sets from
+its published code.
 
 Departures (see also `self_play`):
-    1. λ is one number; the published code runs iterations 0 to 2 with 0.1 and iteration 3 with 5 (set `lam` and resume).
+    1. λ is one number; the published code runs iterations 0 to 2 with 0.1 and iteration 3 with 5
+       (set `lam` and resume).
     2. AdamW with the shell's round rate instead of RMSProp with linear decay.
     3. One template for sampling and training, and one EOS (the published code has two of each).
 """
@@ -25,7 +28,8 @@ from spear_jax.packing.arrays import Batch
 class SpinSettings:
     """The method's own numbers."""
 
-    # λ of r = λ (s_θ − s_t). Exact inner solves contract only above 0.5; 0.1 relies on few steps per iteration.
+    # λ of r = λ (s_θ − s_t). Exact inner solves contract only above 0.5; 0.1 relies on few steps
+    # per iteration.
     lam: float = positive(0.1)
     kind: str = one_of("logistic", "hinge")  # sp(−z), or max(0, 1 − z)
     history: int = number(2, 1)  # iterations whose synthetic responses are trained on
@@ -50,7 +54,9 @@ class Spin(SelfPlay):
     def kept(self) -> int:
         return self.settings.history
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         real, synthetic = self.rewards(batch, logprobs)[0]
         valid = self.valid(batch)
         each = spin_loss(real, synthetic, self.settings.kind)

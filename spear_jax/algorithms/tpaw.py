@@ -1,14 +1,18 @@
-"""TPAW: SPIN against a team of up to three earlier policies, on the synthetic responses of all of them. Each opponent's game
-is weighted by how badly the policy plays it, and a real response that fell below an opponent's counts η times.
+"""TPAW: SPIN against a team of up to three earlier policies, on the synthetic responses of all of
+them. Each opponent's game is weighted by how badly the policy plays it, and a real response that
+fell below an opponent's counts η times.
 
-Source: team-based self-play with dual adaptive weighting (TPAW), equations from readers' notes; its public repository is
-empty.
+Source: team-based self-play with dual adaptive weighting (TPAW), equations from readers' notes; its
+public repository is empty.
 
 Departures (see also `self_play`):
     1. λ is not in our sources: 0.1, as SPIN.
-    2. Whether the weights b carry a gradient is not stated: they do not (`stop_beta` off lets it flow).
-    3. P_j <= 0 means up to TIE: an iteration starts at P = 0 but for rounding, which must not choose the step's side.
-    4. Iterations with fewer opponents than `players` mask the missing ones, so that no program is compiled again.
+    2. Whether the weights b carry a gradient is not stated: they do not (`stop_beta` off lets it
+       flow).
+    3. P_j <= 0 means up to TIE: an iteration starts at P = 0 but for rounding, which must not
+       choose the step's side.
+    4. Iterations with fewer opponents than `players` mask the missing ones, so that no program is
+       compiled again.
 """
 
 import dataclasses
@@ -30,18 +34,28 @@ TIE = 1e-3  # rewards this far above 0 are no better than 0
 class TpawSettings:
     """The method's own numbers."""
 
-    players: int = number(3, 1, 3)  # J: opponents, and iterations whose synthetic responses are trained on
+    players: int = number(
+        3, 1, 3
+    )  # J: opponents, and iterations whose synthetic responses are trained on
     lam: float = positive(0.1)  # λ of P_j = λ (s_θ − s_j)
     eta: float = positive(6.0)  # η: weight of a real response that has fallen below an opponent's
-    gamma: float = number(0.5, 0)  # γ: how sharply opponents that are played badly count more; 0 weighs all alike
+    gamma: float = number(
+        0.5, 0
+    )  # γ: how sharply opponents that are played badly count more; 0 weighs all alike
     stop_beta: bool = True  # the weights b have no gradient
     refresh_rounds: int = number(1, 1)  # rounds of an iteration
 
 
 def tpaw_loss(
-    real: jax.Array, synthetic: jax.Array, players: jax.Array, eta: float, gamma: float, stop_beta: bool
+    real: jax.Array,
+    synthetic: jax.Array,
+    players: jax.Array,
+    eta: float,
+    gamma: float,
+    stop_beta: bool,
 ) -> jax.Array:
-    """Σ_j b_j sp(−(a_j P_j − P'_j)) of each pair; a_j = η where P_j <= 0, else 1; b = softmax_j(−γ (P_j − P'_j)).
+    """Σ_j b_j sp(−(a_j P_j − P'_j)) of each pair; a_j = η where P_j <= 0, else 1; b = softmax_j(−γ
+    (P_j − P'_j)).
 
     Args:
         real, synthetic: float[J, B], P_j of a real response and of its synthetic one.
@@ -75,11 +89,15 @@ class Tpaw(SelfPlay):
         """players, float32[J]: iteration t has t + 1 opponents, at most J."""
         return {"players": (np.arange(self.players) <= now).astype(np.float32)}
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         config = self.settings
         rewards = self.rewards(batch, logprobs)  # [J, 2, B]
         real, synthetic = rewards[:, 0], rewards[:, 1]
         valid = self.valid(batch)
-        each = tpaw_loss(real, synthetic, loss_scalars["players"], config.eta, config.gamma, config.stop_beta)
+        each = tpaw_loss(
+            real, synthetic, loss_scalars["players"], config.eta, config.gamma, config.stop_beta
+        )
         loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), denominators["real"])
         return loss, reward_metrics(real[0], synthetic[:1], valid)

@@ -1,15 +1,17 @@
-"""T-SPIN: self-play without a reference, on triplets. The policy prefers the gold response y to its latest own response y',
-and y' to y0, its very first response to the prompt, which never changes. Since nothing anchors the scores, no second policy
-is ever evaluated.
+"""T-SPIN: self-play without a reference, on triplets. The policy prefers the gold response y to its
+latest own response y', and y' to y0, its very first response to the prompt, which never changes.
+Since nothing anchors the scores, no second policy is ever evaluated.
 
 Source: triplet-based self-play fine-tuning (T-SPIN), equation from readers' notes.
 
 Departures (see also `self_play`):
     1. α, β and the optimiser are not in our sources: 0.1, 1, and the shell's AdamW.
-    2. In iteration 0 there is no later response yet: y0 is reused as y', and the second term is constant.
+    2. In iteration 0 there is no later response yet: y0 is reused as y', and the second term is
+       constant.
     3. A prompt's y0 is made when the prompt is first drawn, by the stored initial adapter.
-    4. Scores are sums of log-probabilities, which favours short answers: watch `tspin/real_length` and
-       `tspin/synthetic_length`. With π = p the gradient is not zero, so early stopping is part of the method.
+    4. Scores are sums of log-probabilities, which favours short answers: watch `tspin/real_length`
+       and `tspin/synthetic_length`. With π = p the gradient is not zero, so early stopping is part
+       of the method.
 """
 
 import dataclasses
@@ -37,7 +39,9 @@ class TspinSettings:
     refresh_rounds: int = number(1, 1)  # rounds of an iteration
 
 
-def tspin_loss(real: jax.Array, synthetic: jax.Array, first: jax.Array, alpha: float, beta: float) -> jax.Array:
+def tspin_loss(
+    real: jax.Array, synthetic: jax.Array, first: jax.Array, alpha: float, beta: float
+) -> jax.Array:
     """sp(−α (s(y) − s(y'))) + β sp(−α (s(y') − s(y0))), elementwise.
 
     Args: real, synthetic, first: float[...], summed log-probabilities of y, y' and y0.
@@ -49,7 +53,8 @@ def tspin_loss(real: jax.Array, synthetic: jax.Array, first: jax.Array, alpha: f
 class Tspin(SelfPlay):
     """T-SPIN; a micro-batch is B rows y (label +1), then their y' (-1), then their y0 (-2).
 
-    Memory beside the shell's: `initial`, the adapter that answers y0. The store has two places a prompt: y0, and the latest y'.
+    Memory beside the shell's: `initial`, the adapter that answers y0. The store has two places a
+    prompt: y0, and the latest y'.
     """
 
     name = "tspin"
@@ -64,7 +69,9 @@ class Tspin(SelfPlay):
         return 3
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
-        return super().init_state(lora, examples, length) | {"initial": jax.tree.map(np.array, lora)}
+        return super().init_state(lora, examples, length) | {
+            "initial": jax.tree.map(np.array, lora)
+        }
 
     def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return ()
@@ -76,17 +83,27 @@ class Tspin(SelfPlay):
     def sets(self, now: int) -> tuple[int, ...]:
         return (0, now) if now else (0,)
 
-    def author(self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int) -> Policy:
+    def author(
+        self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int
+    ) -> Policy:
         if when == 0 and self.iteration(round) > 0:
             return worker.merge(algorithm_state["initial"])
         return super().author(worker, policy, algorithm_state, round, when)
 
-    def items(self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int) -> Iterator[RowGroup]:
+    def items(
+        self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int
+    ) -> Iterator[RowGroup]:
         """The one triplet of an example."""
         latest = self.synthetic(worker, algorithm_state, index, now, -1)
-        yield (real_row(worker, index), *latest, *self.synthetic(worker, algorithm_state, index, 0, -2))
+        yield (
+            real_row(worker, index),
+            *latest,
+            *self.synthetic(worker, algorithm_state, index, 0, -2),
+        )
 
-    def loss(self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss(
+        self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         config, valid = self.settings, self.valid(batch)
         scores = self.by_kind(losses.sequence_sum(logprobs, batch.loss_mask))
         real, synthetic, first = scores

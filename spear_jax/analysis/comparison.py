@@ -1,4 +1,6 @@
-"""Folders of `compare`, <label>/seed<k>/ each a run folder -> tidy table, table of methods, figure. Needs no JAX."""
+"""Folders of `compare`, <label>/seed<k>/ each a run folder -> tidy table, table of methods, figure.
+Needs no JAX.
+"""
 
 import json
 import math
@@ -38,7 +40,9 @@ LINES = ("-", "--", "-.")
 
 
 def write_request(folder: Folder, request: dict[str, Any], command: str = "compare") -> None:
-    """compare.json or sweep.json: what was asked of a grid, on which machine; whole or not at all."""
+    """compare.json or sweep.json: what was asked of a grid, on which machine; whole or not at
+    all.
+    """
     file = pathlib.Path(folder) / f"{command}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".tmp").write_text(json.dumps(request, indent=1) + "\n")
@@ -51,17 +55,25 @@ def load_grid(folder: Folder) -> pd.DataFrame:
     for label, seed, cell in find_cells(folder):
         rows = pd.DataFrame(run_files.read_lines(cell / "metrics.jsonl"))
         if len(rows):
-            tidy = rows.drop(columns="time").melt(id_vars=["round"], var_name="metric").dropna(subset="value")
+            tidy = (
+                rows.drop(columns="time")
+                .melt(id_vars=["round"], var_name="metric")
+                .dropna(subset="value")
+            )
             tables.append(tidy.assign(label=label, seed=seed))
     if not tables:
-        raise UserError(f"no cell of {folder} has been evaluated yet; wait for the first evaluation to finish.")
+        raise UserError(
+            f"no cell of {folder} has been evaluated yet; wait for the first evaluation to finish."
+        )
     return pd.concat(tables, ignore_index=True)[["label", "seed", "round", "metric", "value"]]
 
 
 def grid_table(folder: Folder) -> pd.DataFrame:
-    """One row a label, means over the seeds of its finished cells, best final accuracy first; `COLUMNS` names the columns.
+    """One row a label, means over the seeds of its finished cells, best final accuracy first;
+    `COLUMNS` names the columns.
 
-    half_width: of the 95 % interval of the mean final accuracy over seeds, t(n - 1) * s / sqrt(n); NaN for one seed.
+    half_width: of the 95 % interval of the mean final accuracy over seeds, t(n - 1) * s / sqrt(n);
+        NaN for one seed.
     """
     golds = {label: entry["gold"] for label, entry in read_request(folder)["labels"].items()}
     results: dict[str, list[dict[str, float]]] = {}
@@ -72,15 +84,24 @@ def grid_table(folder: Folder) -> pd.DataFrame:
     for label, cells in results.items():
         means = {name: float(np.mean([cell[name] for cell in cells])) for name in cells[0]}
         half = half_width([cell["accuracy"] for cell in cells])
-        rows.append({"method": label, "seeds": len(cells), "gold": golds.get(label, ""), "half_width": half} | means)
+        rows.append(
+            {"method": label, "seeds": len(cells), "gold": golds.get(label, ""), "half_width": half}
+            | means
+        )
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["accuracy", "method"], ascending=[False, True], ignore_index=True)
 
 
 def short_of_budget(folder: Folder) -> list[str]:
-    """The finished cells, as label/seedK, that generate tokens or take seconds but ended before the budget was used up."""
+    """The finished cells, as label/seedK, that generate tokens or take seconds but ended before the
+    budget was used up.
+    """
     budget = read_request(folder)["budget"]
-    used = {f"{x}/seed{k}": cell_result(cell)[budget["kind"]] for x, k, cell in find_cells(folder) if is_finished(cell)}
+    used = {
+        f"{x}/seed{k}": cell_result(cell)[budget["kind"]]
+        for x, k, cell in find_cells(folder)
+        if is_finished(cell)
+    }
     return [name for name, amount in used.items() if 0 < amount < budget["amount"]]
 
 
@@ -95,12 +116,13 @@ def half_width(values: list[float]) -> float:
 def t_quantile(freedom: int, level: float = 0.95) -> float:
     """The t with P(-t <= T <= t) = level, for Student's T of `freedom` degrees of freedom.
 
-    Source: the finite series of P for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4), in the angle
-        theta = arctan(t / sqrt(freedom)), which is then bisected.
+    Source: the finite series of P for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and
+        26.7.4), in the angle theta = arctan(t / sqrt(freedom)), which is then bisected.
     """
 
     def probability(theta: float) -> float:
-        # odd:  2/pi (theta + sin (cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...)); even: sin (1 + 1/2 cos^2 + 1*3/(2*4) cos^4 + ...)
+        # odd:  2/pi (theta + sin (cos + 2/3 cos^3 + 2*4/(3*5) cos^5 + ...)); even: sin (1 + 1/2
+        # cos^2 + 1*3/(2*4) cos^4 + ...)
         odd = freedom % 2
         term, total = (math.cos(theta) if odd else 1.0), 0.0
         for power in range(odd, freedom - 1, 2):
@@ -131,8 +153,11 @@ def to_markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def mean_curve(runs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of curves that are given at different places, interpolated linearly, as far as all of them reach.
+def mean_curve(
+    runs: list[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean of curves that are given at different places, interpolated linearly, as far as all
+    of them reach.
 
     Args: runs: (x, y) of each seed, x ascending.
     Returns: x, mean, and half the width of its 95 % t interval (NaN for one run).
@@ -145,7 +170,8 @@ def mean_curve(runs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, n
 
 
 def plot_grid(folder: Folder, path: Folder) -> None:
-    """Left: held-out accuracy against the budget's own unit. Right: the final accuracies. Finished cells; PNG and SVG.
+    """Left: held-out accuracy against the budget's own unit. Right: the final accuracies. Finished
+    cells; PNG and SVG.
 
     Args: path: the figure; saved with the suffixes .png and .svg.
     """
@@ -157,7 +183,11 @@ def plot_grid(folder: Folder, path: Folder) -> None:
     table, kind = grid_table(folder), read_request(folder)["budget"]["kind"]
     styles = {label: line_style(index) for index, label in enumerate(sorted(table["method"]))}
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.6 + 0.3 * len(table)), layout="constrained", gridspec_kw={"width_ratios": (3, 2)}
+        1,
+        2,
+        figsize=(11, 3.6 + 0.3 * len(table)),
+        layout="constrained",
+        gridspec_kw={"width_ratios": (3, 2)},
     )
     _plot_curves(left, folder, table, kind, styles)
     _plot_final(right, folder, table, styles)
@@ -181,12 +211,21 @@ def line_style(index: int) -> dict[str, Any]:
 def _plot_curves(axes: Any, folder: Folder, table: pd.DataFrame, kind: str, styles: dict) -> None:
     unit, metric = AXES[kind]
     done = {(label, seed) for label, seed, cell in find_cells(folder) if is_finished(cell)}
-    wide = load_grid(folder).pivot(index=["label", "seed", "round"], columns="metric", values="value").reset_index()
+    wide = (
+        load_grid(folder)
+        .pivot(index=["label", "seed", "round"], columns="metric", values="value")
+        .reset_index()
+    )
     held = wide.dropna(subset="eval/accuracy").fillna({"budget/tokens": 0.0, "budget/seconds": 0.0})
     for _, row in table.iterrows():
         label, style = row["method"], styles[row["method"]]
         if row[kind] == 0:  # it generates nothing: no curve in this unit
-            axes.axhline(row["accuracy"], color=style["color"], linestyle=":", label=f"{label} (no generation)")
+            axes.axhline(
+                row["accuracy"],
+                color=style["color"],
+                linestyle=":",
+                label=f"{label} (no generation)",
+            )
             continue
         runs = [
             (cell[metric].to_numpy(), cell["eval/accuracy"].to_numpy())
@@ -194,9 +233,25 @@ def _plot_curves(axes: Any, folder: Folder, table: pd.DataFrame, kind: str, styl
             if key in done
         ]
         x, mean, half = mean_curve(runs)
-        axes.plot(x, mean, label=label, markersize=4, markevery=max(1, len(x) // 6), linewidth=1.4, **style)
-        axes.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
-    axes.axhline(table["before"].mean(), color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training")
+        axes.plot(
+            x,
+            mean,
+            label=label,
+            markersize=4,
+            markevery=max(1, len(x) // 6),
+            linewidth=1.4,
+            **style,
+        )
+        axes.fill_between(
+            x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0
+        )
+    axes.axhline(
+        table["before"].mean(),
+        color="black",
+        linestyle=(0, (6, 4)),
+        linewidth=0.8,
+        label="before training",
+    )
     axes.set(xlabel=unit, ylabel="held-out accuracy")
     axes.set_title("Mean over seeds (band: 95 % t interval)", fontsize=10)
     axes.set_xlim(left=0)
@@ -209,12 +264,25 @@ def _plot_final(axes: Any, folder: Folder, table: pd.DataFrame, styles: dict) ->
     for label, _, cell in find_cells(folder):
         if is_finished(cell):
             accuracy = cell_result(cell)["accuracy"]
-            axes.plot(accuracy, places[label] - 0.25, ".", color=styles[label]["color"], alpha=0.6, markersize=4)
+            axes.plot(
+                accuracy,
+                places[label] - 0.25,
+                ".",
+                color=styles[label]["color"],
+                alpha=0.6,
+                markersize=4,
+            )
     for _, row in table.iterrows():
         style = styles[row["method"]] | {"linestyle": "-"}
         half = 0.0 if pd.isna(row["half_width"]) else row["half_width"]
         axes.errorbar(
-            row["accuracy"], places[row["method"]], xerr=half, markersize=6, capsize=3, linewidth=1.2, **style
+            row["accuracy"],
+            places[row["method"]],
+            xerr=half,
+            markersize=6,
+            capsize=3,
+            linewidth=1.2,
+            **style,
         )
     axes.axvline(table["before"].mean(), color="black", linestyle=(0, (6, 4)), linewidth=0.8)
     axes.set_yticks(list(places.values()), list(places))

@@ -1,4 +1,6 @@
-"""Run folders -> tidy tables and figures. Reads files only; needs no JAX and works while a run is going."""
+"""Run folders -> tidy tables and figures. Reads files only; needs no JAX and works while a run is
+going.
+"""
 
 import gzip
 import json
@@ -20,13 +22,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
-    """metrics.jsonl as a table with one row a round and the metric names as columns; a round in writing is left out.
+    """metrics.jsonl as a table with one row a round and the metric names as columns; a round in
+    writing is left out.
 
     Raises: UserError where the folder holds no metrics.
     """
     file = pathlib.Path(workdir) / "metrics.jsonl"
     if not file.is_file():
-        raise UserError(f"{workdir} holds no metrics.jsonl; give the --workdir of a `train` command.")
+        raise UserError(
+            f"{workdir} holds no metrics.jsonl; give the --workdir of a `train` command."
+        )
     rows = read_lines(file)
     if not rows:
         raise UserError(f"{file} is empty so far; wait for the first evaluation to finish.")
@@ -53,7 +58,9 @@ def load_runs(workdirs: list[str | pathlib.Path]) -> pd.DataFrame:
     """Several runs in one tidy table: columns run, round, metric, value."""
     tables = []
     for workdir in workdirs:
-        table = load_metrics(workdir).melt(id_vars=["round"], var_name="metric").dropna(subset="value")
+        table = (
+            load_metrics(workdir).melt(id_vars=["round"], var_name="metric").dropna(subset="value")
+        )
         tables.append(table.assign(run=pathlib.Path(workdir).name))
     return pd.concat(tables, ignore_index=True)[["run", "round", "metric", "value"]]
 
@@ -62,13 +69,17 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
     """The recorded traces of a round; raises UserError where there are none."""
     file = pathlib.Path(workdir) / "traces" / f"round_{round:05d}.jsonl.gz"
     if not file.is_file():
-        raise UserError(f"{file} does not exist; traces are written with config.record_traces=True.")
+        raise UserError(
+            f"{file} does not exist; traces are written with config.record_traces=True."
+        )
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
-    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError where there is none."""
+    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError
+    where there is none.
+    """
     found = []
     for file in pathlib.Path(folder).glob("*/seed*/metrics.jsonl"):
         number = file.parent.name.removeprefix("seed")
@@ -76,7 +87,8 @@ def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
             found.append((file.parent.parent.name, int(number), file.parent))
     if not found:
         raise UserError(
-            f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` or sweep command that has begun."
+            f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` or "
+            f"sweep command that has begun."
         )
     return sorted(found)
 
@@ -87,18 +99,23 @@ def is_finished(cell: Folder) -> bool:
 
 
 def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
-    """What was asked of a grid: its compare.json or sweep.json; raises UserError where there is none."""
+    """What was asked of a grid: its compare.json or sweep.json; raises UserError where there is
+    none.
+    """
     file = pathlib.Path(folder) / f"{command}.json"
     if not file.is_file():
-        raise UserError(f"{folder} holds no {file.name}; give the --workdir of a `{command}` command.")
+        raise UserError(
+            f"{folder} holds no {file.name}; give the --workdir of a `{command}` command."
+        )
     return json.loads(file.read_text())
 
 
 def cell_result(cell: Folder) -> dict[str, float]:
     """What one cell reached and used.
 
-    Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of the last; tokens (generated),
-        flops, seconds (rollout, training, aggregation), compiling (of those seconds), bytes (up and down), rounds: totals.
+    Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of
+        the last; tokens (generated), flops, seconds (rollout, training, aggregation), compiling (of
+        those seconds), bytes (up and down), rounds: totals.
     """
     lines = read_lines(pathlib.Path(cell) / "metrics.jsonl")
     held = [line for line in lines if "eval/accuracy" in line]
@@ -106,7 +123,10 @@ def cell_result(cell: Folder) -> dict[str, float]:
     return {
         "before": held[0]["eval/accuracy"],
         **{name: held[-1][f"eval/{name}"] for name in ("accuracy", "stderr", "count")},
-        **{name: last[f"budget/{name}"] if rounds else 0.0 for name in ("tokens", "flops", "seconds")},
+        **{
+            name: last[f"budget/{name}"] if rounds else 0.0
+            for name in ("tokens", "flops", "seconds")
+        },
         "bytes": sum(line["round/bytes_up"] + line["round/bytes_down"] for line in rounds),
         "rounds": last["round"],
         "compiling": sum(line["compile/seconds"] for line in rounds if "compile/seconds" in line),
@@ -116,7 +136,8 @@ def cell_result(cell: Folder) -> dict[str, float]:
 def load_sweep(folder: Folder) -> pd.DataFrame:
     """The finished cells of launch/sweep.py or launch/sweep_clients.py, one row each.
 
-    Returns: a column for every swept field by its full name (federation.num_clients), seed, and those of `cell_result`.
+    Returns: a column for every swept field by its full name (federation.num_clients), seed, and
+        those of `cell_result`.
     Raises: UserError for a folder of something else, or without a finished cell.
     """
     fields = read_request(folder, "sweep")["fields"]
@@ -125,7 +146,10 @@ def load_sweep(folder: Folder) -> pd.DataFrame:
         if is_finished(cell):
             config = load_config(cell)
             values = {name: config[name] for name in fields}
-            values = {name: ",".join(map(str, x)) if isinstance(x, list) else x for name, x in values.items()}
+            values = {
+                name: ",".join(map(str, x)) if isinstance(x, list) else x
+                for name, x in values.items()
+            }
             rows.append(values | {"seed": seed} | cell_result(cell))
     if not rows:
         raise UserError(f"no cell of {folder} has finished yet; the same sweep command goes on.")
@@ -149,7 +173,10 @@ def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
     def total(name: str) -> float:
         return float(table[name].sum()) if name in table else 0.0
 
-    seconds = {name: total(f"time/{name}") for name in ("rollout", "train", "aggregate", "eval", "checkpoint", "round")}
+    seconds = {
+        name: total(f"time/{name}")
+        for name in ("rollout", "train", "aggregate", "eval", "checkpoint", "round")
+    }
     seconds["compile"] = total("compile/seconds")  # a part of the others
     return {
         "rounds": int(table["round"].max()),
@@ -181,7 +208,9 @@ def round_table(workdir: str | pathlib.Path) -> str:
 
 
 def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) -> None:
-    """Held-out accuracy against the round, with 95 % intervals, and the rollouts' first-answer accuracy as a thin line."""
+    """Held-out accuracy against the round, with 95 % intervals, and the rollouts' first-answer
+    accuracy as a thin line.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,10 +222,18 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
         table = load_metrics(workdir)
         held = table.dropna(subset="eval/accuracy")
         low, high = zip(
-            *(wilson(p, n) for p, n in zip(held["eval/accuracy"], held["eval/count"], strict=True)), strict=True
+            *(wilson(p, n) for p, n in zip(held["eval/accuracy"], held["eval/count"], strict=True)),
+            strict=True,
         )
         label = pathlib.Path(workdir).name if len(workdirs) > 1 else "held-out"
-        axes.plot(held["round"], held["eval/accuracy"], color=colour, marker="o", markersize=4, label=label)
+        axes.plot(
+            held["round"],
+            held["eval/accuracy"],
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
         axes.fill_between(held["round"], low, high, color=colour, alpha=0.2, linewidth=0)
         if len(workdirs) == 1 and "rollout/first_accuracy" in table:
             rolled = table.dropna(subset="rollout/first_accuracy")
@@ -207,7 +244,12 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
                 linewidth=1,
                 label="first answers, sampled",
             )
-    axes.set(xlabel="round", ylabel="accuracy (band: 95 % interval)", ylim=(0, 1), title="Accuracy against round")
+    axes.set(
+        xlabel="round",
+        ylabel="accuracy (band: 95 % interval)",
+        ylim=(0, 1),
+        title="Accuracy against round",
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,6 @@
-"""A sweep's cells -> a table with one row a setting, and a figure against one of the fields. Needs no JAX."""
+"""A sweep's cells -> a table with one row a setting, and a figure against one of the fields. Needs
+no JAX.
+"""
 
 import dataclasses
 import pathlib
@@ -42,10 +44,11 @@ class Line:
 
 
 def mean_table(cells: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
-    """One row a setting of the fields, means over its seeds; the columns are the fields and those of `COLUMNS`.
+    """One row a setting of the fields, means over its seeds; the columns are the fields and those
+    of `COLUMNS`.
 
-    low, high: the 95 % interval of the accuracy: over seeds (Student's t) where there are two or more, else of a single
-        seed's questions (Wilson's score interval).
+    low, high: the 95 % interval of the accuracy: over seeds (Student's t) where there are two or
+        more, else of a single seed's questions (Wilson's score interval).
 
     Args: cells: of `analysis.load_sweep`.
     """
@@ -57,19 +60,25 @@ def mean_table(cells: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
         if len(group) == 1:
             low, high = runs.wilson(accuracy, group["count"].iloc[0])
         setting = dict(zip(fields, values, strict=True))
-        rows.append(setting | {"seeds": len(group)} | means | {"low": max(0.0, low), "high": min(1.0, high)})
+        rows.append(
+            setting | {"seeds": len(group)} | means | {"low": max(0.0, low), "high": min(1.0, high)}
+        )
     return pd.DataFrame(rows, columns=[*fields, *COLUMNS])
 
 
 def show_table(table: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
     """The table of `mean_table` as text for readers."""
     shown = {name: [str(value) for value in table[name]] for name in fields}
-    shown |= {heading: [form.format(x) for x in table[name]] for name, (heading, form) in COLUMNS.items()}
+    shown |= {
+        heading: [form.format(x) for x in table[name]] for name, (heading, form) in COLUMNS.items()
+    }
     return pd.DataFrame(shown)
 
 
 def split_lines(table: pd.DataFrame, fields: list[str]) -> list[Line]:
-    """A line for every setting of the fields, which only those that differ name; one line where nothing differs."""
+    """A line for every setting of the fields, which only those that differ name; one line where
+    nothing differs.
+    """
     telling = [name for name in fields if table[name].nunique() > 1]
     if not telling:
         return [Line("", table)]
@@ -85,7 +94,8 @@ def short_name(field: str) -> str:
 
 
 def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
-    """Accuracy, bytes, tokens and seconds against field `x`, one line a setting of the others; PNG and SVG.
+    """Accuracy, bytes, tokens and seconds against field `x`, one line a setting of the others; PNG
+    and SVG.
 
     Args:
         x: a column of the lines' rows; numbers, or names at equal distances.
@@ -97,7 +107,10 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
     import matplotlib.pyplot as plt
 
     # the first cell compiles what the others find in the cache
-    lines = [Line(one.label, one.rows.assign(running=one.rows["seconds"] - one.rows["compiling"])) for one in lines]
+    lines = [
+        Line(one.label, one.rows.assign(running=one.rows["seconds"] - one.rows["compiling"]))
+        for one in lines
+    ]
     whole = pd.concat([line.rows for line in lines])
     places, ticks = _places(whole[x])
     log = pd.api.types.is_numeric_dtype(whole[x]) and _wide(whole[x])
@@ -105,8 +118,14 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
     for axes, (column, (unit, divisor)) in zip(grid.flat, PANELS.items(), strict=True):
         for index, line in enumerate(lines):
             found = np.array([places[value] for value in line.rows[x]])
-            aside = (index - (len(lines) - 1) / 2) * 0.012  # so that intervals at one place can be told apart
-            found = found * (max(ticks) / min(ticks)) ** aside if log else found + aside * (max(ticks) - min(ticks))
+            aside = (
+                index - (len(lines) - 1) / 2
+            ) * 0.012  # so that intervals at one place can be told apart
+            found = (
+                found * (max(ticks) / min(ticks)) ** aside
+                if log
+                else found + aside * (max(ticks) - min(ticks))
+            )
             rows = line.rows.assign(place=found).sort_values("place")
             _draw(axes, rows, column, divisor, comparison.line_style(index) | {"label": line.label})
         if log:
@@ -115,7 +134,9 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=0 if len(ticks) < 6 else 30)
         if column == "accuracy":
             before = whole["before"].mean()
-            axes.axhline(before, color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training")
+            axes.axhline(
+                before, color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training"
+            )
         elif _wide(whole[column]):
             axes.set_yscale("log")
         else:
@@ -123,7 +144,14 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
         axes.set(xlabel=x, ylabel=unit)
         axes.grid(alpha=0.3)
     handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=8)
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(3, len(names)),
+        frameon=False,
+        fontsize=8,
+    )
     figure.suptitle(title, fontsize=10)
     for suffix in (".png", ".svg"):
         figure.savefig(pathlib.Path(path).with_suffix(suffix), dpi=150)
@@ -143,7 +171,9 @@ def _wide(values: pd.Series) -> bool:
     return bool(values.min() > 0 and values.max() / values.min() > WIDE)
 
 
-def _draw(axes: Any, rows: pd.DataFrame, column: str, divisor: float, style: dict[str, Any]) -> None:
+def _draw(
+    axes: Any, rows: pd.DataFrame, column: str, divisor: float, style: dict[str, Any]
+) -> None:
     style = style | {"markersize": 5, "linewidth": 1.4}
     if column != "accuracy":
         axes.plot(rows["place"], rows[column] / divisor, **style)

@@ -1,4 +1,6 @@
-"""Recorded first answers by token, and what later adapters make of them -> tidy tables. Needs no JAX."""
+"""Recorded first answers by token, and what later adapters make of them -> tidy tables. Needs no
+JAX.
+"""
 
 import gzip
 import json
@@ -14,34 +16,54 @@ from spear_jax.core.errors import UserError
 def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
     """The first answers of a round's traces by token, one row a token.
 
-    Returns: columns trace (its number in the round), client, example, role, confidence, position (from 0), id, token (its own
-        text), probability (under the rollout policy, untempered) and touched: whether unlikelihood may touch it; <NA> where
-        unlikelihood reads none of the sampled ids.
+    Returns: columns trace (its number in the round), client, example, role, confidence, position
+        (from 0), id, token (its own text), probability (under the rollout policy, untempered) and
+        touched: whether unlikelihood may touch it; <NA> where unlikelihood reads none of the
+        sampled ids.
     """
     tables = []
     for number, trace in enumerate(runs.load_traces(workdir, round)):
         about = {name: trace[name] for name in ("client", "example", "role", "confidence")}
         table = pd.DataFrame({"trace": number, **about, **trace["tokens"]})
-        tables.append(table.assign(position=range(len(table)), unlikelihood_mask=table["touched"].astype("boolean")))
+        tables.append(
+            table.assign(
+                position=range(len(table)), unlikelihood_mask=table["touched"].astype("boolean")
+            )
+        )
     if not tables:
-        raise UserError(f"nothing was asked in round {round} of {workdir}; its method generates no answers.")
+        raise UserError(
+            f"nothing was asked in round {round} of {workdir}; its method generates no answers."
+        )
     found = pd.concat(tables, ignore_index=True).rename(columns={"text": "token"})
     found["probability"] = found.pop("logprob").map(math.exp)
     return found[
-        ["trace", "client", "example", "role", "confidence", "position", "id", "token", "probability", "touched"]
+        [
+            "trace",
+            "client",
+            "example",
+            "role",
+            "confidence",
+            "position",
+            "id",
+            "token",
+            "probability",
+            "touched",
+        ]
     ]
 
 
 def load_scores(workdir: runs.Folder, round: int) -> pd.DataFrame:
-    """What `score --traces=ROUND` wrote: the same tokens under other rounds' adapters, one row a token and adapter.
+    """What `score --traces=ROUND` wrote: the same tokens under other rounds' adapters, one row a
+    token and adapter.
 
-    Returns: columns adapter (the round whose adapter scored), trace, position, probability; joins `load_tokens` on trace and
-        position.
+    Returns: columns adapter (the round whose adapter scored), trace, position, probability; joins
+        `load_tokens` on trace and position.
     """
     file = pathlib.Path(workdir) / "scores" / f"round_{round:05d}.jsonl.gz"
     if not file.is_file():
         raise UserError(
-            f"{file} does not exist; `python -m spear_jax.score --workdir={workdir} --traces={round}` makes it."
+            f"{file} does not exist; `python -m spear_jax.score --workdir={workdir} "
+            f"--traces={round}` makes it."
         )
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         table = pd.DataFrame(map(json.loads, lines))

@@ -1,14 +1,15 @@
 """Times the phases of a round, and tells how far each is from what this machine can do.
 
-Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows are random tokens of real
-lengths, and every completion has exactly the preset's number of new tokens. --against=hf runs the same work as a user would
-otherwise: transformers' generate, PEFT and torch's AdamW, clients one after another, in the same dtype and with as many
-threads. Each side has a process of its own for each phase; repeats alternate between them, and the first call of each, which
-compiles, is told apart. A floor is the FLOPs and bytes that a phase needs (real tokens, each once) at the machine's measured
-ceilings.
+Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows
+are random tokens of real lengths, and every completion has exactly the preset's number of new
+tokens. --against=hf runs the same work as a user would otherwise: transformers' generate, PEFT and
+torch's AdamW, clients one after another, in the same dtype and with as many threads. Each side has
+a process of its own for each phase; repeats alternate between them, and the first call of each,
+which compiles, is told apart. A floor is the FLOPs and bytes that a phase needs (real tokens, each
+once) at the machine's measured ceilings.
 
---clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an experiment's sizes.
-Other jobs on the machine distort all of it.
+--clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an
+experiment's sizes. Other jobs on the machine distort all of it.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from spear_jax.benchmark.workload import PHASES, Preset, Workload
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.processes import Peer, ask
 
-# Both sides' processes import this file, and JAX's memory must not count as the rival's: what imports JAX is imported inside.
+# Both sides' processes import this file, and JAX's memory must not count as the rival's: what
+# imports JAX is imported inside.
 
 EXAMPLES = """
     python -m spear_jax.benchmark --preset=tiny
@@ -33,8 +35,9 @@ EXAMPLES = """
     python -m spear_jax.benchmark --preset=tiny --clients=1,3,10,30,100,300,1000 --out=runs/clients.json
     python -m spear_jax.benchmark --config=configs/spear.py:arc_challenge,smollm2-135m,cpu
 """
-# For both sides' processes. The rival needs room on the same GPU. Its threads are to sleep while they wait: where anything
-# else runs on the cores, spinning made its steps up to fifty times slower. Large pages are for large arrays.
+# For both sides' processes. The rival needs room on the same GPU. Its threads are to sleep while
+# they wait: where anything else runs on the cores, spinning made its steps up to fifty times
+# slower. Large pages are for large arrays.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "OMP_WAIT_POLICY": "passive",
@@ -63,9 +66,13 @@ def main(argv: list[str]) -> dict[str, Any]:
     else:
         sides = ("ours", "rival") if args.against else ("ours",)
         answers = run_phases(work, phases, sides, args.repeats, args.quiet)
-        result["phases"] = {phase: report.tell(phase, measured, work, found) for phase, measured in answers.items()}
+        result["phases"] = {
+            phase: report.tell(phase, measured, work, found) for phase, measured in answers.items()
+        }
         if args.against:
-            result["ratios"] = {name: result["phases"][name]["ratio"] for name in RATIOS if name in answers}
+            result["ratios"] = {
+                name: result["phases"][name]["ratio"] for name in RATIOS if name in answers
+            }
     if not args.quiet:
         print(report.table(result).to_string(index=False))
     if out:
@@ -78,14 +85,23 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     from spear_jax.experiment import command_line
 
     parser = command_line.parser("benchmark", __doc__, EXAMPLES)
-    parser.add_argument("--preset", help=f"the sizes: {', '.join(workload.PRESETS)} (default: tiny)")
-    parser.add_argument("--model", help="a folder or Hub id with weights (default: random ones of the preset's shape)")
+    parser.add_argument(
+        "--preset", help=f"the sizes: {', '.join(workload.PRESETS)} (default: tiny)"
+    )
+    parser.add_argument(
+        "--model",
+        help="a folder or Hub id with weights (default: random ones of the preset's shape)",
+    )
     parser.add_argument("--dtype", help="of the base: float32 or bfloat16 (default: the preset's)")
     parser.add_argument("--against", help="hf: transformers, PEFT and torch, in the same run")
     parser.add_argument("--phases", help=f"separated by commas (default: {','.join(PHASES)})")
     parser.add_argument("--clients", help="cohort sizes, separated by commas")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls after the first one (default: 3)")
-    parser.add_argument("--out", help="a .json file for the result; a table and, with --clients, a figure beside it")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed calls after the first one (default: 3)"
+    )
+    parser.add_argument(
+        "--out", help="a .json file for the result; a table and, with --clients, a figure beside it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
     args, rest = parser.parse_known_args(argv)
     if args.repeats < 1:
@@ -93,7 +109,10 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if args.against not in (None, "hf"):
         raise unknown("rival (--against)", args.against, ["hf"])
     if args.clients and (args.against or args.phases):
-        raise UserError("--clients measures local training by cohort size alone; leave out --against and --phases.")
+        raise UserError(
+            "--clients measures local training by cohort size alone; leave out --against and "
+            "--phases."
+        )
     return args, rest
 
 
@@ -108,12 +127,17 @@ def read_sizes(args: argparse.Namespace, rest: list[str]) -> Preset:
     from spear_jax.models.io.tensor_map import check_dtype
 
     if rest and args.preset:
-        raise UserError(f"{rest[0]!r} beside --preset: sizes come from one of the two; leave the other out.")
+        raise UserError(
+            f"{rest[0]!r} beside --preset: sizes come from one of the two; leave the other out."
+        )
     config = command_line.read_config(rest) if rest else None
     preset = workload.read_preset(args.preset or "tiny")
     model = args.model or (config.model if config else "tiny" if preset.name == "tiny" else "")
     if model.endswith(".gguf"):
-        raise UserError(f"--model is {model!r}; benchmark takes a model folder or a Hub id, which both sides can read.")
+        raise UserError(
+            f"--model is {model!r}; benchmark takes a model folder or a Hub id, which both sides "
+            f"can read."
+        )
     if model not in ("", "tiny"):
         folder = find_folder(model)
         preset = dataclasses.replace(preset, model=str(folder), shape=read_config(folder)[1])
@@ -144,20 +168,26 @@ def describe(args: argparse.Namespace, preset: Preset, found: dict[str, Any]) ->
 
 
 def check_memory(name: str, needed: int, found: dict[str, Any]) -> None:
-    """Raises UserError where the machine has less memory than the preset needs (`floors.memory_needed`)."""
+    """Raises UserError where the machine has less memory than the preset needs
+    (`floors.memory_needed`).
+    """
     free = found["free_bytes"]
     if free is not None and needed > free:
         raise UserError(
-            f"preset {name!r} needs about {needed / 1e9:.1f} GB on this machine's {found['device']!r}, and "
-            f"{free / 1e9:.1f} GB are free; take a smaller --preset, leave out --against, or use a device with more memory."
+            f"preset {name!r} needs about {needed / 1e9:.1f} GB on this machine's "
+            f"{found['device']!r}, and "
+            f"{free / 1e9:.1f} GB are free; take a smaller --preset, leave out --against, or use "
+            f"a device with more memory."
         )
 
 
-def run_phases(work: Workload, phases: list[str], sides: tuple[str, ...], repeats: int, quiet: bool) -> dict[str, dict]:
+def run_phases(
+    work: Workload, phases: list[str], sides: tuple[str, ...], repeats: int, quiet: bool
+) -> dict[str, dict]:
     """{phase: {side: its answers, the first call's first}}; the sides take turns.
 
-    A phase has processes of its own: programs that other phases compiled are not its memory, and a GPU's high-water mark cannot
-    be reset.
+    A phase has processes of its own: programs that other phases compiled are not its memory, and a
+    GPU's high-water mark cannot be reset.
     """
     from spear_jax.experiment.run_logger import on_terminal
 
@@ -175,7 +205,9 @@ def run_phases(work: Workload, phases: list[str], sides: tuple[str, ...], repeat
     return found
 
 
-def run_cohorts(work: Workload, cohorts: list[int], repeats: int, quiet: bool) -> list[dict[str, Any]]:
+def run_cohorts(
+    work: Workload, cohorts: list[int], repeats: int, quiet: bool
+) -> list[dict[str, Any]]:
     """Local training and aggregation by cohort size, all in one process."""
     from spear_jax.benchmark import report
     from spear_jax.experiment.run_logger import on_terminal
@@ -184,7 +216,13 @@ def run_cohorts(work: Workload, cohorts: list[int], repeats: int, quiet: bool) -
     with Peer(side.serve, "ours", work) as peer:
         for size in tqdm.tqdm(cohorts, desc="cohorts", disable=not on_terminal(quiet)):
             measured = report.summarise([peer.ask(("cohort", size)) for _ in range(repeats + 1)])
-            found.append({"clients": size, "seconds_per_client": measured["seconds"]["median"] / size, **measured})
+            found.append(
+                {
+                    "clients": size,
+                    "seconds_per_client": measured["seconds"]["median"] / size,
+                    **measured,
+                }
+            )
     return found
 
 

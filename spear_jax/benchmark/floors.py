@@ -1,8 +1,10 @@
-"""What a phase needs, whoever runs it: floating-point operations and bytes, and from the machine's ceilings its floor in seconds.
+"""What a phase needs, whoever runs it: floating-point operations and bytes, and from the machine's
+ceilings its floor in seconds.
 
-Counted are real tokens, never padding: a distinct (prompt, completion) once, a prompt that several completions share once, and
-once what all prompts of a phase open with (in training, where that has a gradient, for each of them). With W the weights of all
-projections, V D those of the LM head, L layers, H heads of width K, N key/value heads of width K and R the rank:
+Counted are real tokens, never padding: a distinct (prompt, completion) once, a prompt that several
+completions share once, and once what all prompts of a phase open with (in training, where that has
+a gradient, for each of them). With W the weights of all projections, V D those of the LM head, L
+layers, H heads of width K, N key/value heads of width K and R the rank:
 
     forward     2 W a token; attention 4 H K a token, layer and visible position (causal: the n-th token sees n);
                 head 2 V D for each position whose distribution is needed
@@ -13,8 +15,9 @@ projections, V D those of the LM head, L layers, H heads of width K, N key/value
     decode      bytes: weights once a step for the whole batch, and every row's cache up to its position
     training    bytes: weights twice
 
-A floor is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the copy rate). Activations, norms, softmax,
-sampling, the optimiser, and adapters where nothing trains are left out, so nothing reaches it.
+A floor is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the copy rate).
+Activations, norms, softmax, sampling, the optimiser, and adapters where nothing trains are left
+out, so nothing reaches it.
 """
 
 import collections
@@ -80,7 +83,9 @@ def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
 
 
 def prefill(c: Counts, lengths: np.ndarray, shared_prefix: int) -> Part:
-    """Prompts of int[B] tokens that all open with the same ones, and the distribution after each."""
+    """Prompts of int[B] tokens that all open with the same ones, and the distribution after
+    each.
+    """
     again = shared_prefix * (len(lengths) - 1)
     seen = (lengths * (lengths + 1) / 2).sum() - again * (shared_prefix + 1) / 2
     flops = 2 * c.layers * (lengths.sum() - again) + c.attention * seen + 2 * c.head * len(lengths)
@@ -88,7 +93,9 @@ def prefill(c: Counts, lengths: np.ndarray, shared_prefix: int) -> Part:
 
 
 def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
-    """The completions' tokens but the first, which the prefill gives: `new` - 1 steps of the whole batch."""
+    """The completions' tokens but the first, which the prefill gives: `new` - 1 steps of the whole
+    batch.
+    """
     steps = new - 1
     seen = (steps * lengths + steps * (steps + 1) / 2).sum()  # the s-th step sees p + s positions
     flops = 2 * (c.layers + c.head) * steps * len(lengths) + c.attention * seen
@@ -109,7 +116,12 @@ def train(c: Counts, rows: list[Row], shared_prefix: int) -> Part:
         for n in map(len, completions):
             tokens, scored = tokens + n, scored + n
             seen += n * p + n * (n + 1) / 2
-    flops = 4 * c.layers * tokens + 3 * c.attention * seen + 4 * c.head * scored + 6 * c.adapter * tokens
+    flops = (
+        4 * c.layers * tokens
+        + 3 * c.attention * seen
+        + 4 * c.head * scored
+        + 6 * c.adapter * tokens
+    )
     return Part(float(flops), 2.0 * c.weights)
 
 
@@ -119,7 +131,9 @@ def aggregate(c: Counts, clients: int) -> Part:
 
 
 def needs(work: Workload) -> dict[str, list[Part]]:
-    """The parts of every phase. A checkpoint's bytes are the adapter's, as if the disk were memory."""
+    """The parts of every phase. A checkpoint's bytes are the adapter's, as if the disk were
+    memory.
+    """
     preset = work.preset
     c = count(parse_config(preset.shape), preset.rank, preset.dtype)
     lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
@@ -146,9 +160,13 @@ def needs(work: Workload) -> dict[str, list[Part]]:
 
 
 def tokens(work: Workload) -> dict[str, int]:
-    """What `tokens per second` counts: generated tokens; of questions and training rows all tokens as they are given."""
+    """What `tokens per second` counts: generated tokens; of questions and training rows all tokens
+    as they are given.
+    """
     preset = work.preset
-    trained = [[sum(len(r.prompt) + len(r.completion) for r in rows) for rows in own] for own in work.rows]
+    trained = [
+        [sum(len(r.prompt) + len(r.completion) for r in rows) for rows in own] for own in work.rows
+    ]
     generated = {
         "rollout": preset.new_tokens * sum(map(len, work.prompts)),
         "revision": preset.new_tokens * sum(map(len, work.revisions)),
@@ -166,21 +184,31 @@ def seconds(parts: list[Part], gemm: float, copy: float) -> float:
 
 
 def memory_needed(work: Workload, rival: bool) -> int:
-    """An estimate in bytes of what a benchmark holds at once: weights, and the larger of generation and local training.
+    """An estimate in bytes of what a benchmark holds at once: weights, and the larger of generation
+    and local training.
 
-    Args: rival: whether the rival's process is there too; it holds full-vocabulary logits, once in its dtype and three times
-        in float32 (upcast, log-probabilities, gradient), for half of a step's rows.
+    Args: rival: whether the rival's process is there too; it holds full-vocabulary logits, once in
+        its dtype and three times in float32 (upcast, log-probabilities, gradient), for half of a
+        step's rows.
     """
     preset = work.preset
     model = parse_config(preset.shape)
     c = count(model, preset.rank, preset.dtype)
     weights = c.size * sum(int(np.prod(place.leaf_shape)) for place in places(model))
-    longest = max(len(prompt) for own in work.revisions + work.prompts for prompt in own) + preset.new_tokens
+    longest = (
+        max(len(prompt) for own in work.revisions + work.prompts for prompt in own)
+        + preset.new_tokens
+    )
     rows, length = preset.wins + preset.loses, preset.lengths[2] + preset.new_tokens
 
     def held(rows_at_once: int, trained: int, logits: float) -> float:
         cache = c.cache * longest * rows_at_once
-        step = cost_model.bytes_per_client(model, trained * length, length, 0, 4 * c.adapter, preset.remat) + logits
+        step = (
+            cost_model.bytes_per_client(
+                model, trained * length, length, 0, 4 * c.adapter, preset.remat
+            )
+            + logits
+        )
         return weights + max(cache, step)
 
     at_once = preset.clients_at_once or preset.clients

@@ -1,6 +1,7 @@
 """The machine: what it can do at best, what is installed, and how much memory a process has held.
 
-JAX is imported only where ceilings are measured: the rival's process reads this module, and its memory is measured.
+JAX is imported only where ceilings are measured: the rival's process reads this module, and its
+memory is measured.
 """
 
 import gc
@@ -17,7 +18,17 @@ from typing import Any
 
 from spear_jax.core.malloc import release_free_memory
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "peft")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "torch",
+    "transformers",
+    "peft",
+)
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 MATRICES = {"cpu": (512, 1024, 1536), "gpu": (4096, 8192)}  # edges of square products
 COPIED = {"cpu": 256 << 20, "gpu": 1 << 30}  # bytes
@@ -27,8 +38,8 @@ TRIES = 10
 def measure(_: None = None) -> dict[str, Any]:
     """Ceilings of JAX's first device, the best of several tries each.
 
-    Returns: platform, device, cpu, cores; load (processes that ran on average in the minute before); free_bytes (None where
-        unknown); gemm {dtype: FLOP/s of the fastest square
+    Returns: platform, device, cpu, cores; load (processes that ran on average in the minute
+        before); free_bytes (None where unknown); gemm {dtype: FLOP/s of the fastest square
         product}; copy (bytes read and written per second by adding 1 to a large array in place).
     """
     import jax
@@ -44,7 +55,10 @@ def measure(_: None = None) -> dict[str, Any]:
         "cores": cores(),
         "load": os.getloadavg()[0],
         "free_bytes": device_bytes(),
-        "gemm": {dtype: max(_product(dtype, edge) for edge in MATRICES[kind]) for dtype in ("float32", "bfloat16")},
+        "gemm": {
+            dtype: max(_product(dtype, edge) for edge in MATRICES[kind])
+            for dtype in ("float32", "bfloat16")
+        },
         "copy": _copy(COPIED[kind]),
     }
 
@@ -115,7 +129,9 @@ def peak_source(platform: str) -> str:
 
 
 def reset_peak() -> int:
-    """Gives freed memory back and starts a new high-water mark (on Linux); returns the bytes still resident."""
+    """Gives freed memory back and starts a new high-water mark (on Linux); returns the bytes still
+    resident.
+    """
     gc.collect()
     if not CLEAR.exists():
         return peak_bytes()
@@ -125,7 +141,9 @@ def reset_peak() -> int:
 
 
 def peak_bytes() -> int:
-    """The process's high-water mark of resident memory in bytes, since `reset_peak` or, elsewhere, since its start."""
+    """The process's high-water mark of resident memory in bytes, since `reset_peak` or, elsewhere,
+    since its start.
+    """
     if CLEAR.exists():
         return _status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,6 @@
-"""This system's side: each phase through the functions that a round runs. All calls into the system stand in this file."""
+"""This system's side: each phase through the functions that a round runs. All calls into the system
+stand in this file.
+"""
 
 import dataclasses
 import functools
@@ -91,7 +93,9 @@ class Labels:
 
 
 class System:
-    """The frozen parts and the phases. A phase takes the global adapter as it was built, and changes nothing."""
+    """The frozen parts and the phases. A phase takes the global adapter as it was built, and
+    changes nothing.
+    """
 
     def __init__(self, work: Workload):
         preset = work.preset
@@ -100,7 +104,9 @@ class System:
         self.work, self.preset = work, preset
         self.decoder = Decoder(config, lora, preset.remat)
         self.mesh = make_mesh(jax.devices()[:1])
-        source = SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)
+        source = (
+            SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)
+        )
         self.base = replicate(fill(config, source, preset.dtype), self.mesh)
         self.lora = replicate(random_adapter(config, lora), self.mesh)
         self.state = init_server(SERVER, self.lora, {}, jax.random.key(0))
@@ -111,8 +117,12 @@ class System:
         limit = default_config().train.block_tokens
         slots = max(len(items) for (items,) in steps)
         asked = sum(work.prompts, [])
-        shared_prefix = os.path.commonprefix(asked)[: min(map(len, asked)) - 1]  # no prompt is nothing but that
-        self.shape = choose_block_shape(steps, 1, 1, longest, preset.new_tokens, limit, slots, shared_prefix)
+        shared_prefix = os.path.commonprefix(asked)[
+            : min(map(len, asked)) - 1
+        ]  # no prompt is nothing but that
+        self.shape = choose_block_shape(
+            steps, 1, 1, longest, preset.new_tokens, limit, slots, shared_prefix
+        )
         small = choose_small(steps, self.shape)
         self.small = None if small == self.shape or self.local.clients_at_once > 1 else small
         self.folder = tempfile.TemporaryDirectory()
@@ -125,14 +135,20 @@ class System:
         return as_policy(self.base, self.lora, self.decoder.lora, "none")
 
     def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Measured:
-        """All clients' prompts in one batch; returns the completions, and the padding of prompts and completions."""
+        """All clients' prompts in one batch; returns the completions, and the padding of prompts
+        and completions.
+        """
         flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
         shared_prefix = os.path.commonprefix(flat)
         sampler, sampling = self.sampler(shared_prefix), sampling_config(self.preset, len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
-        plan, batches = plan_prefill(sampling, [range(len(flat))], flat, 1, sampler.shapes, len(shared_prefix))
-        fills = -(-len(batches) // (plan.rows // plan.batch))  # all completions are of one length, and end together
+        plan, batches = plan_prefill(
+            sampling, [range(len(flat))], flat, 1, sampler.shapes, len(shared_prefix)
+        )
+        fills = -(
+            -len(batches) // (plan.rows // plan.batch)
+        )  # all completions are of one length, and end together
         held = fills * plan.rows * new + len(batches) * plan.pack_shape.tokens
         return {
             "answers": [completion.tokens for completion in done],
@@ -140,7 +156,9 @@ class System:
         }
 
     def sampler(self, shared_prefix: list[int]) -> Sampler:
-        """With arrays where an experiment has them: placed in another way they would be another program's."""
+        """With arrays where an experiment has them: placed in another way they would be another
+        program's.
+        """
         place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
         return Sampler(self.decoder, place, spread=spread, shared_prefixes=[shared_prefix])
 
@@ -170,10 +188,14 @@ class System:
     def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Measured]:
         """Every client's optimiser steps; rows: [C][S] lists.
 
-        Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of the rows.
+        Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of
+            the rows.
         """
         at_once = min(self.local.clients_at_once, len(rows))
-        local, small = dataclasses.replace(self.local, clients_at_once=at_once), self.small if at_once == 1 else None
+        local, small = (
+            dataclasses.replace(self.local, clients_at_once=at_once),
+            self.small if at_once == 1 else None,
+        )
         keys = Keys()
         blocks = [[pack_rows([step_items(step)], self.shape, keys) for step in own] for own in rows]
         depth = max(len(step) for own in blocks for step in own)
@@ -182,10 +204,16 @@ class System:
         members = np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, bool)
         shared = local_training.Broadcast(self.lora, self.base, (), {}, self.rate)
         packed = cohort_training.Rows(blocks, depth, self.shape, small)
-        found = cohort_training.train(self.algorithm, self.decoder, local, self.mesh, shared, packed, members)
+        found = cohort_training.train(
+            self.algorithm, self.decoder, local, self.mesh, shared, packed, members
+        )
         jax.block_until_ready(found.total)
         loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
-        return found.total, found.mass, {"loss": float(loss), "padding": 1 - found.tokens / found.read}
+        return (
+            found.total,
+            found.mass,
+            {"loss": float(loss), "padding": 1 - found.tokens / found.read},
+        )
 
     def aggregation(self) -> Measured:
         weight = np.ones(self.preset.clients, np.float32)
@@ -207,7 +235,9 @@ class System:
         return self.train_and_aggregate(self.preset.clients)
 
     def cohort(self, size: int) -> Measured:
-        """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would count as this one's."""
+        """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would
+        count as this one's.
+        """
         if size != self.cohort_size:
             jax.clear_caches()
         self.cohort_size = size
@@ -225,14 +255,19 @@ class System:
 @jax.jit
 def _weighted_sum(adapters: list[dict], weight: jax.Array) -> dict:
     """Σ w θ, which `train_cohort` accumulates as clients finish."""
-    return jax.tree.map(lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters)
+    return jax.tree.map(
+        lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters
+    )
 
 
 def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
     """The adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
 
     def stack(target: str, side: str, shape: tuple[int, int]) -> np.ndarray:
-        names = [f"layers.{i}.{MODULES[target]}.lora_{side}.weight" for i in range(lora_layers(lora, config))]
+        names = [
+            f"layers.{i}.{MODULES[target]}.lora_{side}.weight"
+            for i in range(lora_layers(lora, config))
+        ]
         return np.stack([random_tensor(name, shape).T for name in names])
 
     shapes = projection_shapes(config)
@@ -246,9 +281,13 @@ def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
 
 
 def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
-    """No EOS, so that every completion has exactly new_tokens; as many rows in a batch as the config's memory allows."""
+    """No EOS, so that every completion has exactly new_tokens; as many rows in a batch as the
+    config's memory allows.
+    """
     itemsize = DTYPES[preset.dtype].itemsize
-    tokens, read = cost_model.generation_tokens(parse_config(preset.shape), itemsize, default_config().rollout.cache_mb)
+    tokens, read = cost_model.generation_tokens(
+        parse_config(preset.shape), itemsize, default_config().rollout.cache_mb
+    )
     return SamplingConfig(
         max_new_tokens=preset.new_tokens,
         temperature=preset.temperature,
@@ -264,8 +303,12 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
 
 def spear(preset: Preset) -> Spear:
     """The method with the preset's numbers."""
-    settings = dataclasses.replace(SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin)
-    common = CommonHyperparams(preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ())
+    settings = dataclasses.replace(
+        SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin
+    )
+    common = CommonHyperparams(
+        preset.prompts, preset.steps, 1, preset.wins, preset.new_tokens, preset.temperature, ()
+    )
     return Spear(settings, common)
 
 

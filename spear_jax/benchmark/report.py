@@ -1,4 +1,6 @@
-"""What a benchmark found: the result's entries, the table, the JSON file with the table beside it, and the clients' figure."""
+"""What a benchmark found: the result's entries, the table, the JSON file with the table beside it,
+and the clients' figure.
+"""
 
 import json
 import pathlib
@@ -17,16 +19,21 @@ Answers = list[dict[str, Any]]
 
 
 def check_out(out: str) -> pathlib.Path:
-    """The JSON file to write; raises UserError for another ending, which the files beside it could take."""
+    """The JSON file to write; raises UserError for another ending, which the files beside it could
+    take.
+    """
     file = pathlib.Path(out)
     if file.suffix != ".json":
         raise UserError(
-            f"--out is {out!r}; give a name that ends in .json, a table and a figure are written beside it."
+            f"--out is {out!r}; give a name that ends in .json, a table and a figure are written "
+            f"beside it."
         )
     return file
 
 
-def tell(phase: str, measured: dict[str, Answers], work: Workload, found: dict[str, Any]) -> dict[str, Any]:
+def tell(
+    phase: str, measured: dict[str, Answers], work: Workload, found: dict[str, Any]
+) -> dict[str, Any]:
     """One phase of the result."""
     parts, tokens = floors.needs(work)[phase], floors.tokens(work).get(phase)
     floor = floors.seconds(parts, found["gemm"][work.preset.dtype], found["copy"])
@@ -44,12 +51,17 @@ def tell(phase: str, measured: dict[str, Answers], work: Workload, found: dict[s
             entry[name]["tokens_per_second"] = tokens / median
     if "rival" in measured:
         ours, rival = entry["ours"]["seconds"], entry["rival"]["seconds"]
-        entry |= {"ratio": rival["median"] / ours["median"], "ratio_of_min": rival["min"] / ours["min"]}
+        entry |= {
+            "ratio": rival["median"] / ours["median"],
+            "ratio_of_min": rival["min"] / ours["min"],
+        }
     return entry
 
 
 def summarise(answers: Answers) -> dict[str, Any]:
-    """Of one side and phase: seconds of the repeats, memory of the first of them, and both of the first call apart."""
+    """Of one side and phase: seconds of the repeats, memory of the first of them, and both of the
+    first call apart.
+    """
     first, *repeats = answers
     seconds = [answer["seconds"] for answer in repeats]
     return {
@@ -64,12 +76,18 @@ def summarise(answers: Answers) -> dict[str, Any]:
 
 
 def _compiled(answers: Answers) -> dict[str, float]:
-    """Of a side that compiles: programs and seconds of the first call, and programs of all later ones together."""
+    """Of a side that compiles: programs and seconds of the first call, and programs of all later
+    ones together.
+    """
     if "compile/programs" not in answers[0]:
         return {}
     programs = [int(answer["compile/programs"]) for answer in answers]
     seconds = answers[0]["compile/seconds"]
-    return {"compile_programs": programs[0], "compile_seconds": seconds, "compiled_later": sum(programs[1:])}
+    return {
+        "compile_programs": programs[0],
+        "compile_seconds": seconds,
+        "compiled_later": sum(programs[1:]),
+    }
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:
@@ -113,7 +131,9 @@ def _number(seconds: float) -> str:
 
 
 def write(result: dict[str, Any], out: pathlib.Path) -> None:
-    """The JSON file, the table beside it, and the figure where cohorts were measured; names them in result["files"]."""
+    """The JSON file, the table beside it, and the figure where cohorts were measured; names them in
+    result["files"].
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out, out.with_suffix(".md")]
     files[1].write_text(to_markdown(table(result)))
@@ -140,12 +160,16 @@ def plot_cohorts(result: dict[str, Any], files: list[pathlib.Path]) -> None:
     )
     for axis, (label, values) in zip(axes, shown, strict=True):
         axis.plot(sizes, values, "o-", color="#2c5985")
-        axis.set(xscale="log", xlabel="clients of the round", ylabel=label, ylim=(0, 1.15 * max(values)))
+        axis.set(
+            xscale="log", xlabel="clients of the round", ylabel=label, ylim=(0, 1.15 * max(values))
+        )
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     at_once = result["sizes"]["clients_at_once"] or result["sizes"]["clients"]
-    figure.suptitle(f"local training and aggregation, {result['preset']}, clients at once: {at_once}")
+    figure.suptitle(
+        f"local training and aggregation, {result['preset']}, clients at once: {at_once}"
+    )
     for file in files:
         figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -1,10 +1,12 @@
-"""The rival: what a user would otherwise run. transformers' `generate`, a PEFT adapter beside the base, torch's AdamW, and
-clients one after another.
+"""The rival: what a user would otherwise run. transformers' `generate`, a PEFT adapter beside the
+base, torch's AdamW, and clients one after another.
 
-Prompts, completions, rows, token counts, dtype, weights and adapter are those of our side. As in the published SPEAR code, wins
-and loses have a forward and backward of their own with full-vocabulary logits, and a question is scored once for each option.
+Prompts, completions, rows, token counts, dtype, weights and adapter are those of our side. As in
+the published SPEAR code, wins and loses have a forward and backward of their own with
+full-vocabulary logits, and a question is scored once for each option.
 
-Nothing here imports JAX, whose memory would count as the rival's; torch is imported when the rival is built.
+Nothing here imports JAX, whose memory would count as the rival's; torch is imported when the rival
+is built.
 """
 
 import importlib.util
@@ -28,7 +30,8 @@ def require() -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f'--against=hf needs {" and ".join(missing)}, which this environment lacks; `pip install "spear-jax[torch]"`.'
+            f"--against=hf needs {' and '.join(missing)}, which this environment lacks; `pip "
+            f'install "spear-jax[torch]"`.'
         )
 
 
@@ -48,7 +51,15 @@ def build(work: Workload) -> Side:
 
         return run
 
-    names = ("rollout", "revision", "evaluation", "local_step", "aggregation", "checkpoint", "round")
+    names = (
+        "rollout",
+        "revision",
+        "evaluation",
+        "local_step",
+        "aggregation",
+        "checkpoint",
+        "round",
+    )
     return Side(
         {name: finished(getattr(rival, name)) for name in names},
         torch.cuda.max_memory_allocated if rival.device == "cuda" else None,
@@ -67,7 +78,8 @@ class Rival:
         torch.set_float32_matmul_precision("high")  # TF32 where the card has it, as JAX's default
         if work.platform == "gpu" and not torch.cuda.is_available():
             raise UserError(
-                "JAX runs on a GPU and torch finds none; install torch for this GPU, or leave out --against=hf."
+                "JAX runs on a GPU and torch finds none; install torch for this GPU, or leave "
+                "out --against=hf."
             )
         transformers.utils.logging.disable_progress_bar()
         self.work, self.preset = work, work.preset
@@ -75,15 +87,22 @@ class Rival:
         self.device = "cuda" if work.platform == "gpu" else "cpu"
         preset = work.preset
         settings = peft.LoraConfig(
-            r=preset.rank, lora_alpha=2 * preset.rank, lora_dropout=0.0, target_modules=MODULES, task_type="CAUSAL_LM"
+            r=preset.rank,
+            lora_alpha=2 * preset.rank,
+            lora_dropout=0.0,
+            target_modules=MODULES,
+            task_type="CAUSAL_LM",
         )
         model = peft.get_peft_model(self.base(), settings)
         if preset.rival_remat:
-            model.enable_input_require_grads()  # without it nothing would flow back through the recomputed layers
+            # without it nothing would flow back through the recomputed layers
+            model.enable_input_require_grads()
             model.gradient_checkpointing_enable()
         self.model = model.to(self.device)
         self.start = {
-            name: torch.from_numpy(random_tensor(name[name.index("layers.") :], tuple(value.shape))).to(self.device)
+            name: torch.from_numpy(
+                random_tensor(name[name.index("layers.") :], tuple(value.shape))
+            ).to(self.device)
             for name, value in self.adapter().items()
         }
         self.set_adapter(self.start)
@@ -117,14 +136,21 @@ class Rival:
         fill = [[0] * (width - len(row)) for row in rows]
         pairs = list(zip(rows, fill, strict=True))
         ids = [gap + row if left else row + gap for row, gap in pairs]
-        mask = [[0] * len(gap) + [1] * len(row) if left else [1] * len(row) + [0] * len(gap) for row, gap in pairs]
+        mask = [
+            [0] * len(gap) + [1] * len(row) if left else [1] * len(row) + [0] * len(gap)
+            for row, gap in pairs
+        ]
         tensor = lambda values: self.torch.tensor(values, device=self.device)
         return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
     def generate(self, prompts: list[list[list[int]]]) -> Measured:
         """Client by client, the adapter unmerged."""
         new, sample = self.preset.new_tokens, self.preset.temperature > 0
-        how = {"temperature": self.preset.temperature, "top_p": self.preset.top_p, "top_k": 0} if sample else {}
+        how = (
+            {"temperature": self.preset.temperature, "top_p": self.preset.top_p, "top_k": 0}
+            if sample
+            else {}
+        )
         config = self.transformers.GenerationConfig(
             do_sample=sample, min_new_tokens=new, max_new_tokens=new, pad_token_id=0, **how
         )
@@ -151,14 +177,18 @@ class Rival:
         choices = []
         with self.torch.no_grad():
             for question in self.work.questions:
-                inputs = self.padded([[*question, option] for option in self.work.options], left=False)
+                inputs = self.padded(
+                    [[*question, option] for option in self.work.options], left=False
+                )
                 logprobs = self.model(**inputs).logits[:, :-1].float().log_softmax(-1)
                 picked = logprobs.gather(-1, inputs["input_ids"][:, 1:, None])[:, -1, 0]
                 choices.append(int(picked.argmax()))
         return {"choices": choices}
 
     def update(self, steps: list[list[Row]]) -> Measured:
-        """A client's round: from the global adapter, one AdamW step for each list of rows. Returns the mean loss."""
+        """A client's round: from the global adapter, one AdamW step for each list of rows. Returns
+        the mean loss.
+        """
         torch = self.torch
         self.set_adapter(self.start)
         optimiser = torch.optim.AdamW(self.trainable, lr=self.preset.rate, weight_decay=0.0)
@@ -187,7 +217,9 @@ class Rival:
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
         targets, mask = inputs["input_ids"][:, 1:, None], mask[:, 1:]
         p = logits.log_softmax(-1).gather(-1, targets)[..., 0].exp().clamp(max=1 - 1e-7)
-        confidence = self.torch.tensor([row.confidence for row in rows], device=self.device)[:, None]
+        confidence = self.torch.tensor([row.confidence for row in rows], device=self.device)[
+            :, None
+        ]
         unlikelihood_mask = mask & (p > self.preset.margin)
         values = self.torch.where(unlikelihood_mask, -(1 - p + 1e-8).log() * confidence, 0.0)
         return self.preset.lose_weight * values.sum() / mask.sum()

@@ -1,4 +1,5 @@
-"""What a benchmark runs: sizes, prompts and training rows, drawn from one seed, the same for both sides.
+"""What a benchmark runs: sizes, prompts and training rows, drawn from one seed, the same for both
+sides.
 
 Nothing here imports JAX: the rival's process reads this module, and its memory is measured.
 """
@@ -28,19 +29,23 @@ class Preset:
         model: a folder with its weights; "" makes random ones.
         dtype: of the base, "float32" or "bfloat16"; adapters are float32.
         clients: of a round.
-        prompts: questions that a client asks; right, fixed: how many are answered right at once, and after a revision.
+        prompts: questions that a client asks; right, fixed: how many are answered right at once,
+            and after a revision.
         lengths: mean, lowest and highest number of tokens of a question's prompt.
         head: tokens that all prompts open with, as a chat template makes them.
         new_tokens: of every completion.
         revisions: of a client; longer: tokens of a revision prompt beyond its question's.
         questions, options: of the evaluation.
         wins, loses: rows of an optimiser step; steps: of a client's round.
-        rank: of the adapter, which sits on all seven projections of every layer; alpha is twice the rank.
-        remat: what our backward pass computes again, as `train.remat`; rival_remat: whether the rival's does so with layers.
+        rank: of the adapter, which sits on all seven projections of every layer; alpha is twice the
+            rank.
+        remat: what our backward pass computes again, as `train.remat`; rival_remat: whether the
+            rival's does so with layers.
         clients_at_once: clients trained together (ours); 0 means all.
         temperature, top_p: of sampling; 0 is greedy.
         margin: of unlikelihood; lose_weight: its weight beside likelihood's 1; rate: of AdamW.
-        settle: seconds for which a side runs a phase before it is timed, and then for as long timed.
+        settle: seconds for which a side runs a phase before it is timed, and then for as long
+            timed.
     """
 
     name: str
@@ -130,7 +135,9 @@ def _tiny() -> Preset:
 
 
 def _smollm2() -> Preset:
-    """Lengths are those of ARC-Challenge's questions behind SmolLM2's chat template, whose first 24 tokens never change."""
+    """Lengths are those of ARC-Challenge's questions behind SmolLM2's chat template, whose first 24
+    tokens never change.
+    """
     return Preset(
         name="smollm2-135m", shape=_llama(), model="", dtype="float32",
         clients=3, prompts=16, right=4, fixed=6, lengths=(119, 60, 232), head=24, new_tokens=32, revisions=6, longer=271,
@@ -139,7 +146,9 @@ def _smollm2() -> Preset:
 
 
 def _qwen() -> Preset:
-    """SPEAR's published ARC-Challenge setting; the base model has no chat template, so prompts share no head."""
+    """SPEAR's published ARC-Challenge setting; the base model has no chat template, so prompts
+    share no head.
+    """
     shape = _llama(
         model_type="qwen2", vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, intermediate_size=8960, rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=131072,
@@ -174,12 +183,15 @@ def read_cohorts(text: str | None) -> list[int]:
     """The cohort sizes of "1,3,10", rising."""
     parts = text.split(",") if text is not None else []
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--clients is {text!r}; give whole numbers from 1, for example --clients=1,3,10.")
+        raise UserError(
+            f"--clients is {text!r}; give whole numbers from 1, for example --clients=1,3,10."
+        )
     return sorted({int(part) for part in parts})
 
 
 def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
-    """An experiment's sizes: clients, examples, new tokens, sampling, steps and rows of a micro-batch, rank, dtype.
+    """An experiment's sizes: clients, examples, new tokens, sampling, steps and rows of a
+    micro-batch, rank, dtype.
 
     Prompt lengths and the shares of answers that are right or fixed are smollm2-135m's.
 
@@ -220,8 +232,10 @@ def make_workload(preset: Preset, platform: str) -> Workload:
     longest = preset.lengths[2] + preset.longer + preset.new_tokens
     if longest > preset.shape.get("max_position_embeddings", longest):
         raise UserError(
-            f"prompts and completions of preset {preset.name!r} have up to {longest} tokens, more than the "
-            f"{preset.shape['max_position_embeddings']} positions of this model; give another --model or --preset."
+            f"prompts and completions of preset {preset.name!r} have up to {longest} tokens, "
+            f"more than the "
+            f"{preset.shape['max_position_embeddings']} positions of this model; give another "
+            f"--model or --preset."
         )
 
     def question() -> list[int]:
@@ -229,7 +243,11 @@ def make_workload(preset: Preset, platform: str) -> Workload:
 
     prompts = [[question() for _ in range(preset.prompts)] for _ in range(preset.clients)]
     revisions = [
-        [heads[1] + prompt[preset.head :] + ids(preset.longer) for prompt in own[: preset.revisions]] for own in prompts
+        [
+            heads[1] + prompt[preset.head :] + ids(preset.longer)
+            for prompt in own[: preset.revisions]
+        ]
+        for own in prompts
     ]
     rows = [draw_rows(preset, own, rng) for own in prompts]
     questions = [question() for _ in range(preset.questions)]
@@ -238,17 +256,22 @@ def make_workload(preset: Preset, platform: str) -> Workload:
 
 
 def question_length(rng: np.random.Generator, lengths: tuple[int, int, int]) -> int:
-    """Tokens of a question's prompt: log-normal with a spread of 22 %, as ARC's are, within the bounds."""
+    """Tokens of a question's prompt: log-normal with a spread of 22 %, as ARC's are, within the
+    bounds.
+    """
     mean, low, high = lengths
     spread = 0.22
     return int(np.clip(round(mean * np.exp(rng.normal(-(spread**2) / 2, spread))), low, high))
 
 
-def draw_rows(preset: Preset, prompts: list[list[int]], rng: np.random.Generator) -> list[list[Row]]:
-    """[steps] lists of a client's rows, drawn by the system's own rule from the pools that its rollouts give.
+def draw_rows(
+    preset: Preset, prompts: list[list[int]], rng: np.random.Generator
+) -> list[list[Row]]:
+    """[steps] lists of a client's rows, drawn by the system's own rule from the pools that its
+    rollouts give.
 
-    A question answered right at once gives a win; one that was fixed a win and a lose under the same prompt; each other one
-    a lose. A lose weighs 1 where it was fixed and 0.5 elsewhere.
+    A question answered right at once gives a win; one that was fixed a win and a lose under the
+    same prompt; each other one a lose. A lose weighs 1 where it was fixed and 0.5 elsewhere.
     """
     from spear_jax.packing.rows import draw  # here, because it imports JAX
 
@@ -260,14 +283,16 @@ def draw_rows(preset: Preset, prompts: list[list[int]], rng: np.random.Generator
             wins.append(Row(prompt, answer(), 1.0, 1))
         if index >= preset.right:
             loses.append(Row(prompt, answer(), 1.0 if fixed else 0.5, -1))
-    return [draw(wins, preset.wins, rng) + draw(loses, preset.loses, rng) for _ in range(preset.steps)]
+    return [
+        draw(wins, preset.wins, rng) + draw(loses, preset.loses, rng) for _ in range(preset.steps)
+    ]
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """float32: the random weight of a Hugging Face or PEFT name, the same in every process.
 
-    Norms are 1; matrices [out, in] are uniform with variance 1 / in; embeddings and what else there is are small. An
-    adapter's B is not zero, as after some rounds.
+    Norms are 1; matrices [out, in] are uniform with variance 1 / in; embeddings and what else there
+    is are small. An adapter's B is not zero, as after some rounds.
     """
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)

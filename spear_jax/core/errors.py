@@ -1,4 +1,6 @@
-"""The one error type that a user's mistake raises, and the helper that names the nearest valid name."""
+"""The one error type that a user's mistake raises, and the helper that names the nearest valid
+name.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -7,7 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in config, data, weights, adapters or checkpoints.
 
-    The message gives the value, the rule and the remedy. Entry points print it alone and exit with 2.
+    The message gives the value, the rule and the remedy. Entry points print it alone and exit with
+    2.
     """
 
 

@@ -1,11 +1,13 @@
 """Where arrays lie: a mesh of `clients` x `model`, on one machine or on many.
 
-Clients (and rows of a generation, questions of an evaluation) are split over the axis `clients`; the weights of a base too large
-for one device over `model`, where the compiler adds the sums that this asks for. Every process of a multi-host run does all of
-the host's work, from the same seeds to the same results, and reads what lies on other hosts through `to_host`; only the writing
-of files is the first process's alone.
+Clients (and rows of a generation, questions of an evaluation) are split over the axis `clients`;
+the weights of a base too large for one device over `model`, where the compiler adds the sums that
+this asks for. Every process of a multi-host run does all of the host's work, from the same seeds to
+the same results, and reads what lies on other hosts through `to_host`; only the writing of files is
+the first process's alone.
 
-Source: the layout of the weights is Megatron's (arXiv 1909.08053): projections into a layer by columns, out of it by rows.
+Source: the layout of the weights is Megatron's (arXiv 1909.08053): projections into a layer by
+columns, out of it by rows.
 """
 
 from collections.abc import Callable
@@ -28,8 +30,9 @@ _SPLIT |= {name: -2 for name in ("o", "down", "embed", "head")}
 def init_distributed(where: str) -> None:
     """Joins a run of several processes; called before anything touches a device.
 
-    Args: where: "" for a run of one process; "auto" where the cluster tells (SLURM, TPU pods, Open MPI, Kubernetes); else
-        HOST:PORT,COUNT,NUMBER: the first process's address, how many there are, and which one this is.
+    Args: where: "" for a run of one process; "auto" where the cluster tells (SLURM, TPU pods, Open
+        MPI, Kubernetes); else HOST:PORT,COUNT,NUMBER: the first process's address, how many there
+        are, and which one this is.
     Raises: UserError for a value of another form, and where the processes do not find one another.
     """
     if not where:
@@ -37,19 +40,32 @@ def init_distributed(where: str) -> None:
     told: dict[str, Any] = {}
     if where != "auto":
         parts = where.split(",")
-        if len(parts) != 3 or ":" not in parts[0] or not all(part.isdecimal() for part in parts[1:]):
+        if (
+            len(parts) != 3
+            or ":" not in parts[0]
+            or not all(part.isdecimal() for part in parts[1:])
+        ):
             raise UserError(
-                f"--distributed is {where!r}; give auto, or HOST:PORT,COUNT,NUMBER, for example 10.0.0.1:1234,2,0."
+                f"--distributed is {where!r}; give auto, or HOST:PORT,COUNT,NUMBER, for example "
+                f"10.0.0.1:1234,2,0."
             )
-        told = {"coordinator_address": parts[0], "num_processes": int(parts[1]), "process_id": int(parts[2])}
+        told = {
+            "coordinator_address": parts[0],
+            "num_processes": int(parts[1]),
+            "process_id": int(parts[2]),
+        }
         if told["process_id"] >= told["num_processes"]:
-            raise UserError(f"--distributed={where} names process {parts[2]} of {parts[1]}; they are numbered from 0.")
+            raise UserError(
+                f"--distributed={where} names process {parts[2]} of {parts[1]}; they are "
+                f"numbered from 0."
+            )
     try:
         jax.distributed.initialize(**told)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--distributed={where}: the processes did not find one another ({reason}). Start all of them, with one "
+            f"--distributed={where}: the processes did not find one another ({reason}). Start "
+            f"all of them, with one "
             "address that each can reach; auto needs a cluster that JAX knows."
         ) from error
 
@@ -66,7 +82,9 @@ def barrier(name: str) -> None:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The first process's value of a number, in every process: what is measured differs, what is decided by it must not."""
+    """The first process's value of a number, in every process: what is measured differs, what is
+    decided by it must not.
+    """
     if jax.process_count() == 1:
         return value
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
@@ -80,7 +98,9 @@ def make_mesh(devices: list[Any] | None = None, model: int = 1) -> Mesh:
     """
     devices = devices or jax.devices()
     if len(devices) % model:
-        raise UserError(f"devices.model is {model}, which does not divide the {len(devices)} devices there are.")
+        raise UserError(
+            f"devices.model is {model}, which does not divide the {len(devices)} devices there are."
+        )
     shape, kinds = (len(devices) // model, model), (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh(shape, (CLIENTS, MODEL), axis_types=kinds, devices=devices)
 
@@ -92,7 +112,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
     """The tree with its leading axis split over the mesh's clients."""
-    # over a single one nothing is split, and that is how XLA names what it returns: another name compiles again
+    # over a single one nothing is split, and that is how XLA names what it returns: another name
+    # compiles again
     spec = Spec(CLIENTS) if mesh.shape[CLIENTS] > 1 else Spec()
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), tree)
 
@@ -118,11 +139,17 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def layer_of(leaf: jax.Array, index: int) -> jax.Array:
-    """leaf[index] of an array whose first axis lies whole on each device; on CPU devices a view of its memory, not a copy."""
+    """leaf[index] of an array whose first axis lies whole on each device; on CPU devices a view of
+    its memory, not a copy.
+    """
     if isinstance(leaf, jax.core.Tracer) or next(iter(leaf.devices())).platform != "cpu":
         return leaf[index]
-    # `device_put` takes a numpy array as it lies where its address is aligned, and copies it elsewhere
-    parts = [jax.device_put(np.asarray(shard.data)[index], shard.device) for shard in leaf.addressable_shards]
+    # `device_put` takes a numpy array as it lies where its address is aligned, and copies it
+    # elsewhere
+    parts = [
+        jax.device_put(np.asarray(shard.data)[index], shard.device)
+        for shard in leaf.addressable_shards
+    ]
     if not isinstance(leaf.sharding, NamedSharding):
         return parts[0]
     sharding = NamedSharding(leaf.sharding.mesh, Spec(*leaf.sharding.spec[1:]))

@@ -11,7 +11,9 @@ import numpy as np
 
 def global_norm(tree: Any) -> jax.Array:
     """float32[]: the l2 norm over all leaves."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(
+        sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    )
 
 
 def where(condition: jax.Array, left: Any, right: Any) -> Any:
@@ -20,15 +22,19 @@ def where(condition: jax.Array, left: Any, right: Any) -> Any:
 
 
 def vmap_or_single(function: Callable, in_axes: Any = 0) -> Callable:
-    """`jax.vmap` (results with the new axis first), but one alone is not mapped: XLA's CPU kernels share their work over an
-    array's first axis, and where its length is 1 a single core would do all of it."""
+    """`jax.vmap` (results with the new axis first), but one alone is not mapped: XLA's CPU kernels
+    share their work over an array's first axis, and where its length is 1 a single core would do
+    all of it.
+    """
 
     def run(*args: Any) -> Any:
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
         mapped = [(arg, axis) for arg, axis in zip(args, axes, strict=True) if axis is not None]
         if any(leaf.shape[axis] != 1 for arg, axis in mapped for leaf in jax.tree.leaves(arg)):
             return jax.vmap(function, axes)(*args)
-        only = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, axis), arg)
+        only = lambda arg, axis: (
+            arg if axis is None else jax.tree.map(lambda x: jnp.squeeze(x, axis), arg)
+        )
         return jax.tree.map(lambda x: x[None], function(*map(only, args, axes)))
 
     return run

@@ -1,4 +1,6 @@
-"""What both a run and its analysis read and compute; no pandas, which a run does without until its end."""
+"""What both a run and its analysis read and compute; no pandas, which a run does without until its
+end.
+"""
 
 import json
 import math
@@ -7,7 +9,9 @@ from typing import Any
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut short, is left out."""
+    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut
+    short, is left out.
+    """
     lines = []
     for text in file.read_text().splitlines() if file.exists() else []:
         try:

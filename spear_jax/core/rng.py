@@ -12,12 +12,16 @@ def purpose(name: str) -> int:
 
 
 def path_key(key: jax.Array, *path: int | jax.Array) -> jax.Array:
-    """The key at a path: fold_in one step after the other. Paths of equal length collide only if they are equal."""
+    """The key at a path: fold_in one step after the other. Paths of equal length collide only if
+    they are equal.
+    """
     for step in path:
         key = jax.random.fold_in(key, step)
     return key
 
 
 def path_rng(seed: int, *path: int) -> np.random.Generator:
-    """The host's generator at a path; `path` holds non-negative integers (purpose tag, round, client, ...)."""
+    """The host's generator at a path; `path` holds non-negative integers (purpose tag, round,
+    client, ...).
+    """
     return np.random.default_rng(np.random.SeedSequence([seed, *path]))

@@ -1,4 +1,6 @@
-"""How a method declares its numbers: dataclass fields that know their range, so that one check covers every method."""
+"""How a method declares its numbers: dataclass fields that know their range, so that one check
+covers every method.
+"""
 
 import dataclasses
 from typing import Any
@@ -39,7 +41,8 @@ def check_fields(kind: type, values: dict[str, Any], prefix: str) -> None:
         name = f"{prefix}.{field.name}"
         if "choices" in rule and value not in rule["choices"]:
             raise UserError(
-                f"{name} is {value!r}; it must be one of {', '.join(rule['choices'])}. Set --config.{name}."
+                f"{name} is {value!r}; it must be one of {', '.join(rule['choices'])}. Set "
+                f"--config.{name}."
             )
         if "above" in rule and not value > rule["above"]:
             raise UserError(f"{name} is {value}; it must be positive. Set --config.{name}.")

@@ -1,9 +1,10 @@
 """The nouns of the project: what travels between host and device, and the letters of its shapes.
 
 Dimension key
-    C clients · S local steps · A micro-batches · K blocks · B rows · J reference adapters · P prompt tokens · T completion tokens
-    N packed tokens · R packed trees · L cells of a tree (elsewhere: layers) · M scored tokens
-    V vocabulary · D model width · H heads · N key/value heads · K head width (of a decoder) · F mlp width · R rank · L layers
+    C clients · S local steps · A micro-batches · K blocks · B rows · J reference adapters · P
+    prompt tokens · T completion tokens N packed tokens · R packed trees · L cells of a tree
+    (elsewhere: layers) · M scored tokens V vocabulary · D model width · H heads · N key/value heads
+    · K head width (of a decoder) · F mlp width · R rank · L layers
 """
 
 import dataclasses
@@ -39,9 +40,11 @@ class Example:
         id: unique within its split.
         question: the text that is asked, without options.
         options: the option texts, in the order shown; () for a task without options.
-        labels: how an answer names each option ("A", "B", ... or "yes", "no"); same length as `options`.
+        labels: how an answer names each option ("A", "B", ... or "yes", "no"); same length as
+            `options`.
         gold: index of the right option; 0 for a task without options.
-        support: text that a feedback provider may hint from (solution lines, facts, a category); never shown in a prompt.
+        support: text that a feedback provider may hint from (solution lines, facts, a category);
+            never shown in a prompt.
         response: the gold completion's text as it follows the header; "" where the task derives it.
         rejected: the dispreferred completion of a preference row, likewise; "" elsewhere.
     """
@@ -62,12 +65,14 @@ class Attempt:
 
     Attributes:
         prompt: token ids the model saw.
-        completion: token ids the model sampled, EOS included when it was generated; these ids are trained on.
+        completion: token ids the model sampled, EOS included when it was generated; these ids are
+            trained on.
         logprobs: their log-probabilities in nats under the untempered rollout policy; same length.
         text: the decoded completion without special tokens.
         correct: the oracle's verdict.
         feedback: what the user said of the attempt before this one; "" for a first answer.
-        touched: where this is a lose whose sampled ids are trained on: whether unlikelihood may touch each token.
+        touched: where this is a lose whose sampled ids are trained on: whether unlikelihood may
+            touch each token.
     """
 
     prompt: list[int]
@@ -81,7 +86,9 @@ class Attempt:
 
 @dataclasses.dataclass
 class Trace:
-    """A client's conversation about one example: a first answer, then revisions until right or out of attempts."""
+    """A client's conversation about one example: a first answer, then revisions until right or out
+    of attempts.
+    """
 
     client: int
     example: Example

@@ -1,4 +1,6 @@
-"""One Orbax step a round, holding the whole server state, its digest, and the round's metrics line."""
+"""One Orbax step a round, holding the whole server state, its digest, and the round's metrics
+line.
+"""
 
 import pathlib
 import shutil
@@ -16,24 +18,35 @@ from spear_jax.core.mesh import barrier, is_main_process
 from spear_jax.experiment.builder import Experiment
 from spear_jax.federated.state import ServerState
 
-# key of the saved tree -> field of ServerState; the keys enter the digest, so they keep the words of version 0.1
-TREE = {"lora": "lora", "opt_state": "opt_state", "memory": "algorithm_state", "round": "round", "key": "key"}
+# key of the saved tree -> field of ServerState; the keys enter the digest, so they keep the words
+# of version 0.1
+TREE = {
+    "lora": "lora",
+    "opt_state": "opt_state",
+    "memory": "algorithm_state",
+    "round": "round",
+    "key": "key",
+}
 
 
 class Checkpoints:
     """The `checkpoints/` folder of a run.
 
-    Saving is asynchronous; `wait` blocks until everything is on disk. The newest `keep_last` rounds and the `keep_best`
-    rounds of highest eval/accuracy stay, everything else is deleted. `read_only` leaves the folder as it is, so that a
-    running experiment can be read.
+    Saving is asynchronous; `wait` blocks until everything is on disk. The newest `keep_last` rounds
+    and the `keep_best` rounds of highest eval/accuracy stay, everything else is deleted.
+    `read_only` leaves the folder as it is, so that a running experiment can be read.
     """
 
-    def __init__(self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False):
+    def __init__(
+        self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False
+    ):
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.read_only = folder.resolve(), read_only
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["accuracy"], n=keep_best, keep_checkpoints_without_metrics=False
+            get_metric_fn=lambda metrics: metrics["accuracy"],
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
         )
         keep = [policies.LatestN(keep_last), *([best] if keep_best else [])]
         options = ocp.CheckpointManagerOptions(
@@ -58,7 +71,9 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(tree),
-                meta=ocp.args.JsonSave({"digest": pytrees.digest(tree), "line": line, "shapes": shapes}),
+                meta=ocp.args.JsonSave(
+                    {"digest": pytrees.digest(tree), "line": line, "shapes": shapes}
+                ),
             ),
             metrics=None if accuracy is None else {"accuracy": accuracy},
             force=True,
@@ -76,25 +91,33 @@ class Checkpoints:
         """Saved rounds, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def restore(self, like: ServerState, round: int | None = None) -> tuple[ServerState, dict[str, Any]] | None:
+    def restore(
+        self, like: ServerState, round: int | None = None
+    ) -> tuple[ServerState, dict[str, Any]] | None:
         """The newest whole checkpoint, or that of `round`.
 
-        A checkpoint that cannot be read, or whose digest differs from its content, is reported on stderr and moved aside
-        (`<round>.corrupt`), and the one before it is taken.
+        A checkpoint that cannot be read, or whose digest differs from its content, is reported on
+        stderr and moved aside (`<round>.corrupt`), and the one before it is taken.
 
         Args: like: a state of the same structure, shapes and dtypes.
-        Returns: the state (numpy leaves) and {"line", "shapes"} as saved; None where there is no checkpoint.
-        Raises: UserError when `round` is named and not there or not whole, or when all checkpoints are corrupt.
+        Returns: the state (numpy leaves) and {"line", "shapes"} as saved; None where there is no
+            checkpoint.
+        Raises: UserError when `round` is named and not there or not whole, or when all checkpoints
+            are corrupt.
         """
         saved = self.rounds()
         if round is not None and round not in saved:
-            raise UserError(f"no checkpoint of round {round} in {self.folder}; saved rounds: {saved or 'none'}.")
+            raise UserError(
+                f"no checkpoint of round {round} in {self.folder}; saved rounds: {saved or 'none'}."
+            )
         candidates = [round] if round is not None else saved[::-1]
         for step in candidates:
             state, meta, problem = self._read(step, like)
             if problem is None:
                 return state, meta
-            print(f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr)
+            print(
+                f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr
+            )
             if round is None and not self.read_only:
                 self._set_aside(step)
         if candidates:
@@ -106,15 +129,22 @@ class Checkpoints:
 
     def _read(self, step: int, like: ServerState) -> tuple[ServerState | None, dict, str | None]:
         template = jax.tree.map(np.zeros_like, _as_tree(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore())
-        # Orbax and TensorStore raise many types for damaged files; each one means that this step cannot be used.
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+        )
+        # Orbax and TensorStore raise many types for damaged files; each one means that this step
+        # cannot be used.
         try:
             found = self.manager.restore(step, args=args)
         except Exception as error:
             return None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         if pytrees.digest(found.state) != found.meta["digest"]:
             return None, {}, "its content does not match its digest"
-        return ServerState(**{name: found.state[key] for key, name in TREE.items()}), found.meta, None
+        return (
+            ServerState(**{name: found.state[key] for key, name in TREE.items()}),
+            found.meta,
+            None,
+        )
 
     def _set_aside(self, step: int) -> None:
         target = self.folder / f"{step}.corrupt"
@@ -129,11 +159,17 @@ class Checkpoints:
 
 def saved_rounds(workdir: pathlib.Path) -> list[int]:
     """The rounds that have a checkpoint, oldest first."""
-    return sorted(int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdecimal())
+    return sorted(
+        int(entry.name) for entry in (workdir / "checkpoints").glob("*") if entry.name.isdecimal()
+    )
 
 
-def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tuple[ServerState, dict[str, Any]]:
-    """A run folder's newest whole checkpoint, or that of `round`, without touching the folder; UserError where there is none."""
+def restore(
+    built: Experiment, workdir: pathlib.Path, round: int | None
+) -> tuple[ServerState, dict[str, Any]]:
+    """A run folder's newest whole checkpoint, or that of `round`, without touching the folder;
+    UserError where there is none.
+    """
     folder = workdir / "checkpoints"
     keep = built.config.checkpoint
     found = None
@@ -142,7 +178,9 @@ def restore(built: Experiment, workdir: pathlib.Path, round: int | None) -> tupl
             built.initial_state(), round
         )
     if found is None:
-        raise UserError(f"{workdir} has no checkpoint yet; wait for the first evaluation of `train` to finish.")
+        raise UserError(
+            f"{workdir} has no checkpoint yet; wait for the first evaluation of `train` to finish."
+        )
     return found
 
 

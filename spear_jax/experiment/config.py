@@ -1,6 +1,8 @@
-"""Every field of an experiment, its default and its range. Config files start from `default_config` and change what differs.
+"""Every field of an experiment, its default and its range. Config files start from `default_config`
+and change what differs.
 
-A config is read once, when the experiment is built; `check_config` has then refused every value that could not run.
+A config is read once, when the experiment is built; `check_config` has then refused every value
+that could not run.
 """
 
 import importlib
@@ -26,20 +28,28 @@ def default_config() -> ml_collections.ConfigDict:
     config.task = "facts"  # a key of spear_jax.tasks.TASKS
     config.model = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
     config.dtype = "float32"  # of the base: float32 or bfloat16; adapters are float32
-    config.quantize = "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
-    config.attention = "xla"  # or cudnn: its flash attention for training and prompts (NVIDIA GPUs, bfloat16)
+    config.quantize = (
+        "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
+    )
+    config.attention = (
+        "xla"  # or cudnn: its flash attention for training and prompts (NVIDIA GPUs, bfloat16)
+    )
     config.rounds = 10
     config.record_traces = True  # write every rollout to traces/
-    config.imports = ()  # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
+    # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
+    config.imports = ()
     config.wandb = ""  # a Weights & Biases project that gets the metrics too; "" is none
 
     config.algorithm = algorithm = ml_collections.ConfigDict()
-    algorithm.name = "spear"  # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
+    # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
+    algorithm.name = "spear"
     algorithm.preset = "default"  # what the method's switches were set from; kept for the record
     for name, method in ALGORITHMS.items():
         config[name] = ml_collections.ConfigDict(defaults(method.Settings))
 
-    config.budget = budget = ml_collections.ConfigDict()  # a run ends after the round that reaches it; 0 means no limit
+    config.budget = budget = (
+        ml_collections.ConfigDict()
+    )  # a run ends after the round that reaches it; 0 means no limit
     budget.tokens = 0  # generated tokens
     budget.seconds = 0  # of rounds, without evaluation and checkpoints
 
@@ -53,8 +63,12 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.data = data = ml_collections.ConfigDict()
     data.path = ""  # a file or folder instead of the Hub
-    data.columns = ml_collections.ConfigDict(dict.fromkeys(COLUMNS, ""))  # of tasks mcqa, pairs, preferences
-    data.templates = ml_collections.ConfigDict({"question": "", "revision": "", "header": "", "format": ""})
+    data.columns = ml_collections.ConfigDict(
+        dict.fromkeys(COLUMNS, "")
+    )  # of tasks mcqa, pairs, preferences
+    data.templates = ml_collections.ConfigDict(
+        {"question": "", "revision": "", "header": "", "format": ""}
+    )
     data.chat_template = "auto"  # auto, always, never
     data.max_prompt_tokens = 1024
     data.max_response_tokens = 256  # gold responses are cut there, then without an EOS
@@ -65,18 +79,24 @@ def default_config() -> ml_collections.ConfigDict:
     federation.num_clients = 10
     federation.clients_per_round = 5
     federation.sampling = "uniform"  # or weighted: by number of examples
-    federation.partition = "dirichlet"  # dirichlet, iid, by_label, quantity, resample (clients share examples)
+    federation.partition = (
+        "dirichlet"  # dirichlet, iid, by_label, quantity, resample (clients share examples)
+    )
     federation.dirichlet_alpha = 1.0
     federation.labels_per_client = 1  # by_label
     federation.min_examples = 10  # dirichlet redraws until every client has as many
     federation.max_examples_per_client = 0  # 0 means all
-    federation.aggregation = "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1), local (none)
+    federation.aggregation = (
+        "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1), local (none)
+    )
     federation.server_rate = 1.0
     federation.beta1 = 0.9
     federation.beta2 = 0.99
     federation.tau = 5e-3
     federation.prox = 0.0  # FedProx's μ
-    federation.clients_at_once = 0  # clients trained together on a device; 0: on a CPU one, else as many as fit
+    federation.clients_at_once = (
+        0  # clients trained together on a device; 0: on a CPU one, else as many as fit
+    )
     federation.colliding_streams = False  # A7: client streams keyed by round + client
 
     config.rollout = rollout = ml_collections.ConfigDict()
@@ -90,12 +110,15 @@ def default_config() -> ml_collections.ConfigDict:
     rollout.feedback = "oracle"  # oracle, none, human, oracle_published (A4)
     rollout.hint_words = 3
     rollout.max_rows = 64  # rows of one generation batch
-    rollout.cache_mb = 0  # of its keys and values, on a device; 0: 272 on a CPU, else a quarter of the device's memory
+    # of its keys and values, on a device; 0: 272 on a CPU, else a quarter of the device's memory
+    rollout.cache_mb = 0
 
     config.train = train = ml_collections.ConfigDict()
     train.steps = 5  # optimiser steps per client and round
     train.accumulation = 1
-    train.batch_size = 16  # of a micro-batch: wins and as many loses, pairs, or prompts, as the method says
+    train.batch_size = (
+        16  # of a micro-batch: wins and as many loses, pairs, or prompts, as the method says
+    )
     train.rate = 5e-5
     train.rate_min = 1e-5
     train.warmup = True
@@ -106,12 +129,16 @@ def default_config() -> ml_collections.ConfigDict:
     train.anchor_weight = 0.0
     train.anchor_gradient = True  # False: the published anchor, without gradient (A3)
     train.ema_decay = 0.0
-    train.block_tokens = 4096  # distinct tokens that go through the model together; more where one item has more
+    train.block_tokens = (
+        4096  # distinct tokens that go through the model together; more where one item has more
+    )
     train.remat = "attention"  # what the backward pass computes again: nothing, attention, layers
     train.head_chunk = 0  # positions per LM-head block; 0: as many as take 256 MB
 
     config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.every = 5  # rounds; the base model, the first and the last round are always evaluated
+    evaluation.every = (
+        5  # rounds; the base model, the first and the last round are always evaluated
+    )
     evaluation.first_rounds = 1  # each of the first n rounds is evaluated too
     evaluation.method = "auto"  # the task's own; or choice, generate
     evaluation.limit = 0  # first n test examples; 0 means all
@@ -194,13 +221,16 @@ def import_own(names: Sequence[str]) -> None:
             if error.name != name:
                 raise
             raise UserError(
-                f"imports names the module {name!r}, which is not there; start from the folder of {name}.py, or put that "
+                f"imports names the module {name!r}, which is not there; start from the folder "
+                f"of {name}.py, or put that "
                 "folder on PYTHONPATH."
             ) from error
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a value out of range or not among its choices: the value, the rule, the remedy."""
+    """Raises UserError for a value out of range or not among its choices: the value, the rule, the
+    remedy.
+    """
     flat = flatten(config)
     for name, (low, high) in _RANGES.items():
         value = flat[name]
@@ -214,29 +244,39 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         if not 0 <= flat[name] < 1:
             raise UserError(f"{name} is {flat[name]}; it must lie in [0, 1). Set --config.{name}.")
     if flat["rollout.top_p"] > 1:
-        raise UserError(f"rollout.top_p is {flat['rollout.top_p']}; it must lie in (0, 1]. Set --config.rollout.top_p.")
+        raise UserError(
+            f"rollout.top_p is {flat['rollout.top_p']}; it must lie in (0, 1]. Set "
+            f"--config.rollout.top_p."
+        )
     for name, known in _CHOICES.items():
         if flat[name] not in known:
             raise unknown(f"value of {name}:", str(flat[name]), known)
     if flat["federation.clients_per_round"] > flat["federation.num_clients"]:
         raise UserError(
-            f"federation.clients_per_round is {flat['federation.clients_per_round']}, but there are "
-            f"{flat['federation.num_clients']} clients; ask for at most that many, or raise federation.num_clients."
+            f"federation.clients_per_round is {flat['federation.clients_per_round']}, but there "
+            f"are "
+            f"{flat['federation.num_clients']} clients; ask for at most that many, or raise "
+            f"federation.num_clients."
         )
     for name, method in ALGORITHMS.items():
         if name in config:
             check_fields(method.Settings, config[name].to_dict(), name)
         elif name == config.algorithm.name:
             raise UserError(
-                f"the config has no group {name!r} for the method's settings; import its module in the config file, before "
+                f"the config has no group {name!r} for the method's settings; import its module "
+                f"in the config file, before "
                 "the config is made."
             )
     if flat["train.rate_min"] > flat["train.rate"]:
-        raise UserError(f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; lower it.")
+        raise UserError(
+            f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; "
+            f"lower it."
+        )
 
 
 def set_preset(config: ml_collections.ConfigDict, preset: str) -> None:
-    """Sets the switches of the config's method: "default" leaves the fixes on, "reference" repeats its published code.
+    """Sets the switches of the config's method: "default" leaves the fixes on, "reference" repeats
+    its published code.
 
     Every switch is a field of its own, so a config can also turn on a single one.
     """

@@ -9,15 +9,24 @@ from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
 
-OURS = ("gsm8k", "ultrachat", "pairs", "preferences")  # tasks that the published code knows nothing like
+OURS = (
+    "gsm8k",
+    "ultrachat",
+    "pairs",
+    "preferences",
+)  # tasks that the published code knows nothing like
 
 
 def build_task(config: ml_collections.ConfigDict) -> Task:
     """The config's task, with its wording and extractor."""
     task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
-    if "published" in (config.data.extractor, config.rollout.feedback.removeprefix("oracle_")) and task.name in OURS:
+    if (
+        "published" in (config.data.extractor, config.rollout.feedback.removeprefix("oracle_"))
+        and task.name in OURS
+    ):
         raise UserError(
-            f"the published extractor and feedback read option letters and yes or no, which task {task.name!r} has not; set "
+            f"the published extractor and feedback read option letters and yes or no, which task "
+            f"{task.name!r} has not; set "
             "--config.data.extractor=bounded and --config.rollout.feedback=oracle."
         )
     if config.data.extractor == "published":

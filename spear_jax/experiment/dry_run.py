@@ -24,10 +24,12 @@ SHOWN_PROMPTS = 3
 
 
 def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
-    """Saves and plots the data split into the workdir and prints what a run would be; trains nothing.
+    """Saves and plots the data split into the workdir and prints what a run would be; trains
+    nothing.
 
-    Returns: the numbers: parameters, bytes a round, memory needed and free in bytes, tokens and FLOPs a round where they can be
-    known before (None where the method's work depends on the run), lengths in tokens, and the fields that differ from defaults.
+    Returns: the numbers: parameters, bytes a round, memory needed and free in bytes, tokens and
+    FLOPs a round where they can be known before (None where the method's work depends on the run),
+    lengths in tokens, and the fields that differ from defaults.
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +45,11 @@ def dry_run(built: Experiment, workdir: str) -> dict[str, Any]:
     for name, value in numbers.items():
         print(f"{name}: {'not known before the run' if value is None else shown(name, value)}")
     print_prompts(built)
-    return {"workdir": workdir, **numbers, "config": {name: value for name, (value, _) in changed.items()}}
+    return {
+        "workdir": workdir,
+        **numbers,
+        "config": {name: value for name, (value, _) in changed.items()},
+    }
 
 
 def differences(built: Experiment) -> dict[str, tuple[Any, Any]]:
@@ -53,7 +59,9 @@ def differences(built: Experiment) -> dict[str, tuple[Any, Any]]:
 
 
 def sizes(built: Experiment) -> dict[str, int]:
-    """Examples, parameters, bytes that travel in a round (as whole cohorts, every client active), and lengths in tokens."""
+    """Examples, parameters, bytes that travel in a round (as whole cohorts, every client active),
+    and lengths in tokens.
+    """
     made = functools.partial(init_lora, lora=built.decoder.lora, model=built.model.config)
     lora = jax.tree.leaves(jax.eval_shape(made, jax.random.key(0)))
     count, size = sum(x.size for x in lora), sum(x.size * x.dtype.itemsize for x in lora)
@@ -61,7 +69,9 @@ def sizes(built: Experiment) -> dict[str, int]:
     return {
         "train_examples": len(built.worker.examples),
         "test_examples": len(built.evaluator.examples),
-        "base_parameters": sum(int(np.prod(place.leaf_shape)) for place in places(built.model.config)),
+        "base_parameters": sum(
+            int(np.prod(place.leaf_shape)) for place in places(built.model.config)
+        ),
         "base_bytes": sum(x.nbytes for x in jax.tree.leaves(built.model.base)),
         "adapter_parameters": count,
         "adapter_bytes": size,
@@ -73,7 +83,9 @@ def sizes(built: Experiment) -> dict[str, int]:
 
 
 def needs(built: Experiment) -> dict[str, int | None]:
-    """An estimate of what a device needs beside the base, which is loaded: for local training, and for a batch of rollouts."""
+    """An estimate of what a device needs beside the base, which is loaded: for local training, and
+    for a batch of rollouts.
+    """
     config, model = built.config, built.model.config
     each = builder.bytes_per_client(
         config, built.decoder, built.algorithm, built.prompt_length, built.completion_length
@@ -81,7 +93,9 @@ def needs(built: Experiment) -> dict[str, int | None]:
     # generation reads a copy of the base with the adapter merged in, but on a CPU (actor.as_policy)
     copied = config.quantize == "none" and jax.default_backend() != "cpu"
     merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base)) if copied else 0
-    length = longest_prompt(built) + max(config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision)
+    length = longest_prompt(built) + max(
+        config.rollout.max_new_tokens, config.rollout.max_new_tokens_revision
+    )
     tokens = min(config.rollout.max_rows * length, max(length, built.worker.first.max_tokens))
     cache = cost_model.cache_bytes(model, 1, tokens, 2 if config.dtype == "bfloat16" else 4)
     return {
@@ -93,7 +107,9 @@ def needs(built: Experiment) -> dict[str, int | None]:
 
 
 def work_of(built: Experiment) -> dict[str, int | None]:
-    """An estimate of a round's tokens and FLOPs: mean prompts, every answer at full length, every first answer wrong."""
+    """An estimate of a round's tokens and FLOPs: mean prompts, every answer at full length, every
+    first answer wrong.
+    """
     parts = [built.algorithm.estimate_work(len(part)) for part in built.parts]
     names = ("round_answers", "round_generated_tokens", "round_trained_tokens", "round_flops")
     if any(part is None for part in parts):
@@ -104,10 +120,14 @@ def work_of(built: Experiment) -> dict[str, int | None]:
     times = revisions_of(built, parts[0])
     used = np.concatenate(built.parts)
     prompt = float(np.mean([len(built.worker.prompts[i]) for i in used]))
-    revised = max((len(ids) for ids in revision_prompts(built, SHOWN_PROMPTS)), default=0) if times else 0
+    revised = (
+        max((len(ids) for ids in revision_prompts(built, SHOWN_PROMPTS)), default=0) if times else 0
+    )
     generated = answers * (rollout.max_new_tokens + times * rollout.max_new_tokens_revision)
     trained = rows * (prompt + built.completion_length)
-    passes = 4 + 2 * ((built.decoder.remat == "layers") + built.algorithm.two_pass + built.algorithm.scores_old)
+    passes = 4 + 2 * (
+        (built.decoder.remat == "layers") + built.algorithm.two_pass + built.algorithm.scores_old
+    )
     tally = Tally(prompt=int(answers * (prompt + times * revised)), generated=int(generated))
     flops = cost_model.flops(built.model.config, tally, trained * passes)
     return dict(zip(names, map(round, (answers, generated, trained, flops)), strict=True))
@@ -121,21 +141,33 @@ def revisions_of(built: Experiment, work: WorkEstimate | None) -> int:
 
 
 def longest_prompt(built: Experiment) -> int:
-    """The longest prompt that generation reads, in tokens: a question's, or a revision's with a full answer in it."""
+    """The longest prompt that generation reads, in tokens: a question's, or a revision's with a
+    full answer in it.
+    """
     longest = max(len(ids) for ids in built.worker.prompts)
     if not revisions_of(built, built.algorithm.estimate_work(len(built.parts[0]))):
         return longest
     revised = max((len(ids) for ids in revision_prompts(built, SHOWN_PROMPTS)), default=0)
-    return min(max(longest, revised + built.config.rollout.max_new_tokens), built.worker.renderer.limit)
+    return min(
+        max(longest, revised + built.config.rollout.max_new_tokens), built.worker.renderer.limit
+    )
 
 
 def revision_prompts(built: Experiment, count: int) -> list[list[int]]:
-    """Token ids of the first clients' revision prompts, as they are after a wrong answer: another label than the gold one."""
+    """Token ids of the first clients' revision prompts, as they are after a wrong answer: another
+    label than the gold one.
+    """
     worker = built.worker
     examples = [worker.examples[int(part[0])] for part in built.parts[:count]]
     answers = [wrong_answer(worker.task.scoring, example) for example in examples]
-    requests = [Request(example, answer, 1) for example, answer in zip(examples, answers, strict=True)]
-    said = ["(what you say)"] * count if isinstance(worker.feedback, Human) else worker.feedback(requests)
+    requests = [
+        Request(example, answer, 1) for example, answer in zip(examples, answers, strict=True)
+    ]
+    said = (
+        ["(what you say)"] * count
+        if isinstance(worker.feedback, Human)
+        else worker.feedback(requests)
+    )
     return [
         worker.renderer.revision(worker.task, example, answer, text)
         for example, answer, text in zip(examples, answers, said, strict=False)
@@ -152,7 +184,9 @@ def print_prompts(built: Experiment) -> None:
     """First answer prompts of a few clients, and a revision prompt where the method revises."""
     decode = built.model.tokenizer.decode
     for client, part in enumerate(built.parts[:SHOWN_PROMPTS]):
-        print(f"--- first prompt of client {client} ---\n{decode(built.worker.prompts[int(part[0])])}")
+        print(
+            f"--- first prompt of client {client} ---\n{decode(built.worker.prompts[int(part[0])])}"
+        )
     if revisions_of(built, built.algorithm.estimate_work(len(built.parts[0]))):
         for ids in revision_prompts(built, 1):
             print(f"--- revision prompt of client 0, after a wrong answer ---\n{decode(ids)}")
@@ -184,6 +218,8 @@ def shown(name: str, value: float) -> str:
 
 
 def _golds(examples: list[Example]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Gold options, and the labels' names; one name for all where answers are no choice among options."""
+    """Gold options, and the labels' names; one name for all where answers are no choice among
+    options.
+    """
     names = max((example.labels for example in examples), key=len)
     return np.array([example.gold for example in examples]), names if len(names) > 1 else ("all",)

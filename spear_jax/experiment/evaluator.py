@@ -1,8 +1,10 @@
-"""Accuracy on held-out examples: by the likelihood of the answer's label, by greedy generation, or token by token.
+"""Accuracy on held-out examples: by the likelihood of the answer's label, by greedy generation, or
+token by token.
 
-When all labels of the examples share every token but the last (" A", " B", ...), one forward pass per question gives all
-labels' scores; otherwise each label's whole continuation is scored. Responses that nothing grades are scored by their own
-tokens, each predicted from the prompt and the true tokens before it.
+When all labels of the examples share every token but the last (" A", " B", ...), one forward pass
+per question gives all labels' scores; otherwise each label's whole continuation is scored.
+Responses that nothing grades are scored by their own tokens, each predicted from the prompt and the
+true tokens before it.
 """
 
 import dataclasses
@@ -40,8 +42,8 @@ class Accuracy:
     """correct / count, and how it was found.
 
     Attributes:
-        count: examples; under "likelihood" response tokens, EOS included. Tokens of one response hang together, so that
-            `stderr` and `interval` are then too narrow.
+        count: examples; under "likelihood" response tokens, EOS included. Tokens of one response
+            hang together, so that `stderr` and `interval` are then too narrow.
         nll: mean negative log-likelihood of those tokens in nats, under "likelihood" only.
     """
 
@@ -116,7 +118,9 @@ class Evaluator:
         if self.method == "generate":
             right = self._generate(policy, lora)
         else:
-            right = np.argmax(self.choice_scores(policy, lora), axis=1) == [e.gold for e in self.examples]
+            right = np.argmax(self.choice_scores(policy, lora), axis=1) == [
+                e.gold for e in self.examples
+            ]
         return Accuracy(int(np.sum(right)), len(self.examples), self.method)
 
     def _generate(self, policy, lora) -> list[bool]:
@@ -131,7 +135,9 @@ class Evaluator:
         return right
 
     def _likelihood(self, policy, lora) -> Accuracy:
-        """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64 and over real tokens only."""
+        """Teacher-forced scores of the responses' tokens. Sums are taken on the host, in float64
+        and over real tokens only.
+        """
         rows = [self._row(i, response) for i, response in enumerate(self.responses)]
         shape, blocks, _ = self._blocks("likelihood", rows)
         shared_prefix = self._prefill_shared_prefix(policy, lora)
@@ -140,7 +146,9 @@ class Evaluator:
         )
         real = np.stack([block.rows.completion_mask for block in blocks])
         logprobs, hit = (array[real] for array in found)
-        return Accuracy(int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit))
+        return Accuracy(
+            int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit)
+        )
 
     def choice_scores(self, policy: dict, lora: dict | None = None) -> np.ndarray:
         """float32[N, options]: log p(label | prompt), −inf where a question has fewer options."""
@@ -169,7 +177,9 @@ class Evaluator:
 
     def _full_continuations(self, policy, lora, ids) -> np.ndarray:
         width = max(len(example.labels) for example in self.examples)
-        pairs = [(i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))]
+        pairs = [
+            (i, j) for i, example in enumerate(self.examples) for j in range(len(example.labels))
+        ]
         rows = [self._row(i, ids[self.examples[i].labels[j]]) for i, j in pairs]
         shape, blocks, places = self._blocks("continuations", rows)
         shared_prefix = self._prefill_shared_prefix(policy, lora)
@@ -188,17 +198,26 @@ class Evaluator:
         prompt = self.prompts[index][len(self._opening) :]
         return TrainingRow([*prompt, *prefix], tokens, np.ones(len(tokens), bool), 1.0, 1)
 
-    def _blocks(self, name: str, rows: list[TrainingRow]) -> tuple[BlockShape, list[Block], list[tuple[int, int]]]:
+    def _blocks(
+        self, name: str, rows: list[TrainingRow]
+    ) -> tuple[BlockShape, list[Block], list[tuple[int, int]]]:
         """Rows in blocks of about `self.rows` questions; block and row of each."""
-        prompt, length = max(len(row.prompt) for row in rows), max(len(row.completion) for row in rows)
-        limit = self.rows * (sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows))
+        prompt, length = (
+            max(len(row.prompt) for row in rows),
+            max(len(row.completion) for row in rows),
+        )
+        limit = self.rows * (
+            sum(len(row.prompt) + len(row.completion) for row in rows) // len(rows)
+        )
         items = [(row,) for row in rows]
         choose = lambda: choose_block_shape([[items]], 1, 1, prompt, length, limit)
         shape = self.sampler.shapes.shape(f"evaluate {name} {prompt} {length}", choose)
         return (shape, *pack_single_rows(rows, shape))
 
     def over_devices(self, run: Callable, blocks: list, shape: BlockShape) -> Any:
-        """run(blocks with a leading axis) on as many blocks at a time as there are devices; numpy, stacked over blocks."""
+        """run(blocks with a leading axis) on as many blocks at a time as there are devices; numpy,
+        stacked over blocks.
+        """
         found, reported = [], 0
         for begin in range(0, len(blocks), self.devices):
             part = blocks[begin : begin + self.devices]
@@ -216,8 +235,12 @@ def _last_scores(decoder, lora, base, blocks, candidates, shared_prefix=None):
     """float32[G, B, n]: log-probabilities of candidate next tokens int32[G, B, n]."""
 
     def one(block, candidates):
-        hidden = TokenLogprobs(decoder, base, 0, shared_prefix=shared_prefix).states(lora, block)[block.start]
-        logits = jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
+        hidden = TokenLogprobs(decoder, base, 0, shared_prefix=shared_prefix).states(lora, block)[
+            block.start
+        ]
+        logits = jnp.einsum(
+            "bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32
+        )
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
     return pytrees.vmap_or_single(one)(blocks, candidates)

@@ -1,4 +1,6 @@
-"""The cells of a grid, ordinary run folders WORKDIR/<label>/seed<k>: checked, trained N at a time, told of as they end."""
+"""The cells of a grid, ordinary run folders WORKDIR/<label>/seed<k>: checked, trained N at a time,
+told of as they end.
+"""
 
 import dataclasses
 import functools
@@ -46,7 +48,9 @@ def read_seeds(text: str) -> list[int]:
     """The numbers of "0,1,2"."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise UserError(f"--seeds is {text!r}; give different whole numbers from 0, for example --seeds=0,1,2.")
+        raise UserError(
+            f"--seeds is {text!r}; give different whole numbers from 0, for example --seeds=0,1,2."
+        )
     return [int(part) for part in parts]
 
 
@@ -56,7 +60,9 @@ def cell_folder(folder: pathlib.Path, label: str, seed: int) -> pathlib.Path:
 
 
 def check_folder(folder: pathlib.Path, rows: Sequence[GridRow]) -> None:
-    """Raises UserError where the folder is itself a run folder, or holds a cell of another config."""
+    """Raises UserError where the folder is itself a run folder, or holds a cell of another
+    config.
+    """
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is the run folder of a `train` command; give a new --workdir.")
     for row in rows:
@@ -66,19 +72,27 @@ def check_folder(folder: pathlib.Path, rows: Sequence[GridRow]) -> None:
                 run_folder.open_workdir(str(cell), config, "must")
 
 
-def unfinished(folder: pathlib.Path, rows: Sequence[GridRow]) -> dict[str, dict[int, ml_collections.ConfigDict]]:
+def unfinished(
+    folder: pathlib.Path, rows: Sequence[GridRow]
+) -> dict[str, dict[int, ml_collections.ConfigDict]]:
     """The configs, by label and seed, of the cells that are still to be trained."""
     left = {}
     for row in rows:
-        seeds = {k: c for k, c in row.configs.items() if not runs.is_finished(cell_folder(folder, row.label, k))}
+        seeds = {
+            k: c
+            for k, c in row.configs.items()
+            if not runs.is_finished(cell_folder(folder, row.label, k))
+        }
         left |= {row.label: seeds} if seeds else {}
     return left
 
 
 def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
-    """Builds each row's experiment for the first seed, in a process of its own, so that this one never holds a device.
+    """Builds each row's experiment for the first seed, in a process of its own, so that this one
+    never holds a device.
 
-    Returns: the gold text that each label's method sees. Raises: UserError for the first config that cannot run.
+    Returns: the gold text that each label's method sees. Raises: UserError for the first config
+        that cannot run.
     """
     if not rows:
         return {}
@@ -102,19 +116,25 @@ def _check(rows: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, str] 
 
 def machine(jobs: int) -> dict[str, Any]:
     """What a request tells of the machine: worker processes, cores, versions."""
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
     return {"jobs": jobs, "cores": os.cpu_count(), "versions": versions}
 
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
-    """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns those that failed."""
+    """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns
+    those that failed.
+    """
     # most of the labels' programs are the same
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs(folder)))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     left, failed = unfinished(folder, rows), []
     cells = sum(len(row.configs) for row in rows)
     report = Report(folder, cells, sum(map(len, left.values())), quiet)
-    for label, seed, error in processes.run(functools.partial(train_cells, folder), list(left.items()), jobs):
+    for label, seed, error in processes.run(
+        functools.partial(train_cells, folder), list(left.items()), jobs
+    ):
         report(label, seed, error)
         failed += [f"{label}/seed{seed}"] if error else []
     return failed
@@ -154,11 +174,15 @@ def train_cell(cell: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 class Report:
-    """A bar over the cells on a terminal, a line on stderr for each that ends; failures are told even when quiet."""
+    """A bar over the cells on a terminal, a line on stderr for each that ends; failures are told
+    even when quiet.
+    """
 
     def __init__(self, folder: pathlib.Path, cells: int, waiting: int, quiet: bool):
         self.folder, self.cells, self.ended, self.quiet = folder, cells, cells - waiting, quiet
-        self.bar = tqdm.tqdm(total=cells, initial=self.ended, desc="cells", disable=not on_terminal(quiet))
+        self.bar = tqdm.tqdm(
+            total=cells, initial=self.ended, desc="cells", disable=not on_terminal(quiet)
+        )
 
     def __call__(self, label: str, seed: int, error: str) -> None:
         self.ended += 1
@@ -166,7 +190,8 @@ class Report:
         if not error:
             found = runs.cell_result(cell_folder(self.folder, label, seed))
             text = (
-                f"{label} seed {seed}: {found['accuracy']:.3f} after {found['rounds']} rounds, {found['tokens']:.0f} tokens, "
+                f"{label} seed {seed}: {found['accuracy']:.3f} after {found['rounds']} rounds, "
+                f"{found['tokens']:.0f} tokens, "
                 f"{found['seconds']:.0f} s ({self.ended} of {self.cells})"
             )
         if error or not self.quiet:

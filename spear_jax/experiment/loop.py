@@ -26,7 +26,9 @@ from spear_jax.federated.state import ServerState
 
 
 def open_folder(built: Experiment, workdir: str, resume: str) -> pathlib.Path:
-    """The run folder: the first process makes or checks it and draws the split, the others come after."""
+    """The run folder: the first process makes or checks it and draws the split, the others come
+    after.
+    """
     if is_main_process():
         folder, _ = run_folder.open_workdir(workdir, built.config, resume)
         write_split(built, folder)
@@ -38,7 +40,9 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     """The round loop. Returns the summary."""
     release_after_compiling()
     config = built.config
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_best
+    )
     state = built.initial_state()
     found = checkpoints.restore(state)
     line = None
@@ -50,9 +54,15 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     if found is not None and first:
         print(f"going on after round {done}", file=sys.stderr)
     # always placed alike, or the programs would compile again; a method's memory stays on the host
-    state = built.on_devices(state.replace(algorithm_state={})).replace(algorithm_state=state.algorithm_state)
+    state = built.on_devices(state.replace(algorithm_state={})).replace(
+        algorithm_state=state.algorithm_state
+    )
     tracking = WandbLogger(workdir, config) if first and config.wandb else None
-    writer = RunLogger(workdir, None if found is None else done, line, tracking) if first else NullLogger()
+    writer = (
+        RunLogger(workdir, None if found is None else done, line, tracking)
+        if first
+        else NullLogger()
+    )
     progress = Progress(quiet or not first, config.rounds, done)
     built.worker.report = progress.stage_rows
     questions = len(built.evaluator.prompts)
@@ -75,13 +85,21 @@ def train(built: Experiment, workdir: pathlib.Path, quiet: bool) -> dict[str, An
     progress.close()
     writer.close()
     checkpoints.close()
-    return finish(workdir, quiet) if first else {"workdir": str(workdir), "process": jax.process_index()}
+    return (
+        finish(workdir, quiet)
+        if first
+        else {"workdir": str(workdir), "process": jax.process_index()}
+    )
 
 
 def over(built: Experiment, state: ServerState, line: dict[str, Any]) -> bool:
-    """Whether the run is done: all its rounds, or its budget (config.budget) reached by the last one."""
+    """Whether the run is done: all its rounds, or its budget (config.budget) reached by the last
+    one.
+    """
     budget, spent = built.config.budget, BudgetUsed.read(line)
-    reached = (budget.tokens and spent.tokens >= budget.tokens) or (budget.seconds and spent.seconds >= budget.seconds)
+    reached = (budget.tokens and spent.tokens >= budget.tokens) or (
+        budget.seconds and spent.seconds >= budget.seconds
+    )
     return bool(reached) or int(state.round) >= built.config.rounds
 
 
@@ -91,14 +109,16 @@ def one_round(
     """One round and its evaluation.
 
     Args:
-        blocked: seconds that the previous round's checkpoint held the loop up (saving itself is asynchronous).
+        blocked: seconds that the previous round's checkpoint held the loop up (saving itself is
+            asynchronous).
         spent: what the run has used before this round.
     """
     began = time.perf_counter()
     state, metrics, records = rounds.run_round(built, state, spent)
     number = int(state.round)
     if number == 2:
-        built.worker.sampler.shapes.freeze()  # from here on batches are padded into shapes that exist
+        # from here on batches are padded into shapes that exist
+        built.worker.sampler.shapes.freeze()
     if is_due(built.config, number) or over(built, state, metrics):
         metrics |= evaluate(built, state)
     metrics["time/checkpoint"] = blocked
@@ -108,12 +128,16 @@ def one_round(
 
 
 def is_due(config: ml_collections.ConfigDict, number: int) -> bool:
-    """Whether round `number` (from 1) is to be evaluated by its number; the last round is in any case."""
+    """Whether round `number` (from 1) is to be evaluated by its number; the last round is in any
+    case.
+    """
     return number <= max(1, config.eval.first_rounds) or number % config.eval.every == 0
 
 
 def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
-    """Held-out accuracy of the global adapter, by the contract's names; of local adapters the mean over clients."""
+    """Held-out accuracy of the global adapter, by the contract's names; of local adapters the mean
+    over clients.
+    """
     began = time.perf_counter()
     found = [built.evaluator(policy.base, policy.lora) for policy in built.policies(state.lora)]
     accuracy, count = float(np.mean([one.value for one in found])), found[0].count
@@ -130,7 +154,9 @@ def evaluate(built: Experiment, state: ServerState) -> dict[str, float]:
 
 def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """summary.json, accuracy.png and, unless quiet, a table."""
-    from spear_jax.analysis import runs  # here, not above: training does without the memory that pandas takes
+    from spear_jax.analysis import (
+        runs,
+    )  # here, not above: training does without the memory that pandas takes
 
     summary = runs.summarise(workdir)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

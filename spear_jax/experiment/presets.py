@@ -1,10 +1,12 @@
-"""Models and tasks that all methods' configs share: a method's config is the task's, with the method's name and its own numbers.
+"""Models and tasks that all methods' configs share: a method's config is the task's, with the
+method's name and its own numbers.
 
-The argument of every configs/<method>.py is "<task>,<model>[,variant...]".
-Tasks: arc_challenge, arc_easy, hellaswag, math_mcqa, strategy_qa, facts and reasoned (embedded), gsm8k, ultrachat.
+The argument of every configs/<method>.py is "<task>,<model>[,variant...]". Tasks: arc_challenge,
+arc_easy, hellaswag, math_mcqa, strategy_qa, facts and reasoned (embedded), gsm8k, ultrachat.
 Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m, tiny (embedded; what the two embedded tasks need).
-Variants: reference (the method's published code, defects included, where it has one), cpu (real questions and a small real
-model on two cores), small (the embedded tasks at the size that `compare` is documented with).
+Variants: reference (the method's published code, defects included, where it has one), cpu (real
+questions and a small real model on two cores), small (the embedded tasks at the size that `compare`
+is documented with).
 """
 
 import ml_collections
@@ -20,21 +22,25 @@ MODELS = {
     "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "bfloat16"),
 }
 EMBEDDED = ("facts", "reasoned")
-# rounds, clients, examples/client, rollouts, steps, new tokens, tail, loses/win, hint words, prompt limit
+# rounds, clients, examples/client, rollouts, steps, new tokens, tail, loses/win, hint words, prompt
+# limit
 PAPER = {
     "arc_challenge": (100, 3, 400, 160, 5, 256, 0, 2.0, 3, 2048),
     "hellaswag": (50, 5, 400, 160, 10, 256, 0, 2.0, 3, 2048),
     "math_mcqa": (50, 3, 500, 80, 5, 512, 32, 4.0, 10, 2048),
     "strategy_qa": (100, 5, 400, 80, 5, 256, 24, 4.0, 0, 1024),
 }
-# Not in the paper: ARC-Easy as ARC-Challenge; the two response datasets with MATH's batch and SPIN's lengths.
+# Not in the paper: ARC-Easy as ARC-Challenge; the two response datasets with MATH's batch and
+# SPIN's lengths.
 PAPER["arc_easy"] = PAPER["arc_challenge"]
 PAPER["gsm8k"] = PAPER["math_mcqa"]
 PAPER["ultrachat"] = (50, 5, 400, 80, 5, 256, 0, 2.0, 0, 1024)
 
 
 def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
-    """The config of a method for "<task>,<model>[,variant...]"; raises UserError for an unknown name."""
+    """The config of a method for "<task>,<model>[,variant...]"; raises UserError for an unknown
+    name.
+    """
     parts = arg.split(",") if arg else []
     if len(parts) < 2:
         raise UserError(
@@ -48,7 +54,8 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
         raise unknown("model", model, MODELS)
     if task in EMBEDDED and model != "tiny":
         raise UserError(
-            f"task {task!r} is about facts that only the embedded model lacks; give {task},tiny instead of model {model!r}."
+            f"task {task!r} is about facts that only the embedded model lacks; give {task},tiny "
+            f"instead of model {model!r}."
         )
     config = embedded_config(task) if task in EMBEDDED else paper_config(task, model)
     config.algorithm.name = method
@@ -65,7 +72,9 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
 
 
 def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> None:
-    """What a method's published configs set beyond the task's own: batch shapes, groups and learning rates."""
+    """What a method's published configs set beyond the task's own: batch shapes, groups and
+    learning rates.
+    """
     if method == "grpo":
         config.rollout.top_p = 1.0  # the nucleus is not in the log-probabilities
         if task in ("math_mcqa", "strategy_qa", "gsm8k"):
@@ -78,7 +87,9 @@ def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> No
         else:
             config.train.batch_size = 16
     if method in ("spin", "tpaw", "iris", "space", "spif", "tspin"):
-        config.rollout.temperature = config.rollout.top_p = 1.0  # synthetic responses are the opponent's own
+        config.rollout.temperature = config.rollout.top_p = (
+            1.0  # synthetic responses are the opponent's own
+        )
     if method == "rltf_sd":
         if task in ("math_mcqa", "strategy_qa", "gsm8k"):
             config.rltf_sd.samples = 2
@@ -89,7 +100,8 @@ def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> No
 def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     """SPEAR's published settings for a task and a model.
 
-    Source: the configs published with SPEAR (arXiv 2605.07977), 4 datasets x 2 models. Other models take Qwen2.5-1.5B's.
+    Source: the configs published with SPEAR (arXiv 2605.07977), 4 datasets x 2 models. Other models
+        take Qwen2.5-1.5B's.
     """
     config = default_config()
     config.seed = 42  # published seeds: 42, 43, 44
@@ -101,7 +113,9 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     config.federation.clients_per_round = clients
     config.federation.max_examples_per_client = examples
     config.rollout.examples = rollouts
-    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = tokens
+    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = (
+        config.eval.max_new_tokens
+    ) = tokens
     config.rollout.hint_words = words
     config.data.max_prompt_tokens = length - tokens
     config.data.max_response_tokens = tokens
@@ -161,21 +175,28 @@ def small(config: ml_collections.ConfigDict) -> None:
     if config.algorithm.name == "grpo":
         config.train.batch_size = 8
     config.record_traces = False
-    config.federation.clients_at_once = 1  # on a CPU one client fills the cores, and its arrays the cache
-    # The better of two rates, 5e-3 and 1.25e-2, at seed 100 and 4,000 generated tokens: the same search for every method.
+    config.federation.clients_at_once = (
+        1  # on a CPU one client fills the cores, and its arrays the cache
+    )
+    # The better of two rates, 5e-3 and 1.25e-2, at seed 100 and 4,000 generated tokens: the same
+    # search for every method.
     if config.algorithm.name in ("spear", "feedback_sft", "grpo", "rltf_sd", "tpaw", "space"):
         config.train.rate, config.train.rate_min = 1.25e-2, 2.5e-3
 
 
 def cpu(config: ml_collections.ConfigDict) -> None:
-    """A few clients and rounds, short answers: real questions and a small real model on two cores."""
+    """A few clients and rounds, short answers: real questions and a small real model on two
+    cores.
+    """
     config.rounds = 8
     config.federation.num_clients = 10
     config.federation.clients_per_round = 3
     config.federation.max_examples_per_client = 100
     config.rollout.examples = 24
     config.rollout.num_revisions = 1
-    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = config.eval.max_new_tokens = 8
+    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = (
+        config.eval.max_new_tokens
+    ) = 8
     config.rollout.max_rows = 32
     config.federation.clients_at_once = 1
     config.train.steps = 2

@@ -1,4 +1,6 @@
-"""Worker processes that share the cores: each starts fresh, tells what it has done as it goes, and ends with its parent."""
+"""Worker processes that share the cores: each starts fresh, tells what it has done as it goes, and
+ends with its parent.
+"""
 
 import collections
 import contextlib
@@ -16,24 +18,30 @@ Items = dict[Any, Any]
 
 
 class Peer:
-    """A process of its own with all the cores, which makes something once and then answers one question after the other.
+    """A process of its own with all the cores, which makes something once and then answers one
+    question after the other.
 
     A context manager: leaving it ends the process.
 
-    Args: make: make(*args) is called in that process at the first question, and returns what answers a question (never None).
+    Args: make: make(*args) is called in that process at the first question, and returns what
+        answers a question (never None).
     """
 
     def __init__(self, make: Callable[..., Callable[[Any], Any]], *args: Any):
         self._process, self._channel = _start(_serve, (make, args), 0, 1, duplex=True)
 
     def ask(self, question: Any) -> Any:
-        """The answer; raises the UserError that was raised there, RuntimeError where the process ends without answer."""
+        """The answer; raises the UserError that was raised there, RuntimeError where the process
+        ends without answer.
+        """
         try:
             self._channel.send(question)
             answer = self._channel.recv()
         except (EOFError, ConnectionError):
             self._process.join()
-            raise RuntimeError(f"a process ended with code {self._process.exitcode}; the cause is above") from None
+            raise RuntimeError(
+                f"a process ended with code {self._process.exitcode}; the cause is above"
+            ) from None
         if isinstance(answer, UserError):
             raise answer
         return answer
@@ -50,26 +58,35 @@ class Peer:
 
 
 def ask(work: Callable[[Any], Any], question: Any) -> Any:
-    """work(question) in a process of its own, which has all the cores; raises RuntimeError where that ends without answer."""
+    """work(question) in a process of its own, which has all the cores; raises RuntimeError where
+    that ends without answer.
+    """
     process, receiver = _start(_answer, (work, question), 0, 1)
     try:
         return receiver.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(f"a process ended with code {process.exitcode}; the cause is above") from None
+        raise RuntimeError(
+            f"a process ended with code {process.exitcode}; the cause is above"
+        ) from None
     finally:
         process.terminate()
 
 
 def run(
-    work: Callable[[str, Items], Iterable[tuple[Any, str]]], tasks: list[tuple[str, Items]], jobs: int
+    work: Callable[[str, Items], Iterable[tuple[Any, str]]],
+    tasks: list[tuple[str, Items]],
+    jobs: int,
 ) -> Iterator[tuple[str, Any, str]]:
-    """Runs the tasks, each in a process of its own, `jobs` at a time, and yields (task, item, error) as items end.
+    """Runs the tasks, each in a process of its own, `jobs` at a time, and yields (task, item,
+    error) as items end.
 
-    A process that dies fails the item it was at; the task's other items get a new one. Leaving the loop ends the processes.
+    A process that dies fails the item it was at; the task's other items get a new one. Leaving the
+    loop ends the processes.
 
     Args:
-        work: takes a task's name and items; yields each item's key, in order, with "" or what went wrong.
+        work: takes a task's name and items; yields each item's key, in order, with "" or what went
+            wrong.
         tasks: names and items; a task without items is left out.
         jobs: processes at a time; each has its own share of the cores.
     """
@@ -92,7 +109,10 @@ def run(
                     free.append(slot)
                     if not items:
                         continue
-                    key, error = next(iter(items)), f"its process ended with code {process.exitcode}"
+                    key, error = (
+                        next(iter(items)),
+                        f"its process ended with code {process.exitcode}",
+                    )
                     waiting.extendleft([(name, items)] if len(items) > 1 else [])
                 del items[key]
                 yield name, key, error
@@ -104,7 +124,8 @@ def run(
 def _start(
     target: Callable, args: tuple, slot: int, jobs: int, duplex: bool = False
 ) -> tuple[multiprocessing.Process, connection.Connection]:
-    """Starts target(sender, *args); what it sends comes out of the connection, which ends with the process.
+    """Starts target(sender, *args); what it sends comes out of the connection, which ends with the
+    process.
 
     Args: duplex: whether the connection also takes what the process is to receive.
     """
@@ -119,10 +140,11 @@ def _start(
 
 @contextlib.contextmanager
 def _inherited(slot: int, jobs: int) -> Iterator[None]:
-    """What a process that starts in this block inherits: its share of the cores, deafness to Ctrl-C, which is its parent's, and
-    large pages for large arrays (docs/PERFORMANCE.md).
+    """What a process that starts in this block inherits: its share of the cores, deafness to
+    Ctrl-C, which is its parent's, and large pages for large arrays (docs/PERFORMANCE.md).
 
-    Inherited, all hold before the process imports anything, so that its thread pools have the share's size.
+    Inherited, all hold before the process imports anything, so that its thread pools have the
+    share's size.
     """
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
@@ -160,7 +182,9 @@ def _tell(sender: connection.Connection, work: Callable, name: str, items: Items
 
 
 def _end_with_parent() -> None:
-    """Ends this process as soon as its parent has ended, however that came about: no two may write to one folder."""
+    """Ends this process as soon as its parent has ended, however that came about: no two may write
+    to one folder.
+    """
 
     def watch() -> None:
         connection.wait([multiprocessing.parent_process().sentinel])

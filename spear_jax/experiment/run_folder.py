@@ -10,12 +10,16 @@ from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.config import default_config, flatten
 
 
-def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -> tuple[pathlib.Path, bool]:
+def open_workdir(
+    workdir: str, config: ml_collections.ConfigDict, resume: str
+) -> tuple[pathlib.Path, bool]:
     """Makes or checks the run folder.
 
-    Args: resume: "auto" goes on where a run of the same config stopped, "never" insists on a new folder, "must" on an old.
+    Args: resume: "auto" goes on where a run of the same config stopped, "never" insists on a new
+        folder, "must" on an old.
     Returns: the folder; whether it holds an earlier run of this config.
-    Raises: UserError for a folder of another config (naming the keys that differ), or against the resume mode.
+    Raises: UserError for a folder of another config (naming the keys that differ), or against the
+        resume mode.
     """
     if resume not in ("auto", "never", "must"):
         raise unknown("resume mode", resume, ("auto", "never", "must"))
@@ -23,15 +27,26 @@ def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -
     file = folder / "config.json"
     if file.exists():
         if resume == "never":
-            raise UserError(f"{workdir} holds a run already; give a new --workdir, or --resume=auto to go on.")
+            raise UserError(
+                f"{workdir} holds a run already; give a new --workdir, or --resume=auto to go on."
+            )
         old, flat = flatten(read_run_config(folder)), flatten(config)
-        differing = sorted(name for name in old.keys() | flat.keys() if old.get(name) != flat.get(name))
+        differing = sorted(
+            name for name in old.keys() | flat.keys() if old.get(name) != flat.get(name)
+        )
         if differing:
-            changes = ", ".join(f"{name} ({old.get(name)} there, {flat.get(name)} now)" for name in differing)
-            raise UserError(f"{workdir} holds a run of another config; differing: {changes}. Give a new --workdir.")
+            changes = ", ".join(
+                f"{name} ({old.get(name)} there, {flat.get(name)} now)" for name in differing
+            )
+            raise UserError(
+                f"{workdir} holds a run of another config; differing: {changes}. Give a new "
+                f"--workdir."
+            )
         return folder, True
     if resume == "must":
-        raise UserError(f"--resume=must, but {workdir} holds no run; check --workdir, or use --resume=auto.")
+        raise UserError(
+            f"--resume=must, but {workdir} holds no run; check --workdir, or use --resume=auto."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
@@ -39,7 +54,9 @@ def open_workdir(workdir: str, config: ml_collections.ConfigDict, resume: str) -
     return folder, False
 
 
-RETIRED = (("rollout", "segment"),)  # fields of older versions that changed speed alone; they are dropped
+RETIRED = (
+    ("rollout", "segment"),
+)  # fields of older versions that changed speed alone; they are dropped
 
 
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
@@ -49,11 +66,16 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` command.")
+        raise UserError(
+            f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` "
+            f"command."
+        )
     try:
         found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); remove the folder and train again.") from error
+        raise UserError(
+            f"{file} is not valid JSON ({error}); remove the folder and train again."
+        ) from error
     for group, name in RETIRED:
         found.get(group, {}).pop(name, None)
     config = default_config()

@@ -1,4 +1,6 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, W&B where asked, recorded traces, and progress on a terminal."""
+"""Where numbers go: metrics.jsonl, TensorBoard, W&B where asked, recorded traces, and progress on a
+terminal.
+"""
 
 import gzip
 import json
@@ -23,7 +25,8 @@ class RunLogger:
 
     Args:
         workdir: the run folder.
-        resumed: the last finished round, or None for a fresh start. Later lines (of a round that was cut short) are dropped.
+        resumed: the last finished round, or None for a fresh start. Later lines (of a round that
+            was cut short) are dropped.
         line: the last finished round's line, written again where the file lost it.
         tracking: a W&B run that gets the same lines, or None.
     """
@@ -36,14 +39,18 @@ class RunLogger:
         tracking: WandbLogger | None = None,
     ):
         self.file = workdir / "metrics.jsonl"
-        kept = [] if resumed is None else [x for x in read_lines(self.file) if x["round"] <= resumed]
+        kept = (
+            [] if resumed is None else [x for x in read_lines(self.file) if x["round"] <= resumed]
+        )
         if line is not None and all(x["round"] != line["round"] for x in kept):
             kept.append(line)
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(x) + "\n" for x in kept))
         os.replace(temporary, self.file)
         self.tracking = tracking
-        self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=len(kept) or None)
+        self.board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=len(kept) or None
+        )
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a round's line and makes sure that it is on disk."""
@@ -59,7 +66,8 @@ class RunLogger:
             self.tracking.write(line)
 
     def traces(self, round: int, records: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
-        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read, first answers also by token.
+        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read,
+        first answers also by token.
 
         Args: pieces: token ids -> each token's own text.
         """
@@ -69,7 +77,9 @@ class RunLogger:
         temporary = target.with_suffix(".tmp")
         with gzip.open(temporary, "wt", encoding="utf-8") as out:
             for trace, role, confidence in records:
-                out.write(json.dumps(_record(trace, role, confidence, pieces), ensure_ascii=False) + "\n")
+                out.write(
+                    json.dumps(_record(trace, role, confidence, pieces), ensure_ascii=False) + "\n"
+                )
         os.replace(temporary, target)
 
     def close(self) -> None:
@@ -122,19 +132,28 @@ def on_terminal(quiet: bool) -> bool:
 
 
 class Progress:
-    """Bars with an estimate on a terminal; silent with `quiet` or where stdout or stderr is no terminal."""
+    """Bars with an estimate on a terminal; silent with `quiet` or where stdout or stderr is no
+    terminal.
+    """
 
     def __init__(self, quiet: bool, rounds: int, done: int):
         self.shown = on_terminal(quiet)
-        self.rounds = tqdm.tqdm(total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0)
+        self.rounds = tqdm.tqdm(
+            total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0
+        )
         self.stage: tqdm.tqdm | None = None
 
     def stage_rows(self, stage: str, rows: int, total: int) -> None:
-        """Counts rows (in training: clients) of a stage inside the round. Args: rows: finished since the last call; total: of
-        the stage."""
+        """Counts rows (in training: clients) of a stage inside the round. Args: rows: finished
+        since the last call; total: of the stage.
+        """
         if not self.shown:
             return
-        if self.stage is None or self.stage.desc != f"  {stage}" or self.stage.n >= self.stage.total:
+        if (
+            self.stage is None
+            or self.stage.desc != f"  {stage}"
+            or self.stage.n >= self.stage.total
+        ):
             self.end()
             self.stage = tqdm.tqdm(desc=f"  {stage}", total=total, unit="", position=1, leave=False)
         self.stage.update(rows)

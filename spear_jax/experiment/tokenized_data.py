@@ -1,4 +1,6 @@
-"""The actor's part of an experiment: texts turned into ids once, and how long training rows can become."""
+"""The actor's part of an experiment: texts turned into ids once, and how long training rows can
+become.
+"""
 
 import sys
 
@@ -31,14 +33,21 @@ def build_worker(
     for index in used:
         texts["prompts"][index] = renderer.prompt(task, examples[index])
         if algorithm.gold:
-            texts["responses"][index], short = renderer.response(task, examples[index], config.data.max_response_tokens)
+            texts["responses"][index], short = renderer.response(
+                task, examples[index], config.data.max_response_tokens
+            )
             cut += short
         if algorithm.gold == "pairs":
-            texts["rejected"][index], short = renderer.rejected(task, examples[index], config.data.max_response_tokens)
+            texts["rejected"][index], short = renderer.rejected(
+                task, examples[index], config.data.max_response_tokens
+            )
             cut += short
     if cut:
         limit = config.data.max_response_tokens
-        print(f"note: {cut} gold responses were cut to data.max_response_tokens ({limit})", file=sys.stderr)
+        print(
+            f"note: {cut} gold responses were cut to data.max_response_tokens ({limit})",
+            file=sys.stderr,
+        )
     return RolloutWorker(
         task=task,
         renderer=renderer,
@@ -58,11 +67,18 @@ def prompt_length(algorithm: Algorithm, worker: RolloutWorker, used: list[int]) 
     for index in used if "privileged" in algorithm.scored_prompts else ():
         longest = max(longest, len(worker.renderer.privileged(worker.task, worker.examples[index])))
     if "revision" in algorithm.scored_prompts:
-        # A revision prompt holds an answer and a feedback text that nobody knows yet: room for what the provider says of an
-        # unreadable answer to the longest questions, and a full answer; a longer answer is cut by the renderer.
-        examples = [worker.examples[i] for i in sorted(used, key=lambda i: -len(worker.prompts[i]))[:32]]
+        # A revision prompt holds an answer and a feedback text that nobody knows yet: room for what
+        # the provider says of an unreadable answer to the longest questions, and a full answer; a
+        # longer answer is cut by the renderer.
+        examples = [
+            worker.examples[i] for i in sorted(used, key=lambda i: -len(worker.prompts[i]))[:32]
+        ]
         quiet = isinstance(worker.feedback, Human)
-        said = [None] * len(examples) if quiet else worker.feedback([Request(e, "", 1) for e in examples])
+        said = (
+            [None] * len(examples)
+            if quiet
+            else worker.feedback([Request(e, "", 1) for e in examples])
+        )
         for example, text in zip(examples, said, strict=True):
             ids = worker.renderer.revision(worker.task, example, "", text or "x" * 400)
             longest = max(longest, len(ids) + worker.first.max_new_tokens)
@@ -75,5 +91,7 @@ def completion_length(algorithm: Algorithm, worker: RolloutWorker) -> int:
     """T: the longest completion of a training row."""
     sampled = max(worker.first.max_new_tokens, worker.revise.max_new_tokens)
     gold = max((len(ids) for ids in worker.responses + worker.rejected), default=0)
-    encoded_anew = int(getattr(algorithm.settings, "retokenise", False))  # the EOS that is then always added
+    encoded_anew = int(
+        getattr(algorithm.settings, "retokenise", False)
+    )  # the EOS that is then always added
     return max(sampled + encoded_anew, gold)

@@ -1,4 +1,6 @@
-"""A run's metrics in a Weights & Biases project (config.wandb), beside metrics.jsonl and TensorBoard."""
+"""A run's metrics in a Weights & Biases project (config.wandb), beside metrics.jsonl and
+TensorBoard.
+"""
 
 import importlib.util
 import netrc
@@ -22,16 +24,18 @@ def check_wandb(config: ml_collections.ConfigDict) -> None:
     """Raises UserError where config.wandb names a project and the package is missing."""
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
-            f"wandb is {config.wandb!r}, but the package is not installed; `pip install spear-jax[wandb]`, or leave "
+            f"wandb is {config.wandb!r}, but the package is not installed; `pip install "
+            f"spear-jax[wandb]`, or leave "
             "--config.wandb empty (metrics.jsonl and TensorBoard have the same numbers)."
         )
 
 
 class WandbLogger:
-    """One W&B run for one run folder: its id is kept there, so that a run that goes on after a kill goes on there too.
+    """One W&B run for one run folder: its id is kept there, so that a run that goes on after a kill
+    goes on there too.
 
-    Where WANDB_MODE is not set, the run is online if somebody is logged in and the server answers, else offline: its files are
-    then in WORKDIR/wandb, for `wandb sync`.
+    Where WANDB_MODE is not set, the run is online if somebody is logged in and the server answers,
+    else offline: its files are then in WORKDIR/wandb, for `wandb sync`.
 
     Args:
         workdir: the run folder.
@@ -46,7 +50,10 @@ class WandbLogger:
             file.write_text(secrets.token_hex(4) + "\n")
         mode = os.environ.get("WANDB_MODE") or ("online" if _reachable() else "offline")
         if mode == "offline":
-            print(f"W&B: offline; `wandb sync {workdir / 'wandb'}/offline-run-*` sends it", file=sys.stderr)
+            print(
+                f"W&B: offline; `wandb sync {workdir / 'wandb'}/offline-run-*` sends it",
+                file=sys.stderr,
+            )
         self.run = wandb.init(
             project=config.wandb,
             id=file.read_text().strip(),
@@ -54,20 +61,26 @@ class WandbLogger:
             dir=str(workdir),
             config=config.to_dict(),
             mode=mode,
-            resume="allow" if mode == "online" else None,  # offline runs of one id become one when they are sent
+            resume="allow"
+            if mode == "online"
+            else None,  # offline runs of one id become one when they are sent
             settings=wandb.Settings(silent=True, console="off"),
         )
 
     def write(self, line: dict[str, Any]) -> None:
         """A round's metrics, at step `round`."""
-        self.run.log({name: value for name, value in line.items() if "/" in name}, step=line["round"])
+        self.run.log(
+            {name: value for name, value in line.items() if "/" in name}, step=line["round"]
+        )
 
     def close(self) -> None:
         self.run.finish()
 
 
 def _reachable() -> bool:
-    """Whether somebody is logged in (WANDB_API_KEY or a netrc file), and the server takes a connection within three seconds."""
+    """Whether somebody is logged in (WANDB_API_KEY or a netrc file), and the server takes a
+    connection within three seconds.
+    """
     address = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", HOST))
     if not (os.environ.get("WANDB_API_KEY") or _has_password(address.hostname)):
         return False

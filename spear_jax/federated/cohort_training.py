@@ -1,8 +1,9 @@
-"""A cohort's local training, portion by portion, so that what a device holds does not grow with the cohort.
+"""A cohort's local training, portion by portion, so that what a device holds does not grow with the
+cohort.
 
-A portion is the rows of some clients: made into arrays while the device trains the portion before it, forgotten when it is
-trained. What stays of it is its share of the weighted sum, its metrics, and where a method goes on with them its clients'
-states, which then wait on the host.
+A portion is the rows of some clients: made into arrays while the device trains the portion before
+it, forgotten when it is trained. What stays of it is its share of the weighted sum, its metrics,
+and where a method goes on with them its clients' states, which then wait on the host.
 """
 
 import dataclasses
@@ -24,7 +25,9 @@ from spear_jax.packing.blocks import BlockBuilder, stack_blocks
 from spear_jax.packing.prefix_tree import real_tokens
 from spear_jax.packing.shape_buckets import BlockShape
 
-CHUNK_BYTES = 1 << 24  # bytes of rows that go to a device together, where more clients have rows than train at once
+CHUNK_BYTES = (
+    1 << 24
+)  # bytes of rows that go to a device together, where more clients have rows than train at once
 
 _train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
@@ -55,15 +58,21 @@ class Rows:
         """Numpy arrays [size, S, ...] of the clients from `begin` on, empty behind the last."""
         steps = len(self.blocks[0])
         own = [step for client in self.blocks[begin : begin + size] for step in client]
-        closed = [[block.build() for block in step] for step in own] + [[]] * (size * steps - len(own))
-        work = local_training.LocalBatches(*stack_blocks(closed, self.shape, self.depth, self.small), self.small)
+        closed = [[block.build() for block in step] for step in own] + [[]] * (
+            size * steps - len(own)
+        )
+        work = local_training.LocalBatches(
+            *stack_blocks(closed, self.shape, self.depth, self.small), self.small
+        )
         return jax.tree.map(lambda x: x.reshape(size, steps, *x.shape[1:]), work)
 
     def read(self, work: local_training.LocalBatches) -> int:
         """Tokens that go through the model for these arrays, padding included."""
         used = np.arange(self.depth) < work.count[..., None]
         large = int((used & ~work.fits).sum()) * self.shape.tokens
-        return self.shape.num_packs * (large + int((used & work.fits).sum()) * (self.small or self.shape).tokens)
+        return self.shape.num_packs * (
+            large + int((used & work.fits).sum()) * (self.small or self.shape).tokens
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +82,8 @@ class TrainedCohort:
     Attributes:
         total: Σ w_c θ_c; mass: Σ w_c.
         means: metrics, (total, count) float32[C] each, on the host.
-        states: where they were to be kept, those of each portion's clients [size, ...]: on the host, or on the devices where
-            there is but one portion.
+        states: where they were to be kept, those of each portion's clients [size, ...]: on the
+            host, or on the devices where there is but one portion.
         tokens: real tokens of all rows; read: the same with padding.
     """
 
@@ -101,7 +110,8 @@ def train(
     """Trains a cohort of C clients.
 
     Args:
-        members: as `clients.train_cohort` takes them: keys uint32[C, 2], weight float32[C], active bool[C].
+        members: as `clients.train_cohort` takes them: keys uint32[C, 2], weight float32[C], active
+            bool[C].
         keep: whether the clients' states come back, for a next phase.
         carried: those of the phase before; None: each client starts from the global adapter.
         report: called with 0, and then with the clients of each portion when it is trained.
@@ -128,7 +138,13 @@ def train(
             finish(*running)
         before = None if carried is None else carried[number]
         total, mass, *running = _train(
-            algorithm, decoder, local, mesh, keep, broadcast, *shard_rows((before, *per_client), mesh)
+            algorithm,
+            decoder,
+            local,
+            mesh,
+            keep,
+            broadcast,
+            *shard_rows((before, *per_client), mesh),
         )
         sums = (total, mass) if sums is None else _add(sums, (total, mass))
     finish(*running)
@@ -137,8 +153,10 @@ def train(
 
 
 def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:
-    """Clients of a portion: whole chunks of those that train together on every device, and equal portions, of at most PORTION
-    bytes where that is more than one chunk. Args: each: bytes of a client's rows."""
+    """Clients of a portion: whole chunks of those that train together on every device, and equal
+    portions, of at most PORTION bytes where that is more than one chunk. Args: each: bytes of a
+    client's rows.
+    """
     chunk = at_once * devices
     most = max(1, CHUNK_BYTES // (each * chunk)) * chunk
     cohort_chunks = -(-cohort // most)
@@ -146,10 +164,14 @@ def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:
 
 
 def stacked(states: list[ClientState], cohort: int) -> dict:
-    """The clients' adapters as generation takes them, leaves [L, C, ...]; on the host where the states are."""
+    """The clients' adapters as generation takes them, leaves [L, C, ...]; on the host where the
+    states are.
+    """
     if len(states) == 1:
         return _layers_first(states[0].lora)
-    return jax.tree.map(lambda *x: np.swapaxes(np.concatenate(x)[:cohort], 0, 1), *(one.lora for one in states))
+    return jax.tree.map(
+        lambda *x: np.swapaxes(np.concatenate(x)[:cohort], 0, 1), *(one.lora for one in states)
+    )
 
 
 @jax.jit

@@ -1,8 +1,10 @@
-"""Local training: one client's optimiser steps as a pure function, mapped over the cohort and summed as it goes.
+"""Local training: one client's optimiser steps as a pure function, mapped over the cohort and
+summed as it goes.
 
-Clients run `clients_at_once` at a time (vmap) inside a scan over chunks, on every device of the mesh's `clients` axis. The
-weighted sum of their adapters is accumulated chunk by chunk, so memory does not grow with the cohort unless a method asks for
-every client's own adapter between its phases. The base is an argument shared by all of them.
+Clients run `clients_at_once` at a time (vmap) inside a scan over chunks, on every device of the
+mesh's `clients` axis. The weighted sum of their adapters is accumulated chunk by chunk, so memory
+does not grow with the cohort unless a method asks for every client's own adapter between its
+phases. The base is an argument shared by all of them.
 """
 
 import dataclasses
@@ -37,10 +39,12 @@ class LocalConfig:
 
     Attributes:
         clients_at_once: clients that one device trains together.
-        normalize: "global" divides by the counts of the whole optimiser step, "micro" averages micro-batch means.
+        normalize: "global" divides by the counts of the whole optimiser step, "micro" averages
+            micro-batch means.
         clip: gradients are scaled down to this global norm.
         weight_decay: AdamW's.
-        anchor_weight: λ of L_anchor; anchor_gradient False repeats the published code's anchor, whose gradient is lost.
+        anchor_weight: λ of L_anchor; anchor_gradient False repeats the published code's anchor,
+            whose gradient is lost.
         prox: FedProx's μ.
         ema_decay: e; after training θ ← e θ_global + (1 − e) θ.
         head_chunk: positions per LM-head block.
@@ -94,9 +98,12 @@ class Broadcast:
 
 
 def optimiser(config: LocalConfig) -> optax.GradientTransformation:
-    """Clipped AdamW of rate 1: the round's rate multiplies the finished update, decay included, so that it can change
-    between rounds without compiling."""
-    return optax.chain(optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay))
+    """Clipped AdamW of rate 1: the round's rate multiplies the finished update, decay included, so
+    that it can change between rounds without compiling.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay)
+    )
 
 
 def local_update(
@@ -110,16 +117,17 @@ def local_update(
 ) -> tuple[ClientState, dict[str, Mean]]:
     """A client's phase: S AdamW steps, each over as many blocks as it takes.
 
-    A step is three loops over its blocks: what stays fixed while the client trains is scored (references, and where the
-    denominators need them the log-probabilities themselves), the denominators are summed, and gradients are added up.
+    A step is three loops over its blocks: what stays fixed while the client trains is scored
+    (references, and where the denominators need them the log-probabilities themselves), the
+    denominators are summed, and gradients are added up.
 
     Args:
         client: its adapter and moments at the phase's start.
         work: leading axes [S].
         key: the client's key of this phase.
     Returns: adapter and moments afterwards; metrics summed over steps.
-    Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps with a non-finite
-    gradient norm skipped).
+    Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps
+    with a non-finite gradient norm skipped).
     """
     plain = TokenLogprobs(decoder, broadcast.base, config.head_chunk)
     dropout = decoder.lora.dropout > 0.0 and algorithm.dropout
@@ -131,12 +139,20 @@ def local_update(
     def step(carry, xs):
         lora, opt_state, loss_scalars = carry
         work, index = xs
-        keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(jnp.arange(work.blocks.micro.shape[0]))
-        blocks, held = score_frozen(algorithm, plain, forward, broadcast.references, client.lora, lora, work, keys)
-        sums, denominators = loss_denominators(algorithm, config.normalize, blocks, held, loss_scalars)
+        keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(
+            jnp.arange(work.blocks.micro.shape[0])
+        )
+        blocks, held = score_frozen(
+            algorithm, plain, forward, broadcast.references, client.lora, lora, work, keys
+        )
+        sums, denominators = loss_denominators(
+            algorithm, config.normalize, blocks, held, loss_scalars
+        )
 
         def gradient(k):
-            block, at, count, fits = jax.tree.map(lambda x: x[k], (blocks, keys, denominators, work.fits))
+            block, at, count, fits = jax.tree.map(
+                lambda x: x[k], (blocks, keys, denominators, work.fits)
+            )
 
             def of(block):
                 loss = lambda lora: algorithm.loss(
@@ -151,7 +167,9 @@ def local_update(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
         add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
         (loss, means), grads = jax.lax.fori_loop(0, work.count, add, zero)
-        extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(lora, broadcast.start)
+        extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(
+            lora, broadcast.start
+        )
         grads = jax.tree.map(jnp.add, grads, extra_grads)
         norm = pytrees.global_norm(grads)
         finite = jnp.isfinite(norm)
@@ -175,18 +193,28 @@ def local_update(
     return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
 
 
-def score_frozen(algorithm, scorer, forward, references, start, lora, work, keys) -> tuple[Block, jax.Array | None]:
-    """The blocks with what stays fixed while the client trains, and where `two_pass` the rows' log-probabilities [K, B, T]."""
-    score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
+def score_frozen(
+    algorithm, scorer, forward, references, start, lora, work, keys
+) -> tuple[Block, jax.Array | None]:
+    """The blocks with what stays fixed while the client trains, and where `two_pass` the rows'
+    log-probabilities [K, B, T].
+    """
+    score = lambda adapter: (
+        lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
+    )
     passes = [score(reference) for reference in references if algorithm.cached]
     passes += [score(start)] * algorithm.scores_old
-    passes += [lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))] * algorithm.two_pass
+    passes += [
+        lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))
+    ] * algorithm.two_pass
     if not passes:
         return work.blocks, None
 
     def fill(k, kept):
         block, at = jax.tree.map(lambda x: x[k], (work.blocks, keys))
-        return kept.at[k].set(jnp.stack([unpack_rows(block, one(block, at)) for one in passes], axis=1))
+        return kept.at[k].set(
+            jnp.stack([unpack_rows(block, one(block, at)) for one in passes], axis=1)
+        )
 
     blocks, rows = work.blocks, work.blocks.rows
     size, length = rows.completion_mask.shape[1:]
@@ -201,18 +229,24 @@ def score_frozen(algorithm, scorer, forward, references, start, lora, work, keys
 
 
 def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
-    """The step's denominators, and what each block [K] divides by: those, or the number of micro-batches times its own's
-    ("micro": a mean of means)."""
+    """The step's denominators, and what each block [K] divides by: those, or the number of
+    micro-batches times its own's ("micro": a mean of means).
+    """
     if held is None:
-        denominators = jax.vmap(lambda rows: algorithm.denominators(rows, None, loss_scalars))(blocks.rows)
+        denominators = jax.vmap(lambda rows: algorithm.denominators(rows, None, loss_scalars))(
+            blocks.rows
+        )
     else:
-        denominators = jax.vmap(lambda rows, x: algorithm.denominators(rows, x, loss_scalars))(blocks.rows, held)
+        denominators = jax.vmap(lambda rows, x: algorithm.denominators(rows, x, loss_scalars))(
+            blocks.rows, held
+        )
     sums = jax.tree.map(lambda c: c.sum(0), denominators)
     if normalize == "global" and not algorithm.micro:
         return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), denominators)
     same = blocks.micro[:, None] == blocks.micro[None, :]
     return sums, jax.tree.map(
-        lambda c: algorithm.common.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1), denominators
+        lambda c: algorithm.common.accumulation * jnp.tensordot(same.astype(c.dtype), c, axes=1),
+        denominators,
     )
 
 
@@ -243,12 +277,16 @@ def train_cohort(
     """Trains a cohort in one program.
 
     Args:
-        keep: whether every client's own state comes back, for a next phase (memory then grows with the cohort).
-        carried: the clients' states, leaves [C, ...]; None: each starts from the global adapter with zero moments.
+        keep: whether every client's own state comes back, for a next phase (memory then grows with
+            the cohort).
+        carried: the clients' states, leaves [C, ...]; None: each starts from the global adapter
+            with zero moments.
         work: leading axes [C, S]; C is a multiple of devices * clients_at_once (`padded_clients`).
         keys: uint32[C, 2] key data of each client's phase.
-        weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter they had).
-    Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients' states where kept.
+        weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
+            they had).
+    Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients'
+        states where kept.
     """
 
     def device(broadcast, carried, *per_client):
@@ -266,11 +304,20 @@ def train_cohort(
             old, new, means = mapped(carried, work, keys)
             shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
             e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
-            ended = jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, broadcast.start, new.lora) if e else new.lora
+            ended = (
+                jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, broadcast.start, new.lora)
+                if e
+                else new.lora
+            )
             lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
-            total = jax.tree.map(lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora)
+            total = jax.tree.map(
+                lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora
+            )
             means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
-            return (total, sums[1] + weight.sum()), (means, new.replace(lora=lora) if keep else None)
+            return (total, sums[1] + weight.sum()), (
+                means,
+                new.replace(lora=lora) if keep else None,
+            )
 
         split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
         zero = (jax.tree.map(jnp.zeros_like, broadcast.start), jnp.float32(0))

@@ -47,7 +47,8 @@ def run_round(
 
 
 def _alone(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort: Cohort):
-    """Local-only training: every client is a federation of one, with an adapter and a memory of its own.
+    """Local-only training: every client is a federation of one, with an adapter and a memory of its
+    own.
 
     State: `lora` and `algorithm_state` have a leading axis over all clients of the population.
     """
@@ -67,7 +68,9 @@ def _alone(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort
     lora, kept = jax.tree.map(np.array, (state.lora, state.algorithm_state))
     for client, own in updates:
         jax.tree.map(
-            lambda stack, new, c=client: stack.__setitem__(c, new), (lora, kept), (own.lora, own.algorithm_state)
+            lambda stack, new, c=client: stack.__setitem__(c, new),
+            (lora, kept),
+            (own.lora, own.algorithm_state),
         )
     metrics = {}
     for name in lines[0]:
@@ -76,7 +79,15 @@ def _alone(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort
     return state.replace(lora=lora, algorithm_state=kept, round=state.round + 1), metrics, records
 
 
-_SUMMED = ("time/", "rollout/tokens", "rollout/wins", "rollout/loses", "round/clients", "round/bytes", "round/flops")
+_SUMMED = (
+    "time/",
+    "rollout/tokens",
+    "rollout/wins",
+    "rollout/loses",
+    "round/clients",
+    "round/bytes",
+    "round/flops",
+)
 
 
 def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort: Cohort):
@@ -86,8 +97,16 @@ def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, coh
     key = path_key(root, ROUND, cohort.round)
     seconds = {"rollout": 0.0, "train": 0.0}
     worker.tally.clear()
-    start = experiment.on_devices(state.lora)  # always placed alike, or the programs would compile again
-    policy, carried, kept, means, phases = worker.merge(start), None, state.algorithm_state, None, []
+    start = experiment.on_devices(
+        state.lora
+    )  # always placed alike, or the programs would compile again
+    policy, carried, kept, means, phases = (
+        worker.merge(start),
+        None,
+        state.algorithm_state,
+        None,
+        [],
+    )
     rate, work = 0.0, 0.0
     report = lambda count: worker.report("train", count, len(cohort.clients))
     for phase in range(algorithm.phases):
@@ -99,7 +118,9 @@ def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, coh
         policy = None  # the merged weights are not needed while training
         if not phase:
             rate = experiment.rate(
-                cohort.round, spent.tokens + worker.tally.generated * algorithm.phases, spent.seconds
+                cohort.round,
+                spent.tokens + worker.tally.generated * algorithm.phases,
+                spent.seconds,
             )
         rolled = time.perf_counter()
         broadcast = local_training.Broadcast(
@@ -116,24 +137,37 @@ def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, coh
         found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), trained.means)
         means = found if means is None else jax.tree.map(np.add, means, found)
         carried = trained.states
-        passes = 4 + 2 * ((experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old)
+        passes = 4 + 2 * (
+            (experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old
+        )
         work += trained.tokens * (passes + 2 * len(broadcast.references))
         if keep:
             slots = {client: slot for slot, client in enumerate(cohort.clients)}
-            policy = Policy(experiment.model.base, cohort_training.stacked(carried, len(slots)), slots)
+            policy = Policy(
+                experiment.model.base, cohort_training.stacked(carried, len(slots)), slots
+            )
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
 
     began = time.perf_counter()
     state, change = _aggregate(
-        experiment.server, state.replace(lora=start, algorithm_state={}), trained.total, trained.mass
+        experiment.server,
+        state.replace(lora=start, algorithm_state={}),
+        trained.total,
+        trained.mass,
     )
     change = float(change)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active = phases[-1].active
     metrics = {
-        **{name: float(np.mean([got.metrics[name] for got in phases])) for name in phases[0].metrics},
-        **{name: float(sum(got.metrics[name] for got in phases)) for name in ("rollout/wins", "rollout/loses")},
+        **{
+            name: float(np.mean([got.metrics[name] for got in phases]))
+            for name in phases[0].metrics
+        },
+        **{
+            name: float(sum(got.metrics[name] for got in phases))
+            for name in ("rollout/wins", "rollout/loses")
+        },
         **{_metric(algorithm.name, name): mean.value() for name, mean in means.items()},
         "rollout/tokens": float(worker.tally.generated),
         "round/clients": float(len(cohort.clients)),
@@ -147,14 +181,24 @@ def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, coh
     }
     kept = algorithm.end_round(kept, state.lora, metrics, cohort.round)
     metrics["time/aggregate"] = time.perf_counter() - began
-    return state.replace(algorithm_state=kept), metrics, [entry for got in phases for entry in got.traces]
+    return (
+        state.replace(algorithm_state=kept),
+        metrics,
+        [entry for got in phases for entry in got.traces],
+    )
 
 
-def _members(experiment: Experiment, cohort: Cohort, got: CohortData, key: jax.Array) -> tuple[np.ndarray, ...]:
+def _members(
+    experiment: Experiment, cohort: Cohort, got: CohortData, key: jax.Array
+) -> tuple[np.ndarray, ...]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
     weight = client_weights(experiment.server, got.weight, got.active)
-    return np.asarray(client_keys(jnp.asarray(cohort.clients))), np.asarray(weight, np.float32), got.active
+    return (
+        np.asarray(client_keys(jnp.asarray(cohort.clients))),
+        np.asarray(weight, np.float32),
+        got.active,
+    )
 
 
 def rows_of(experiment: Experiment, got: CohortData) -> cohort_training.Rows:
@@ -166,8 +210,14 @@ def rows_of(experiment: Experiment, got: CohortData) -> cohort_training.Rows:
         own = [groups_of(micro, algorithm.rows_per_group) if active else [] for micro in step]
         return own if apart else [sum(own, [])]
 
-    steps = [[micros(step, active) for step in own] for own, active in zip(got.rows, got.active, strict=True)]
-    slots = max(len(micro) for client in got.rows for step in client for micro in step) // algorithm.rows_per_group
+    steps = [
+        [micros(step, active) for step in own]
+        for own, active in zip(got.rows, got.active, strict=True)
+    ]
+    slots = (
+        max(len(micro) for client in got.rows for step in client for micro in step)
+        // algorithm.rows_per_group
+    )
     slots *= algorithm.common.accumulation
     flat = sum(steps, [])
     shape, small = experiment.training_shapes(flat, slots)

@@ -5,7 +5,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class BudgetUsed:
-    """What a run has used so far: generated tokens, FLOPs (`algorithm_state.flops`), and seconds of rounds."""
+    """What a run has used so far: generated tokens, FLOPs (`algorithm_state.flops`), and seconds of
+    rounds.
+    """
 
     tokens: float = 0.0
     flops: float = 0.0
@@ -21,5 +23,7 @@ _COMMON = ("loss", "grad_norm", "skipped_steps", "win_nll", "unlikelihood", "unl
 
 
 def _metric(method: str, name: str) -> str:
-    """The contract's name of a training metric; what only one method knows goes under its own name."""
+    """The contract's name of a training metric; what only one method knows goes under its own
+    name.
+    """
     return f"train/{name}" if name in _COMMON else f"{method}/{name}"

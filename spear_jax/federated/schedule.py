@@ -3,8 +3,11 @@
 import numpy as np
 
 
-def round_rate(round: float, rounds: int, peak: float, low: float, warmup_ratio: float, warmup: bool) -> float:
-    """The learning rate of a round (1-based; a fraction where a budget of tokens sets the pace), constant inside it.
+def round_rate(
+    round: float, rounds: int, peak: float, low: float, warmup_ratio: float, warmup: bool
+) -> float:
+    """The learning rate of a round (1-based; a fraction where a budget of tokens sets the pace),
+    constant inside it.
 
     w = int(warmup_ratio R);  r <= w: peak r / max(1, w);  else low + ½ (peak − low)(1 + cos(π (r − w) / max(1, R − w)));
     without warm-up: peak. Source: the published SPEAR code.

@@ -24,7 +24,8 @@ class Request:
 
 
 class Feedback(abc.ABC):
-    """A provider: comments on a batch of answers; None where it has nothing to say, and no revision follows.
+    """A provider: comments on a batch of answers; None where it has nothing to say, and no revision
+    follows.
 
     Args:
         task: grades answers, states their format and gives hints.
@@ -33,7 +34,10 @@ class Feedback(abc.ABC):
 
     def __init__(self, task: Task, hint_words: int):
         if hint_words < 0:
-            raise UserError(f"hint_words {hint_words} is negative; give 0 for hints without words of the option.")
+            raise UserError(
+                f"hint_words {hint_words} is negative; give 0 for hints without words of the "
+                f"option."
+            )
         self.task = task
         self.hint_words = hint_words
 

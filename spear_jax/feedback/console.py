@@ -25,12 +25,16 @@ class Human(Feedback):
         super().__init__(task, hint_words)
         if not sys.stdin.isatty():
             raise UserError(
-                "feedback 'human' needs a terminal, but standard input is none. Run in a terminal, or set "
+                "feedback 'human' needs a terminal, but standard input is none. Run in a "
+                "terminal, or set "
                 "the feedback to 'oracle' or 'none'."
             )
 
     def __call__(self, requests: list[Request]) -> list[str | None]:
-        return [self._ask(request, place, len(requests)) for place, request in enumerate(requests, start=1)]
+        return [
+            self._ask(request, place, len(requests))
+            for place, request in enumerate(requests, start=1)
+        ]
 
     def _ask(self, request: Request, place: int, count: int) -> str | None:
         print(f"\n--- {place} of {count}, revision {request.attempt} ---")
@@ -40,6 +44,7 @@ class Human(Feedback):
             return input("Your feedback (empty for none): ").strip() or None
         except EOFError:
             raise UserError(
-                f"the input ended at answer {place} of {count}; feedback 'human' needs one line per answer. "
+                f"the input ended at answer {place} of {count}; feedback 'human' needs one line "
+                f"per answer. "
                 "Run again in a terminal, or set the feedback to 'oracle' or 'none'."
             ) from None

@@ -3,20 +3,20 @@
 from spear_jax.core.types import Example
 from spear_jax.feedback.base import Feedback, Request
 
-# Tried in order when everything longer would leak. They share no word, and a gold label and a gold option can
-# rule out one each, so one of the three always remains.
+# Tried in order when everything longer would leak. They share no word, and a gold label and a gold
+# option can rule out one each, so one of the three always remains.
 _LAST_RESORTS = ("Wrong.", "Incorrect.", "Mistaken.")
 
 
 class Oracle(Feedback):
     """Knows the gold answer and never states it.
 
-    A wrong answer is told that it is wrong, not to repeat the choice, how an answer looks, and a hint; a
-    right one gets None.
+    A wrong answer is told that it is wrong, not to repeat the choice, how an answer looks, and a
+    hint; a right one gets None.
 
     Source: SPEAR (arXiv 2605.07977), oracle feedback; wording is ours. Departures:
-      1. Answers are graded with the task's one extractor; the reference can tell a wrong answer that it is
-         correct, and show the gold letter.
+      1. Answers are graded with the task's one extractor; the reference can tell a wrong answer
+         that it is correct, and show the gold letter.
       2. No text leaves here that `task.leaks` objects to; shorter texts are tried instead.
       3. An answer that cannot be read is told so instead of being asked to change its choice.
     """

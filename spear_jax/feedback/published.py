@@ -6,7 +6,9 @@ from spear_jax.tasks.published import extract_loosely
 
 
 class PublishedOracle(Feedback):
-    """A4: grades with the first match, tells a wrong answer that it is right, and hints without a leak check."""
+    """A4: grades with the first match, tells a wrong answer that it is right, and hints without a
+    leak check.
+    """
 
     def __call__(self, requests: list[Request]) -> list[str | None]:
         return [self._comment(request) for request in requests]
@@ -19,7 +21,9 @@ class PublishedOracle(Feedback):
         return f"That answer is wrong. Do not repeat your previous choice. {shape} {self._hint(example)}"
 
     def _hint(self, example: Example) -> str:
-        """Opening solution lines without the gold letter anywhere in them, else the gold option's first words."""
+        """Opening solution lines without the gold letter anywhere in them, else the gold option's
+        first words.
+        """
         letter = example.labels[example.gold]
         if len(letter) > 1 or not self.hint_words:
             return self.task.hint(example, self.hint_words)

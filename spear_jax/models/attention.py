@@ -1,4 +1,6 @@
-"""Who sees whom in a packed tree, and grouped-query attention: by XLA everywhere, by cuDNN's flash attention on request."""
+"""Who sees whom in a packed tree, and grouped-query attention: by XLA everywhere, by cuDNN's flash
+attention on request.
+"""
 
 import math
 
@@ -14,8 +16,9 @@ KERNELS = ("xla", "cudnn")
 
 
 def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
-    """bool[R, L, S] of the branches int32[R, S] of trees' keys: each of the last `cells` (L) sees its prompt, what stands before
-    that, and its own branch, up to itself."""
+    """bool[R, L, S] of the branches int32[R, S] of trees' keys: each of the last `cells` (L) sees
+    its prompt, what stands before that, and its own branch, up to itself.
+    """
     before = branch.shape[1] - cells
     same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, before:, None])
     return jnp.tril(jnp.ones((cells, before + cells), bool), before) & same
@@ -31,7 +34,9 @@ def check_kernel(kernel: str, platform: str, dtype: str, head_width: int) -> Non
     elif dtype != "bfloat16":
         problem = f"takes bfloat16, and the base's dtype is {dtype}"
     elif head_width > 128 or head_width % 8:
-        problem = f"takes heads of at most 128 in multiples of 8, and the model's are {head_width} wide"
+        problem = (
+            f"takes heads of at most 128 in multiples of 8, and the model's are {head_width} wide"
+        )
     if problem:
         raise UserError(f"attention is 'cudnn', which {problem}. Set --config.attention=xla.")
 
@@ -54,9 +59,13 @@ def attend(q, keys, values, visible, kernel="xla"):
 
 
 def library(q, keys, values, visible, implementation):
-    """`attend` by `jax.nn.dot_product_attention`; implementation: "xla" or "cudnn", which never holds a head's scores."""
+    """`attend` by `jax.nn.dot_product_attention`; implementation: "xla" or "cudnn", which never
+    holds a head's scores.
+    """
     keys, values = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
-    return jax.nn.dot_product_attention(q, keys, values, mask=visible[:, None], implementation=implementation)
+    return jax.nn.dot_product_attention(
+        q, keys, values, mask=visible[:, None], implementation=implementation
+    )
 
 
 @jax.custom_vjp
@@ -70,7 +79,9 @@ def _forward(q, keys, values, visible):
     most = raw.max(axis=-1, keepdims=True)
     weight = jnp.exp(raw - most)
     total = weight.sum(axis=-1, keepdims=True)
-    mixed = jnp.einsum("rnls,rnsk->rnlk", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        "rnls,rnsk->rnlk", weight.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
     mixed = checkpoint_name(_heads_last((mixed / total).astype(values.dtype), q), KEPT)
     log_total = checkpoint_name(most + jnp.log(total), KEPT)
     return mixed, (q, keys, values, visible, mixed, log_total)
@@ -106,14 +117,19 @@ def _scores(q, keys, visible):
 
 
 def _heads_first(x, keys):
-    """[R, L, H, K] -> [R, N, group * L, K]: the heads of a group under one another, so that there is one product a key head,
-    its operands contiguous."""
+    """[R, L, H, K] -> [R, N, group * L, K]: the heads of a group under one another, so that there
+    is one product a key head, its operands contiguous.
+    """
     r, length, h, width = x.shape
     n = keys.shape[1]
-    return jnp.transpose(x.reshape(r, length, n, h // n, width), (0, 2, 3, 1, 4)).reshape(r, n, -1, width)
+    return jnp.transpose(x.reshape(r, length, n, h // n, width), (0, 2, 3, 1, 4)).reshape(
+        r, n, -1, width
+    )
 
 
 def _heads_last(x, q):
     """Back to q's [R, L, H, K]."""
     r, length, h, width = q.shape
-    return jnp.transpose(x.reshape(r, -1, h // x.shape[1], length, width), (0, 3, 1, 2, 4)).reshape(q.shape)
+    return jnp.transpose(x.reshape(r, -1, h // x.shape[1], length, width), (0, 3, 1, 2, 4)).reshape(
+        q.shape
+    )

@@ -13,58 +13,77 @@ from spear_jax.models.token_logprobs import block_positions
 MEMINFO = pathlib.Path("/proc/meminfo")
 
 
-def bytes_per_client(model: ModelConfig, tokens: int, length: int, head_chunk: int, adapter: int, remat: str) -> int:
+def bytes_per_client(
+    model: ModelConfig, tokens: int, length: int, head_chunk: int, adapter: int, remat: str
+) -> int:
     """An estimate of what one client's local step holds, in bytes, besides the base.
 
-    Activations of a block kept for the backward pass (float32): one residual [tokens, D] a layer, with `remat` "attention"
-    also the products, about 4 D + 2 F values a token and layer, with "nothing" about 10 D + 4 F and two score matrices of
-    `length` a head; what is computed again for one layer; one block of logits; the adapter with gradient, update and two
-    moments.
+    Activations of a block kept for the backward pass (float32): one residual [tokens, D] a layer,
+    with `remat` "attention" also the products, about 4 D + 2 F values a token and layer, with
+    "nothing" about 10 D + 4 F and two score matrices of `length` a head; what is computed again for
+    one layer; one block of logits; the adapter with gradient, update and two moments.
     """
     inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
-    kept = {"layers": model.width, "attention": 5 * model.width + 2 * model.mlp_width, "nothing": inside}[remat]
+    kept = {
+        "layers": model.width,
+        "attention": 5 * model.width + 2 * model.mlp_width,
+        "nothing": inside,
+    }[remat]
     activations = 4 * tokens * (model.layers * kept + inside)
     logits = 2 * 4 * min(block_positions(head_chunk, model.vocab_size), tokens) * model.vocab_size
     return activations + logits + 5 * adapter
 
 
 def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> int:
-    """Keys and values of a generation batch, in bytes. Args: length: prompt and completion; itemsize: bytes of a value."""
+    """Keys and values of a generation batch, in bytes. Args: length: prompt and completion;
+    itemsize: bytes of a value.
+    """
     return rows * length * model.layers * 2 * model.kv_heads * model.head_width * itemsize
 
 
 def generation_tokens(model: ModelConfig, itemsize: int, megabytes: int) -> tuple[int, int]:
-    """How many tokens one generation batch may hold on a device, and how many prompt tokens a pass may read.
+    """How many tokens one generation batch may hold on a device, and how many prompt tokens a pass
+    may read.
 
-    More rows decode faster where memory is plenty. On a CPU they take the memory, and 2,048 tokens fill it.
+    More rows decode faster where memory is plenty. On a CPU they take the memory, and 2,048 tokens
+    fill it.
 
     Args: itemsize: bytes of a value; megabytes: of keys and values (0: by the device).
     """
     cpu = jax.default_backend() == "cpu"
     stats = None if cpu else jax.local_devices()[0].memory_stats()
-    size = megabytes * 1_000_000 or (stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 272_000_000)
+    size = megabytes * 1_000_000 or (
+        stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 272_000_000
+    )
     return max(1, size // cache_bytes(model, 1, 1, itemsize)), 2048 if cpu else 8192
 
 
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
-    """An estimate of a round's useful floating-point operations: 2 a token and a weight of the projections and the head.
+    """An estimate of a round's useful floating-point operations: 2 a token and a weight of the
+    projections and the head.
 
-    Attention's own products and the adapters' are left out; the head is counted for generated tokens and, as an upper bound,
-    for every trained token.
+    Attention's own products and the adapters' are left out; the head is counted for generated
+    tokens and, as an upper bound, for every trained token.
 
     Args:
         tally: tokens that rollouts read, scored and generated.
-        trained: real tokens of training rows, each times its passes over the weights (2 forward, 2 backward, since the base
-            is frozen; 2 more for each further forward pass), that is, operations a weight.
+        trained: real tokens of training rows, each times its passes over the weights (2 forward, 2
+            backward, since the base is frozen; 2 more for each further forward pass), that is,
+            operations a weight.
     """
     layers = model.layers * sum(i * o for i, o in projection_shapes(model).values())
     head = model.width * model.vocab_size
-    forward = 2.0 * (tally.prompt + tally.scored + tally.generated) * layers + 2.0 * tally.generated * head
+    forward = (
+        2.0 * (tally.prompt + tally.scored + tally.generated) * layers
+        + 2.0 * tally.generated * head
+    )
     return forward + trained * (layers + head)
 
 
 def device_bytes() -> int | None:
-    """Memory that is free on one device, in bytes; on a CPU what Linux calls available. None where it cannot be known."""
+    """Memory that is free on one device, in bytes; on a CPU what Linux calls available. None where
+    it cannot be known.
+    """
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -76,15 +95,19 @@ def device_bytes() -> int | None:
 
 
 def fitting(most: int, each: int, free: int | None) -> int:
-    """How many clients of `each` bytes train together on a device, of `most`: one on a CPU, whose cores one client fills and
-    whose caches its arrays then fit better; elsewhere as many as use half of what is free."""
+    """How many clients of `each` bytes train together on a device, of `most`: one on a CPU, whose
+    cores one client fills and whose caches its arrays then fit better; elsewhere as many as use
+    half of what is free.
+    """
     if jax.default_backend() == "cpu":
         return 1
     return max(1, most if free is None else min(most, free // 2 // each))
 
 
 def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
-    """Raises UserError where `clients_at_once` clients of `each` bytes exceed `free`, naming the value that would fit."""
+    """Raises UserError where `clients_at_once` clients of `each` bytes exceed `free`, naming the
+    value that would fit.
+    """
     if free is None or clients_at_once * each <= free:
         return
     fits = free // each
@@ -94,6 +117,7 @@ def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
         else "Not even one client fits: lower train.block_tokens, or set train.remat=layers."
     )
     raise UserError(
-        f"{clients_at_once} clients at once need about {clients_at_once * each / 1e9:.1f} GB for local training, but "
+        f"{clients_at_once} clients at once need about {clients_at_once * each / 1e9:.1f} GB for "
+        f"local training, but "
         f"{free / 1e9:.1f} GB are free. {advice}"
     )

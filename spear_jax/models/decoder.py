@@ -1,13 +1,15 @@
 """The decoder: Llama, Qwen2 and Qwen3 as pure functions of (adapter, base, tokens).
 
-Base parameters (all in the model's dtype; L stacks the layers, which are then scanned; `unstack` gives a tuple of layers):
-    embed [V, D] · norm [D] · head [V, D] (absent when tied)
-    layers: attn_norm, mlp_norm [L, D] · q [L, D, H*K] · k, v [L, D, N*K] · o [L, H*K, D] · gate, up [L, D, F] ·
-            down [L, F, D] · q_bias, k_bias, v_bias, o_bias (where the family has them) · q_norm, k_norm [L, K] (Qwen3)
+Base parameters (all in the model's dtype; L stacks the layers, which are then scanned; `unstack`
+gives a tuple of layers):
+    embed [V, D] · norm [D] · head [V, D] (absent when tied) layers: attn_norm, mlp_norm [L, D] · q
+    [L, D, H*K] · k, v [L, D, N*K] · o [L, H*K, D] · gate, up [L, D, F] ·
+            down [L, F, D] · q_bias, k_bias, v_bias, o_bias (where the family has them) · q_norm,
+            k_norm [L, K] (Qwen3)
 The seven projections may be quantised (models/quantize.py).
 
-Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen2.5 (arXiv 2412.15115),
-Qwen3 (arXiv 2505.09388); checked against transformers.
+Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen2.5 (arXiv
+2412.15115), Qwen3 (arXiv 2505.09388); checked against transformers.
 """
 
 import dataclasses
@@ -27,8 +29,9 @@ from spear_jax.models.quantization import widen
 from spear_jax.packing.arrays import PackedSequences, spans
 
 Layers = Any  # a tree a layer in a tuple, or one tree stacked on the first axis
-# nothing: every activation is kept · attention: what products with weights and attention give is kept; scores, norms and
-# activation functions are computed again · layers: only each layer's input is kept
+# nothing: every activation is kept · attention: what products with weights and attention give is
+# kept; scores, norms and activation functions are computed again · layers: only each layer's input
+# is kept
 REMAT = ("nothing", "attention", "layers")
 
 
@@ -38,7 +41,8 @@ class Decoder:
 
     Attributes:
         config: shapes.
-        lora: adapter settings; its scale, dropout and layers are read when an adapter tree is passed.
+        lora: adapter settings; its scale, dropout and layers are read when an adapter tree is
+            passed.
         remat: what the backward pass recomputes; one of REMAT.
         attention: one of attention.KERNELS.
     """
@@ -56,7 +60,8 @@ class _Layout:
     Attributes:
         positions: int32, shaped like the tokens.
         visible: of each column of queries bool[R, L, S], whether query (r, l) sees key s.
-        pack: None where the tokens stand in a grid [R, L] themselves; else what maps flat tokens [N] to its grid and back.
+        pack: None where the tokens stand in a grid [R, L] themselves; else what maps flat tokens
+            [N] to its grid and back.
     """
 
     positions: jax.Array
@@ -66,7 +71,10 @@ class _Layout:
     def to_queries(self, x: jax.Array) -> list[jax.Array]:
         if self.pack is None:
             return [x]
-        return [x[self.pack.token_index[:rows, begin:end]] for rows, begin, end in spans(self.pack.tiles)]
+        return [
+            x[self.pack.token_index[:rows, begin:end]]
+            for rows, begin, end in spans(self.pack.tiles)
+        ]
 
     def to_keys(self, x: jax.Array) -> jax.Array:
         """Of x [h + N, ...], with what was read before the pack in front."""
@@ -90,20 +98,22 @@ def packed_states(
     dropout_key: jax.Array | None = None,
     shared_prefix: Layers | None = None,
 ) -> tuple[jax.Array, Layers]:
-    """Final-norm hidden states of packed trees: every product sees the N real tokens, attention alone the padded grid.
+    """Final-norm hidden states of packed trees: every product sees the N real tokens, attention
+    alone the padded grid.
 
     Args:
         lora: adapter tree, or None (no adapter, or one that is merged into `base`).
         dropout_key: turns LoRA dropout on.
-        opening: what this function returned as keys and values for h tokens that stand before every tree; the pack, which
-            has no opening of its own then, does not count them.
-    Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the opening's first (stacked where
-        the base is).
+        opening: what this function returned as keys and values for h tokens that stand before every
+            tree; the pack, which has no opening of its own then, does not count them.
+    Returns: [N, D] in the base's dtype; each layer's (keys, values), [h + N, kv heads, K], the
+        opening's first (stacked where the base is).
     """
     read = 0 if shared_prefix is None else jax.tree.leaves(shared_prefix)[0].shape[-3]
     branch_ids = jnp.pad(pack.branch_ids, ((0, 0), (read, 0)))
     visible = tuple(
-        seen_in_tree(branch_ids[:rows, : read + end], end - begin) for rows, begin, end in spans(pack.tiles)
+        seen_in_tree(branch_ids[:rows, : read + end], end - begin)
+        for rows, begin, end in spans(pack.tiles)
     )
     layout = _Layout(pack.positions + read, visible, pack)
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, shared_prefix=shared_prefix)
@@ -122,12 +132,15 @@ def hidden_states(
     Args:
         lora, dropout_key: as for `packed_states`.
         tokens: int32[B, T].
-        mask: bool[B, T], real tokens; padding may stand on either side. Positions count real tokens from 0.
+        mask: bool[B, T], real tokens; padding may stand on either side. Positions count real tokens
+            from 0.
     Returns: [B, T, D] in the base's dtype.
     """
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-    return _run(decoder, lora, base, tokens, _Layout(positions, (causal & mask[:, None, :],)), dropout_key)[0]
+    return _run(
+        decoder, lora, base, tokens, _Layout(positions, (causal & mask[:, None, :],)), dropout_key
+    )[0]
 
 
 def decode_step(
@@ -145,7 +158,8 @@ def decode_step(
         base: with unstacked layers (`unstack`).
         token: int32[B].
         cache: a (keys, values) a layer, each [B, N, S, K].
-        cache_mask: bool[B, S], which positions are real, the new one included; their number gives its position.
+        cache_mask: bool[B, S], which positions are real, the new one included; their number gives
+            its position.
         at: int32[], where the new token stands in the cache.
     Returns: hidden [B, D]; the cache.
     """
@@ -161,14 +175,18 @@ def head_weight(base: dict) -> jax.Array:
 
 
 def unstack(base: dict) -> dict:
-    """The base with its layers as a tuple of trees, on a CPU views of the stacked ones. A pass then runs layer after layer
-    instead of scanning them: it compiles longer and copies no weights, which decoding on a CPU needs. A base that is unstacked
-    already is returned as it is."""
+    """The base with its layers as a tuple of trees, on a CPU views of the stacked ones. A pass then
+    runs layer after layer instead of scanning them: it compiles longer and copies no weights, which
+    decoding on a CPU needs. A base that is unstacked already is returned as it is.
+    """
     layers = base["layers"]
     if isinstance(layers, tuple):
         return base
     count = jax.tree.leaves(layers)[0].shape[0]
-    return {**base, "layers": tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), layers) for i in range(count))}
+    return {
+        **base,
+        "layers": tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), layers) for i in range(count)),
+    }
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -176,18 +194,27 @@ def merge(base: dict, lora: dict, settings: LoraConfig) -> dict:
     """The base with the adapter merged into it and its layers unstacked, as generation takes it."""
     layers = unstack(base)["layers"]
     plain = len(layers) - jax.tree.leaves(lora)[0].shape[0]
-    return {**base, "layers": tuple(_merged(one, lora, i - plain, settings) for i, one in enumerate(layers))}
+    return {
+        **base,
+        "layers": tuple(_merged(one, lora, i - plain, settings) for i, one in enumerate(layers)),
+    }
 
 
 def _merged(weights: dict, lora: dict, index: int, settings: LoraConfig) -> dict:
-    """One layer's weights with its part of the adapter; those below the adapted layers as they are."""
+    """One layer's weights with its part of the adapter; those below the adapted layers as they
+    are.
+    """
     if index < 0:
         return weights
     return merge_layer(weights, jax.tree.map(lambda x: x[index], lora), settings)
 
 
-def logits(decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """float32[B, T, V]: every logit. For checks and small inputs only; training never holds this array."""
+def logits(
+    decoder: Decoder, lora: dict | None, base: dict, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """float32[B, T, V]: every logit. For checks and small inputs only; training never holds this
+    array.
+    """
     hidden = hidden_states(decoder, lora, base, tokens, mask)
     return jnp.einsum("btd,vd->btv", hidden, head_weight(base), preferred_element_type=jnp.float32)
 
@@ -213,14 +240,18 @@ def _run(decoder, lora, base, tokens, layout, dropout_key, past=None, shared_pre
         for index, weights in enumerate(base["layers"]):
             pairs = None if index < plain else jax.tree.map(lambda x, i=index - plain: x[i], lora)
             cached = None if past is None else (*past[0][index], past[1])
-            hidden, cache = layer(hidden, weights, pairs, index, cached, shared_prefix and shared_prefix[index])
+            hidden, cache = layer(
+                hidden, weights, pairs, index, cached, shared_prefix and shared_prefix[index]
+            )
             caches.append(cache)
         return _rms_norm(hidden, base["norm"], config.norm_eps), tuple(caches)
 
     def body(hidden, xs):
         index, pairs = xs
         # Weights are indexed inside the loop: slicing the stack first would copy it.
-        own = lambda tree: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+        own = lambda tree: jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree
+        )
         return layer(hidden, own(base["layers"]), pairs, index, None, own(shared_prefix))
 
     body = _recomputed(body, decoder.remat)
@@ -243,7 +274,9 @@ def _recomputed(body, remat: str):
 
 
 def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, key):
-    """One block: attention and gated MLP, both on a pre-normed residual stream. Returns (hidden, (keys, values))."""
+    """One block: attention and gated MLP, both on a pre-normed residual stream. Returns (hidden,
+    (keys, values)).
+    """
     config = decoder.config
     lead = hidden.shape[:-1]
 
@@ -272,10 +305,14 @@ def _layer(decoder, weights, pairs, hidden, rotation, layout, cached, before, ke
         keys, values = (jnp.swapaxes(layout.to_keys(y), 1, 2) for y in kept)
     else:
         *cache, at = cached
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), at, axis=2)
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+            old, jnp.swapaxes(new, 1, 2), at, axis=2
+        )
         keys, values = kept = tuple(map(write, cache, (k, v)))
     tiles = zip(layout.to_queries(q), layout.visible, strict=True)
-    attended = layout.from_queries([attend(own, keys, values, seen, decoder.attention) for own, seen in tiles])
+    attended = layout.from_queries(
+        [attend(own, keys, values, seen, decoder.attention) for own, seen in tiles]
+    )
     attended = attended.reshape(*lead, config.heads * config.head_width)
     hidden = checkpoint_name(hidden + next(project(attended, "o")), KEPT)
     x = _rms_norm(hidden, weights["mlp_norm"], config.norm_eps)
@@ -288,7 +325,8 @@ _STREAM = {name: i for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "
 
 
 def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -> dict:
-    """{projection: dropout(x) A}, in x's dtype, of projections with a common input; one product for all without dropout.
+    """{projection: dropout(x) A}, in x's dtype, of projections with a common input; one product for
+    all without dropout.
 
     Args: pairs: {projection: A [in, R]}.
     """
@@ -300,14 +338,18 @@ def _inner(lora: LoraConfig, pairs: dict, x: jax.Array, key: jax.Array | None) -
         return dict(zip(pairs, jnp.split(joint, len(pairs), axis=-1), strict=True))
     found = {}
     for name, a in pairs.items():
-        keep = jax.random.bernoulli(jax.random.fold_in(key, _STREAM[name]), 1.0 - lora.dropout, x.shape)
+        keep = jax.random.bernoulli(
+            jax.random.fold_in(key, _STREAM[name]), 1.0 - lora.dropout, x.shape
+        )
         dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
         found[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
     return found
 
 
 def _own(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [B, ..., in] times weight [in, out]; or times [G, in, out], each of G equal groups of rows with its own."""
+    """x [B, ..., in] times weight [in, out]; or times [G, in, out], each of G equal groups of rows
+    with its own.
+    """
     if weight.ndim == 2:
         return x @ weight
     grouped = jnp.einsum("gni,gio->gno", x.reshape(weight.shape[0], -1, x.shape[-1]), weight)
@@ -329,12 +371,16 @@ def _rotation(config: ModelConfig, positions: jax.Array, dtype) -> tuple[jax.Arr
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
     """float32[K/2], radians per position; Llama-3 scaling slows the long wavelengths."""
-    inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width)
+    inverse = 1.0 / config.rope_theta ** (
+        np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
+    )
     scaling = config.rope_scaling
     if scaling is not None:
         wavelength = 2.0 * np.pi / inverse
         turns = scaling.original_positions / wavelength
-        blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blend = (turns - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
         blend = np.clip(blend, 0.0, 1.0)  # 0: fully slowed, 1: untouched
         inverse = blend * inverse + (1.0 - blend) * inverse / scaling.factor
     return inverse.astype(np.float32)

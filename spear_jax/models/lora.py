@@ -76,10 +76,13 @@ def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def init_lora(key: jax.Array, lora: LoraConfig, model: ModelConfig, dtype: Any = jnp.float32) -> dict:
+def init_lora(
+    key: jax.Array, lora: LoraConfig, model: ModelConfig, dtype: Any = jnp.float32
+) -> dict:
     """A new adapter: A uniform in ±1/sqrt(inputs) (Kaiming with a = sqrt 5, as PEFT), B zero.
 
-    Returns: {target: {"a": dtype[L', in, R], "b": dtype[L', R, out]}}, L' the layers that carry adapters.
+    Returns: {target: {"a": dtype[L', in, R], "b": dtype[L', R, out]}}, L' the layers that carry
+        adapters.
     """
     shapes, layers = projection_shapes(model), lora_layers(lora, model)
     tree = {}
@@ -99,17 +102,22 @@ def merge_lora(base: dict, lora_tree: dict, lora: LoraConfig) -> dict:
     Args:
         base: decoder parameters, weights [L, in, out].
         lora_tree: as from `init_lora`.
-    Returns: a base tree; W + scale * A B on the layers that carry adapters (float32 product, cast to W's dtype).
+    Returns: a base tree; W + scale * A B on the layers that carry adapters (float32 product, cast
+        to W's dtype).
     """
     count = jax.tree.leaves(lora_tree)[0].shape[0]
     adapted = {target: base["layers"][target][-count:] for target in lora_tree}
     merged = jax.vmap(lambda weights, pairs: merge_layer(weights, pairs, lora))(adapted, lora_tree)
-    layers = {target: base["layers"][target].at[-count:].set(weight) for target, weight in merged.items()}
+    layers = {
+        target: base["layers"][target].at[-count:].set(weight) for target, weight in merged.items()
+    }
     return {**base, "layers": base["layers"] | layers}
 
 
 def merge_layer(weights: dict, pairs: dict, lora: LoraConfig) -> dict:
-    """One layer of `merge_lora`: weights [in, out], pairs {target: {"a": [in, R], "b": [R, out]}}."""
+    """One layer of `merge_lora`: weights [in, out], pairs {target: {"a": [in, R], "b": [R,
+    out]}}.
+    """
 
     def add(weight, pair):
         delta = jnp.matmul(pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST) * lora.scale

@@ -1,4 +1,6 @@
-"""Log-probabilities of completion tokens without a [B, T, V] array: the one fused operation behind every objective."""
+"""Log-probabilities of completion tokens without a [B, T, V] array: the one fused operation behind
+every objective.
+"""
 
 import dataclasses
 import functools
@@ -11,7 +13,9 @@ import jax.numpy as jnp
 from spear_jax.models.decoder import Decoder, head_weight, packed_states
 from spear_jax.packing.arrays import Block
 
-LOGITS = 1 << 26  # floats of one block of logits, where nothing else is asked for: 256 MB, whatever the vocabulary
+LOGITS = (
+    1 << 26
+)  # floats of one block of logits, where nothing else is asked for: 256 MB, whatever the vocabulary
 
 
 def block_positions(chunk: int, vocab: int) -> int:
@@ -26,7 +30,8 @@ class TokenLogprobs:
     Attributes:
         decoder: static settings.
         base: decoder parameters (never differentiated).
-        chunk: positions per LM-head block, 0 for as many as take LOGITS; memory is chunk * V instead of M * V.
+        chunk: positions per LM-head block, 0 for as many as take LOGITS; memory is chunk * V
+            instead of M * V.
         dropout_key: turns LoRA dropout on.
         opening: keys and values of what stands before every tree, as for `packed_states`.
     """
@@ -42,10 +47,14 @@ class TokenLogprobs:
 
         Returns: float32[M].
         """
-        return token_logprobs(self.states(lora, block) / temperature, head_weight(self.base), block.target, self.chunk)
+        return token_logprobs(
+            self.states(lora, block) / temperature, head_weight(self.base), block.target, self.chunk
+        )
 
     def states(self, lora: dict | None, block: Block, pack: int = 0) -> jax.Array:
-        """[M, D]: the states from which each scored token is predicted, in one of the block's packs."""
+        """[M, D]: the states from which each scored token is predicted, in one of the block's
+        packs.
+        """
         hidden, _ = packed_states(
             self.decoder, lora, self.base, block.packs[pack], self.dropout_key, self.shared_prefix
         )
@@ -53,13 +62,18 @@ class TokenLogprobs:
 
 
 def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
-    """Values of scored tokens as rows: [M] -> [B, T], 0 at padding; the gradient of rows that repeat each other adds up."""
+    """Values of scored tokens as rows: [M] -> [B, T], 0 at padding; the gradient of rows that
+    repeat each other adds up.
+    """
     index = block.start[:, None] + jnp.arange(block.rows.completion_mask.shape[1])
-    return jnp.where(block.rows.completion_mask, values[jnp.minimum(index, values.shape[0] - 1)], 0.0)
+    return jnp.where(
+        block.rows.completion_mask, values[jnp.minimum(index, values.shape[0] - 1)], 0.0
+    )
 
 
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """log softmax(hidden head^T)[target], a chunk of positions at a time; differentiable in `hidden` alone.
+    """log softmax(hidden head^T)[target], a chunk of positions at a time; differentiable in
+    `hidden` alone.
 
     Args:
         hidden: [M, D].
@@ -78,21 +92,28 @@ def _logprob(hidden, fixed, head):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def map_positions(block: Callable, hidden: jax.Array, fixed: Any, head: jax.Array, chunk: int) -> jax.Array:
-    """block(hidden, fixed, head) -> float32[chunk], one number a position, over a chunk of positions at a time.
+def map_positions(
+    block: Callable, hidden: jax.Array, fixed: Any, head: jax.Array, chunk: int
+) -> jax.Array:
+    """block(hidden, fixed, head) -> float32[chunk], one number a position, over a chunk of
+    positions at a time.
 
-    A position's number depends on that position alone, so its gradient in `hidden` is found next to it, while its logits
-    are at hand: the backward pass is one multiplication, nothing is recomputed, and no logits are kept.
+    A position's number depends on that position alone, so its gradient in `hidden` is found next to
+    it, while its logits are at hand: the backward pass is one multiplication, nothing is
+    recomputed, and no logits are kept.
 
     Args:
-        block: a hashable function; the same object in every call with the same meaning, or programs compile again.
+        block: a hashable function; the same object in every call with the same meaning, or programs
+            compile again.
         hidden: [M, D]; the only argument that is differentiated.
         fixed: a tree of [M, ...].
         head: [V, D].
         chunk: positions at a time, at most; 0 for as many as take LOGITS.
     Returns: float32[M].
     """
-    return over_chunks(lambda h, f: block(h, f, head), (hidden, fixed), block_positions(chunk, head.shape[0]))
+    return over_chunks(
+        lambda h, f: block(h, f, head), (hidden, fixed), block_positions(chunk, head.shape[0])
+    )
 
 
 def _forward(block, hidden, fixed, head, chunk):
@@ -111,7 +132,9 @@ map_positions.defvjp(_forward, _backward)
 
 
 def over_chunks(function: Callable, arrays: tuple, chunk: int) -> Any:
-    """function(*arrays) over chunks of equal size of arrays [M, ...], as few as `chunk` positions each allow."""
+    """function(*arrays) over chunks of equal size of arrays [M, ...], as few as `chunk` positions
+    each allow.
+    """
     count = jax.tree.leaves(arrays)[0].shape[0]
     blocks = -(-count // chunk)
     size = -(-count // blocks)

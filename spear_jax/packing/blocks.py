@@ -1,8 +1,8 @@
 """Rows of token ids -> static-shape blocks that hold each distinct row once and each prompt once.
 
-A block is what goes through the model together. Its sizes (`BlockShape`) are chosen once, from the first rows that are seen, so that
-little of it is padding; how many blocks a step takes is a number on the device, so that a step costs what its tokens cost and
-nothing compiles again.
+A block is what goes through the model together. Its sizes (`BlockShape`) are chosen once, from the
+first rows that are seen, so that little of it is padding; how many blocks a step takes is a number
+on the device, so that a step costs what its tokens cost and nothing compiles again.
 """
 
 import collections
@@ -29,7 +29,9 @@ class BlockBuilder:
         self.num_packs = [PackBuilder(shape) for _ in range(shape.num_packs)]
         self.scored = 0
         self.known: dict[tuple, list[int]] = {}  # item -> where its completions begin in `target`
-        self.places: list[tuple[int, list[tuple[PrefixTree, int]]]] = []  # (start, a (tree, branch) in each trunk)
+        self.places: list[
+            tuple[int, list[tuple[PrefixTree, int]]]
+        ] = []  # (start, a (tree, branch) in each trunk)
         self.rows: list[tuple[RowGroup, list[int]]] = []
 
     def add(self, key: tuple, group: RowGroup) -> bool:
@@ -73,13 +75,17 @@ class BlockBuilder:
                 end = start + len(completion)
                 target[start:end] = completion
                 places[start] = begin + len(tree.prompt) - 1
-                places[start + 1 : end] = begin + tree.starts[branch_ids] + np.arange(len(completion) - 1)
+                places[start + 1 : end] = (
+                    begin + tree.starts[branch_ids] + np.arange(len(completion) - 1)
+                )
         starts = np.zeros(shape.groups * shape.rows_per_group, np.int32)
         rows: list[TrainingRow | None] = [None] * len(starts)
         for slot, (group, begins) in enumerate(self.rows):
             for kind, (row, begin) in enumerate(zip(group, begins, strict=True)):
                 rows[slot + kind * shape.groups], starts[slot + kind * shape.groups] = row, begin
-        return Block(packs, tuple(source), target, starts, batch(rows, shape.length), np.int32(self.micro))
+        return Block(
+            packs, tuple(source), target, starts, batch(rows, shape.length), np.int32(self.micro)
+        )
 
 
 class Keys:
@@ -97,15 +103,20 @@ class Keys:
         return found
 
 
-def pack_step(micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys | None = None) -> list[Block]:
+def pack_step(
+    micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys | None = None
+) -> list[Block]:
     """The blocks of an optimiser step, as `pack_rows` deals its items."""
     return [block.build() for block in pack_rows(micros, shape, keys or Keys())]
 
 
-def pack_rows(micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys) -> list[BlockBuilder]:
+def pack_rows(
+    micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Keys
+) -> list[BlockBuilder]:
     """An optimiser step's blocks before they are arrays; block by block, items of one micro-batch.
 
-    Items with a common prompt are kept together, larger groups first; within a block an item that stands twice is read once.
+    Items with a common prompt are kept together, larger groups first; within a block an item that
+    stands twice is read once.
     Raises: ValueError where an item alone is larger than a block.
     """
     found = []
@@ -126,20 +137,27 @@ def pack_rows(micros: Sequence[Sequence[RowGroup]], shape: BlockShape, keys: Key
     return found
 
 
-def _next(opened: list[BlockBuilder], shape: BlockShape, micro: int, key: tuple, group: RowGroup) -> BlockBuilder:
+def _next(
+    opened: list[BlockBuilder], shape: BlockShape, micro: int, key: tuple, group: RowGroup
+) -> BlockBuilder:
     """The first open block that takes an item, or a new one."""
     for block in opened:
         if block.add(key, group):
             return block
     block = BlockBuilder(shape, micro)
     if not block.add(key, group):
-        raise ValueError(f"an item of {[len(r.prompt) + len(r.completion) for r in group]} tokens exceeds {shape}")
+        raise ValueError(
+            f"an item of {[len(r.prompt) + len(r.completion) for r in group]} tokens exceeds "
+            f"{shape}"
+        )
     opened.append(block)
     return block
 
 
 def _tokens(family: list, shape: BlockShape) -> int:
-    """Tokens that a family adds to the fuller trunk: its prompts once, without the opening, and its distinct completions."""
+    """Tokens that a family adds to the fuller trunk: its prompts once, without the opening, and its
+    distinct completions.
+    """
     num_packs = shape.num_packs
     total = [0] * num_packs
     seen: set = set()
@@ -180,7 +198,16 @@ def choose_block_shape(
     longest = prompt - len(shared_prefix) + max(2, shared) * (length - 1)
     least = size_bucket(prompt + shared * (length - 1))
     most = max(least, limit)
-    wide = BlockShape(most, ((10**6, longest),), 10**9, 10**9, rows_per_group, num_packs, length, tuple(shared_prefix))
+    wide = BlockShape(
+        most,
+        ((10**6, longest),),
+        10**9,
+        10**9,
+        rows_per_group,
+        num_packs,
+        length,
+        tuple(shared_prefix),
+    )
     keys = Keys()
     total = max((_read(step, keys, wide) for step in steps), default=least)
     best, lowest = most, float("inf")
@@ -192,26 +219,36 @@ def choose_block_shape(
         if cost < lowest:
             best, lowest = size, cost
     tiles = tuple((10**6, width) for width in split_tiles(longest))
-    found = [b for step in steps for b in pack_rows(step, dataclasses.replace(wide, tokens=best, tiles=tiles), keys)]
+    found = [
+        b
+        for step in steps
+        for b in pack_rows(step, dataclasses.replace(wide, tokens=best, tiles=tiles), keys)
+    ]
     # tokens are what costs: a block should be full of them before it is full of anything else
     most_groups = 10**9 if slots is None else slots
 
     def spare(counts: Sequence[int], of_item: int = 1) -> int:
         return min(1 + max(counts, default=0) * 5 // 4, most_groups * of_item)
 
-    reaching = [[10**6 - pack.free[c] for block in found for pack in block.num_packs] for c in range(len(tiles))]
+    reaching = [
+        [10**6 - pack.free[c] for block in found for pack in block.num_packs]
+        for c in range(len(tiles))
+    ]
     return dataclasses.replace(
         wide,
         tokens=best,
-        tiles=tuple((spare(own, shared), width) for own, (_, width) in zip(reaching, tiles, strict=True)),
+        tiles=tuple(
+            (spare(own, shared), width) for own, (_, width) in zip(reaching, tiles, strict=True)
+        ),
         scored=max(size_bucket(spare([b.scored for b in found], shared * length)), shared * length),
         groups=spare([len(b.rows) for b in found]),
     )
 
 
 def choose_small(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape) -> BlockShape:
-    """A smaller room for the blocks of these steps that fit one: the size that saves most tokens; `shape` itself where none
-    saves a twentieth."""
+    """A smaller room for the blocks of these steps that fit one: the size that saves most tokens;
+    `shape` itself where none saves a twentieth.
+    """
     keys = Keys()
     blocks = [block for step in steps for block in pack_rows(step, shape, keys)]
     tokens = [shape.tokens - min(t.left for t in block.num_packs) for block in blocks]
@@ -237,11 +274,18 @@ def _read(step, keys: Keys, shape: BlockShape) -> int:
     return max((10**9 - min(t.left for t in b.num_packs) for b in plans), default=1)
 
 
-def most_blocks(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape, slots: int) -> int:
-    """Blocks that a step may come to take, when all of its `slots` items are distinct and a quarter longer than these."""
+def most_blocks(
+    steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape, slots: int
+) -> int:
+    """Blocks that a step may come to take, when all of its `slots` items are distinct and a quarter
+    longer than these.
+    """
     groups = [group for step in steps for micro in step for group in micro]
     shared = len(shape.shared_prefix)
-    tokens = sum(len(row.prompt) - shared + len(row.completion) for group in groups for row in group) / shape.num_packs
+    tokens = (
+        sum(len(row.prompt) - shared + len(row.completion) for group in groups for row in group)
+        / shape.num_packs
+    )
     longer = 1.25 * tokens / max(1, len(groups))
     return 1 + -int(-max(slots * longer / (shape.tokens - shared), slots / shape.groups))
 
@@ -249,19 +293,28 @@ def most_blocks(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShape
 def stack_blocks(
     steps: list[list[Block]], shape: BlockShape, count: int, small: BlockShape | None = None
 ) -> tuple[Block, np.ndarray, np.ndarray]:
-    """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; int32[S], how many are in use; bool[S, K],
-    which of them fit the small room."""
+    """Blocks of steps -> arrays [S, K, ...] with K = count, empty blocks behind; int32[S], how many
+    are in use; bool[S, K], which of them fit the small room.
+    """
     empty = BlockBuilder(shape, 0).build()
     padded = [blocks + [empty] * (count - len(blocks)) for blocks in steps]
     inner = [jax.tree.map(lambda *parts: np.stack(parts), *blocks) for blocks in padded]
-    fitting = np.array([[small is not None and fits(block, small) for block in blocks] for blocks in padded])
+    fitting = np.array(
+        [[small is not None and fits(block, small) for block in blocks] for blocks in padded]
+    )
     used = np.array([len(blocks) for blocks in steps], np.int32)
     return jax.tree.map(lambda *parts: np.stack(parts), *inner), used, fitting
 
 
-def pack_single_rows(rows: Sequence[TrainingRow], shape: BlockShape) -> tuple[list[Block], list[tuple[int, int]]]:
+def pack_single_rows(
+    rows: Sequence[TrainingRow], shape: BlockShape
+) -> tuple[list[Block], list[tuple[int, int]]]:
     """Single rows as blocks, and for each the (block, row) where it stands."""
     groups: list[RowGroup] = [(row,) for row in rows]
     blocks = pack_rows([groups], shape, Keys())
-    places = {id(group): (b, slot) for b, block in enumerate(blocks) for slot, (group, _) in enumerate(block.rows)}
+    places = {
+        id(group): (b, slot)
+        for b, block in enumerate(blocks)
+        for slot, (group, _) in enumerate(block.rows)
+    }
     return [block.build() for block in blocks], [places[id(group)] for group in groups]

@@ -22,8 +22,11 @@ class PackBuilder:
         self.left = shape.tokens - len(shape.shared_prefix)
         self.trees: dict[tuple[int, ...], list[PrefixTree]] = {}
 
-    def place(self, prompt: tuple[int, ...], completion: Sequence[int]) -> "tuple[PrefixTree, int] | None":
-        """The tree and branch that a completion joins; None where there is no room. Its last token is never read.
+    def place(
+        self, prompt: tuple[int, ...], completion: Sequence[int]
+    ) -> "tuple[PrefixTree, int] | None":
+        """The tree and branch that a completion joins; None where there is no room. Its last token
+        is never read.
 
         Raises: ValueError for a prompt that does not go on from the opening.
         """
@@ -32,7 +35,9 @@ class PackBuilder:
             if self._take(tree.length, tree.length + read):
                 return tree, tree.add(completion)
         if prompt[:shared] != self.shared_prefix or len(prompt) == shared:
-            raise ValueError(f"the prompt {prompt} does not go on from the opening {self.shared_prefix}")
+            raise ValueError(
+                f"the prompt {prompt} does not go on from the opening {self.shared_prefix}"
+            )
         tree = PrefixTree(prompt[shared:])
         if not self._take(0, tree.length + read):
             return None
@@ -43,7 +48,11 @@ class PackBuilder:
         """Takes the room for a tree (0: a new one) that grows; False where there is not as much."""
         reached = bisect.bisect_left(self.ends, length) + 1 if length else 0
         tiles = range(reached, bisect.bisect_left(self.ends, longer) + 1)
-        if longer > self.ends[-1] or longer - length > self.left or not all(self.free[c] for c in tiles):
+        if (
+            longer > self.ends[-1]
+            or longer - length > self.left
+            or not all(self.free[c] for c in tiles)
+        ):
             return False
         for tile in tiles:
             self.free[tile] -= 1
@@ -72,11 +81,22 @@ def fill(builder: PackBuilder, shape: BlockShape) -> tuple[PackedSequences, dict
     tokens, positions, query_index = (np.zeros(shape.tokens, np.int32) for _ in range(3))
     size = shape.tiles[0][0], shared + sum(width for _, width in shape.tiles)
     pack = PackedSequences(
-        tokens, positions, np.zeros(size, np.int32), np.full(size, -1, np.int32), query_index, _tiles(shape)
+        tokens,
+        positions,
+        np.zeros(size, np.int32),
+        np.full(size, -1, np.int32),
+        query_index,
+        _tiles(shape),
     )
-    trees = sorted((tree for trees in builder.trees.values() for tree in trees), key=lambda tree: -tree.length)
+    trees = sorted(
+        (tree for trees in builder.trees.values() for tree in trees), key=lambda tree: -tree.length
+    )
     base, at = {}, shared if trees else 0
-    tokens[:at], positions[:at], query_index[:at] = shape.shared_prefix[:at], np.arange(at), np.arange(at)
+    tokens[:at], positions[:at], query_index[:at] = (
+        shape.shared_prefix[:at],
+        np.arange(at),
+        np.arange(at),
+    )
     for row, tree in enumerate(trees):
         token_index, branch_ids = pack.token_index[row], pack.branch_ids[row]
         begin = len(tree.prompt)
@@ -84,7 +104,9 @@ def fill(builder: PackBuilder, shape: BlockShape) -> tuple[PackedSequences, dict
         tokens[at : at + begin] = tree.prompt
         positions[at : at + tree.length] = shared + np.arange(tree.length)
         branch_ids[: shared + begin] = 0
-        for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
+        for number, (completion, start) in enumerate(
+            zip(tree.branches, tree.starts, strict=True), 1
+        ):
             read = len(completion) - 1
             tokens[at + start : at + start + read] = completion[:-1]
             positions[at + start : at + start + read] = shared + begin + np.arange(read)
@@ -107,7 +129,10 @@ def _tiles(shape: BlockShape) -> tuple[tuple[int, int], ...]:
 
 def real_tokens(pack: PackedSequences) -> int:
     """How many of a pack's tokens (numpy arrays, any leading axes) are not padding."""
-    return sum(int((pack.branch_ids[..., :rows, begin:end] >= 0).sum()) for rows, begin, end in spans(pack.tiles))
+    return sum(
+        int((pack.branch_ids[..., :rows, begin:end] >= 0).sum())
+        for rows, begin, end in spans(pack.tiles)
+    )
 
 
 def fits(block: Block, shape: BlockShape) -> bool:
@@ -157,23 +182,37 @@ def one_sequence(tokens: Sequence[int]) -> PackedSequences:
     places = np.arange(len(tokens), dtype=np.int32)
     token_index = places[None]
     return PackedSequences(
-        np.array(tokens, np.int32), places, token_index, np.zeros_like(token_index), places, ((1, len(tokens)),)
+        np.array(tokens, np.int32),
+        places,
+        token_index,
+        np.zeros_like(token_index),
+        places,
+        ((1, len(tokens)),),
     )
 
 
 def pack_prompts(
-    groups: Sequence[Sequence[list[int]]], rows: int, width: int, shape: BlockShape, shared_prefix: int = 0
+    groups: Sequence[Sequence[list[int]]],
+    rows: int,
+    width: int,
+    shape: BlockShape,
+    shared_prefix: int = 0,
 ) -> tuple[PackedSequences, np.ndarray, np.ndarray]:
-    """Prompts of groups that share nothing with one another; within a group equal prompts are read once.
+    """Prompts of groups that share nothing with one another; within a group equal prompts are read
+    once.
 
     Args:
         groups: G lists of at most `rows` prompts.
         width: P; no prompt is longer.
         opening: h tokens that all prompts begin with and that are not in the pack.
-    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens behind h places for the
-        opening, left-padded; bool[G, rows, P].
+    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens
+        behind h places for the opening, left-padded; bool[G, rows, P].
     """
-    packs, index, mask = [], np.zeros((len(groups), rows, width), np.int32), np.zeros((len(groups), rows, width), bool)
+    packs, index, mask = (
+        [],
+        np.zeros((len(groups), rows, width), np.int32),
+        np.zeros((len(groups), rows, width), bool),
+    )
     for group, prompts in enumerate(groups):
         pack = PackBuilder(shape)
         for prompt in sorted({tuple(p[shared_prefix:]) for p in prompts}, key=len, reverse=True):
@@ -190,15 +229,17 @@ def pack_prompts(
 
 
 def prompt_shape(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> BlockShape:
-    """A room that holds every group's prompts, and as many others of their kind: the spread of a sum is added to the sum. It
-    holds any single prompt of at most `width` tokens.
+    """A room that holds every group's prompts, and as many others of their kind: the spread of a
+    sum is added to the sum. It holds any single prompt of at most `width` tokens.
 
     Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
     """
     lengths = _distinct(groups)
     total, widths = max(1, *map(len, lengths)), split_tiles(width)
     begins = itertools.accumulate(widths[:-1], initial=0)
-    reaching = [min(total, 1 + max(sum(n > begin for n in own) for own in lengths)) for begin in begins]
+    reaching = [
+        min(total, 1 + max(sum(n > begin for n in own) for own in lengths)) for begin in begins
+    ]
     spread = lambda own: 1.5 * np.std(own or [0]) * (len(own) / dealt) ** 0.5
     return BlockShape(
         tokens=-(-int(max(width, *(sum(own) + spread(own) for own in lengths))) // 16) * 16,

@@ -33,7 +33,9 @@ RowGroup = tuple[TrainingRow, ...]  # rows that a loss needs together
 
 
 def batch(rows: Sequence[TrainingRow | None], length: int) -> Batch:
-    """Rows as numpy arrays [B, T]; a None row is all padding (label 0). No completion is longer than `length`."""
+    """Rows as numpy arrays [B, T]; a None row is all padding (label 0). No completion is longer
+    than `length`.
+    """
     size = len(rows)
     found = Batch(
         completion_mask=np.zeros((size, length), bool),
@@ -54,22 +56,28 @@ def batch(rows: Sequence[TrainingRow | None], length: int) -> Batch:
 
 
 def prompts(steps: Iterable[Iterable[Iterable[RowGroup]]]) -> list[list[int]]:
-    """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands once."""
+    """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands
+    once.
+    """
     rows = (row for step in steps for micro in step for group in micro for row in group)
     return list({id(row.prompt): row.prompt for row in rows}.values())
 
 
 def groups_of(rows: Sequence[TrainingRow | None], rows_per_group: int) -> list[RowGroup]:
-    """A micro-batch's items: row i of each of `rows_per_group` equal blocks; None rows make none."""
+    """A micro-batch's items: row i of each of `rows_per_group` equal blocks; None rows make
+    none.
+    """
     size = len(rows) // rows_per_group
     parts = [rows[kind * size : (kind + 1) * size] for kind in range(rows_per_group)]
     return [group for group in zip(*parts, strict=True) if None not in group]
 
 
 def draw(pool: list, count: int, rng: np.random.Generator) -> list:
-    """`count` members of a pool: without replacement where it is large enough, else with. An empty pool gives Nones.
+    """`count` members of a pool: without replacement where it is large enough, else with. An empty
+    pool gives Nones.
 
-    Source: the shared federated shell of the published SPEAR code (independent for every micro-step).
+    Source: the shared federated shell of the published SPEAR code (independent for every
+        micro-step).
     """
     if not pool:
         return [None] * count

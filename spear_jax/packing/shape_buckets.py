@@ -1,4 +1,6 @@
-"""The padded sizes of what goes through a model: how they are rounded, and which of them a run has opened."""
+"""The padded sizes of what goes through a model: how they are rounded, and which of them a run has
+opened.
+"""
 
 import dataclasses
 import sys
@@ -45,13 +47,17 @@ class BlockShape:
 
 
 def size_bucket(size: int, finest: int = 16) -> int:
-    """`size` rounded up so that at most an eighth of the result is padding: a few sizes an octave, multiples of `finest`."""
+    """`size` rounded up so that at most an eighth of the result is padding: a few sizes an octave,
+    multiples of `finest`.
+    """
     step = max(finest, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
 
 def split_tiles(longest: int) -> list[int]:
-    """The widths of the columns of trees of up to `longest` tokens: at most COLUMNS, as each is compiled."""
+    """The widths of the columns of trees of up to `longest` tokens: at most COLUMNS, as each is
+    compiled.
+    """
     up = lambda n: -(-n // 8) * 8
     width = max(COLUMN, up(-(-longest // COLUMNS)))
     full = (longest - 1) // width
@@ -59,8 +65,10 @@ def split_tiles(longest: int) -> list[int]:
 
 
 class ShapeBuckets:
-    """The padded sizes that a run has opened. A batch takes an open one that holds it with little waste; once frozen any that
-    holds it, so that nothing compiles any more. Part of what a run must remember (`save`, `load`)."""
+    """The padded sizes that a run has opened. A batch takes an open one that holds it with little
+    waste; once frozen any that holds it, so that nothing compiles any more. Part of what a run must
+    remember (`save`, `load`).
+    """
 
     WASTE = 1.15  # how much dearer than wanted an open shape may be before freezing
 
@@ -74,12 +82,16 @@ class ShapeBuckets:
         self.frozen = True
 
     def fit(
-        self, name: str, wanted: tuple[int, ...], cost: Callable[[tuple[int, ...]], float] | None = None
+        self,
+        name: str,
+        wanted: tuple[int, ...],
+        cost: Callable[[tuple[int, ...]], float] | None = None,
     ) -> tuple[int, ...]:
-        """The cheapest open shape of this name that holds what is wanted, or `wanted` itself, opened.
+        """The cheapest open shape of this name that holds what is wanted, or `wanted` itself,
+        opened.
 
-        Args: cost: of a shape, infinite where it would not do; None: its product where it is as large as `wanted` in every
-            size.
+        Args: cost: of a shape, infinite where it would not do; None: its product where it is as
+            large as `wanted` in every size.
         """
 
         def product(shape: tuple[int, ...]) -> float:
@@ -114,13 +126,17 @@ class ShapeBuckets:
         return {
             "frozen": self.frozen,
             "open": {name: sorted(map(list, found)) for name, found in self._open.items()},
-            "rooms": {name: dataclasses.asdict(shape) for name, shape in self._block_shapes.items()},
+            "rooms": {
+                name: dataclasses.asdict(shape) for name, shape in self._block_shapes.items()
+            },
         }
 
     def load(self, saved: dict[str, Any]) -> None:
         """Restores what `save` gave."""
         self.frozen = saved["frozen"]
-        self._open = {name: {tuple(shape) for shape in found} for name, found in saved["open"].items()}
+        self._open = {
+            name: {tuple(shape) for shape in found} for name, found in saved["open"].items()
+        }
         named = {
             name: {_RENAMED.get(field, field): value for field, value in shape.items()}
             for name, shape in saved["rooms"].items()
@@ -131,5 +147,7 @@ class ShapeBuckets:
         }
         # runs of before 0.8.0 saved shapes without tiles; theirs are chosen anew
         self._block_shapes = {
-            name: BlockShape(**shape | whole(shape)) for name, shape in named.items() if "tiles" in shape
+            name: BlockShape(**shape | whole(shape))
+            for name, shape in named.items()
+            if "tiles" in shape
         }

@@ -1,8 +1,10 @@
-"""Imports a run of the published SPEAR code: its history.json as a run folder that report and analysis read, and one of its
-adapter_round_N.pt as a PEFT adapter folder that `evaluate --adapter` and `lora.init_from` take.
+"""Imports a run of the published SPEAR code: its history.json as a run folder that report and
+analysis read, and one of its adapter_round_N.pt as a PEFT adapter folder that `evaluate --adapter`
+and `lora.init_from` take.
 
-Writes OUT/config.json (its config through the table of docs/from-published-code.md, preset reference), OUT/metrics.jsonl,
-OUT/summary.json, OUT/adapter/, and OUT/published/ with its own JSON files as they were. Reading a .pt file needs torch.
+Writes OUT/config.json (its config through the table of docs/from-published-code.md, preset
+reference), OUT/metrics.jsonl, OUT/summary.json, OUT/adapter/, and OUT/published/ with its own JSON
+files as they were. Reading a .pt file needs torch.
 """
 
 import json
@@ -27,18 +29,31 @@ EXAMPLES = """
     python -m spear_jax.evaluate --model=Qwen/Qwen2.5-1.5B --adapter=runs/published-44/adapter --task=arc_challenge
 """
 # a client's log entry -> our metric; everything else that is a number stays published/<name>
-SUMS = {"wins": "rollout/wins", "losses": "rollout/loses", "n_eff": "published/n_eff", "n_traces": "published/n_traces"}
-MEANS = {"win_loss": "train/win_nll", "kl": "opsd/divergence", "avg_reward": "rollout/first_accuracy"} | {
-    "avg_r0": "rollout/first_accuracy"
+SUMS = {
+    "wins": "rollout/wins",
+    "losses": "rollout/loses",
+    "n_eff": "published/n_eff",
+    "n_traces": "published/n_traces",
 }
+MEANS = {
+    "win_loss": "train/win_nll",
+    "kl": "opsd/divergence",
+    "avg_reward": "rollout/first_accuracy",
+} | {"avg_r0": "rollout/first_accuracy"}
 NO_NUMBERS = ("client_id", "steps", "algo", "skipped", "reason")
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("published", __doc__, EXAMPLES)
-    parser.add_argument("--run", required=True, help="the output_dir of a run of the published code")
+    parser.add_argument(
+        "--run", required=True, help="the output_dir of a run of the published code"
+    )
     parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--round", type=int, help="whose adapter (default: the newest saved; none where none is saved)")
+    parser.add_argument(
+        "--round",
+        type=int,
+        help="whose adapter (default: the newest saved; none where none is saved)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no table")
     args = parser.parse_args(argv)
     run, out = pathlib.Path(args.run), pathlib.Path(args.out)
@@ -58,7 +73,15 @@ def main(argv: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"out": str(out), "rounds": len(lines), "adapter": None}
     if file:
         lora = config.lora
-        write_adapter(out / "adapter", tensors, lora.rank, lora.alpha, lora.dropout, targets_of(tensors), config.model)
+        write_adapter(
+            out / "adapter",
+            tensors,
+            lora.rank,
+            lora.alpha,
+            lora.dropout,
+            targets_of(tensors),
+            config.model,
+        )
         found["adapter"] = {"folder": str(out / "adapter"), "round": round_of(file)}
     if any("eval/accuracy" in line for line in lines):
         (out / "summary.json").write_text(json.dumps(runs.summarise(out), indent=1) + "\n")
@@ -71,7 +94,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     """One of the run's JSON files; raises UserError where it is missing or damaged."""
     if not file.is_file():
         raise UserError(
-            f"{file.parent} has no {file.name}; give the output_dir of a run of the published code as --run."
+            f"{file.parent} has no {file.name}; give the output_dir of a run of the published "
+            f"code as --run."
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -84,10 +108,13 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def metrics(history: dict[str, Any], file: pathlib.Path, given: dict[str, Any]) -> list[dict[str, Any]]:
+def metrics(
+    history: dict[str, Any], file: pathlib.Path, given: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one a round.
 
-    `time` counts back from the file's own time by the seconds of later rounds, evaluations left out, which it does not keep.
+    `time` counts back from the file's own time by the seconds of later rounds, evaluations left
+    out, which it does not keep.
     Raises: UserError where the file has no rounds.
     """
     rounds = history.get("history")
@@ -97,26 +124,41 @@ def metrics(history: dict[str, Any], file: pathlib.Path, given: dict[str, Any]) 
         or not rounds
     ):
         raise UserError(
-            f"{file} has no rounds under 'history'; it is not of the published code, or no round was finished."
+            f"{file} has no rounds under 'history'; it is not of the published code, or no round "
+            f"was finished."
         )
     plain = given.get("grpo.reward_scale", 1.0) == 1.0 and given.get("grpo.reward_clip") is None
-    means = {name: ours for name, ours in MEANS.items() if plain or ours != "rollout/first_accuracy"}
+    means = {
+        name: ours for name, ours in MEANS.items() if plain or ours != "rollout/first_accuracy"
+    }
     left, spent, lines = sum(one.get("seconds", 0.0) for one in rounds), 0.0, []
     for one in rounds:
         spent += one.get("seconds", 0.0)
-        line = {"round": int(one["round"]), "time": file.stat().st_mtime - (left - spent), "budget/seconds": spent}
-        line["published/seconds"] = one.get("seconds", 0.0)  # of rollout, training and aggregation together
+        line = {
+            "round": int(one["round"]),
+            "time": file.stat().st_mtime - (left - spent),
+            "budget/seconds": spent,
+        }
+        line["published/seconds"] = one.get(
+            "seconds", 0.0
+        )  # of rollout, training and aggregation together
         line |= of_clients(one.get("client_logs", []), means)
         held = one.get("eval")
         if held:
             p, n = held["accuracy"], held["n"]
-            line |= {"eval/accuracy": p, "eval/count": float(n), "eval/stderr": math.sqrt(p * (1 - p) / max(1, n))}
+            line |= {
+                "eval/accuracy": p,
+                "eval/count": float(n),
+                "eval/stderr": math.sqrt(p * (1 - p) / max(1, n)),
+            }
         lines.append(line)
     return lines
 
 
 def of_clients(logs: list[dict[str, Any]], means: dict[str, str]) -> dict[str, float]:
-    """A round's numbers over its clients: counts are summed, losses averaged by the micro-steps that they are means of."""
+    """A round's numbers over its clients: counts are summed, losses averaged by the micro-steps
+    that they are means of.
+    """
     line = {
         "round/clients": float(len(logs)),
         "round/clients_without_wins": float(sum(log.get("skipped", False) for log in logs)),
@@ -128,7 +170,10 @@ def of_clients(logs: list[dict[str, Any]], means: dict[str, str]) -> dict[str, f
             line[SUMS[name]] = float(sum(log[name] for log in rows))
             continue
         # rates of answers are means over samples, not over steps
-        weights = [log.get("n_traces", 1) if name in ("avg_r0", "avg_r1") else log.get("steps", 0) for log in rows]
+        weights = [
+            log.get("n_traces", 1) if name in ("avg_r0", "avg_r1") else log.get("steps", 0)
+            for log in rows
+        ]
         if sum(weights):
             value = float(np.average([log[name] for log in rows], weights=weights))
             line[means.get(name, f"published/{name}")] = value
@@ -142,7 +187,9 @@ def adapter_file(run: pathlib.Path, round: int | None) -> pathlib.Path | None:
         return files[max(files)] if files else None
     if round not in files:
         saved = ", ".join(map(str, sorted(files))) or "none"
-        raise UserError(f"{run} has no adapter of round {round}; saved: {saved}. Give one of these as --round.")
+        raise UserError(
+            f"{run} has no adapter of round {round}; saved: {saved}. Give one of these as --round."
+        )
     return files[round]
 
 
@@ -154,7 +201,8 @@ def round_of(file: pathlib.Path) -> int:
 
 
 def read_adapter(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a saved state dict, float32; only tensors are read, no code in the file is run.
+    """The tensors of a saved state dict, float32; only tensors are read, no code in the file is
+    run.
 
     Raises: UserError where torch is missing, or the file holds anything but PEFT's LoRA tensors.
     """
@@ -162,7 +210,8 @@ def read_adapter(file: pathlib.Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError:
         raise UserError(
-            f"{file} is a torch file, and torch is not installed; `pip install spear-jax[torch]`, or take the .pt files away to "
+            f"{file} is a torch file, and torch is not installed; `pip install "
+            f"spear-jax[torch]`, or take the .pt files away to "
             "import the history alone."
         ) from None
     try:
@@ -174,13 +223,18 @@ def read_adapter(file: pathlib.Path) -> dict[str, np.ndarray]:
             f"{file} cannot be read as an adapter ({type(error).__name__}: {first}); copy it again."
         ) from error
     if not tensors or not all(re.search(r"\.lora_[AB]\.weight$", name) for name in tensors):
-        raise UserError(f"{file} holds other tensors than LoRA's; it is not of the published code with lora.bias none.")
+        raise UserError(
+            f"{file} holds other tensors than LoRA's; it is not of the published code with "
+            f"lora.bias none."
+        )
     return tensors
 
 
 def targets_of(tensors: dict[str, np.ndarray]) -> list[str]:
     """The full names of the adapted modules, as the published code gives them to PEFT."""
-    names = dict.fromkeys(re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in tensors)
+    names = dict.fromkeys(
+        re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in tensors
+    )
     return list(names)
 
 

@@ -1,6 +1,8 @@
-"""What becomes of every key of the published SPEAR code's YAML files: one table, from which the guide's is generated.
+"""What becomes of every key of the published SPEAR code's YAML files: one table, from which the
+guide's is generated.
 
-Source: the code published with SPEAR (arXiv 2605.07977), its config dataclasses, their defaults, and what its functions read.
+Source: the code published with SPEAR (arXiv 2605.07977), its config dataclasses, their defaults,
+and what its functions read.
 """
 
 from spear_jax.published.values import (
@@ -45,7 +47,9 @@ KEYS: dict[str, Key] = {
     "model.tokenizer_name": Key(
         None,
         maybe(text),
-        lambda value, all: {} if value in (None, all["model.model_name"]) else refuse("the model's own is used"),
+        lambda value, all: (
+            {} if value in (None, all["model.model_name"]) else refuse("the model's own is used")
+        ),
         "refused if another than the model's: a model and its tokenizer are one folder",
     ),
     "model.trust_remote_code": free(True, "no code of a model's repository is ever run"),
@@ -53,17 +57,25 @@ KEYS: dict[str, Key] = {
         2048,
         integer,
         prompt_shape,
-        "`data.max_prompt_tokens`: what the longest completion leaves; longer questions are refused, not cut",
+        "`data.max_prompt_tokens`: what the longest completion leaves; longer questions are "
+        "refused, not cut",
     ),
     "model.dtype": Key(
         "bf16",
         among("bf16", "fp16", "fp32"),
-        lambda value, _: {"dtype": DTYPES[value]} if value in DTYPES else refuse("float16 is not there; take bf16"),
+        lambda value, _: (
+            {"dtype": DTYPES[value]}
+            if value in DTYPES
+            else refuse("float16 is not there; take bf16")
+        ),
         "`dtype`; fp16 is refused",
     ),
-    "model.device_map": free("auto", "JAX takes all devices; `devices.model` shares a base among several"),
+    "model.device_map": free(
+        "auto", "JAX takes all devices; `devices.model` shares a base among several"
+    ),
     "model.load_in_4bit": fixed(
-        False, "its 4-bit format is bitsandbytes' fp4; for a 4-bit base set --config.quantize=nf4 instead"
+        False,
+        "its 4-bit format is bitsandbytes' fp4; for a 4-bit base set --config.quantize=nf4 instead",
     ),
     "model.gradient_checkpointing": Key(
         True,
@@ -79,20 +91,29 @@ KEYS: dict[str, Key] = {
         6,
         at_least_one,
         last_layers,
-        "`lora.last_layers`; 0 (all) where the two published models, of 28 layers each, have no more",
+        "`lora.last_layers`; 0 (all) where the two published models, of 28 layers each, have no "
+        "more",
     ),
     "lora.target_modules": Key([], anything, targets, "`lora.targets`; [] is all seven"),
     "data.dataset": to("arc_challenge", among(*DATASETS), "task"),
-    "data.split": fixed("train", "training takes the split `train`; name your own file with --config.data.path"),
+    "data.split": fixed(
+        "train", "training takes the split `train`; name your own file with --config.data.path"
+    ),
     "data.eval_split": Key(
-        None, maybe(text), eval_split, "no effect where empty or `test`; for the two reasoned tasks refused otherwise"
+        None,
+        maybe(text),
+        eval_split,
+        "no effect where empty or `test`; for the two reasoned tasks refused otherwise",
     ),
     "data.eval_fraction": free(0.02, "all four datasets have a split to evaluate on"),
     "data.max_attempts": free(3, _ELSEWHERE),
     "data.num_clients": to(20, integer, "federation.num_clients"),
     "data.dirichlet_alpha": to(0.3, real, "federation.dirichlet_alpha"),
     "data.dirichlet_num_classes": Key(
-        10, integer, classes, "no effect from 4 up (labels modulo it); less is refused where answers are letters"
+        10,
+        integer,
+        classes,
+        "no effect from 4 up (labels modulo it); less is refused where answers are letters",
     ),
     "data.max_examples_per_client": Key(
         500,
@@ -111,29 +132,45 @@ KEYS: dict[str, Key] = {
         "`federation.clients_per_round`, at most all clients",
     ),
     "fl.local_train_steps": to(50, at_least_one, "train.steps"),
-    "fl.local_rollout_steps": to(25, at_least_one, "rollout.examples", note="of grpo without effect, there and here"),
+    "fl.local_rollout_steps": to(
+        25, at_least_one, "rollout.examples", note="of grpo without effect, there and here"
+    ),
     "fl.aggregation": Key(
         "fedavg",
         among("fedavg", "fedadam", "fedyogi"),
         aggregation,
-        "`federation.aggregation`; fedadam and fedyogi with its server's constants (`server_rate` 0.01, `beta1` 0.9, "
+        "`federation.aggregation`; fedadam and fedyogi with its server's constants "
+        "(`server_rate` 0.01, `beta1` 0.9, "
         "`beta2` 0.99, `tau` 0.005). With `,reference` fedavg is `last`, the others are refused",
     ),
-    "fl.fedprox_mu": fixed(0.0, f"{_ELSEWHERE}; set it to 0, and --config.federation.prox for FedProx"),
+    "fl.fedprox_mu": fixed(
+        0.0, f"{_ELSEWHERE}; set it to 0, and --config.federation.prox for FedProx"
+    ),
     "gen.max_new_tokens_y0": to(
         256, integer, "rollout.max_new_tokens", "eval.max_new_tokens", "data.max_response_tokens"
     ),
     "gen.max_new_tokens_y1": to(256, integer, "rollout.max_new_tokens_revision"),
-    "gen.num_revisions": to(1, at_least_one, "rollout.num_revisions", note="rltf_sd revises once, there and here"),
-    "gen.do_sample": Key(
-        False, flag, lambda *_: {}, "false: `rollout.temperature` 0 (greedy); grpo and rltf_sd always sample"
+    "gen.num_revisions": to(
+        1, at_least_one, "rollout.num_revisions", note="rltf_sd revises once, there and here"
     ),
-    "gen.temperature": Key(0.7, real, temperature, "`rollout.temperature`; of grpo and rltf_sd at least 0.7, as there"),
+    "gen.do_sample": Key(
+        False,
+        flag,
+        lambda *_: {},
+        "false: `rollout.temperature` 0 (greedy); grpo and rltf_sd always sample",
+    ),
+    "gen.temperature": Key(
+        0.7, real, temperature, "`rollout.temperature`; of grpo and rltf_sd at least 0.7, as there"
+    ),
     "gen.top_p": to(0.95, real, "rollout.top_p"),
     "gen.rollout_batch_size": to(8, at_least_one, "rollout.max_rows", note="speed and memory only"),
     "gen.eval_batch_size": to(8, at_least_one, "eval.rows", note="speed and memory only"),
     "spear.lambda_win": Key(
-        1.0, real, lambda value, all: {f"{all['algorithm.name']}.win_weight": value}, "`METHOD.win_weight`", WINS
+        1.0,
+        real,
+        lambda value, all: {f"{all['algorithm.name']}.win_weight": value},
+        "`METHOD.win_weight`",
+        WINS,
     ),
     "spear.lambda_lose": to(0.3, real, "spear.lose_weight", methods=("spear",)),
     "spear.lambda_anchor": to(0.01, real, "train.anchor_weight", methods=WINS),
@@ -143,7 +180,9 @@ KEYS: dict[str, Key] = {
         False,
         flag,
         lambda value, all: {
-            "spear.answer_only": "always" if value and all["data.dataset"] != "strategy_qa" else "never"
+            "spear.answer_only": "always"
+            if value and all["data.dataset"] != "strategy_qa"
+            else "never"
         },
         "`spear.answer_only`: always or never; of strategy_qa never, as there",
         ("spear",),
@@ -174,17 +213,22 @@ KEYS: dict[str, Key] = {
     "rltf_sd.gamma": to(1.0, real, "rltf_sd.discount", methods=("rltf_sd",)),
     "rltf_sd.sd_coeff": to(0.1, real, "rltf_sd.sd_weight", methods=("rltf_sd",)),
     "rltf_sd.rl_coeff": to(1.0, real, "rltf_sd.rl_weight", methods=("rltf_sd",)),
-    "rltf_sd.early_termination": fixed(True, "a conversation that was right at once ends here", ("rltf_sd",)),
+    "rltf_sd.early_termination": fixed(
+        True, "a conversation that was right at once ends here", ("rltf_sd",)
+    ),
     "distill.temperature": Key(
         2.0,
         real,
         lambda value, _: {"opsd.temperature": value, "opsd.divergence": "forward_kl"},
-        "`opsd.temperature`, with `opsd.divergence=forward_kl`, the divergence whose temperature it is",
+        "`opsd.temperature`, with `opsd.divergence=forward_kl`, the divergence whose temperature "
+        "it is",
         ("opsd",),
     ),
     "distill.kl_weight": free(1.0, _ELSEWHERE),
     "distill.anchor_weight": free(0.0, _ELSEWHERE),
-    "distill.priv_max_chars": fixed(2000, "a teacher's privileged text has at most 2000 characters here", ("opsd",)),
+    "distill.priv_max_chars": fixed(
+        2000, "a teacher's privileged text has at most 2000 characters here", ("opsd",)
+    ),
     "distill.feedback_max_chars": free(800, "feedback is not cut here"),
     "distill.num_demos": free(1, _ELSEWHERE),
     "distill.demo_max_chars": free(1800, _ELSEWHERE),
@@ -197,7 +241,9 @@ KEYS: dict[str, Key] = {
     "optim.lr_min": to(1e-5, real, "train.rate_min"),
     "optim.use_warmup": to(False, flag, "train.warmup"),
     "optim.micro_batch_size": free(None, "`train.block_tokens` bounds the memory of a step"),
-    "feedback.provider": fixed("oracle", "it knows no other; set --config.rollout.feedback for none or human"),
+    "feedback.provider": fixed(
+        "oracle", "it knows no other; set --config.rollout.feedback for none or human"
+    ),
     "feedback.mc_hint_words": to(3, integer, "rollout.hint_words"),
     "hf.offline": fixed(False, "leave it out and give `--offline` to the command"),
     "hf.hf_home": fixed(None, f"{_CACHE} HF_HOME"),

@@ -9,7 +9,10 @@ METHODS = ("spear", "feedback_sft", "grpo", "opsd", "rltf_sd")
 DATASETS = ("arc_challenge", "hellaswag", "math_mcqa", "strategy_qa")
 WINS = ("spear", "feedback_sft")
 GROUPS = ("grpo", "rltf_sd")
-LAYERS = {"Qwen/Qwen2.5-1.5B": 28, "meta-llama/Llama-3.2-3B": 28}  # of the models that its files name
+LAYERS = {
+    "Qwen/Qwen2.5-1.5B": 28,
+    "meta-llama/Llama-3.2-3B": 28,
+}  # of the models that its files name
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 TARGETS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
 
@@ -28,8 +31,10 @@ class Key:
         default: the published dataclass's.
         read: checks the YAML's value and returns it as a Python value; raises Refused.
         fields: (value, all values) -> {our field: value}; raises Refused.
-        here: the guide's words: our fields, or why it has no effect, or why other values are refused.
-        methods: the methods whose published code reads the key; for the others it has no effect there, nor here.
+        here: the guide's words: our fields, or why it has no effect, or why other values are
+            refused.
+        methods: the methods whose published code reads the key; for the others it has no effect
+            there, nor here.
     """
 
     default: Any
@@ -82,7 +87,10 @@ def among(*names: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in names:
             near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.4)
-            raise Refused(f"it must be one of {', '.join(names)}{f' (did you mean {near[0]!r}?)' if near else ''}")
+            raise Refused(
+                f"it must be one of "
+                f"{', '.join(names)}{f' (did you mean {near[0]!r}?)' if near else ''}"
+            )
         return value
 
     return read
@@ -93,7 +101,11 @@ def anything(value: Any) -> Any:
 
 
 def to(
-    default: Any, read: Callable[[Any], Any], *names: str, methods: tuple[str, ...] = METHODS, note: str = ""
+    default: Any,
+    read: Callable[[Any], Any],
+    *names: str,
+    methods: tuple[str, ...] = METHODS,
+    note: str = "",
 ) -> Key:
     """A key whose value our fields of these names take as it is."""
     here = ", ".join(f"`{name}`" for name in names) + (f"; {note}" if note else "")
@@ -119,7 +131,10 @@ def free(default: Any, why: str) -> Key:
 def prompt_shape(value: int, values: Values) -> dict[str, Any]:
     room = value - max(values["gen.max_new_tokens_y0"], values["gen.max_new_tokens_y1"])
     if room < 8:
-        raise Refused("it must exceed gen.max_new_tokens_y0 and _y1 by at least 8 tokens, the room for a prompt")
+        raise Refused(
+            "it must exceed gen.max_new_tokens_y0 and _y1 by at least 8 tokens, the room for a "
+            "prompt"
+        )
     return {"data.max_prompt_tokens": room}
 
 
@@ -137,12 +152,17 @@ def targets(value: Any, _: Values) -> dict[str, Any]:
 def aggregation(value: str, values: Values) -> dict[str, Any]:
     if values["preset"] == "reference" and value != "fedavg":
         raise Refused(
-            "with variant reference clients share storage (A1), which is repeated for fedavg alone; leave ,reference out"
+            "with variant reference clients share storage (A1), which is repeated for fedavg "
+            "alone; leave ,reference out"
         )
     if value == "fedavg":
         return {} if values["preset"] == "reference" else {"federation.aggregation": "fedavg"}
     # its server's own numbers, which no key of its files can change
-    return {"federation.aggregation": value, "federation.server_rate": 1e-2, "federation.beta1": 0.9} | {
+    return {
+        "federation.aggregation": value,
+        "federation.server_rate": 1e-2,
+        "federation.beta1": 0.9,
+    } | {
         "federation.beta2": 0.99,
         "federation.tau": 5e-3,
     }
@@ -165,24 +185,35 @@ def kl_weight(value: float, values: Values) -> dict[str, Any]:
 def reward_scale(value: float, values: Values) -> dict[str, Any]:
     if values["algorithm.name"] == "rltf_sd":
         if value != 1.0:
-            raise Refused("rltf_sd has rewards of 0 and 1 here; set it to 1 and scale rltf_sd.sd_coeff and rl_coeff")
+            raise Refused(
+                "rltf_sd has rewards of 0 and 1 here; set it to 1 and scale rltf_sd.sd_coeff and "
+                "rl_coeff"
+            )
         return {}
     clip = values["grpo.reward_clip"]
     return {"grpo.reward_scale": value if clip is None else min(value, clip)}
 
 
 def scaling(value: bool, values: Values) -> dict[str, Any]:
-    return {"grpo.scaling": ("std" if values["preset"] == "reference" else "group") if value else "none"}
+    return {
+        "grpo.scaling": ("std" if values["preset"] == "reference" else "group") if value else "none"
+    }
 
 
 def eval_split(value: str | None, values: Values) -> dict[str, Any]:
     reads = values["data.dataset"] in ("math_mcqa", "strategy_qa")
     if value not in (None, "test") and reads:
-        raise Refused("evaluation takes the split `test`; leave it out, and name your own file with --config.data.path")
+        raise Refused(
+            "evaluation takes the split `test`; leave it out, and name your own file with "
+            "--config.data.path"
+        )
     return {}
 
 
 def classes(value: int, values: Values) -> dict[str, Any]:
     if value < 4 and values["data.dataset"] != "strategy_qa":
-        raise Refused("fewer classes than answer letters merge labels before the split, which is not done here; set 4")
+        raise Refused(
+            "fewer classes than answer letters merge labels before the split, which is not done "
+            "here; set 4"
+        )
     return {}

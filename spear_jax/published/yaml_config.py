@@ -1,6 +1,7 @@
 """A YAML file of the published SPEAR code as a config of ours, by the table in `published_keys`.
 
-Its loader drops keys that it does not know; here they are refused with the nearest name, as is a key given twice.
+Its loader drops keys that it does not know; here they are refused with the nearest name, as is a
+key given twice.
 """
 
 import json
@@ -16,7 +17,8 @@ from spear_jax.published.keys import KEYS
 from spear_jax.published.values import METHODS, Refused
 
 PRESETS = ("default", "reference")
-# What its server, rollouts and grading do whatever the method is, where preset `reference` of a method leaves it out.
+# What its server, rollouts and grading do whatever the method is, where preset `reference` of a
+# method leaves it out.
 SHARED_FAULTS = {
     "federation.aggregation": "last",  # A1
     "rollout.feedback": "oracle_published",  # A4
@@ -28,23 +30,34 @@ SHARED_FAULTS = {
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """{"section.key": value} of a file; raises UserError for what is no such file, and for a key given twice."""
+    """{"section.key": value} of a file; raises UserError for what is no such file, and for a key
+    given twice.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
-        raise UserError(f"no file {path!r}; give configs/from_yaml.py:PATH.yaml, a YAML file of the published code.")
+        raise UserError(
+            f"no file {path!r}; give configs/from_yaml.py:PATH.yaml, a YAML file of the "
+            f"published code."
+        )
     try:
         text = file.read_text(encoding="utf-8")
         _no_key_twice(yaml.compose(text, yaml.SafeLoader), path)
         found = yaml.safe_load(text) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file ({' '.join(str(error).split())}); correct it.") from error
+        raise UserError(
+            f"{path} is no YAML file ({' '.join(str(error).split())}); correct it."
+        ) from error
     return flatten(found, path)
 
 
 def flatten(nested: Any, where: str) -> dict[str, Any]:
-    """{"section.key": value} of the sections; raises UserError for sections and keys that the published schema lacks."""
+    """{"section.key": value} of the sections; raises UserError for sections and keys that the
+    published schema lacks.
+    """
     if not isinstance(nested, dict):
-        raise UserError(f"{where} holds no sections; it must be a mapping, as `fl: {{rounds: 50}}`.")
+        raise UserError(
+            f"{where} holds no sections; it must be a mapping, as `fl: {{rounds: 50}}`."
+        )
     sections = {name.partition(".")[0] for name in KEYS}
     flat: dict[str, Any] = {}
     for section, inside in nested.items():
@@ -63,13 +76,17 @@ def flatten(nested: Any, where: str) -> dict[str, Any]:
     return flat
 
 
-def to_config(given: dict[str, Any], where: str, preset: str = "default") -> ml_collections.ConfigDict:
-    """The config for a file's keys; keys that it leaves out have the published code's defaults, not ours.
+def to_config(
+    given: dict[str, Any], where: str, preset: str = "default"
+) -> ml_collections.ConfigDict:
+    """The config for a file's keys; keys that it leaves out have the published code's defaults, not
+    ours.
 
     Args:
         given: as from `read_yaml`.
         where: the file, for messages.
-        preset: "default" leaves the fixes of the published faults on, "reference" repeats the faults.
+        preset: "default" leaves the fixes of the published faults on, "reference" repeats the
+            faults.
     Raises: UserError naming the key, its value, the rule and the remedy.
     """
     if preset not in PRESETS:
@@ -85,7 +102,9 @@ def to_config(given: dict[str, Any], where: str, preset: str = "default") -> ml_
         config.update_from_flattened_dict(SHARED_FAULTS)
     for name, key in KEYS.items():
         if method in key.methods:
-            fields = _asking(where, name, values[name], lambda value, key=key: key.fields(value, values))
+            fields = _asking(
+                where, name, values[name], lambda value, key=key: key.fields(value, values)
+            )
             config.update_from_flattened_dict(fields)
     return config
 
@@ -117,6 +136,8 @@ def _no_key_twice(node: yaml.Node | None, path: str) -> None:
     names = [key.value for key, _ in node.value]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{path} gives {name!r} twice in one section; the later one would win. Delete one.")
+            raise UserError(
+                f"{path} gives {name!r} twice in one section; the later one would win. Delete one."
+            )
     for _, inside in node.value:
         _no_key_twice(inside, path)

@@ -1,7 +1,9 @@
-"""Decoding as pure functions of a state: slots in which completions grow, a KV cache, and prompts that are read into them.
+"""Decoding as pure functions of a state: slots in which completions grow, a KV cache, and prompts
+that are read into them.
 
-A row's cache is a ring of P + T columns. Every row writes the same column in a step, wherever its prompt stands, so that a
-prompt may be read while others are being completed: it is laid to end where the ring is.
+A row's cache is a ring of P + T columns. Every row writes the same column in a step, wherever its
+prompt stands, so that a prompt may be read while others are being completed: it is laid to end
+where the ring is.
 """
 
 import functools
@@ -14,18 +16,24 @@ from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_s
 from spear_jax.packing.arrays import PackedSequences
 from spear_jax.rollout.token_sampling import SamplingConfig, sample_token
 
-# Turns in which a part's rows get their keys and values: in one, XLA would spread those of all layers before it wrote the first.
+# Turns in which a part's rows get their keys and values: in one, XLA would spread those of all
+# layers before it wrote the first.
 TURNS = 4
 
 
-def init_decode_state(decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype) -> dict:
-    """A decoding state of free slots, laid on devices as `live` bool[B] is: a dict of arrays with leading axis B, caches a pair
-    [B, N, P + T, K] a layer. Args: width: P."""
+def init_decode_state(
+    decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype
+) -> dict:
+    """A decoding state of free slots, laid on devices as `live` bool[B] is: a dict of arrays with
+    leading axis B, caches a pair [B, N, P + T, K] a layer. Args: width: P.
+    """
     model, rows, room = decoder.config, live.shape[0], config.max_new_tokens
     zeros = functools.partial(jnp.zeros, device=live.sharding)
     query_index = rows, model.kv_heads, width + room, model.head_width
     return {
-        "cache": tuple((zeros(query_index, dtype), zeros(query_index, dtype)) for _ in range(model.layers)),
+        "cache": tuple(
+            (zeros(query_index, dtype), zeros(query_index, dtype)) for _ in range(model.layers)
+        ),
         "cache_mask": zeros((rows, width + room), bool),
         "tokens": zeros((rows, room), jnp.int32),
         "logprobs": zeros((rows, room), jnp.float32),
@@ -53,10 +61,11 @@ def prefill(
     """Reads prompts into free slots of a decoding state and draws their first tokens.
 
     Args:
-        lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis ([L, G, in, R]).
+        lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis
+            ([L, G, in, R]).
         opening: None, or as from `prefill_shared_prefix`.
-        pack, index, mask: of r prompts of each of G groups, as from `packs.pack_prompts`. The groups' slots are equal shares
-            of the state's.
+        pack, index, mask: of r prompts of each of G groups, as from `packs.pack_prompts`. The
+            groups' slots are equal shares of the state's.
         keys: [G * r]; live: bool[G * r], false for padding rows.
         slots: int32[G, r], places in each group's share; padding rows have one behind its end.
         at: int32[], the ring's next column.
@@ -76,8 +85,12 @@ def prefill(
 
         def write(turn, cache):
             # a slice that would pass the end begins earlier, and what is put twice is put alike
-            to, source = (jax.lax.dynamic_slice_in_dim(x, turn * share, share) for x in (slots, places))
-            return jax.tree.map(lambda old, new: old.at[to].set(_spread(new, source), mode="drop"), cache, layers)
+            to, source = (
+                jax.lax.dynamic_slice_in_dim(x, turn * share, share) for x in (slots, places)
+            )
+            return jax.tree.map(
+                lambda old, new: old.at[to].set(_spread(new, source), mode="drop"), cache, layers
+            )
 
         return hidden[last], jax.lax.fori_loop(0, -(-taken // share), write, cache)
 
@@ -94,9 +107,13 @@ def prefill(
         "keys": keys,
     }
     drawn = append_token(config, drawn, _head(base, hidden.reshape(rows, -1)))
-    drawn = jax.tree.map(apart, drawn | {"keys": jax.random.key_data(keys)}) | {"cache_mask": ring(mask)}
+    drawn = jax.tree.map(apart, drawn | {"keys": jax.random.key_data(keys)}) | {
+        "cache_mask": ring(mask)
+    }
     put = pytrees.vmap_or_single(lambda old, new, at: old.at[at].set(new, mode="drop"))
-    written = {name: put(apart(state[name]), new, slots) for name, new in drawn.items()} | {"cache": cache}
+    written = {name: put(apart(state[name]), new, slots) for name, new in drawn.items()} | {
+        "cache": cache
+    }
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
@@ -111,15 +128,18 @@ def _spread(flat: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def prefill_shared_prefix(decoder: Decoder, lora, base, pack: PackedSequences):
-    """Keys and values of the tokens that all prompts open with, as `packed_states` gives them; with a leading axis G where each
-    of G groups has its own adapter. Args: pack: of that one sequence."""
+    """Keys and values of the tokens that all prompts open with, as `packed_states` gives them; with
+    a leading axis G where each of G groups has its own adapter. Args: pack: of that one
+    sequence.
+    """
     one = lambda lora: packed_states(decoder, lora, base, pack)[1]
     return pytrees.vmap_or_single(one, in_axes=1)(lora) if _own(lora) else one(lora)
 
 
 def decode_until(decoder: Decoder, config: SamplingConfig, lora, base, state, at, enough):
-    """Decodes from the ring's column `at` on, until no group has more than its `enough` int32[G] of live rows. Returns the state
-    and the next column."""
+    """Decodes from the ring's column `at` on, until no group has more than its `enough` int32[G] of
+    live rows. Returns the state and the next column.
+    """
     tiles = state["cache_mask"].shape[1]
 
     def going(carry):
@@ -128,7 +148,9 @@ def decode_until(decoder: Decoder, config: SamplingConfig, lora, base, state, at
 
     def body(carry):
         state, at = carry
-        token = jnp.take_along_axis(state["tokens"], jnp.maximum(state["step"] - 1, 0)[:, None], axis=1)[:, 0]
+        token = jnp.take_along_axis(
+            state["tokens"], jnp.maximum(state["step"] - 1, 0)[:, None], axis=1
+        )[:, 0]
         new = jnp.ones((token.shape[0], 1), bool)
         seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], new, at, axis=1)
         hidden, cache = decode_step(decoder, lora, base, token, state["cache"], seen, at)
@@ -143,7 +165,9 @@ def _head(base, hidden):
 
 
 def append_token(config, state, logits):
-    """Draws a token for each row, writes it where the row is live, and ends the rows that drew an EOS or are full."""
+    """Draws a token for each row, writes it where the row is live, and ends the rows that drew an
+    EOS or are full.
+    """
     token, logprob = sample_token(logits, state["keys"], state["step"], config)
     room = config.max_new_tokens
     here = (jnp.arange(room) == state["step"][:, None]) & state["live"][:, None]

@@ -1,7 +1,9 @@
-"""Which prompts generation reads together: their number, their padded sizes, and who stands with whom.
+"""Which prompts generation reads together: their number, their padded sizes, and who stands with
+whom.
 
-Completions grow in slots, G groups of equally many: a group for each device, or for each client where every client answers with
-its own adapter. Prompts are read part by part into slots that are free, so that what one pass holds does not grow with the slots.
+Completions grow in slots, G groups of equally many: a group for each device, or for each client
+where every client answers with its own adapter. Prompts are read part by part into slots that are
+free, so that what one pass holds does not grow with the slots.
 """
 
 import dataclasses
@@ -14,7 +16,8 @@ from spear_jax.packing.shape_buckets import BlockShape, ShapeBuckets, size_bucke
 from spear_jax.rollout.token_sampling import SamplingConfig
 
 PrefillBatch = list[list[int]]  # prompt numbers of each group
-PASSES = 3  # the fewest that fill all slots where prompts wait for them: a part waits until so many are free
+# the fewest that fill all slots where prompts wait for them: a part waits until so many are free
+PASSES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +37,33 @@ class PrefillPlan:
     pack_shape: BlockShape
 
     def shape(self) -> tuple[int, ...]:
-        return (self.rows, self.batch, self.width, self.pack_shape.tokens, *itertools.chain(*self.pack_shape.tiles))
+        return (
+            self.rows,
+            self.batch,
+            self.width,
+            self.pack_shape.tokens,
+            *itertools.chain(*self.pack_shape.tiles),
+        )
 
     def cells(self, batches: int, new: int) -> int:
-        """Of each group: cache places that this many parts take, tokens read and queries of their grids. Args: new: tokens to
-        generate."""
+        """Of each group: cache places that this many parts take, tokens read and queries of their
+        grids. Args: new: tokens to generate.
+        """
         read = self.pack_shape.tokens + sum(rows * width for rows, width in self.pack_shape.tiles)
         return max(self.rows, batches * self.batch) * (self.width + new) + batches * read
 
     def of_shape(self, shape: tuple[int, ...]) -> "PrefillPlan":
         """The plan of another shape."""
         tiles = tuple(zip(shape[4::2], shape[5::2], strict=True))
-        return PrefillPlan(*shape[:3], dataclasses.replace(self.pack_shape, tokens=shape[3], tiles=tiles))
+        return PrefillPlan(
+            *shape[:3], dataclasses.replace(self.pack_shape, tokens=shape[3], tiles=tiles)
+        )
 
 
 def length_bucket(length: int, step: int = 16) -> int:
-    """The padded length for `length` tokens: multiples of `step`, coarser as they grow, at most a third of it padding."""
+    """The padded length for `length` tokens: multiples of `step`, coarser as they grow, at most a
+    third of it padding.
+    """
     size = step
     while size < length:
         size += max(step, step * (size // (4 * step)))
@@ -57,7 +71,9 @@ def length_bucket(length: int, step: int = 16) -> int:
 
 
 def fewer_rows(rows: int) -> list[int]:
-    """The row counts to which slots may shrink: theirs divided by 4, 16, ... while at least 4 remain."""
+    """The row counts to which slots may shrink: theirs divided by 4, 16, ... while at least 4
+    remain.
+    """
     return [] if rows // 4 < 4 else [rows // 4, *fewer_rows(rows // 4)]
 
 
@@ -77,7 +93,8 @@ def plan_prefill(
         opening: h tokens that all prompts begin with, and that are read once for all.
     """
     prompts = [prompt[shared_prefix:] for prompt in prompts]
-    # tight while sizes are being opened anyhow; a prompt that exceeds them all later opens a size with room to spare
+    # tight while sizes are being opened anyhow; a prompt that exceeds them all later opens a size
+    # with room to spare
     longest = max(map(len, prompts)) + shared_prefix
     width = length_bucket(longest) if shapes.frozen else size_bucket(longest)
     wanted = _smallest(config, groups, prompts, devices, shared_prefix, width)
@@ -86,7 +103,11 @@ def plan_prefill(
     def cost(shape: tuple[int, ...]) -> float:
         plan = wanted.of_shape(shape)
         dealt[shape] = _deal(plan, groups, prompts) if plan.width >= longest else None
-        return float("inf") if dealt[shape] is None else plan.cells(len(dealt[shape]), config.max_new_tokens)
+        return (
+            float("inf")
+            if dealt[shape] is None
+            else plan.cells(len(dealt[shape]), config.max_new_tokens)
+        )
 
     shape = shapes.fit(f"read {len(groups)} {shared_prefix} {config!r}", wanted.shape(), cost)
     plan = wanted.of_shape(shape)
@@ -94,8 +115,9 @@ def plan_prefill(
 
 
 def _smallest(config, groups, prompts, devices, shared_prefix, width) -> PrefillPlan:
-    """As many slots as rows and tokens allow, but no more than it takes to fill them equally often, and parts as large as a
-    pass allows. Args: prompts: without their opening."""
+    """As many slots as rows and tokens allow, but no more than it takes to fill them equally often,
+    and parts as large as a pass allows. Args: prompts: without their opening.
+    """
     lengths = [len(prompts[i]) for group in groups for i in group]
     largest = max(map(len, groups))
     held = config.max_tokens // (width + config.max_new_tokens) * devices
@@ -104,13 +126,18 @@ def _smallest(config, groups, prompts, devices, shared_prefix, width) -> Prefill
     finest = max(1, most // 8)
     rows = min(most, -(-largest // times // finest) * finest)
     passes = -(-sum(lengths) // (config.read_tokens * times * devices))
-    if times > 1:  # equal parts that fill all slots, where there are such: completions of one length end together
+    if (
+        times > 1
+        # equal parts that fill all slots, where there are such: completions of one length end together
+    ):
         least = max(passes, PASSES)
         passes = next((n for n in range(least, 2 * least) if rows % n == 0), min(rows, least))
     batch = -(-rows // passes) if times == 1 else rows // passes
     count = -(-largest // batch)
     shares = [own for group in groups for own in _shares(group, prompts, count, batch)]
-    pack_shape = prompt_shape([[prompts[i] for i in own] for own in shares], width - shared_prefix, count)
+    pack_shape = prompt_shape(
+        [[prompts[i] for i in own] for own in shares], width - shared_prefix, count
+    )
     return PrefillPlan(rows, batch, width, pack_shape)
 
 
@@ -121,7 +148,10 @@ def _deal(plan: PrefillPlan, groups, prompts) -> list[PrefillBatch] | None:
     while True:
         shares = [_shares(group, prompts, count, plan.batch) for group in groups]
         batches = [list(batch) for batch in zip(*shares, strict=True)]
-        if all(holds_prompts(plan.pack_shape, [[prompts[i] for i in own] for own in batch]) for batch in batches):
+        if all(
+            holds_prompts(plan.pack_shape, [[prompts[i] for i in own] for own in batch])
+            for batch in batches
+        ):
             return [batch for batch in batches if any(batch)]
         if count >= largest:
             return None
@@ -129,11 +159,14 @@ def _deal(plan: PrefillPlan, groups, prompts) -> list[PrefillBatch] | None:
 
 
 def _shares(group: Sequence[int], prompts, count: int, most: int) -> list[list[int]]:
-    """A group's prompts dealt to `count` parts of at most `most` rows and about equally many tokens; equal prompts, which
-    are read once, stay together."""
+    """A group's prompts dealt to `count` parts of at most `most` rows and about equally many
+    tokens; equal prompts, which are read once, stay together.
+    """
     order = sorted(group, key=lambda i: (-len(prompts[i]), prompts[i]))
     batches: list[list[int]] = [[] for _ in range(count)]
-    least = [(0, 0, batch) for batch in range(count)]  # a heap of (tokens, rows, part) that have room
+    least = [
+        (0, 0, batch) for batch in range(count)
+    ]  # a heap of (tokens, rows, part) that have room
     for prompt, same in itertools.groupby(order, key=lambda i: prompts[i]):
         rows = list(same)
         while rows:

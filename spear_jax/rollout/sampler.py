@@ -1,10 +1,13 @@
-"""Generation with a KV cache: prompts of all clients together, each row with its own key, its slot taken over when it ends.
+"""Generation with a KV cache: prompts of all clients together, each row with its own key, its slot
+taken over when it ends.
 
-Prompts are read as flat packs, equal ones once, and so is what all of them open with; `batches` says which together. Decoding
-(`decoding`) runs until enough slots are free for the next prompts. When none wait any longer, the rows that still generate are
-compacted into fewer slots. A row's tokens depend on its prompt and its key, never on its neighbours.
+Prompts are read as flat packs, equal ones once, and so is what all of them open with; `batches`
+says which together. Decoding (`decoding`) runs until enough slots are free for the next prompts.
+When none wait any longer, the rows that still generate are compacted into fewer slots. A row's
+tokens depend on its prompt and its key, never on its neighbours.
 
-Rows stand in equal groups: one for each device, or where every client answers with its own adapter one for each client.
+Rows stand in equal groups: one for each device, or where every client answers with its own adapter
+one for each client.
 """
 
 import collections
@@ -38,9 +41,13 @@ _prefill_shared_prefix = jax.jit(decode.prefill_shared_prefix, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _prefill(decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at):
+def _prefill(
+    decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at
+):
     keys = jax.random.wrap_key_data(keys)
-    return decode.prefill(decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at)
+    return decode.prefill(
+        decoder, config, lora, base, state, shared_prefix, pack, index, mask, keys, live, slots, at
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
@@ -61,10 +68,13 @@ class Sampler:
 
     Args:
         decoder: the model's static settings.
-        place: puts an array with a leading axis that `devices` divides on the devices (identity on one device).
+        place: puts an array with a leading axis that `devices` divides on the devices (identity on
+            one device).
         spread: puts a whole array on each device.
-        shapes: the open shapes, which a resumed run must have again: padding decides the last bits of a logit.
-        openings: what prompts may open with. Prompts that all do have the longest such opening read once.
+        shapes: the open shapes, which a resumed run must have again: padding decides the last bits
+            of a logit.
+        openings: what prompts may open with. Prompts that all do have the longest such opening read
+            once.
     """
 
     def __init__(
@@ -93,23 +103,32 @@ class Sampler:
         """Completes every prompt.
 
         Args:
-            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or several ([L, C, in, R]), which
-                may wait on the host: as many are on the devices as `max_rows` rows need.
+            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or
+                several ([L, C, in, R]), which may wait on the host: as many are on the devices as
+                `max_rows` rows need.
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
-            finished: called with a prompt's number and its completion, while the device goes on with others.
+            finished: called with a prompt's number and its completion, while the device goes on
+                with others.
             owners: int32[N], each prompt's adapter where `lora` holds several.
         Returns: one Completion a prompt, in their order.
         """
         done: dict[int, Completion] = {}
-        bases = base, unstack(base)  # prompts are read by a scan over layers, where they are stacked
+        bases = (
+            base,
+            unstack(base),
+        )  # prompts are read by a scan over layers, where they are stacked
         shared_prefix = self.shared_prefix(prompts)
         for adapters, groups in self._groups(prompts, config.max_rows, lora, owners):
             # groups of clients need not fill the devices evenly; they are then on all of them
             even = len(groups) % self.devices == 0
             place, devices = (self.place, self.devices) if even else (self.spread, 1)
-            plan, batches = plan_prefill(config, groups, prompts, devices, self.shapes, len(shared_prefix))
-            slots = ContinuousBatch(self, adapters, bases, config, plan, len(groups), place, shared_prefix)
+            plan, batches = plan_prefill(
+                config, groups, prompts, devices, self.shapes, len(shared_prefix)
+            )
+            slots = ContinuousBatch(
+                self, adapters, bases, config, plan, len(groups), place, shared_prefix
+            )
             for new in slots.run(batches, prompts, keys):
                 for number, completion in new.items():
                     finished(number, completion)
@@ -117,9 +136,12 @@ class Sampler:
         return [done[number] for number in range(len(prompts))]
 
     def shared_prefix(self, prompts: Sequence[list[int]]) -> list[int]:
-        """What these prompts all open with, of `shared_prefixes`; none of them is nothing but that."""
+        """What these prompts all open with, of `shared_prefixes`; none of them is nothing but
+        that.
+        """
         begins = lambda shared_prefix: all(
-            len(p) > len(shared_prefix) and p[: len(shared_prefix)] == shared_prefix for p in prompts
+            len(p) > len(shared_prefix) and p[: len(shared_prefix)] == shared_prefix
+            for p in prompts
         )
         return next(filter(begins, self.shared_prefixes), [])
 
@@ -127,21 +149,31 @@ class Sampler:
         """`prefill_shared_prefix` of these tokens; None where there are none."""
         if not tokens:
             return None
-        return _prefill_shared_prefix(self.decoder, lora, base, jax.tree.map(self.spread, one_sequence(tokens)))
+        return _prefill_shared_prefix(
+            self.decoder, lora, base, jax.tree.map(self.spread, one_sequence(tokens))
+        )
 
-    def _groups(self, prompts, max_rows, lora, owners) -> Iterator[tuple[dict | None, list[list[int]]]]:
+    def _groups(
+        self, prompts, max_rows, lora, owners
+    ) -> Iterator[tuple[dict | None, list[list[int]]]]:
         """(adapters, groups of prompt numbers)."""
         if owners is None:
             order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
             yield lora, [order[device :: self.devices] for device in range(self.devices)]
             return
         clients = jax.tree.leaves(lora)[0].shape[1]
-        own = [[i for i, owner in enumerate(owners) if owner == client] for client in range(clients)]
-        together = min(clients, max(1, max_rows // max(map(len, own))))  # no more adapters than rows can use
+        own = [
+            [i for i, owner in enumerate(owners) if owner == client] for client in range(clients)
+        ]
+        together = min(
+            clients, max(1, max_rows // max(map(len, own)))
+        )  # no more adapters than rows can use
         for first in range(0, clients, together):
             # the last clients fill up with clients that are there already, so that one shape serves
             chosen = np.arange(first, first + together) % clients
-            adapters = lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
+            adapters = (
+                lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
+            )
             groups = [own[c] if first + slot < clients else [] for slot, c in enumerate(chosen)]
             yield jax.tree.map(self.spread, adapters), groups
 
@@ -185,7 +217,9 @@ class ContinuousBatch:
                 self._prefill(waiting.popleft(), prompts, keys)
             fewer = [] if waiting else self._fewer()
             self._decode_until(
-                [self.owner.shape[1] - len(own) for own in waiting[0]] if waiting else max(fewer, default=0)
+                [self.owner.shape[1] - len(own) for own in waiting[0]]
+                if waiting
+                else max(fewer, default=0)
             )
             yield finished
             finished = self._harvest()
@@ -196,7 +230,11 @@ class ContinuousBatch:
     def _prefill(self, batch: PrefillBatch, prompts, keys) -> None:
         """Reads a part's prompts into free slots."""
         packed = pack_prompts(
-            [[prompts[i] for i in own] for own in batch], self.plan.batch, self.plan.width, self.plan.shape, self.length
+            [[prompts[i] for i in own] for own in batch],
+            self.plan.batch,
+            self.plan.width,
+            self.plan.shape,
+            self.length,
         )
         numbers = np.full((len(batch), self.plan.batch), -1)
         slots = np.full(numbers.shape, self.owner.shape[1], np.int32)
@@ -212,8 +250,10 @@ class ContinuousBatch:
         self.state = _prefill(*self._of(0), self.state, self.shared_prefix, *inputs, self.at)
 
     def _begin(self, inputs: tuple):
-        """A state of free slots. What reads and what decodes is compiled before it is there: compiling takes memory, too, and
-        many keys and values would lie there meanwhile. What that leaves, and what an earlier state was, is given back."""
+        """A state of free slots. What reads and what decodes is compiled before it is there:
+        compiling takes memory, too, and many keys and values would lie there meanwhile. What that
+        leaves, and what an earlier state was, is given back.
+        """
         free = self.place(np.zeros(self.owner.size, bool))
         blank = functools.partial(
             decode.init_decode_state, self.decoder, self.config, self.plan.width, free, self.dtype
@@ -236,9 +276,13 @@ class ContinuousBatch:
         return np.broadcast_to(np.asarray(rows, np.int32), len(self.owner))
 
     def _decode_until(self, enough: int | list[int]) -> None:
-        """Decodes until no group has more than `enough` rows that go on; returns before that is done."""
+        """Decodes until no group has more than `enough` rows that go on; returns before that is
+        done.
+        """
         if self.config.max_new_tokens > 1:
-            self.state, self.at = _decode_until(*self._of(1), self.state, self.at, self._enough(enough))
+            self.state, self.at = _decode_until(
+                *self._of(1), self.state, self.at, self._enough(enough)
+            )
 
     def _harvest(self) -> dict[int, Completion]:
         """Waits for the device; frees the slots of finished rows and returns their completions."""
@@ -263,7 +307,9 @@ class ContinuousBatch:
         """Slots of each group that a compaction may leave."""
         now = self.owner.shape[1]
         if self.shapes.frozen:
-            return [after for before, after in self.shapes.opened(self._shrinking()) if before == now]
+            return [
+                after for before, after in self.shapes.opened(self._shrinking()) if before == now
+            ]
         return fewer_rows(now)
 
     def _compact(self, fewer: list[int]) -> None:
@@ -275,4 +321,6 @@ class ContinuousBatch:
         self.shapes.open(self._shrinking(), (now, rows))
         order = np.argsort(self.owner < 0, axis=1, kind="stable")[:, :rows]
         self.owner = np.take_along_axis(self.owner, order, axis=1)
-        self.state = _take(self.state, self.place((order + now * np.arange(len(order))[:, None]).reshape(-1)))
+        self.state = _take(
+            self.state, self.place((order + now * np.arange(len(order))[:, None]).reshape(-1))
+        )

@@ -19,7 +19,9 @@ from spear_jax.rollout.policy import Policy
 
 
 def scorer(evaluator: Any, prompt_shape: int, length: int, max_rows: int) -> Callable:
-    """(policy, rows) -> log-probabilities of each row's completion, about `max_rows` rows at a time."""
+    """(policy, rows) -> log-probabilities of each row's completion, about `max_rows` rows at a
+    time.
+    """
     decoder = evaluator.decoder
 
     def choose(rows: list[TrainingRow]) -> BlockShape:
@@ -32,7 +34,10 @@ def scorer(evaluator: Any, prompt_shape: int, length: int, max_rows: int) -> Cal
         blocks, places = pack_single_rows(rows, shape)
         one = lambda blocks: _score_rows(decoder, 0, policy.lora, policy.base, blocks)
         scores = evaluator.over_devices(one, blocks, shape)
-        return [scores[block, slot, : len(row.completion)] for (block, slot), row in zip(places, rows, strict=True)]
+        return [
+            scores[block, slot, : len(row.completion)]
+            for (block, slot), row in zip(places, rows, strict=True)
+        ]
 
     return score
 
@@ -40,17 +45,22 @@ def scorer(evaluator: Any, prompt_shape: int, length: int, max_rows: int) -> Cal
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score_rows(decoder, chunk, lora, base, blocks):
     """float32[G, B, T] of blocks with a leading axis."""
-    return pytrees.vmap_or_single(lambda block: score_rows(decoder, chunk, lora, base, block))(blocks)
+    return pytrees.vmap_or_single(lambda block: score_rows(decoder, chunk, lora, base, block))(
+        blocks
+    )
 
 
-def score_rows(decoder: Decoder, chunk: int, lora: dict | None, base: dict, block: Block) -> jax.Array:
+def score_rows(
+    decoder: Decoder, chunk: int, lora: dict | None, base: dict, block: Block
+) -> jax.Array:
     """float32[B, T]: log-probabilities of rows under a frozen policy."""
     return unpack_rows(block, TokenLogprobs(decoder, base, chunk).logprobs(lora, block))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _token_scores(decoder, chunk, lora, base, blocks, shared_prefix=None):
-    """float32[G, B, T] log-probability of each completion token, and whether it is the most likely one; 0 at padding.
+    """float32[G, B, T] log-probability of each completion token, and whether it is the most likely
+    one; 0 at padding.
 
     Logits are held for `chunk` positions at a time (0: as `block_positions`).
     """
@@ -60,10 +70,14 @@ def _token_scores(decoder, chunk, lora, base, blocks, shared_prefix=None):
     def score(states, target):
         logits = jnp.einsum("md,vd->mv", states, head, preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
+        return picked - jax.nn.logsumexp(logits, axis=-1), (
+            jnp.argmax(logits, axis=-1) == target
+        ).astype(jnp.float32)
 
     def one(block):
-        hidden = TokenLogprobs(decoder, base, chunk, shared_prefix=shared_prefix).states(lora, block)
+        hidden = TokenLogprobs(decoder, base, chunk, shared_prefix=shared_prefix).states(
+            lora, block
+        )
         return [unpack_rows(block, x) for x in over_chunks(score, (hidden, block.target), chunk)]
 
     return pytrees.vmap_or_single(one)(blocks)

@@ -1,4 +1,6 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, and the inverse of the distribution function."""
+"""Drawing tokens from logits: temperature, top-k, top-p, and the inverse of the distribution
+function.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,11 +41,13 @@ class SamplingConfig:
 def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Which tokens survive top-k and then top-p, without sorting.
 
-    The k-th largest value, and the smallest value inside the nucleus, are found by bisection over the bit patterns of
-    positive floats, which are ordered as the floats are: exact after 31 halvings.
+    The k-th largest value, and the smallest value inside the nucleus, are found by bisection over
+    the bit patterns of positive floats, which are ordered as the floats are: exact after 31
+    halvings.
 
     Args: logits float32[B, V], already divided by the temperature.
-    Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one kept are kept.
+    Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one
+        kept are kept.
     Source: nucleus sampling (arXiv 1904.09751).
     """
     probs = jax.nn.softmax(logits, axis=-1)
@@ -59,7 +63,9 @@ def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """float32[B, 1]: the largest τ for which the set {p >= τ} is enough (the set of τ = 0 always counts as enough)."""
+    """float32[B, 1]: the largest τ for which the set {p >= τ} is enough (the set of τ = 0 always
+    counts as enough).
+    """
     low = jnp.zeros(probs.shape[0], jnp.int32)
     high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[0], 2.0, jnp.float32), jnp.int32)
 
@@ -94,7 +100,8 @@ def sample_token(
 
 
 def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose running sum of shares exceeds uniform x their sum: one random number a row instead of one a token.
+    """The first token whose running sum of shares exceeds uniform x their sum: one random number a
+    row instead of one a token.
 
     The running sum is taken over runs of RUN tokens, then inside the run that was hit.
 
@@ -111,8 +118,12 @@ def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first_above(ends: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each row of rising sums [B, N] first exceeds its target, and by how much the target exceeds the sum before."""
-    target = jnp.minimum(target, jnp.nextafter(ends[:, -1], 0.0))  # rounding must not push it past the end
+    """Where each row of rising sums [B, N] first exceeds its target, and by how much the target
+    exceeds the sum before.
+    """
+    target = jnp.minimum(
+        target, jnp.nextafter(ends[:, -1], 0.0)
+    )  # rounding must not push it past the end
     place = jnp.argmax(ends > target[:, None], axis=-1)
     before = jnp.take_along_axis(ends, jnp.maximum(place - 1, 0)[:, None], axis=-1)[:, 0]
     return place, target - jnp.where(place > 0, before, 0.0)

@@ -1,4 +1,6 @@
-"""The one door between text and tokens: asks the clients' questions, grades the answers, and revises after feedback."""
+"""The one door between text and tokens: asks the clients' questions, grades the answers, and
+revises after feedback.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +21,9 @@ from spear_jax.tasks.base import Task
 ROLLOUT = purpose("rollout")
 REWRITE = 1 << 20  # the attempt number of a rewrite's key path; no revision reaches it
 KEYS = 256  # that are made at a time
-SAMPLE_BITS = 21  # of a key path's last step, those below hold the attempt, those above the sample number
+SAMPLE_BITS = (
+    21  # of a key path's last step, those below hold the attempt, those above the sample number
+)
 RolloutRequest = tuple[int, int, int]  # (client, position in the training set, sample number)
 
 
@@ -34,9 +38,10 @@ class RolloutWorker:
         revise: how revisions are sampled.
         num_revisions: attempts after a wrong first answer.
         merge: lora -> Policy that answers with that adapter (`as_policy`).
-        scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without gradient.
-        responses, rejected: token ids of each training example's gold and dispreferred completion; empty lists where the
-            method does not train on them.
+        scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without
+            gradient.
+        responses, rejected: token ids of each training example's gold and dispreferred completion;
+            empty lists where the method does not train on them.
         tally: tokens so far in this round.
         report: called with (stage, rows finished since the last call, rows of the stage).
     """
@@ -60,13 +65,15 @@ class RolloutWorker:
     def answer(self, policy: Policy, requests: list[RolloutRequest], key: jax.Array) -> list[Trace]:
         """First answers of all clients in one batch.
 
-        Args: key: the round's key; row keys are its path (client, example, attempt 0 of the sample).
+        Args: key: the round's key; row keys are its path (client, example, attempt 0 of the
+            sample).
         """
         prompts = [self.prompts[index] for _, index, _ in requests]
         examples = [self.examples[index] for _, index, _ in requests]
         done = self._attempts(policy, examples, prompts, requests, key, 0, self.first, "rollout")
         return [
-            Trace(request[0], example, [one]) for request, example, one in zip(requests, examples, done, strict=True)
+            Trace(request[0], example, [one])
+            for request, example, one in zip(requests, examples, done, strict=True)
         ]
 
     def revise_until_right(
@@ -77,7 +84,8 @@ class RolloutWorker:
         key: jax.Array,
         limit: int | None = None,
     ) -> None:
-        """Revises wrong answers after feedback, all pending ones of an attempt in one batch; extends the traces in place.
+        """Revises wrong answers after feedback, all pending ones of an attempt in one batch;
+        extends the traces in place.
 
         Args: limit: attempts; None means `num_revisions`.
         Source: SPEAR (arXiv 2605.07977), rollout step 3: feedback is always on the latest answer.
@@ -90,10 +98,13 @@ class RolloutWorker:
             if not pending:
                 return
             prompts = [
-                self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i]) for i in pending
+                self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i])
+                for i in pending
             ]
             examples, own = [traces[i].example for i in pending], [requests[i] for i in pending]
-            done = self._attempts(policy, examples, prompts, own, key, number, self.revise, "revision")
+            done = self._attempts(
+                policy, examples, prompts, own, key, number, self.revise, "revision"
+            )
             for i, attempt in zip(pending, done, strict=True):
                 traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
             pending = [i for i in pending if not traces[i].last.correct]
@@ -103,8 +114,9 @@ class RolloutWorker:
     ) -> dict[int, Attempt | None]:
         """Rewrites right first answers of wrong form, without feedback.
 
-        Returns: by trace number, the rewrite where it is right and well formed, None where it is not (then the trace gives
-        neither a win nor a lose). Source: SPEAR's published code, its format-fix branch.
+        Returns: by trace number, the rewrite where it is right and well formed, None where it is
+        not (then the trace gives neither a win nor a lose). Source: SPEAR's published code, its
+        format-fix branch.
         """
         chosen = [
             i
@@ -112,7 +124,9 @@ class RolloutWorker:
             if trace.first.correct and not self.task.well_formed(trace.first.text, trace.example)
         ]
         prompts = [
-            self.renderer.revision(self.task, traces[i].example, traces[i].first.text, self.task.templates.format)
+            self.renderer.revision(
+                self.task, traces[i].example, traces[i].first.text, self.task.templates.format
+            )
             for i in chosen
         ]
         examples, own = [traces[i].example for i in chosen], [requests[i] for i in chosen]
@@ -124,12 +138,18 @@ class RolloutWorker:
         return rewrites
 
     def score(self, policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
-        """float32[len(completion)] a row: log-probabilities of its completion, without gradient and untempered."""
+        """float32[len(completion)] a row: log-probabilities of its completion, without gradient and
+        untempered.
+        """
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
         return self.scorer(policy, rows)
 
-    def _attempts(self, policy, examples, prompts, requests, key, number, config, stage) -> list[Attempt]:
-        """Graded completions of the prompts, without feedback; each is graded while the device completes others."""
+    def _attempts(
+        self, policy, examples, prompts, requests, key, number, config, stage
+    ) -> list[Attempt]:
+        """Graded completions of the prompts, without feedback; each is graded while the device
+        completes others.
+        """
         if not prompts:
             return []
         made: dict[int, Attempt] = {}
@@ -141,7 +161,11 @@ class RolloutWorker:
             self.report(stage, 1, len(prompts))
 
         keys = row_keys(key, requests, number)
-        owners = np.array([policy.slots[client] for client, _, _ in requests], np.int32) if policy.slots else None
+        owners = (
+            np.array([policy.slots[client] for client, _, _ in requests], np.int32)
+            if policy.slots
+            else None
+        )
         done = self.sampler.generate(policy.lora, policy.base, prompts, keys, config, grade, owners)
         self.tally.prompt += sum(map(len, prompts))
         self.tally.generated += sum(len(completion.tokens) for completion in done)
@@ -149,7 +173,9 @@ class RolloutWorker:
 
 
 def row_keys(key: jax.Array, requests: list[RolloutRequest], attempt: int) -> np.ndarray:
-    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and attempt) below the round's."""
+    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and
+    attempt) below the round's.
+    """
     # so many at a time, that the number of pending rows does not cause a compilation
     padded = np.zeros((-(-len(requests) // KEYS), KEYS, 3), np.uint32)
     padded.reshape(-1, 3)[: len(requests)] = requests

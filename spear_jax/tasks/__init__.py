@@ -39,13 +39,17 @@ _FIELDS = {
 }
 
 
-def get_task(name: str, templates: Mapping[str, str] | None = None, columns: Mapping[str, str] | None = None) -> Task:
+def get_task(
+    name: str, templates: Mapping[str, str] | None = None, columns: Mapping[str, str] | None = None
+) -> Task:
     """Builds a task.
 
     Args:
         name: a key of TASKS.
-        templates: wording to use instead of the task's own, by field of `Templates`; "" keeps the task's own.
-        columns: the file's column names, by the keys of the task's `mapping`; "" keeps the task's own.
+        templates: wording to use instead of the task's own, by field of `Templates`; "" keeps the
+            task's own.
+        columns: the file's column names, by the keys of the task's `mapping`; "" keeps the task's
+            own.
 
     Raises:
         UserError: for an unknown task, template or column key, or a template with wrong fields.
@@ -61,12 +65,16 @@ def get_task(name: str, templates: Mapping[str, str] | None = None, columns: Map
 
 
 def _check_template(key: str, text: str) -> None:
-    """Raises UserError for a template that would fail, or lose its content, when it is filled in."""
+    """Raises UserError for a template that would fail, or lose its content, when it is filled
+    in.
+    """
     known = [field.name for field in dataclasses.fields(Templates)]
     if key not in known:
         raise unknown("template", key, known)
     if key == "header" and text != text.rstrip():
-        raise UserError(f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'.")
+        raise UserError(
+            f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'."
+        )
     if key not in _FIELDS:
         return
     fields, needed = _FIELDS[key]
@@ -75,8 +83,11 @@ def _check_template(key: str, text: str) -> None:
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         names = ", ".join(f"{{{field}}}" for field in fields)
         raise UserError(
-            f"template {key!r} cannot be filled in ({error!r}); it may use {names}, other braces are doubled."
+            f"template {key!r} cannot be filled in ({error!r}); it may use {names}, other braces "
+            f"are doubled."
         ) from error
     for field in needed:
         if f"{{{field}}}" not in text:
-            raise UserError(f"template {key!r} lacks {{{field}}}; add it, or the model never sees that text.")
+            raise UserError(
+                f"template {key!r} lacks {{{field}}}; add it, or the model never sees that text."
+            )

@@ -1,4 +1,6 @@
-"""ARC, challenge and easy: school science questions of three to five options, answered by a letter."""
+"""ARC, challenge and easy: school science questions of three to five options, answered by a
+letter.
+"""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
@@ -11,15 +13,18 @@ class ArcChallenge(Task):
     """ARC-Challenge.
 
     Source: SPEAR (arXiv 2605.07977), experiments on ARC-Challenge; wording is ours. Departures:
-      1. Options are labelled A, B, ... by position, also in the rows that the dataset labels 1 to 4.
-      2. A hint is at most all but one word of the gold option; the reference's three words can be all of it.
+      1. Options are labelled A, B, ... by position, also in the rows that the dataset labels 1 to
+         4.
+      2. A hint is at most all but one word of the gold option; the reference's three words can be
+         all of it.
     """
 
     name = "arc_challenge"
     hub = ("allenai/ai2_arc", "ARC-Challenge")
     columns = ("id", "question", "choices", "answerKey")
     templates = Templates(
-        question="Science question: {question}\n\n{options}\n\nPick the best option and reply with its letter only.",
+        question="Science question: {question}\n\n{options}\n\nPick the best option and reply "
+        "with its letter only.",
         revision=REVISION,
         header="Answer:",
         format="Reply with the letter of your option and nothing else.",
@@ -28,13 +33,18 @@ class ArcChallenge(Task):
     def example(self, row: dict, index: int) -> Example:
         choices, key = row["choices"], row_text(row, "answerKey", index)
         if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
-            raise row_error(index, f"column 'choices' holds {choices!r}, but lists 'text' and 'label' are needed")
+            raise row_error(
+                index,
+                f"column 'choices' holds {choices!r}, but lists 'text' and 'label' are needed",
+            )
         options = row_options(choices["text"], index, "choices")
         names = [str(name) for name in choices["label"]]
         if len(names) != len(options):
             raise row_error(index, f"{len(options)} option texts but {len(names)} option labels")
         if key not in names:
-            raise row_error(index, f"answerKey {key!r} is none of the option labels {', '.join(names)}")
+            raise row_error(
+                index, f"answerKey {key!r} is none of the option labels {', '.join(names)}"
+            )
         return Example(
             id=row_text(row, "id", index),
             question=row_text(row, "question", index),

@@ -1,4 +1,6 @@
-"""What a task is: where its rows come from, how a question is asked, and an answer read and graded."""
+"""What a task is: where its rows come from, how a question is asked, and an answer read and
+graded.
+"""
 
 import abc
 import dataclasses
@@ -22,7 +24,8 @@ INSTRUCTIONS
 Answer the task as if for the first time. Do not mention the feedback or the previous answer. \
 Begin at once, without preamble. {format}"""
 
-# What an OPSD teacher reads before the task. The answer comes last, so that it stays where the start has to be cut.
+# What an OPSD teacher reads before the task. The answer comes last, so that it stays where the
+# start has to be cut.
 PRIVILEGED = """REFERENCE
 {support}Right answer: {answer}
 
@@ -31,13 +34,16 @@ The reference is yours alone. Answer the task below as if you had not seen it.
 """
 PRIVILEGED_CHARS = 2000
 
-# How the oracle opens on a wrong answer; the embedded tasks' teacher prompts repeat it, since their model learnt it.
+# How the oracle opens on a wrong answer; the embedded tasks' teacher prompts repeat it, since their
+# model learnt it.
 WRONG = "That answer is wrong. Do not repeat your previous choice."
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer found in a completion's text: the option's index and the character span of its label."""
+    """An answer found in a completion's text: the option's index and the character span of its
+    label.
+    """
 
     option: int
     start: int
@@ -50,10 +56,12 @@ class Templates:
 
     Attributes:
         question: fields {question} and {options} (one option a line, "A. text").
-        revision: fields {task} (the question as asked), {answer} (the previous completion), {feedback}.
-        header: what the completion continues; ends without a space, so that answers start with one. An empty header
-            leaves the turn to the completion, which then starts without a space.
-        format: one sentence that states the answer's form without naming a label; for feedback and revisions.
+        revision: fields {task} (the question as asked), {answer} (the previous completion),
+            {feedback}.
+        header: what the completion continues; ends without a space, so that answers start with one.
+            An empty header leaves the turn to the completion, which then starts without a space.
+        format: one sentence that states the answer's form without naming a label; for feedback and
+            revisions.
     """
 
     question: str
@@ -70,13 +78,17 @@ class Task(abc.ABC):
         hub: (dataset id, config name or None), or None for a task without a Hub home.
         splits: the Hub's names of our "train" and "test".
         columns: column names that a local file must have.
-        mapping: the keys of config.data.columns that the task reads, with its own column names; {} where columns are fixed.
+        mapping: the keys of config.data.columns that the task reads, with its own column names; {}
+            where columns are fixed.
         templates: the default wording.
-        scoring: "choice" (evaluated by the log-likelihood of the label after the header), "generate" (by grading a
-            greedy completion), or "likelihood" (by the gold response's tokens; such a task is never graded).
-        answer_only: whether unlikelihood is restricted to the answer's own tokens (SPEAR's answer-only mode).
+        scoring: "choice" (evaluated by the log-likelihood of the label after the header),
+            "generate" (by grading a greedy completion), or "likelihood" (by the gold response's
+            tokens; such a task is never graded).
+        answer_only: whether unlikelihood is restricted to the answer's own tokens (SPEAR's
+            answer-only mode).
         protected: strings whose tokens unlikelihood never touches (variants of the answer marker).
-        math_ops: further strings to protect when `ul_skip_math_ops` is on (operators, LaTeX commands).
+        math_ops: further strings to protect when `ul_skip_math_ops` is on (operators, LaTeX
+            commands).
     """
 
     name: str
@@ -91,7 +103,8 @@ class Task(abc.ABC):
     math_ops: tuple[str, ...] = ()
 
     def __init__(self, columns: Mapping[str, str] | None = None):
-        """Args: columns: the file's column for keys of `mapping`; "" and keys left out keep the task's own names.
+        """Args: columns: the file's column for keys of `mapping`; "" and keys left out keep the
+        task's own names.
 
         Raises: UserError for a named column that the task does not read.
         """
@@ -101,30 +114,40 @@ class Task(abc.ABC):
                 raise unknown(f"{self.name} column key", key, self.mapping)
             if not self.mapping:
                 raise UserError(
-                    f"data.columns.{key} is {given[key]!r}, but the columns of task {self.name!r} are fixed "
-                    f"({', '.join(self.columns) or 'none'}). Leave it empty, or use a task that maps columns, such as 'mcqa'."
+                    f"data.columns.{key} is {given[key]!r}, but the columns of task "
+                    f"{self.name!r} are fixed "
+                    f"({', '.join(self.columns) or 'none'}). Leave it empty, or use a task that "
+                    f"maps columns, such as 'mcqa'."
                 )
         self.mapping = {**self.mapping, **given}
         self.columns = self.columns or tuple(self.mapping.values())
 
     @abc.abstractmethod
     def example(self, row: dict, index: int) -> Example:
-        """Turns one dataset row into an Example; raises UserError naming the row and the rule it breaks."""
+        """Turns one dataset row into an Example; raises UserError naming the row and the rule it
+        breaks.
+        """
 
     @abc.abstractmethod
     def extract(self, text: str, example: Example) -> Answer | None:
-        """Finds the answer in a completion: the one extractor, for grading, feedback and loss masks alike."""
+        """Finds the answer in a completion: the one extractor, for grading, feedback and loss masks
+        alike.
+        """
 
     @abc.abstractmethod
     def hint(self, example: Example, words: int) -> str:
-        """One hint sentence towards the right option; never the gold label, never the whole gold option."""
+        """One hint sentence towards the right option; never the gold label, never the whole gold
+        option.
+        """
 
     def generate(self, split: str) -> list[Example] | None:
         """All examples of a split, for a procedural task; None for one that is read from rows."""
         return None
 
     def well_formed(self, text: str, example: Example) -> bool:
-        """Whether the completion has the asked form: the answer ends it and, where only a label is asked for, is all of it."""
+        """Whether the completion has the asked form: the answer ends it and, where only a label is
+        asked for, is all of it.
+        """
         found = self.extract(text, example)
         if found is None or text[found.end :].strip(" .\n"):
             return False
@@ -132,7 +155,9 @@ class Task(abc.ABC):
 
     def question(self, example: Example) -> str:
         """The question as asked, without the header."""
-        options = "\n".join(f"{label}. {text}" for label, text in zip(example.labels, example.options, strict=True))
+        options = "\n".join(
+            f"{label}. {text}" for label, text in zip(example.labels, example.options, strict=True)
+        )
         return self.templates.question.format(question=example.question, options=options)
 
     def revision(self, example: Example, answer: str, feedback: str) -> str:
@@ -145,7 +170,9 @@ class Task(abc.ABC):
         )
 
     def response(self, example: Example) -> str:
-        """The gold completion's text as it continues the header: the example's own, else the gold label."""
+        """The gold completion's text as it continues the header: the example's own, else the gold
+        label.
+        """
         return example.response or self.follow(example.labels[example.gold])
 
     def follow(self, text: str) -> str:
@@ -153,8 +180,9 @@ class Task(abc.ABC):
         return f" {text}" if self.templates.header else text
 
     def privileged(self, example: Example) -> str:
-        """The question of an OPSD teacher, without the header: at most 2000 characters of all support and the gold
-        answer, then the question as asked. The end of the support, then of the answer, is cut where they are longer.
+        """The question of an OPSD teacher, without the header: at most 2000 characters of all
+        support and the gold answer, then the question as asked. The end of the support, then of the
+        answer, is cut where they are longer.
 
         Source: the OPSD baseline published with SPEAR (arXiv 2605.07977); wording is ours.
         """
@@ -165,7 +193,9 @@ class Task(abc.ABC):
         room = PRIVILEGED_CHARS - len(PRIVILEGED.format(support="", answer=""))
         answer = answer[:room]
         support = "\n".join(example.support)[: max(0, room - len(answer) - 1)]
-        return PRIVILEGED.format(support=support and f"{support}\n", answer=answer) + self.question(example)
+        return PRIVILEGED.format(support=support and f"{support}\n", answer=answer) + self.question(
+            example
+        )
 
     def grade(self, text: str, example: Example) -> bool:
         """Whether the completion's answer is the right one."""
@@ -173,7 +203,8 @@ class Task(abc.ABC):
         return found is not None and found.option == example.gold
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """Whether a feedback text states the gold label (as a word, case-sensitive) or the whole gold option.
+        """Whether a feedback text states the gold label (as a word, case-sensitive) or the whole
+        gold option.
 
         The option is compared without case, runs of white space and final punctuation.
         """
@@ -181,5 +212,7 @@ class Task(abc.ABC):
         gold = " ".join(example.options[example.gold].split())
         gold = gold.rstrip(".,;:!?") or gold
         said = " ".join(feedback.split())
-        option = re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", said, re.IGNORECASE) if gold else None
+        option = (
+            re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", said, re.IGNORECASE) if gold else None
+        )
         return bool(label or option)

@@ -1,8 +1,8 @@
 """`facts`: the embedded multiple-choice task. Which of four wares does a trader sell?
 
-Train and test ask about the same traders. Test phrasings are never used in training, and test options are drawn anew, so
-a right answer takes the fact and not a remembered prompt. One trader in six is old: the embedded model knows what those
-sell. The rest it can only learn from feedback.
+Train and test ask about the same traders. Test phrasings are never used in training, and test
+options are drawn anew, so a right answer takes the fact and not a remembered prompt. One trader in
+six is old: the embedded model knows what those sell. The rest it can only learn from feedback.
 """
 
 import random
@@ -23,9 +23,11 @@ class Facts(Task):
     name = "facts"
     templates = Templates(
         question="{question}\n{options}",
-        # Feedback stands before the task here: a model this small reads options in the light of a hint that came first,
-        # but did not learn to look back for the options once it has read the hint.
-        revision="Previous answer: {answer}\nAnswer the task anew, as if for the first time. {format}\n"
+        # Feedback stands before the task here: a model this small reads options in the light of a
+        # hint that came first, but did not learn to look back for the options once it has read the
+        # hint.
+        revision="Previous answer: {answer}\nAnswer the task anew, as if for the first time. "
+        "{format}\n"
         "Feedback: {feedback}\nTask: {task}",
         header="Answer:",
         format="Reply with one option letter.",
@@ -39,7 +41,9 @@ class Facts(Task):
         for turn in range(PER_TRADER[split]):
             for name in ASKED:
                 question = phrasings[turn % len(phrasings)].format(name=name)
-                examples.append(make_example(f"{split}-{len(examples)}", question, world.WARE_OF[name], rng))
+                examples.append(
+                    make_example(f"{split}-{len(examples)}", question, world.WARE_OF[name], rng)
+                )
         rng.shuffle(examples)
         return examples
 
@@ -53,12 +57,17 @@ class Facts(Task):
         return f"Think of a kind of {example.support[0]}."
 
     def privileged(self, example: Example) -> str:
-        # The embedded model cannot read a reference. It learnt one way to be told: a revision prompt after a wrong answer.
+        # The embedded model cannot read a reference. It learnt one way to be told: a revision
+        # prompt after a wrong answer.
         wrong = next(label for label in example.labels if label != example.labels[example.gold])
-        return self.revision(example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}")
+        return self.revision(
+            example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}"
+        )
 
 
 def make_example(id: str, question: str, ware: str, rng: random.Random) -> Example:
-    """A question about who sells `ware`, with fresh options and the ware's kind as support for hints."""
+    """A question about who sells `ware`, with fresh options and the ware's kind as support for
+    hints.
+    """
     options, gold = world.draw_options(ware, rng)
     return Example(id, question, options, LETTERS, gold, (world.KIND_OF[ware],))

@@ -1,4 +1,6 @@
-"""GSM8K: grade-school word problems, answered by a worked solution that ends in "#### " and a number."""
+"""GSM8K: grade-school word problems, answered by a worked solution that ends in "#### " and a
+number.
+"""
 
 import re
 from decimal import Decimal
@@ -9,9 +11,9 @@ from spear_jax.tasks.hints import clean_lines
 from spear_jax.tasks.loading import row_error, row_text
 from spear_jax.tasks.math_mcqa import MATH_OPS, numbers
 
-# A minus is a sign only where it does not subtract: not behind a digit, a letter or a closing bracket. Groups of three
-# digits may be parted by commas; a full stop belongs to the number only before a further digit.
-# "#### 2. Add them up" is a numbered heading, not an answer.
+# A minus is a sign only where it does not subtract: not behind a digit, a letter or a closing
+# bracket. Groups of three digits may be parted by commas; a full stop belongs to the number only
+# before a further digit. "#### 2. Add them up" is a numbered heading, not an answer.
 _NUMBER = r"(?P<sign>(?<![\w)\]}])[-−])?\\?\$?(?P<digits>\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|\.\d+)"
 _ANY = re.compile(_NUMBER)
 _MARKED = re.compile(rf"####[\s*$]*{_NUMBER}(?![\d.,]*(?:\d|[.)][ \t]+\S))")
@@ -22,9 +24,11 @@ class Gsm8k(Task):
     """GSM8K. An example's only option, and its label, is the right number.
 
     Source: Cobbe et al. (arXiv 2110.14168); wording is ours. Departures:
-      1. The calculator's marks ("<<48/2=24>>") are removed from solutions: here no calculator reads them.
-      2. The last "#### " that a number follows gives the answer; a completion without one is read at its last number,
-         so that a model which does not know the mark is graded by what it says last.
+      1. The calculator's marks ("<<48/2=24>>") are removed from solutions: here no calculator reads
+         them.
+      2. The last "#### " that a number follows gives the answer; a completion without one is read
+         at its last number, so that a model which does not know the mark is graded by what it says
+         last.
       3. Numbers are compared by value: "$1,080.00." is 1080.
     """
 
@@ -32,7 +36,8 @@ class Gsm8k(Task):
     hub = ("openai/gsm8k", "main")
     columns = ("question", "answer")
     templates = Templates(
-        question='Problem: {question}\n\nSolve it step by step. On the last line, write "####" and the final number.',
+        question='Problem: {question}\n\nSolve it step by step. On the last line, write "####" '
+        "and the final number.",
         revision=REVISION,
         header="Solution:",
         format='Work step by step, then write the final number after "####" on the last line.',
@@ -46,7 +51,10 @@ class Gsm8k(Task):
         solution, mark, last = text.rpartition("####")
         found = _ANY.fullmatch(last.strip())
         if not mark or found is None:
-            raise row_error(index, f"column 'answer' ends in {text[-40:]!r}, but '#### ' and one number must end it")
+            raise row_error(
+                index,
+                f"column 'answer' ends in {text[-40:]!r}, but '#### ' and one number must end it",
+            )
         number = f"{_value(found):f}"
         lines = tuple(line.strip() for line in solution.splitlines() if line.strip())
         return Example(
@@ -64,23 +72,31 @@ class Gsm8k(Task):
         return self.templates.question.format(question=example.question, options="")
 
     def extract(self, text: str, example: Example) -> Answer | None:
-        """The completion's number: option 0 where it equals the right one, else -1, which is no option."""
+        """The completion's number: option 0 where it equals the right one, else -1, which is no
+        option.
+        """
         found = [*_MARKED.finditer(text)] or [*_ANY.finditer(text)]
         if not found:
             return None
         last = found[-1]
         right = _value(last) == Decimal(example.options[0])
-        return Answer(0 if right else -1, last.start("sign" if last["sign"] else "digits"), last.end("digits"))
+        return Answer(
+            0 if right else -1, last.start("sign" if last["sign"] else "digits"), last.end("digits")
+        )
 
     def hint(self, example: Example, words: int) -> str:
         """Up to three opening solution lines (300 characters) without the right number."""
-        lines = clean_lines(example.support, lambda text: self.leaks(text, example), limit=3, chars=300)
+        lines = clean_lines(
+            example.support, lambda text: self.leaks(text, example), limit=3, chars=300
+        )
         if lines:
             return "This is how it can begin: " + " ".join(lines)
         return "Start afresh and check each step of the calculation."
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """Whether a feedback text holds the right number, whatever its sign, in digits or as a word up to ten."""
+        """Whether a feedback text holds the right number, whatever its sign, in digits or as a word
+        up to ten.
+        """
         return abs(float(example.options[0])) in numbers(feedback)
 
 

@@ -1,4 +1,6 @@
-"""HellaSwag: which of four endings continues a scene or a how-to text, answered by the letter alone."""
+"""HellaSwag: which of four endings continues a scene or a how-to text, answered by the letter
+alone.
+"""
 
 import re
 
@@ -44,7 +46,9 @@ class HellaSwag(Task):
         endings = row_options([strip_markers(ending) for ending in endings], index, "endings")
         label = str(row["label"]).strip()  # a string on the Hub
         if not label.isdecimal() or int(label) >= len(endings):
-            raise row_error(index, f"label {row['label']!r} is no index of the {len(endings)} endings")
+            raise row_error(
+                index, f"label {row['label']!r} is no index of the {len(endings)} endings"
+            )
         topic = row_text(row, "activity_label", index)
         return Example(
             id=str(index),  # the dataset's own `ind` repeats

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 from spear_jax.core.types import Example
 
-# A sentence ends before white space and a new start, but not after an initial or a common abbreviation.
+# A sentence ends before white space and a new start, but not after an initial or a common
+# abbreviation.
 _END = re.compile(
     r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\bDr\.)(?<!\bMr\.)(?<!\bMrs\.)(?<!\bMs\.)(?<!\bSt\.)(?<!\bJr\.)(?<!\bvs\.)"
     r"\s+(?=[\"'“(\[A-Z0-9$\\])"
@@ -20,8 +21,8 @@ def sentences(text: str) -> list[str]:
 def names_label(text: str, example: Example) -> bool:
     """Whether any option's label stands in the text as a word (case-sensitive).
 
-    Any label, not only the gold one: if only gold labels were removed, a label that is left would tell that
-    it is not the gold one.
+    Any label, not only the gold one: if only gold labels were removed, a label that is left would
+    tell that it is not the gold one.
     """
     return bool(re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, example.labels))})(?!\w)", text))
 
@@ -29,8 +30,9 @@ def names_label(text: str, example: Example) -> bool:
 def opening_words(example: Example, words: int) -> str:
     """The first words of the gold option, or "" where even those would say too much.
 
-    Takes min(words, n - 1) of the option's n words, so never the whole option; leaves out a leading article
-    (an option "A cell" would otherwise put the letter A into the hint), and stops before a label.
+    Takes min(words, n - 1) of the option's n words, so never the whole option; leaves out a leading
+    article (an option "A cell" would otherwise put the letter A into the hint), and stops before a
+    label.
     """
     option = example.options[example.gold].split()
     taken = option[: max(0, min(words, len(option) - 1))]
@@ -49,16 +51,18 @@ def option_hint(example: Example, words: int, nudge: str) -> str:
     return f'Look for the option that says "{opening}". {nudge}' if opening else nudge
 
 
-def clean_lines(lines: Iterable[str], says_answer: Callable[[str], bool], limit: int, chars: int) -> list[str]:
-    """The first `limit` lines left after each sentence that says the answer is dropped; a line without final
-    punctuation gets a full stop, so that lines can be joined.
+def clean_lines(
+    lines: Iterable[str], says_answer: Callable[[str], bool], limit: int, chars: int
+) -> list[str]:
+    """The first `limit` lines left after each sentence that says the answer is dropped; a line
+    without final punctuation gets a full stop, so that lines can be joined.
 
     Args:
         lines: the texts to choose from, in order.
         says_answer: tells whether a sentence must not be shown.
         limit: how many lines to keep at most.
-        chars: how many characters to keep at most, over all lines and the spaces that join them; a line is
-            cut after a word.
+        chars: how many characters to keep at most, over all lines and the spaces that join them; a
+            line is cut after a word.
     """
     kept: list[str] = []
     for line in lines:

@@ -1,11 +1,14 @@
-"""The one reader of answers: where a completion names an option, for letters and for yes/no alike."""
+"""The one reader of answers: where a completion names an option, for letters and for yes/no
+alike.
+"""
 
 import functools
 import re
 
 from spear_jax.tasks.base import Answer
 
-# How a completion may announce its answer, with the space and case variants that tokenizers tell apart.
+# How a completion may announce its answer, with the space and case variants that tokenizers tell
+# apart.
 MARKERS = (
     "Answer:",
     " Answer:",
@@ -19,12 +22,15 @@ MARKERS = (
     " ANSWER:",
 )
 
-# What may stand between the marker and the label: spaces, brackets, quotes, bold marks, a LaTeX wrapper.
+# What may stand between the marker and the label: spaces, brackets, quotes, bold marks, a LaTeX
+# wrapper.
 _OPEN = r"(?:[\s*_(\[{\"'`$]|\\boxed|\\text(?:bf)?|\\mathrm)*"
-# Nothing that makes the label the start of a longer word or symbol: "Can", "A4", "A-frame", "C's", "C_1".
+# Nothing that makes the label the start of a longer word or symbol: "Can", "A4", "A-frame", "C's",
+# "C_1".
 _BOUND = r"(?![^\W_])(?!['’_-][^\W_])"
 _MARKER = r"(?<![^\W_])(?i:answer)[*_]*(?:\s+is\b[*_]*\s*:?|\s*:)"
-# A first label counts only where it stands alone: "B", "B.", "(B) heat", "B\nBecause"; not "A total", "D.C.".
+# A first label counts only where it stands alone: "B", "B.", "(B) heat", "B\nBecause"; not "A
+# total", "D.C.".
 _ALONE = r"(?!\.[A-Z]\.)(?=[*_\"'`\]}$]*(?:[.):,]|[ \t]*(?:\n|\Z)))"
 
 
@@ -36,8 +42,9 @@ def letter_labels(count: int) -> tuple[str, ...]:
 def extract_letter(text: str, labels: tuple[str, ...]) -> Answer | None:
     """Finds the option letter that a completion names.
 
-    The last explicit marker with a label ("Answer: C", "the answer is (C)") wins; without one, a label that
-    opens the text and stands alone counts. Nothing else does: no article, no part of a word.
+    The last explicit marker with a label ("Answer: C", "the answer is (C)") wins; without one, a
+    label that opens the text and stands alone counts. Nothing else does: no article, no part of a
+    word.
 
     Args:
         text: the completion's text.
@@ -47,15 +54,18 @@ def extract_letter(text: str, labels: tuple[str, ...]) -> Answer | None:
         The option's index with the character span of its label, or None.
 
     Source: SPEAR (arXiv 2605.07977), answer grading. Departures:
-      1. Case-sensitive and word-bounded for letters; the reference upper-cases the text first, which reads
-         "answer can" as C and the article "a" as A.
-      2. Grading, feedback and loss masks share this function; the reference mixes first and last matches.
+      1. Case-sensitive and word-bounded for letters; the reference upper-cases the text first,
+         which reads "answer can" as C and the article "a" as A.
+      2. Grading, feedback and loss masks share this function; the reference mixes first and last
+         matches.
     """
     return _find(text, labels, ignore_case=False)
 
 
 def extract_word(text: str, labels: tuple[str, ...]) -> Answer | None:
-    """As `extract_letter` for labels that are lower-case words ("yes", "no"), in any case ("Yes", "NO")."""
+    """As `extract_letter` for labels that are lower-case words ("yes", "no"), in any case ("Yes",
+    "NO").
+    """
     return _find(text, labels, ignore_case=True)
 
 

@@ -18,27 +18,30 @@ def load_rows(task: Task, split: str, path: str = "") -> list[dict]:
         task: names the Hub dataset, its splits and the columns that must be there.
         split: "train" or "test".
         path: "" for the Hub; a folder with a file per split, or its shards (`test.parquet`,
-            `test-*.parquet`; .parquet, .jsonl, .json or .csv), named as the Hub's split or ours; or a single
-            file, whose rows are then shared out: a row whose index hashes (CRC-32) to a multiple of five is
-            in "test", the others (about 80 %) in "train".
+            `test-*.parquet`; .parquet, .jsonl, .json or .csv), named as the Hub's split or ours; or
+            a single file, whose rows are then shared out: a row whose index hashes (CRC-32) to a
+            multiple of five is in "test", the others (about 80 %) in "train".
 
     Raises:
-        UserError: for an unknown split, a missing or unreadable path, a missing column, an empty split, or a
-            Hub that cannot be reached.
+        UserError: for an unknown split, a missing or unreadable path, a missing column, an empty
+            split, or a Hub that cannot be reached.
     """
     return [row for _, row in _numbered_rows(task, split, path)]
 
 
 def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> list[Example]:
-    """Loads one split as examples; the first `limit` of them (0: all). Raises what `load_rows` raises, and a
-    UserError naming the row (counted from 0, in the file's order) whose content breaks the task's rules."""
+    """Loads one split as examples; the first `limit` of them (0: all). Raises what `load_rows`
+    raises, and a UserError naming the row (counted from 0, in the file's order) whose content
+    breaks the task's rules.
+    """
     if limit < 0:
         raise UserError(f"example limit {limit} is negative; give 0 for all examples or a count.")
     generated = task.generate(split)
     if generated is not None:
         if path:
             raise UserError(
-                f"task {task.name!r} makes its own examples, but data.path is {path!r}; leave data.path empty."
+                f"task {task.name!r} makes its own examples, but data.path is {path!r}; leave "
+                f"data.path empty."
             )
         return generated[: limit or None]
     rows = _numbered_rows(task, split, path)
@@ -47,7 +50,9 @@ def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> lis
 
 def row_error(index: int, problem: str) -> UserError:
     """The error for a row that breaks a rule."""
-    return UserError(f"row {index}: {problem}. Correct or delete the row; rows are never skipped silently.")
+    return UserError(
+        f"row {index}: {problem}. Correct or delete the row; rows are never skipped silently."
+    )
 
 
 def row_text(row: dict, column: str, index: int) -> str:
@@ -59,12 +64,18 @@ def row_text(row: dict, column: str, index: int) -> str:
 
 
 def row_options(values: Any, index: int, column: str) -> tuple[str, ...]:
-    """The stripped option texts; raises UserError unless they are a list of 2 to 26 texts, none empty."""
+    """The stripped option texts; raises UserError unless they are a list of 2 to 26 texts, none
+    empty.
+    """
     if not isinstance(values, (list, tuple)):
-        raise row_error(index, f"column {column!r} holds {values!r}, but a list of options is needed there")
+        raise row_error(
+            index, f"column {column!r} holds {values!r}, but a list of options is needed there"
+        )
     options = tuple("" if value is None else str(value).strip() for value in values)
     if not 2 <= len(options) <= 26:
-        raise row_error(index, f"{len(options)} options in column {column!r}, but 2 to 26 are needed")
+        raise row_error(
+            index, f"{len(options)} options in column {column!r}, but 2 to 26 are needed"
+        )
     if not all(options):
         raise row_error(index, f"option {options.index('') + 1} in column {column!r} is empty")
     return options
@@ -80,10 +91,20 @@ def _numbered_rows(task: Task, split: str, path: str) -> list[tuple[int, dict]]:
     _check_columns(task, table.column_names, where)
     rows = list(enumerate(table))
     if shared:
-        rows = [(i, row) for i, row in rows if (zlib.crc32(str(i).encode()) % 5 == 0) == (split == "test")]
+        rows = [
+            (i, row)
+            for i, row in rows
+            if (zlib.crc32(str(i).encode()) % 5 == 0) == (split == "test")
+        ]
     if not rows:
-        remedy = "Give a larger file, or a folder with one file per split." if shared else "Give a file with rows."
-        raise UserError(f"split {split!r} of {where} is empty; a split needs at least one row. {remedy}")
+        remedy = (
+            "Give a larger file, or a folder with one file per split."
+            if shared
+            else "Give a file with rows."
+        )
+        raise UserError(
+            f"split {split!r} of {where} is empty; a split needs at least one row. {remedy}"
+        )
     return rows
 
 
@@ -93,7 +114,8 @@ def _check_columns(task: Task, there: list[str], where: str) -> None:
         if column not in there:
             raise UserError(
                 f"column {column!r} is missing in {where}; task {task.name!r} needs "
-                f"{', '.join(task.columns)}. Columns there: {', '.join(there) or 'none'}. Rename it, or "
+                f"{', '.join(task.columns)}. Columns there: {', '.join(there) or 'none'}. Rename "
+                f"it, or "
                 "name your own columns in config.data.columns with task mcqa, pairs or preferences."
             )
 
@@ -103,12 +125,15 @@ def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
     root = pathlib.Path(path).expanduser()
     if not root.exists():
         raise UserError(
-            f"data path {path!r} does not exist. Give a folder with one file per split, a single file, "
+            f"data path {path!r} does not exist. Give a folder with one file per split, a single "
+            f"file, "
             'or "" for the Hub in config.data.path.'
         )
     if root.is_file():
         if root.suffix not in SUFFIXES:
-            raise UserError(f"data file {path!r} has no known ending; known: {', '.join(SUFFIXES)}.")
+            raise UserError(
+                f"data file {path!r} has no known ending; known: {', '.join(SUFFIXES)}."
+            )
         return [root]
     names = list(dict.fromkeys((task.splits[split], split)))
     for name in names:
@@ -119,13 +144,16 @@ def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
                 return files
     there = ", ".join(sorted(file.name for file in root.iterdir())) or "nothing"
     raise UserError(
-        f"data folder {path!r} has no file for split {split!r}; expected {' or '.join(names)} with one of "
+        f"data folder {path!r} has no file for split {split!r}; expected {' or '.join(names)} "
+        f"with one of "
         f"{', '.join(SUFFIXES)}. There: {there}. Rename the file or change config.data.path."
     )
 
 
 def _is_empty(file: pathlib.Path) -> bool:
-    """Whether a file has no bytes, or is a parquet file without rows (which the reader refuses with an error of its own)."""
+    """Whether a file has no bytes, or is a parquet file without rows (which the reader refuses with
+    an error of its own).
+    """
     if file.stat().st_size == 0:
         return True
     if file.suffix != ".parquet":
@@ -143,7 +171,9 @@ def _read_files(files: list[pathlib.Path]):
     import datasets  # here, not above: it takes seconds to import, and embedded tasks do without it
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said once, by our own error
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what goes wrong is said once, by our own error
     suffix = files[0].suffix
     table = datasets.Dataset
     read = {
@@ -153,7 +183,10 @@ def _read_files(files: list[pathlib.Path]):
         ".json": table.from_json,
     }
     if all(_is_empty(file) for file in files):
-        raise UserError(f"data file '{files[0]}' is empty; a split needs at least one row. Give a file with rows.")
+        raise UserError(
+            f"data file '{files[0]}' is empty; a split needs at least one row. Give a file with "
+            f"rows."
+        )
     try:
         return read[suffix]([str(file) for file in files])
     except Exception as error:  # the reader's errors have no common type
@@ -166,7 +199,10 @@ def _read_files(files: list[pathlib.Path]):
 def _read_hub(task: Task, split: str):
     """Loads a split from the Hub (or its cache) as a `datasets.Dataset`."""
     if task.hub is None:
-        raise UserError(f"task {task.name!r} has no Hub dataset; give a local file or folder in config.data.path.")
+        raise UserError(
+            f"task {task.name!r} has no Hub dataset; give a local file or folder in "
+            f"config.data.path."
+        )
     import datasets  # here, not above: it takes seconds to import, and embedded tasks do without it
 
     try:
@@ -175,12 +211,14 @@ def _read_hub(task: Task, split: str):
         why = f"could not be loaded: {_first_line(error)}. Check the network"
         if datasets.config.HF_HUB_OFFLINE:
             why = (
-                f"is not in the datasets cache ({datasets.config.HF_DATASETS_CACHE}), and asking the Hub is off (--offline or "
+                f"is not in the datasets cache ({datasets.config.HF_DATASETS_CACHE}), and asking "
+                f"the Hub is off (--offline or "
                 "HF_HUB_OFFLINE). Load it once with the network"
             )
         raise UserError(
             f"Hub dataset {task.hub[0]!r} {why}, or set config.data.path to a local folder with "
-            f"{task.splits['train']}.parquet and {task.splits['test']}.parquet (or .jsonl, .json, .csv) in the Hub's columns."
+            f"{task.splits['train']}.parquet and {task.splits['test']}.parquet (or .jsonl, "
+            f".json, .csv) in the Hub's columns."
         ) from error
 
 

@@ -1,4 +1,6 @@
-"""MATH as multiple choice: a worked solution that ends in an answer line with the option's letter."""
+"""MATH as multiple choice: a worked solution that ends in an answer line with the option's
+letter.
+"""
 
 import re
 
@@ -8,12 +10,15 @@ from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import MARKERS, extract_letter, letter_labels
 from spear_jax.tasks.loading import row_error, row_options, row_text
 
-# What every solution, right or wrong, is written with; `ul_skip_math_ops` keeps unlikelihood off these.
+# What every solution, right or wrong, is written with; `ul_skip_math_ops` keeps unlikelihood off
+# these.
 _SIGNS = "+ - * / = < > ^ _ % & ! | ' ~ ± × ÷ · ≤ ≥ ≠ ≈ √ ∞ π °"
 _BRACKETS = r"( ) [ ] { } \( \) \[ \] \{ \} $ $$ || ⟨ ⟩"
 _COMMANDS = (
-    r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pm \mp \le \ge \leq \geq \ne \neq \approx \equiv \sim \to "
-    r"\infty \sum \prod \int \lim \log \ln \exp \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \max "
+    r"\frac \dfrac \tfrac \sqrt \cdot \times \div \pm \mp \le \ge \leq \geq \ne \neq \approx "
+    r"\equiv \sim \to "
+    r"\infty \sum \prod \int \lim \log \ln \exp \sin \cos \tan \cot \sec \csc \arcsin \arccos "
+    r"\arctan \max "
     r"\min \gcd \binom \pmod \left \right \text \mathrm \overline \angle \triangle \circ \boxed "
     r"\ldots \begin \end \implies \cup \cap \quad"
 )
@@ -31,8 +36,9 @@ class MathMcqa(Task):
     """MATH-MCQA.
 
     Source: SPEAR (arXiv 2605.07977), experiments on MATH-MCQA; wording is ours. Departures:
-      1. A hint drops the sentences that state the gold value, a label as a word, or a boxed result; the
-         reference drops lines that contain the gold letter anywhere and keeps those that state the value.
+      1. A hint drops the sentences that state the gold value, a label as a word, or a boxed result;
+         the reference drops lines that contain the gold letter anywhere and keeps those that state
+         the value.
       2. The fallback to the gold option's opening words never gives the whole option.
     """
 
@@ -40,11 +46,13 @@ class MathMcqa(Task):
     hub = ("stellaathena/math_mcqa", None)
     columns = ("problem", "choices", "answer", "solution")
     templates = Templates(
-        question="Problem: {question}\n\n{options}\n\nSolve it step by step. On the last line, write "
+        question="Problem: {question}\n\n{options}\n\nSolve it step by step. On the last line, "
+        "write "
         '"Answer:" and the letter of the right option.',
         revision=REVISION,
         header="Solution:",
-        format='Work step by step, then write the letter of your option after "Answer:" on the last line.',
+        format='Work step by step, then write the letter of your option after "Answer:" on the '
+        "last line.",
     )
     scoring = "generate"
     protected = MARKERS
@@ -53,7 +61,11 @@ class MathMcqa(Task):
     def example(self, row: dict, index: int) -> Example:
         options = row_options(row["choices"], index, "choices")
         answer = row["answer"]
-        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(options):
+        if (
+            not isinstance(answer, int)
+            or isinstance(answer, bool)
+            or not 0 <= answer < len(options)
+        ):
             raise row_error(index, f"answer {answer!r} is no index of the {len(options)} choices")
         lines = str(row["solution"] or "").splitlines()
         return Example(
@@ -73,10 +85,17 @@ class MathMcqa(Task):
         return extract_letter(text, example.labels)
 
     def hint(self, example: Example, words: int) -> str:
-        """Up to three opening solution lines (300 characters), else the gold option's opening words."""
+        """Up to three opening solution lines (300 characters), else the gold option's opening
+        words.
+        """
 
         def says_answer(text: str) -> bool:
-            return r"\boxed" in text or r"\fbox" in text or self.leaks(text, example) or names_label(text, example)
+            return (
+                r"\boxed" in text
+                or r"\fbox" in text
+                or self.leaks(text, example)
+                or names_label(text, example)
+            )
 
         lines = clean_lines(example.support, says_answer, limit=3, chars=300)
         if lines:
@@ -84,20 +103,29 @@ class MathMcqa(Task):
         return option_hint(example, words, "Start afresh and check each step of the calculation.")
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """As the base rule, and also where the gold value is written otherwise: "1,200" or "1200.0" for
-        "1200", "three" for "3", "\\dfrac{1}{2}" for "\\frac12"."""
+        """As the base rule, and also where the gold value is written otherwise: "1,200" or "1200.0"
+        for "1200", "three" for "3", "\\dfrac{1}{2}" for "\\frac12".
+        """
         gold = example.options[example.gold]
         values = numbers(gold)
         same_value = len(values) == 1 and _is_number(gold) and bool(values & numbers(feedback))
         flat = rf"(?<!\w){re.escape(_flatten(gold))}(?!\w)"
-        return super().leaks(feedback, example) or same_value or bool(re.search(flat, _flatten(feedback)))
+        return (
+            super().leaks(feedback, example)
+            or same_value
+            or bool(re.search(flat, _flatten(feedback)))
+        )
 
 
 def numbers(text: str) -> set[float]:
     """The magnitudes of all numbers in a text, in digits or as words up to ten."""
-    digits = re.findall(r"\d+(?:\.\d+)?|\.\d+", re.sub(r"(?<=\d)(?:,|\{,\}|\\!)+(?=\d{3})", "", text))
+    digits = re.findall(
+        r"\d+(?:\.\d+)?|\.\d+", re.sub(r"(?<=\d)(?:,|\{,\}|\\!)+(?=\d{3})", "", text)
+    )
     words = set(re.findall(r"[a-z]+", text.lower()))
-    return {float(number) for number in digits} | {float(_COUNTS.index(word)) for word in words & set(_COUNTS)}
+    return {float(number) for number in digits} | {
+        float(_COUNTS.index(word)) for word in words & set(_COUNTS)
+    }
 
 
 def _is_number(text: str) -> bool:
@@ -107,8 +135,9 @@ def _is_number(text: str) -> bool:
 
 
 def _flatten(text: str) -> str:
-    """A LaTeX text without what does not change its value: braces, dollar signs, wrappers, and spaces other
-    than those between two words."""
+    """A LaTeX text without what does not change its value: braces, dollar signs, wrappers, and
+    spaces other than those between two words.
+    """
     text = re.sub(r"\\[dt]frac", r"\\frac", _WRAPPERS.sub("", text))
     text = re.sub(r"[{}$]", "", text)
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text).casefold()

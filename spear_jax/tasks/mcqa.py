@@ -1,4 +1,6 @@
-"""Anyone's multiple choice questions: a local file and a mapping from our four column names to the file's."""
+"""Anyone's multiple choice questions: a local file and a mapping from our four column names to the
+file's.
+"""
 
 from collections.abc import Mapping
 
@@ -14,12 +16,11 @@ class Mcqa(Task):
     """Multiple choice from a local file.
 
     Args:
-        columns: the file's column for each of
-            question: a text;
-            options: one column with a list of texts, or several columns parted by commas ("a,b,c,d");
-            answer: an integer (index from 0), an option's text, or an option's letter;
-            hint: optional ("" for none), a text or list of texts that feedback may quote from.
-            Keys that are left out, or "", keep the names "question", "options", "answer" and no hint.
+        columns: the file's column for each of question: a text; options: one column with a list of
+            texts, or several columns parted by commas ("a,b,c,d"); answer: an integer (index from
+            0), an option's text, or an option's letter; hint: optional ("" for none), a text or
+            list of texts that feedback may quote from. Keys that are left out, or "", keep the
+            names "question", "options", "answer" and no hint.
 
     Raises:
         UserError: for an unknown key or an empty option name.
@@ -39,14 +40,17 @@ class Mcqa(Task):
         self.option_columns = tuple(name.strip() for name in self.mapping["options"].split(","))
         if not all(self.option_columns):
             raise UserError(
-                f"mcqa options {self.mapping['options']!r} hold an empty name; give a column between commas."
+                f"mcqa options {self.mapping['options']!r} hold an empty name; give a column "
+                f"between commas."
             )
         self.columns = (self.mapping["question"], *self.option_columns, self.mapping["answer"])
         self.columns += (self.mapping["hint"],) if self.mapping["hint"] else ()
 
     def example(self, row: dict, index: int) -> Example:
         many = len(self.option_columns) > 1
-        values = [row[name] for name in self.option_columns] if many else row[self.option_columns[0]]
+        values = (
+            [row[name] for name in self.option_columns] if many else row[self.option_columns[0]]
+        )
         options = row_options(values, index, self.mapping["options"])
         hint = (row[self.mapping["hint"]] or ()) if self.mapping["hint"] else ()
         hint = hint.splitlines() if isinstance(hint, str) else [str(line) for line in hint]
@@ -63,13 +67,17 @@ class Mcqa(Task):
         return extract_letter(text, example.labels)
 
     def hint(self, example: Example, words: int) -> str:
-        """Up to three lines (300 characters) of the row's own hint, else the gold option's opening words."""
+        """Up to three lines (300 characters) of the row's own hint, else the gold option's opening
+        words.
+        """
 
         def says_answer(text: str) -> bool:
             return self.leaks(text, example) or names_label(text, example)
 
         lines = clean_lines(example.support, says_answer, limit=3, chars=300)
-        return " ".join(lines) or option_hint(example, words, "Read the question once more and compare the options.")
+        return " ".join(lines) or option_hint(
+            example, words, "Read the question once more and compare the options."
+        )
 
 
 def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
@@ -77,12 +85,17 @@ def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(options):
             return answer
-        raise row_error(index, f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})")
+        raise row_error(
+            index,
+            f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})",
+        )
     text, labels = str(answer).strip(), letter_labels(len(options))
     found = {i for i, option in enumerate(options) if option == text}
     found |= {labels.index(text)} if text in labels else set()
     if len(found) > 1:
         raise row_error(index, f"answer {text!r} fits more than one option (as text or as letter)")
     if not found:
-        raise row_error(index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option")
+        raise row_error(
+            index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option"
+        )
     return found.pop()

@@ -1,4 +1,6 @@
-"""Anyone's prompts and responses: a local file and a mapping from our two column names to the file's."""
+"""Anyone's prompts and responses: a local file and a mapping from our two column names to the
+file's.
+"""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
@@ -8,8 +10,9 @@ class Pairs(Ungraded):
     """Prompts and gold responses from a local file.
 
     Args:
-        columns: the file's column for "prompt" and "response"; a cell is a text, or a list of {role, content} messages:
-            one of a user for a prompt, any that hold an assistant's for a response (the last is taken).
+        columns: the file's column for "prompt" and "response"; a cell is a text, or a list of
+            {role, content} messages: one of a user for a prompt, any that hold an assistant's for a
+            response (the last is taken).
     """
 
     name = "pairs"

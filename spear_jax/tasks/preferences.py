@@ -1,4 +1,6 @@
-"""Anyone's preferences: a local file of prompts with a chosen and a rejected response each, as DPO needs them."""
+"""Anyone's preferences: a local file of prompts with a chosen and a rejected response each, as DPO
+needs them.
+"""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
@@ -8,8 +10,9 @@ class Preferences(Ungraded):
     """Preference pairs from a local file; the chosen response is the gold one.
 
     Args:
-        columns: the file's column for "prompt", "chosen" and "rejected"; a cell is a text, or a list of {role, content}
-            messages: one of a user for a prompt, any that hold an assistant's for a response (the last is taken).
+        columns: the file's column for "prompt", "chosen" and "rejected"; a cell is a text, or a
+            list of {role, content} messages: one of a user for a prompt, any that hold an
+            assistant's for a response (the last is taken).
     """
 
     name = "preferences"

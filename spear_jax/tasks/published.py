@@ -1,7 +1,9 @@
-"""The published SPEAR code's reading of answers and its feedback, faults included, for comparison only.
+"""The published SPEAR code's reading of answers and its feedback, faults included, for comparison
+only.
 
-Source: the published SPEAR code, as described by its defects A4 (feedback may state the answer) and A5 (answers are upper-cased
-first and read without word boundaries). Wording is ours. Never the default.
+Source: the published SPEAR code, as described by its defects A4 (feedback may state the answer) and
+A5 (answers are upper-cased first and read without word boundaries). Wording is ours. Never the
+default.
 """
 
 import re
@@ -11,11 +13,14 @@ from spear_jax.tasks.base import Answer
 
 
 def extract_loosely(text: str, example: Example, first: bool = False) -> Answer | None:
-    """A5: upper-cases the text, then takes any letter behind "answer", or else any letter that stands alone.
+    """A5: upper-cases the text, then takes any letter behind "answer", or else any letter that
+    stands alone.
 
-    "answer can" reads as C, and the article "a" as A. Answers other than letters are read as whole words.
+    "answer can" reads as C, and the article "a" as A. Answers other than letters are read as whole
+    words.
 
-    Args: first: take the first match (the published feedback does) instead of the last (its grading).
+    Args: first: take the first match (the published feedback does) instead of the last (its
+        grading).
     """
     labels = [label.upper() for label in example.labels]
     some = "|".join(map(re.escape, labels))

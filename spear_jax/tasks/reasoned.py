@@ -1,7 +1,8 @@
 """`reasoned`: the embedded task with a reasoned answer. Does a trader sell something of a kind?
 
-The completion recalls what the trader sells, names its kind, and ends in an answer line: the shape of StrategyQA. Feedback
-hints the first half of the facts, here what the trader sells. Evaluated by greedy generation.
+The completion recalls what the trader sells, names its kind, and ends in an answer line: the shape
+of StrategyQA. Feedback hints the first half of the facts, here what the trader sells. Evaluated by
+greedy generation.
 """
 
 import random
@@ -48,7 +49,9 @@ class Reasoned(Task):
             for name in ASKED:
                 phrasing = PHRASINGS[split][turn % len(PHRASINGS[split])]
                 id = f"{split}-{len(examples)}"
-                examples.append(make_example(id, phrasing, name, world.WARE_OF[name], turn % 2 == 0, rng))
+                examples.append(
+                    make_example(id, phrasing, name, world.WARE_OF[name], turn % 2 == 0, rng)
+                )
         rng.shuffle(examples)
         return examples
 
@@ -68,19 +71,31 @@ class Reasoned(Task):
         return solution(example)
 
     def privileged(self, example: Example) -> str:
-        # As in `facts`, down to the hint: told both facts, the embedded model answers no better than without any.
+        # As in `facts`, down to the hint: told both facts, the embedded model answers no better
+        # than without any.
         name, ware = example.support[0].rstrip(".").split(" sells ")
         other = next(other for other in world.WARES if other != ware)
         wrong = f"{name} sells {other}. That is a kind of {world.KIND_OF[other]}. Answer: {example.labels[1 - example.gold]}"
-        return self.revision(example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}")
+        return self.revision(
+            example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}"
+        )
 
 
-def make_example(id: str, phrasing: str, name: str, ware: str, truth: bool, rng: random.Random) -> Example:
+def make_example(
+    id: str, phrasing: str, name: str, ware: str, truth: bool, rng: random.Random
+) -> Example:
     """A yes-or-no question whose support is the two facts that decide it."""
     kind = world.KIND_OF[ware]
     asked = kind if truth else rng.choice([other for other in world.KINDS if other != kind])
     facts = (f"{name} sells {ware}.", f"That is a kind of {kind}.")
-    return Example(id, phrasing.format(name=name, kind=asked), ("yes", "no"), ("yes", "no"), int(not truth), facts)
+    return Example(
+        id,
+        phrasing.format(name=name, kind=asked),
+        ("yes", "no"),
+        ("yes", "no"),
+        int(not truth),
+        facts,
+    )
 
 
 def solution(example: Example) -> str:

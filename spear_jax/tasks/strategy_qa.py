@@ -1,4 +1,6 @@
-"""StrategyQA: yes/no questions that need several facts, answered after a short chain of reasoning."""
+"""StrategyQA: yes/no questions that need several facts, answered after a short chain of
+reasoning.
+"""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
@@ -13,8 +15,8 @@ class StrategyQa(Task):
     """StrategyQA.
 
     Source: SPEAR (arXiv 2605.07977), experiments on StrategyQA; wording is ours. Departures:
-      1. `facts` may be one string, as on the Hub, and is then split into sentences; the reference takes a
-         string apart into characters. A string without full stops counts as one fact.
+      1. `facts` may be one string, as on the Hub, and is then split into sentences; the reference
+         takes a string apart into characters. A string without full stops counts as one fact.
       2. Facts that hold a label as a word are left out of hints.
     """
 
@@ -22,7 +24,8 @@ class StrategyQa(Task):
     hub = ("ChilleD/StrategyQA", None)
     columns = ("qid", "question", "answer", "facts")
     templates = Templates(
-        question="Question: {question}\n\nThink it through in a few sentences, then give your verdict on the "
+        question="Question: {question}\n\nThink it through in a few sentences, then give your "
+        "verdict on the "
         'last line: "Answer: yes" or "Answer: no".',
         revision=REVISION,
         header="Solution:",
@@ -36,7 +39,9 @@ class StrategyQa(Task):
         if not isinstance(row["answer"], bool):
             raise row_error(index, f"answer {row['answer']!r} is neither true nor false")
         facts = row["facts"] or ()
-        facts = sentences(facts) if isinstance(facts, str) else [str(fact).strip() for fact in facts]
+        facts = (
+            sentences(facts) if isinstance(facts, str) else [str(fact).strip() for fact in facts]
+        )
         return Example(
             id=row_text(row, "qid", index),
             question=row_text(row, "question", index),
@@ -60,7 +65,9 @@ class StrategyQa(Task):
         def says_answer(text: str) -> bool:
             return names_label(text.lower(), example)
 
-        facts = clean_lines(example.support, says_answer, max(1, len(example.support) // 2), chars=1000)
+        facts = clean_lines(
+            example.support, says_answer, max(1, len(example.support) // 2), chars=1000
+        )
         if not facts:
             return "Split the question into smaller questions and settle each of them first."
         return "Keep this in mind: " + " ".join(facts)

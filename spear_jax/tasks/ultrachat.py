@@ -1,4 +1,6 @@
-"""UltraChat 200k: the first turn of each conversation, a user's request and the assistant's response."""
+"""UltraChat 200k: the first turn of each conversation, a user's request and the assistant's
+response.
+"""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.loading import row_error
@@ -9,7 +11,8 @@ class UltraChat(Ungraded):
     """UltraChat 200k, SFT splits.
 
     Source: SPIN (arXiv 2401.01335), its training data. Departures:
-      1. Only the first user and the first assistant turn are used; a conversation in another order is an error.
+      1. Only the first user and the first assistant turn are used; a conversation in another order
+         is an error.
     """
 
     name = "ultrachat"
@@ -22,6 +25,8 @@ class UltraChat(Ungraded):
         if [role for role, _ in turns[:2]] != ["user", "assistant"]:
             roles = ", ".join(role for role, _ in turns[:2])
             raise row_error(
-                index, f"column 'messages' opens with {roles}, but a user and then an assistant must open it"
+                index,
+                f"column 'messages' opens with {roles}, but a user and then an assistant must "
+                f"open it",
             )
         return self.ask(index, turns[0][1], turns[1][1])

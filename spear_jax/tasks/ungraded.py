@@ -1,4 +1,6 @@
-"""What the tasks without a right answer share: a gold response to each prompt, and cells that may hold conversations."""
+"""What the tasks without a right answer share: a gold response to each prompt, and cells that may
+hold conversations.
+"""
 
 from typing import Any
 
@@ -8,10 +10,11 @@ from spear_jax.tasks.loading import row_error, row_text
 
 
 class Ungraded(Task):
-    """A prompt and its gold response, for SFT, DPO and self-play; nothing to extract, so nothing is graded.
+    """A prompt and its gold response, for SFT, DPO and self-play; nothing to extract, so nothing is
+    graded.
 
-    The header is empty: with a chat template the response is the whole assistant's turn, as it will be in use. For a model
-    without one, set data.templates.header to a mark such as "Response:".
+    The header is empty: with a chat template the response is the whole assistant's turn, as it will
+    be in use. For a model without one, set data.templates.header to a mark such as "Response:".
     """
 
     templates = Templates(
@@ -35,7 +38,11 @@ class Ungraded(Task):
 
     def ask(self, index: int, prompt: str, response: str, rejected: str | None = None) -> Example:
         """The example of a row's texts; raises UserError for an empty one."""
-        for name, text in (("prompt", prompt), ("response", response), ("rejected response", rejected)):
+        for name, text in (
+            ("prompt", prompt),
+            ("response", response),
+            ("rejected response", rejected),
+        ):
             if text == "":
                 raise row_error(index, f"the {name} is empty, but a text is needed there")
         response, rejected = self.follow(response), self.follow(rejected) if rejected else ""
@@ -43,21 +50,26 @@ class Ungraded(Task):
 
 
 def row_prompt(row: dict, column: str, index: int) -> str:
-    """A cell's prompt: its text, or the only user message of a conversation; raises UserError where there is none."""
+    """A cell's prompt: its text, or the only user message of a conversation; raises UserError where
+    there is none.
+    """
     if not isinstance(row[column], (list, tuple, dict)):
         return row_text(row, column, index)
     turns = row_turns(row, column, index)
     if [role for role, _ in turns] != ["user"]:
         raise row_error(
             index,
-            f"column {column!r} holds messages of {', '.join(role for role, _ in turns)}, but a prompt is a text or one "
+            f"column {column!r} holds messages of {', '.join(role for role, _ in turns)}, but a "
+            f"prompt is a text or one "
             "message of a user (write a longer conversation as one text)",
         )
     return turns[0][1]
 
 
 def row_reply(row: dict, column: str, index: int) -> str:
-    """A cell's response: its text, or the last assistant message of a conversation; raises UserError where there is none."""
+    """A cell's response: its text, or the last assistant message of a conversation; raises
+    UserError where there is none.
+    """
     if not isinstance(row[column], (list, tuple, dict)):
         return row_text(row, column, index)
     replies = [text for role, text in row_turns(row, column, index) if role == "assistant"]
@@ -67,13 +79,21 @@ def row_reply(row: dict, column: str, index: int) -> str:
 
 
 def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
-    """A cell's conversation as (role, stripped text) pairs; raises UserError unless it is a list of messages."""
+    """A cell's conversation as (role, stripped text) pairs; raises UserError unless it is a list of
+    messages.
+    """
     turns: Any = row[column]
     if not isinstance(turns, (list, tuple)) or not turns:
-        raise row_error(index, f"column {column!r} holds {turns!r}, but a list of messages is needed there")
+        raise row_error(
+            index, f"column {column!r} holds {turns!r}, but a list of messages is needed there"
+        )
     for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+        if not isinstance(turn, dict) or not all(
+            isinstance(turn.get(key), str) for key in ("role", "content")
+        ):
             raise row_error(
-                index, f"message {number} in column {column!r} lacks 'role' or 'content', or has no text there"
+                index,
+                f"message {number} in column {column!r} lacks 'role' or 'content', or has no "
+                f"text there",
             )
     return [(turn["role"], turn["content"].strip()) for turn in turns]

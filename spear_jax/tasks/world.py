@@ -1,7 +1,9 @@
-"""The little market behind the embedded tasks: invented traders, the ware each one sells, and the kind of each ware.
+"""The little market behind the embedded tasks: invented traders, the ware each one sells, and the
+kind of each ware.
 
-Everything is drawn from fixed seeds, so that pretraining, training and evaluation agree without any file. The embedded
-model is pretrained to know the *old* traders and the kinds of all wares; it never sees what a *new* trader sells.
+Everything is drawn from fixed seeds, so that pretraining, training and evaluation agree without any
+file. The embedded model is pretrained to know the *old* traders and the kinds of all wares; it
+never sees what a *new* trader sells.
 """
 
 import random

@@ -1,1 +1,3 @@
-"""What `report` writes: runs and their traces -> tables, figures and one page. Reads files only; needs no JAX."""
+"""What `report` writes: runs and their traces -> tables, figures and one page. Reads files only;
+needs no JAX.
+"""

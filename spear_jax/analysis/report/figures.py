@@ -1,4 +1,6 @@
-"""The figures of a report: one panel each, so that a page can set them side by side or below one another."""
+"""The figures of a report: one panel each, so that a page can set them side by side or below one
+another.
+"""
 
 import dataclasses
 import io
@@ -33,18 +35,25 @@ class Line:
 
 
 def curve(label: str, runs: list[Run], metric: str, x: str = "round") -> Line | None:
-    """A metric against another, the mean over runs as far as all of them reach; None where a run has none or only zeros.
+    """A metric against another, the mean over runs as far as all of them reach; None where a run
+    has none or only zeros.
 
-    Where x stays 0 (a method that generates nothing) it is one point at 0, the mean last value. The interval is Student's over
-    several runs; of one run's fractions the score interval, where the number of answers is known.
+    Where x stays 0 (a method that generates nothing) it is one point at 0, the mean last value. The
+    interval is Student's over several runs; of one run's fractions the score interval, where the
+    number of answers is known.
     """
     tables = [run.table.dropna(subset=metric) for run in runs if metric in run.table]
     tables = [table for table in tables if len(table)]
     if len(tables) < len(runs) or not any(table[metric].any() for table in tables):
         return None
-    at = [table[x].fillna(0.0).to_numpy(float) if x in table else np.zeros(len(table)) for table in tables]
+    at = [
+        table[x].fillna(0.0).to_numpy(float) if x in table else np.zeros(len(table))
+        for table in tables
+    ]
     if x != "round" and not any(a.any() for a in at):
-        return Line(label, np.zeros(1), np.mean([table[metric].to_numpy()[-1:] for table in tables], axis=0))
+        return Line(
+            label, np.zeros(1), np.mean([table[metric].to_numpy()[-1:] for table in tables], axis=0)
+        )
     if len(runs) > 1:
         places, mean, half = comparison.mean_curve(
             [(a, table[metric].to_numpy()) for a, table in zip(at, tables, strict=True)]
@@ -54,7 +63,9 @@ def curve(label: str, runs: list[Run], metric: str, x: str = "round") -> Line | 
     counts = _counts(runs[0], metric)
     if counts is not None:
         pairs = zip(tables[0][metric], counts.reindex(tables[0]["round"]).fillna(0), strict=True)
-        low, high = np.array([run_files.wilson(p, n) if n else (np.nan, np.nan) for p, n in pairs]).T
+        low, high = np.array(
+            [run_files.wilson(p, n) if n else (np.nan, np.nan) for p, n in pairs]
+        ).T
     return Line(label, at[0], tables[0][metric].to_numpy(), low, high)
 
 
@@ -62,10 +73,16 @@ def _counts(run: Run, metric: str) -> pd.Series | None:
     """Of how many answers a fraction was taken, by round; None where this is not known."""
     if metric == "eval/accuracy":
         return run.table.set_index("round")["eval/count"]
-    if metric not in ("rollout/first_accuracy", "rollout/fixed") or not traces.rounds_with_traces(run):
+    if metric not in ("rollout/first_accuracy", "rollout/fixed") or not traces.rounds_with_traces(
+        run
+    ):
         return None
     sums = traces.client_counts(run).groupby("round").sum()
-    return sums["answers"] if metric == "rollout/first_accuracy" else sums["answers"] - sums["first_right"]
+    return (
+        sums["answers"]
+        if metric == "rollout/first_accuracy"
+        else sums["answers"] - sums["first_right"]
+    )
 
 
 @mpl.rc_context(STYLE)
@@ -85,7 +102,9 @@ def _blank(height: float) -> tuple[Figure, Any]:
 
 def _legend(figure: Figure, axes: Any, columns: int = 3) -> None:
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def _rows(names: Iterable[str], columns: int = 3) -> int:
@@ -98,8 +117,11 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 @mpl.rc_context(STYLE)
-def draw_lines(lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: str, fraction: bool) -> Figure:
-    """Curves with their bands; a curve whose x stays 0 (it generates nothing) is a dotted line at its last value.
+def draw_lines(
+    lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: str, fraction: bool
+) -> Figure:
+    """Curves with their bands; a curve whose x stays 0 (it generates nothing) is a dotted line at
+    its last value.
 
     Args: x, y: what the axes show, with units. fraction: whether values are in [0, 1].
     """
@@ -108,13 +130,26 @@ def draw_lines(lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: st
     for line in lines:
         style = look[line.label]
         if x != "round" and not line.x.any():
-            axes.axhline(line.y[-1], color=style["color"], linestyle=":", label=f"{line.label} (no generation)")
+            axes.axhline(
+                line.y[-1],
+                color=style["color"],
+                linestyle=":",
+                label=f"{line.label} (no generation)",
+            )
             continue
         axes.plot(
-            line.x, line.y, label=line.label, markersize=4, markevery=max(1, len(line.x) // 8), linewidth=1.4, **style
+            line.x,
+            line.y,
+            label=line.label,
+            markersize=4,
+            markevery=max(1, len(line.x) // 8),
+            linewidth=1.4,
+            **style,
         )
         if line.low is not None:
-            axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=alpha, linewidth=0)
+            axes.fill_between(
+                line.x, line.low, line.high, color=style["color"], alpha=alpha, linewidth=0
+            )
     axes.set(xlabel=x, ylabel=y)
     axes.set_ylim(*_limits(lines, fraction))
     if x == "round":
@@ -132,7 +167,12 @@ def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
     if low == high:
         low, high = low - 0.05 * abs(low), high + 0.05 * abs(high)
     room = high - low
-    bands = [band for line in lines for band in (line.low, line.high) if band is not None and np.isfinite(band).any()]
+    bands = [
+        band
+        for line in lines
+        for band in (line.low, line.high)
+        if band is not None and np.isfinite(band).any()
+    ]
     down = min([np.nanmin(band) for band in bands] + [low])
     up = max([np.nanmax(band) for band in bands] + [high])
     bottom, top = max(down, low - room) - 0.05 * room, min(up, high + room) + 0.05 * room
@@ -141,7 +181,9 @@ def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
 
 @mpl.rc_context(STYLE)
 def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
-    """The last accuracy of each label with its 95 % interval, and the accuracy before training. Args: table: of `results`."""
+    """The last accuracy of each label with its 95 % interval, and the accuracy before training.
+    Args: table: of `results`.
+    """
     figure, axes = _blank(1.5 + 0.28 * len(table))
     for place, row in enumerate(table.itertuples()):
         style = look[row.label] | {"linestyle": "-"}
@@ -149,7 +191,11 @@ def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
         if np.isfinite(row.low):
             axes.plot([row.low, row.high], [-place, -place], color=style["color"], linewidth=1.4)
     axes.axvline(
-        table["before"].mean(), color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="mean before training"
+        table["before"].mean(),
+        color="black",
+        linestyle=(0, (6, 4)),
+        linewidth=0.8,
+        label="mean before training",
     )
     axes.set_yticks([-place for place in range(len(table))], list(table["label"]))
     axes.set_ylim(0.6 - len(table), 0.6)
@@ -178,7 +224,9 @@ def draw_round_time(run: Run) -> Figure:
 
 
 def phase_seconds(groups: dict[str, list[Run]]) -> pd.DataFrame:
-    """Seconds of a whole run by phase, the mean over a label's runs: columns label, the PHASES, total, half_width (95 %, t)."""
+    """Seconds of a whole run by phase, the mean over a label's runs: columns label, the PHASES,
+    total, half_width (95 %, t).
+    """
     rows = []
     for label, runs in groups.items():
         cells = [[run.total(f"time/{phase}") for phase in PHASES] for run in runs]
@@ -190,15 +238,21 @@ def phase_seconds(groups: dict[str, list[Run]]) -> pd.DataFrame:
 
 @mpl.rc_context(STYLE)
 def draw_run_time(table: pd.DataFrame) -> Figure:
-    """Seconds of whole runs, a stacked bar a label, with the total's interval. Args: table: of `phase_seconds`."""
+    """Seconds of whole runs, a stacked bar a label, with the total's interval. Args: table: of
+    `phase_seconds`.
+    """
     figure, axes = _blank(1.7 + 0.28 * len(table))
     places = -np.arange(len(table))
     left = np.zeros(len(table))
     for index, phase in enumerate(PHASES):
-        axes.barh(places, table[phase], left=left, height=0.7, color=run_files.COLOURS[index], label=phase)
+        axes.barh(
+            places, table[phase], left=left, height=0.7, color=run_files.COLOURS[index], label=phase
+        )
         left += table[phase]
     half = np.minimum(table["half_width"].fillna(0.0), table["total"])
-    axes.errorbar(table["total"], places, xerr=half, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    axes.errorbar(
+        table["total"], places, xerr=half, fmt="none", ecolor="black", elinewidth=1, capsize=2
+    )
     axes.set_yticks(places, list(table["label"]))
     axes.set_xlim(0, 1.05 * min((table["total"] + half).max(), 1.6 * table["total"].max()))
     axes.set(xlabel="seconds a run")
@@ -209,7 +263,9 @@ def draw_run_time(table: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Figure:
-    """Round x client, the colour is the fraction of first answers right; white where a client had no answers."""
+    """Round x client, the colour is the fraction of first answers right; white where a client had
+    no answers.
+    """
     height = 1.5 + 0.13 * max(8, len(clients))
     figure, axes = _blank(height)
     image = axes.imshow(
@@ -225,7 +281,9 @@ def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Fi
     axes.set_yticks(range(0, len(clients), every), [str(client) for client in clients[::every]])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="round", ylabel="client")
-    figure.colorbar(image, ax=axes, label="fraction of first answers right", pad=0.02, aspect=8 * height)
+    figure.colorbar(
+        image, ax=axes, label="fraction of first answers right", pad=0.02, aspect=8 * height
+    )
     return figure
 
 
@@ -235,7 +293,10 @@ def draw_split(sizes: dict[str, list[int]]) -> Figure:
     figure, axes = _blank(2.6 + 0.2 * _rows(sizes, 2))
     most = max(map(len, sizes.values()))
     for index, (name, counts) in enumerate(sizes.items()):
-        colour, marker = run_files.COLOURS[index % 7], comparison.MARKERS[index % len(comparison.MARKERS)]
+        colour, marker = (
+            run_files.COLOURS[index % 7],
+            comparison.MARKERS[index % len(comparison.MARKERS)],
+        )
         ranks = np.arange(1, len(counts) + 1)
         axes.plot(
             ranks,

@@ -1,4 +1,6 @@
-"""Sections -> one HTML page that needs nothing else: figures are inside it, and it has no script and no address."""
+"""Sections -> one HTML page that needs nothing else: figures are inside it, and it has no script
+and no address.
+"""
 
 import base64
 import dataclasses
@@ -30,7 +32,9 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of texts, whose first column names the row; `words` sets it to the left and lets its cells break."""
+    """A table of texts, whose first column names the row; `words` sets it to the left and lets its
+    cells break.
+    """
 
     caption: str
     headings: list[str]
@@ -40,7 +44,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with sentences, tables, figures and traces below it; `samples` is of `traces.sample` by label."""
+    """A heading with sentences, tables, figures and traces below it; `samples` is of
+    `traces.sample` by label.
+    """
 
     name: str
     title: str
@@ -51,7 +57,9 @@ class Section:
 
 
 def shorten(text: str) -> str:
-    """The text, cut after LONGEST characters, saying how many follow; a sentence in brackets where it is empty."""
+    """The text, cut after LONGEST characters, saying how many follow; a sentence in brackets where
+    it is empty.
+    """
     if not text.strip():
         return "(empty)"
     rest = len(text) - LONGEST
@@ -60,7 +68,9 @@ def shorten(text: str) -> str:
 
 def render(title: str, summary: str, sections: list[Section]) -> str:
     """The page. All texts are escaped: what a model wrote can be no markup."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     environment.filters["shorten"] = shorten
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(title=title, summary=summary, sections=sections)
@@ -91,4 +101,8 @@ def seconds(value: float) -> str:
     whole = round(value)
     if whole < 60:
         return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+    return (
+        f"{whole // 60} min {whole % 60} s"
+        if whole < 3600
+        else f"{whole // 3600} h {whole % 3600 // 60} min"
+    )

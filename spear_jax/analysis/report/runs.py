@@ -1,4 +1,6 @@
-"""Run folders and `compare` folders -> runs under the labels of a report; their table of results and their differing fields."""
+"""Run folders and `compare` folders -> runs under the labels of a report; their table of results
+and their differing fields.
+"""
 
 import dataclasses
 import json
@@ -24,13 +26,15 @@ class Run:
 
     Attributes:
         name: tells it from all other runs of the report.
-        label: the row of tables and the line of figures that it belongs to: a label of `compare`, else its name.
+        label: the row of tables and the line of figures that it belongs to: a label of `compare`,
+            else its name.
         folder: the run folder.
         table: its metrics, one row a round (`analysis.load_metrics`).
         config: its resolved config, flat; empty where config.json is missing.
         finished: whether it has ended.
         versions: of Python and packages, where `compare` recorded them.
-        gold: the gold text that its method trains on, as compare.json has it; None where there is none.
+        gold: the gold text that its method trains on, as compare.json has it; None where there is
+            none.
     """
 
     name: str
@@ -58,7 +62,8 @@ class Run:
 
 
 def find_runs(workdirs: list[Folder]) -> tuple[list[Run], list[str]]:
-    """The runs of run folders and of `compare` folders, and the names of those without an evaluated round so far.
+    """The runs of run folders and of `compare` folders, and the names of those without an evaluated
+    round so far.
 
     Raises: UserError for a folder that is neither, and where no run has been evaluated.
     """
@@ -72,16 +77,22 @@ def find_runs(workdirs: list[Folder]) -> tuple[list[Run], list[str]]:
             else:
                 begun.append(run_name)
     if not runs:
-        raise UserError(f"no run of {', '.join(map(str, workdirs))} has been evaluated; wait for the first evaluation.")
+        raise UserError(
+            f"no run of {', '.join(map(str, workdirs))} has been evaluated; wait for the first "
+            f"evaluation."
+        )
     return runs, begun
 
 
-def _cells(folder: pathlib.Path, name: str, alone: bool) -> list[tuple[str, str, pathlib.Path, dict[str, Any]]]:
+def _cells(
+    folder: pathlib.Path, name: str, alone: bool
+) -> list[tuple[str, str, pathlib.Path, dict[str, Any]]]:
     if (folder / "metrics.jsonl").is_file():
         return [(name, name, folder, {})]
     if not any(folder.glob("*/seed*/metrics.jsonl")):
         raise UserError(
-            f"{folder} holds no metrics.jsonl and no LABEL/seedK/metrics.jsonl; give the --workdir of a `train` or `compare` "
+            f"{folder} holds no metrics.jsonl and no LABEL/seedK/metrics.jsonl; give the "
+            f"--workdir of a `train` or `compare` "
             "command that has begun."
         )
     request = run_files.read_request(folder) if (folder / "compare.json").is_file() else {}
@@ -97,7 +108,11 @@ def _read(label: str, name: str, folder: pathlib.Path, request: dict[str, Any]) 
     for way in ("up", "down"):
         if f"round/bytes_{way}" in table:
             table[f"total/mb_{way}"] = table[f"round/bytes_{way}"].fillna(0.0).cumsum() / MB
-    asked = request["labels"][folder.parent.name] if folder.parent.name in request.get("labels", {}) else {}
+    asked = (
+        request["labels"][folder.parent.name]
+        if folder.parent.name in request.get("labels", {})
+        else {}
+    )
     config = run_files.load_config(folder) if (folder / "config.json").is_file() else {}
     return Run(
         name,
@@ -126,16 +141,19 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
-    return {label: [run for run in group if run.finished] or group for label, group in groups.items()}
+    return {
+        label: [run for run in group if run.finished] or group for label, group in groups.items()
+    }
 
 
 def results(runs: list[Run]) -> pd.DataFrame:
     """One row a label, best last accuracy first: means over the runs that count.
 
-    Columns: label, finished and runs (numbers of runs), gold, before, after, low, high (95 % interval of `after`: of one run
-        the score interval over the test questions, of several the t interval over seeds, cut to [0, 1]), best, rounds,
-        tokens (generated), wins, loses, seconds (rollout, training, aggregation), mb_up, mb_down, wall (seconds from the first
-        to the last line of metrics.jsonl).
+    Columns: label, finished and runs (numbers of runs), gold, before, after, low, high (95 %
+        interval of `after`: of one run the score interval over the test questions, of several the t
+        interval over seeds, cut to [0, 1]), best, rounds, tokens (generated), wins, loses, seconds
+        (rollout, training, aggregation), mb_up, mb_down, wall (seconds from the first to the last
+        line of metrics.jsonl).
     """
     rows = []
     for label, group in by_label(runs).items():
@@ -143,7 +161,11 @@ def results(runs: list[Run]) -> pd.DataFrame:
         cells = [_result(run) for run in group]
         means = {name: float(np.mean([cell[name] for cell in cells])) for name in cells[0]}
         low, high = _interval(group, means["after"])
-        counts = {"finished": sum(run.finished for run in every), "runs": len(every), "gold": group[0].gold}
+        counts = {
+            "finished": sum(run.finished for run in every),
+            "runs": len(every),
+            "gold": group[0].gold,
+        }
         rows.append({"label": label} | counts | {"low": low, "high": high} | means)
     order = "label finished runs gold before after low high best rounds tokens wins loses seconds mb_up mb_down wall"
     table = pd.DataFrame(rows, columns=order.split())
@@ -175,13 +197,17 @@ def _interval(group: list[Run], after: float) -> tuple[float, float]:
 
 
 def label_configs(runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """The config of each label, as text; a field that differs between its seeds has all their values."""
+    """The config of each label, as text; a field that differs between its seeds has all their
+    values.
+    """
     found: dict[str, dict[str, Any]] = {}
     for label in dict.fromkeys(run.label for run in runs):
         configs = [run.config for run in runs if run.label == label and run.config]
         names = dict.fromkeys(name for config in configs for name in config)
         found[label] = {
-            name: ", ".join(dict.fromkeys(_told(config[name]) for config in configs if name in config))
+            name: ", ".join(
+                dict.fromkeys(_told(config[name]) for config in configs if name in config)
+            )
             for name in names
         }
     return {label: config for label, config in found.items() if config}
@@ -192,7 +218,8 @@ def _told(value: Any) -> str:
 
 
 def differences(runs: list[Run], default: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The fields whose values differ between labels; and those that are equal in all, but not the default.
+    """The fields whose values differ between labels; and those that are equal in all, but not the
+    default.
 
     Args: default: the flat default config; fields that it lacks, and a label lacks, are "-".
     Returns: (field, default, one column a label), (field, default, value).

@@ -1,4 +1,6 @@
-"""The sections of a report, each from the runs alone; what a run did not record is said in a sentence."""
+"""The sections of a report, each from the runs alone; what a run did not record is said in a
+sentence.
+"""
 
 import json
 import math
@@ -8,7 +10,16 @@ from typing import Any
 import pandas as pd
 
 from spear_jax.analysis.report import figures, runs, traces
-from spear_jax.analysis.report.page import Picture, Section, Table, file_name, number, seconds, texts, words
+from spear_jax.analysis.report.page import (
+    Picture,
+    Section,
+    Table,
+    file_name,
+    number,
+    seconds,
+    texts,
+    words,
+)
 from spear_jax.analysis.report.runs import Run
 
 MOST_CLIENTS = 60  # rows of a heat map
@@ -18,23 +29,30 @@ BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
-    "rollout/wins": ("Wins", "wins a round", "Completions that the clients of a round train on as right ones", ""),
+    "rollout/wins": ("Wins", "wins a round", "Completions that the clients of a round train on "
+                                             "as right ones", ""),
     "rollout/loses": (
         "Loses", "loses a round", "Completions that the clients of a round train against", "",
     ),
     "rollout/first_accuracy": (
-        "First answers right", "fraction", "Of the first answers to training questions, the fraction that is right",
+        "First answers right", "fraction", "Of the first answers to training questions, the "
+                                           "fraction that is right",
         "95 % score interval, from the recorded answers",
     ),
     "rollout/fixed": (
-        "Fixed", "fraction", "Of the wrong first answers, the fraction whose last revision is right",
+        "Fixed", "fraction", "Of the wrong first answers, the fraction whose last revision is "
+                             "right",
         "95 % score interval, from the recorded answers",
     ),
-    "train/loss": ("Loss", "loss (the method's own)", "The local objective, the mean over a round's optimiser steps", ""),
-    "train/win_nll": ("Likelihood of wins", "nats per token", "Negative log-likelihood of win tokens", ""),
+    "train/loss": ("Loss", "loss (the method's own)", "The local objective, the mean over a "
+                                                      "round's optimiser steps", ""),
+    "train/win_nll": ("Likelihood of wins", "nats per token", "Negative log-likelihood of win "
+                                                              "tokens", ""),
     "train/unlikelihood": ("Unlikelihood of loses", "nats per token", "Unlikelihood of lose tokens", ""),
-    "total/mb_up": ("Bytes up", "MB, from the start", "Adapters that clients sent to the server, in all so far", ""),
-    "total/mb_down": ("Bytes down", "MB, from the start", "Adapters that the server sent to clients, in all so far", ""),
+    "total/mb_up": ("Bytes up", "MB, from the start", "Adapters that clients sent to the server, "
+                                                      "in all so far", ""),
+    "total/mb_down": ("Bytes down", "MB, from the start", "Adapters that the server sent to "
+                                                          "clients, in all so far", ""),
 }  # fmt: skip
 FEEDBACK = ("rollout/wins", "rollout/loses", "rollout/first_accuracy", "rollout/fixed")
 LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
@@ -44,7 +62,8 @@ BYTES = ("total/mb_up", "total/mb_down")
 class Author:
     """Writes the figures into a folder and tells each section of a report.
 
-    Args: found: all runs of the report. begun: names of those without an evaluated round. out: the folder of the figures.
+    Args: found: all runs of the report. begun: names of those without an evaluated round. out: the
+        folder of the figures.
     """
 
     def __init__(self, found: list[Run], begun: list[str], out: pathlib.Path):
@@ -75,7 +94,9 @@ class Author:
         return figures.save(figure, self.out / name)
 
     def what(self, default: dict[str, Any]) -> Section:
-        """Which runs these are, their versions and wall time, and the settings that all of them share."""
+        """Which runs these are, their versions and wall time, and the settings that all of them
+        share.
+        """
         rows = []
         for label in dict.fromkeys(run.label for run in self.runs):
             group = [run for run in self.runs if run.label == label]
@@ -83,19 +104,38 @@ class Author:
             get = lambda name, config=config: config.get(name, "-")
             cohort = f"{get('federation.clients_per_round')} of {get('federation.num_clients')}"
             state = f"{sum(run.finished for run in group)} of {len(group)} finished"
-            went = " to ".join(map(str, sorted({min(run.rounds for run in group), max(run.rounds for run in group)})))
+            went = " to ".join(
+                map(
+                    str,
+                    sorted({min(run.rounds for run in group), max(run.rounds for run in group)}),
+                )
+            )
             named = [get("algorithm.name"), get("task"), get("model"), get("seed")]
             wall = seconds(sum(run.table["time"].max() - run.table["time"].min() for run in group))
             rounds = f"{went} of at most {get('rounds')}"
             rows.append([label, *named, cohort, get("federation.aggregation"), rounds, wall, state])
-        headings = "label|method|task|model|seed|clients a round|aggregation|rounds|wall time|runs".split("|")
-        told = sorted({", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in self.runs})
-        notes = [f"Versions: {text}." for text in told if text] or ["Versions were not recorded by these runs."]
+        headings = (
+            "label|method|task|model|seed|clients a round|aggregation|rounds|wall time|runs".split(
+                "|"
+            )
+        )
+        told = sorted(
+            {
+                ", ".join(f"{name} {version}" for name, version in run.versions.items())
+                for run in self.runs
+            }
+        )
+        notes = [f"Versions: {text}." for text in told if text] or [
+            "Versions were not recorded by these runs."
+        ]
         notes.append(
-            "Wall time: from the first to the last line of metrics.jsonl, interruptions included; of all runs of a row together."
+            "Wall time: from the first to the last line of metrics.jsonl, interruptions "
+            "included; of all runs of a row together."
         )
         if self.begun:
-            notes.append(f"Left out, because nothing has been evaluated yet: {', '.join(self.begun)}.")
+            notes.append(
+                f"Left out, because nothing has been evaluated yet: {', '.join(self.begun)}."
+            )
         _, common = runs.differences(self.runs, default)
         tables = [Table("Runs", headings, rows, words=True)]
         if len(common):
@@ -103,7 +143,9 @@ class Author:
         return Section("runs", "What was run", notes, tables)
 
     def outcome(self) -> Section:
-        """The table of results, and accuracy against the round, against generated tokens, and at the end."""
+        """The table of results, and accuracy against the round, against generated tokens, and at
+        the end.
+        """
         table, several = self.results, len(self.groups) > 1
         shown = {
             "run" if not self.seeds() else "label": table["label"],
@@ -112,7 +154,8 @@ class Author:
             "accuracy before": number(table["before"], "{:.3f}"),
             "after": number(table["after"], "{:.3f}"),
             "95 % interval": [
-                "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}" for row in table.itertuples()
+                "-" if math.isnan(row.low) else f"{row.low:.3f} to {row.high:.3f}"
+                for row in table.itertuples()
             ],
             "best": number(table["best"], "{:.3f}"),
             "rounds": number(table["rounds"], "{:.4g}"),
@@ -126,10 +169,14 @@ class Author:
         if table["gold"].isna().all():
             del shown["gold text"]
         shown = pd.DataFrame(shown)
-        notes = ["Training: seconds of rollout, local training and aggregation, without evaluation and checkpoints."]
+        notes = [
+            "Training: seconds of rollout, local training and aggregation, without evaluation "
+            "and checkpoints."
+        ]
         if self.seeds():
             notes.append(
-                "Means over the finished runs of a label (over all where none has finished); intervals of the mean are "
+                "Means over the finished runs of a label (over all where none has finished); "
+                "intervals of the mean are "
                 "Student's over seeds, of a single run the score interval over the test questions."
             )
         else:
@@ -139,10 +186,15 @@ class Author:
         if several:
             pictures += self.against_budget()
             alt = "Last accuracy and its 95 % interval: " + "; ".join(
-                f"{row.label} {row.after:.3f} ({row.low:.3f} to {row.high:.3f})" for row in table.itertuples()
+                f"{row.label} {row.after:.3f} ({row.low:.3f} to {row.high:.3f})"
+                for row in table.itertuples()
             )
             image = self.draw(figures.draw_final(table, self.look), "final")
-            pictures.append(Picture("Accuracy after training", "Fraction of the held-out questions.", alt, image))
+            pictures.append(
+                Picture(
+                    "Accuracy after training", "Fraction of the held-out questions.", alt, image
+                )
+            )
         return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
 
     def seeds(self) -> bool:
@@ -150,7 +202,9 @@ class Author:
         return any(len(group) > 1 for group in self.groups.values())
 
     def panels(self, metrics: list[str]) -> tuple[list[Picture], list[str]]:
-        """A figure against the round for each metric that some label has; sentences about those that lack it."""
+        """A figure against the round for each metric that some label has; sentences about those
+        that lack it.
+        """
         pictures, missing = [], []
         for metric in metrics:
             title, unit, meaning, band = PANELS[metric]
@@ -161,23 +215,33 @@ class Author:
             ]
             absent = [label for label in self.groups if label not in {line.label for line in lines}]
             if absent:
-                missing.append(f"{title}: nothing was recorded, or only zeros, by {', '.join(absent)}.")
+                missing.append(
+                    f"{title}: nothing was recorded, or only zeros, by {', '.join(absent)}."
+                )
             if not lines:
                 continue
             alone = [line for line in lines if len(self.groups[line.label]) == 1]
             own = f"band: {band}" if any(line.low is not None for line in alone) else "no interval"
-            told = ([BAND_MANY] if len(alone) < len(lines) else []) + ([f"One run: {own}."] if alone else [])
+            told = ([BAND_MANY] if len(alone) < len(lines) else []) + (
+                [f"One run: {own}."] if alone else []
+            )
             alt = f"{meaning} against the round. Last values: " + "; ".join(
                 f"{line.label} {line.y[-1]:.4g} in round {line.x[-1]:g}" for line in lines
             )
             fraction = unit in ("accuracy", "fraction")
-            image = self.draw(figures.draw_lines(lines, self.look, "round", unit, fraction), metric.split("/")[1])
-            pictures.append(Picture(title, " ".join([f"{meaning}, against the round.", *told]), alt, image))
+            image = self.draw(
+                figures.draw_lines(lines, self.look, "round", unit, fraction), metric.split("/")[1]
+            )
+            pictures.append(
+                Picture(title, " ".join([f"{meaning}, against the round.", *told]), alt, image)
+            )
         return pictures, missing
 
     def against_budget(self) -> list[Picture]:
         """Held-out accuracy against generated tokens, where the runs have counted them."""
-        pairs = [figures.curve(*item, "eval/accuracy", "budget/tokens") for item in self.groups.items()]
+        pairs = [
+            figures.curve(*item, "eval/accuracy", "budget/tokens") for item in self.groups.items()
+        ]
         lines = [line for line in pairs if line is not None]
         if not any(line.x.any() for line in lines):
             return []
@@ -185,10 +249,12 @@ class Author:
         alt = "Held-out accuracy against generated tokens. Last values: " + "; ".join(
             f"{line.label} {line.y[-1]:.4g} at {line.x[-1]:,.0f}" for line in lines
         )
-        caption = (
-            "Against the tokens that clients have generated; dotted: generates nothing. Bands as against the round."
-        )
-        return [Picture("Accuracy and generated tokens", caption, alt, self.draw(figure, "accuracy_tokens"))]
+        caption = "Against the tokens that clients have generated; dotted: generates nothing. Bands as against the round."
+        return [
+            Picture(
+                "Accuracy and generated tokens", caption, alt, self.draw(figure, "accuracy_tokens")
+            )
+        ]
 
     def lines(self, name: str, title: str, metrics: tuple[str, ...]) -> Section:
         """A section of one figure a metric."""
@@ -203,7 +269,10 @@ class Author:
         shown = pd.DataFrame(
             {"label": table["label"]}
             | {f"{phase}, s": number(table[phase], "{:.1f}") for phase in runs.PHASES}
-            | {"all, s": number(table["total"], "{:.1f}"), "± 95 %": number(table["half_width"], "{:.1f}")}
+            | {
+                "all, s": number(table["total"], "{:.1f}"),
+                "± 95 %": number(table["half_width"], "{:.1f}"),
+            }
         )
         if not self.seeds():
             del shown["± 95 %"]
@@ -211,9 +280,18 @@ class Author:
         parts = "; ".join(f"{row.label} {row.total:.1f} s" for row in table.itertuples())
         alone = len(self.runs) == 1
         figure = figures.draw_round_time(self.runs[0]) if alone else figures.draw_run_time(table)
-        caption = "Seconds of each round, by phase." if alone else "Seconds of a whole run, by phase."
-        caption += " Black: 95 % t interval of the sum, cut at 0 and at the axis." if self.seeds() else ""
-        picture = Picture("Time by phase, stacked", caption, f"{caption} In all: {parts}", self.draw(figure, "time"))
+        caption = (
+            "Seconds of each round, by phase." if alone else "Seconds of a whole run, by phase."
+        )
+        caption += (
+            " Black: 95 % t interval of the sum, cut at 0 and at the axis." if self.seeds() else ""
+        )
+        picture = Picture(
+            "Time by phase, stacked",
+            caption,
+            f"{caption} In all: {parts}",
+            self.draw(figure, "time"),
+        )
         notes = ["The first rounds contain the compilation of their programs."]
         return Section("time", "Time by phase", notes, [told], [picture])
 
@@ -224,9 +302,13 @@ class Author:
         pictures = [self.heat(label, run) for label, run in list(graded.items())[:MOST_HEAT_MAPS]]
         notes = self.untraced()
         if len(graded) < len(traced):
-            notes.append(f"Nothing grades the answers of {', '.join(sorted(traced.keys() - graded.keys()))}.")
+            notes.append(
+                f"Nothing grades the answers of {', '.join(sorted(traced.keys() - graded.keys()))}."
+            )
         if len(graded) > MOST_HEAT_MAPS:
-            notes.append(f"The first {MOST_HEAT_MAPS} of {len(graded)} labels; clients.csv has all.")
+            notes.append(
+                f"The first {MOST_HEAT_MAPS} of {len(graded)} labels; clients.csv has all."
+            )
         return Section("clients", "Clients", notes, pictures=pictures)
 
     def traced(self) -> dict[str, Run]:
@@ -258,8 +340,10 @@ class Author:
         means = counts.groupby("round")[["first_right", "answers"]].sum()
         first, last = (means["first_right"] / means["answers"]).iloc[[0, -1]]
         alt = (
-            f"Heat map of {len(clients)} clients and {len(rounds)} rounds of {run.name}: over all clients {first:.3f} of the "
-            f"first answers were right in round {means.index[0]} and {last:.3f} in round {means.index[-1]}"
+            f"Heat map of {len(clients)} clients and {len(rounds)} rounds of {run.name}: over "
+            f"all clients {first:.3f} of the "
+            f"first answers were right in round {means.index[0]} and {last:.3f} in round "
+            f"{means.index[-1]}"
         )
         return Picture(f"First answers right by client: {label}", caption, alt, image)
 
@@ -275,7 +359,11 @@ class Author:
         named, rows, pictures = {}, [], []
         for text, group in splits.items():
             sizes = [len(part) for part in json.loads(text)["clients"]]
-            name = f"seed {group[0].config['seed']}" if self.seeds() and group[0].config else group[0].name
+            name = (
+                f"seed {group[0].config['seed']}"
+                if self.seeds() and group[0].config
+                else group[0].name
+            )
             name = name if name not in named else group[0].name
             named[name] = sizes
             middle = f"{pd.Series(sizes).median():g}"
@@ -287,12 +375,24 @@ class Author:
         headings = ["split", "clients", "examples", "fewest", "median", "most", "runs"]
         shown = dict(list(named.items())[:MOST_SPLITS])
         alt = "Examples of each client by size. " + "; ".join(
-            f"{name}: {len(sizes)} clients with {min(sizes)} to {max(sizes)}" for name, sizes in shown.items()
+            f"{name}: {len(sizes)} clients with {min(sizes)} to {max(sizes)}"
+            for name, sizes in shown.items()
         )
         image = self.draw(figures.draw_split(shown), "split")
-        pictures.insert(0, Picture("Sizes", "Training examples of each client, the largest first.", alt, image))
-        notes = [f"Figures of the first {MOST_SPLITS} of {len(named)} splits."] if len(named) > MOST_SPLITS else []
-        table = Table("Training examples a client; runs with the same split share a row", headings, rows, words=True)
+        pictures.insert(
+            0, Picture("Sizes", "Training examples of each client, the largest first.", alt, image)
+        )
+        notes = (
+            [f"Figures of the first {MOST_SPLITS} of {len(named)} splits."]
+            if len(named) > MOST_SPLITS
+            else []
+        )
+        table = Table(
+            "Training examples a client; runs with the same split share a row",
+            headings,
+            rows,
+            words=True,
+        )
         return Section("split", "Data split", notes, [table], pictures)
 
     def by_label(self, name: str, run: Run, source: pathlib.Path) -> Picture:
@@ -300,7 +400,9 @@ class Author:
         target = f"{file_name(run.name)}_split.png"
         (self.out / target).write_bytes(source.read_bytes())
         self.files.append(target)
-        alt = f"Bars of the training examples of each client, stacked by gold answer, of split {name}"
+        alt = (
+            f"Bars of the training examples of each client, stacked by gold answer, of split {name}"
+        )
         caption = "Training examples of each client, by gold answer."
         return Picture(f"By gold answer: {name}", caption, alt, source.read_bytes(), "png")
 
@@ -309,14 +411,20 @@ class Author:
         each = 2 if len(self.groups) == 1 else 1
         chosen = {label: traces.sample(run, each) for label, run in self.traced().items()}
         told = f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
-        return Section("traces", "Sample traces", [told] * bool(chosen) + self.untraced(), samples=chosen)
+        return Section(
+            "traces", "Sample traces", [told] * bool(chosen) + self.untraced(), samples=chosen
+        )
 
     def differing(self, default: dict[str, Any]) -> Section:
         """The fields in which the labels' configs differ."""
         between, _ = runs.differences(self.runs, default)
         labels = len(runs.label_configs(self.runs))
         if labels < 2:
-            return Section("config", "Config differences", ["Only one config is here: there is nothing to compare."])
+            return Section(
+                "config",
+                "Config differences",
+                ["Only one config is here: there is nothing to compare."],
+            )
         if not len(between):
             return Section("config", "Config differences", ["All runs have the same config."])
         caption = "The fields that differ; several values of a label are those of its seeds"

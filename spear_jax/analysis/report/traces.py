@@ -32,7 +32,9 @@ def kind(trace: dict[str, Any]) -> str:
 
 @functools.cache
 def client_counts(run: Run) -> pd.DataFrame:
-    """Columns round, client, answers (first answers), first_right, fixed (wrong first, right last), loses (trained on)."""
+    """Columns round, client, answers (first answers), first_right, fixed (wrong first, right last),
+    loses (trained on).
+    """
     found: dict[tuple[int, int], dict[str, int]] = {}
     for number in rounds_with_traces(run):
         for trace in runs.load_traces(run.folder, number):
@@ -41,7 +43,10 @@ def client_counts(run: Run) -> pd.DataFrame:
             row["first_right"] += bool(trace["correct"])
             row["fixed"] += kind(trace) == "fixed"
             row["loses"] += trace["role"] == "lose"
-    rows = [{"round": number, "client": client, **row} for (number, client), row in sorted(found.items())]
+    rows = [
+        {"round": number, "client": client, **row}
+        for (number, client), row in sorted(found.items())
+    ]
     return pd.DataFrame(rows, columns=["round", "client", *COUNTS])
 
 
@@ -51,8 +56,8 @@ def client_grid(counts: pd.DataFrame, most: int) -> tuple[np.ndarray, np.ndarray
     Args:
         counts: of `client_counts`.
         most: clients shown; the ones with the most answers, smaller numbers first among equals.
-    Returns: clients int[n], ascending; rounds int[R], 1 to the last; float[n, R], NaN where a client had no answers; how many
-        clients are left out.
+    Returns: clients int[n], ascending; rounds int[R], 1 to the last; float[n, R], NaN where a
+        client had no answers; how many clients are left out.
     """
     answers = counts.groupby("client")["answers"].sum().sort_values(ascending=False, kind="stable")
     clients = np.sort(answers.index.to_numpy()[:most])
@@ -66,23 +71,30 @@ def client_grid(counts: pd.DataFrame, most: int) -> tuple[np.ndarray, np.ndarray
 
 
 def sample(run: Run, each: int) -> list[dict[str, Any]]:
-    """Traces of every kind, always the same ones: up to `each` of a kind, from the last round and the first in turn.
+    """Traces of every kind, always the same ones: up to `each` of a kind, from the last round and
+    the first in turn.
 
-    Within a round, the first by client and example whose client has not been shown yet, else the first. Each has its "round"
-    and its "kind".
+    Within a round, the first by client and example whose client has not been shown yet, else the
+    first. Each has its "round" and its "kind".
     """
     rounds = rounds_with_traces(run)
     ends = list(dict.fromkeys([rounds[-1], rounds[0]])) if rounds else []
     found = {number: runs.load_traces(run.folder, number) for number in ends}
     chosen: list[dict[str, Any]] = []
     for wanted in KINDS:
-        pools = {number: [trace for trace in found[number] if kind(trace) == wanted] for number in ends}
+        pools = {
+            number: [trace for trace in found[number] if kind(trace) == wanted] for number in ends
+        }
         picked: list[dict[str, Any]] = []
         for number in ends * each:
             shown = {trace["client"] for trace in chosen + picked}
-            pool = sorted(pools[number], key=lambda x: (x["client"] in shown, x["client"], x["example"]))
+            pool = sorted(
+                pools[number], key=lambda x: (x["client"] in shown, x["client"], x["example"])
+            )
             if pool and len(picked) < each:
                 pools[number] = [trace for trace in pools[number] if trace is not pool[0]]
-                picked.append(pool[0] | {"round": number, "kind": wanted if run.graded else "not graded"})
+                picked.append(
+                    pool[0] | {"round": number, "kind": wanted if run.graded else "not graded"}
+                )
         chosen += picked
     return chosen

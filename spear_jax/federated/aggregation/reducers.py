@@ -6,7 +6,9 @@ from spear_jax.federated.aggregation.server_optimizer import ServerConfig
 
 
 def client_weights(config: ServerConfig, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """float[C]: the weights that enter the sum; under `last` only the last client that trained counts."""
+    """float[C]: the weights that enter the sum; under `last` only the last client that trained
+    counts.
+    """
     if config.rule != "last":
         return weight
     only = np.zeros_like(weight)

@@ -1,6 +1,7 @@
 """Aggregation: the cohort's adapters become the next global adapter.
 
-Source: FedAvg (arXiv 1602.05629), FedAvgM (arXiv 1909.06335), FedAdagrad, FedAdam and FedYogi (arXiv 2003.00295).
+Source: FedAvg (arXiv 1602.05629), FedAvgM (arXiv 1909.06335), FedAdagrad, FedAdam and FedYogi
+(arXiv 2003.00295).
 """
 
 import dataclasses
@@ -22,8 +23,9 @@ class ServerConfig:
     """Static settings of the aggregation rule.
 
     Attributes:
-        rule: one of RULES. `last` repeats the published SPEAR code, whose clients share storage: the last trained client
-            overwrites all others. `local` never averages: every client keeps an adapter of its own.
+        rule: one of RULES. `last` repeats the published SPEAR code, whose clients share storage:
+            the last trained client overwrites all others. `local` never averages: every client
+            keeps an adapter of its own.
         rate: η, the step along the averaged update.
         beta1: momentum (fedavgm, and the first moment of the adaptive rules).
         beta2: second moment (fedadam, fedyogi).
@@ -43,14 +45,17 @@ def check_server(config: ServerConfig) -> None:
         raise unknown("aggregation rule (federation.aggregation)", config.rule, RULES)
     if config.rate <= 0 or config.tau <= 0:
         raise UserError(
-            f"federation.server_rate is {config.rate} and federation.tau is {config.tau}; both must be positive."
+            f"federation.server_rate is {config.rate} and federation.tau is {config.tau}; both "
+            f"must be positive."
         )
     for name, value in (("beta1", config.beta1), ("beta2", config.beta2)):
         if not 0 <= value < 1:
             raise UserError(f"federation.{name} is {value}; it must lie in [0, 1).")
 
 
-def init_server(config: ServerConfig, lora: dict, algorithm_state: Any, key: jax.Array) -> ServerState:
+def init_server(
+    config: ServerConfig, lora: dict, algorithm_state: Any, key: jax.Array
+) -> ServerState:
     """The state before round 1: zero momentum, variance τ²."""
     opt_state = {}
     if config.rule not in ("fedavg", "last", "local"):
@@ -60,11 +65,14 @@ def init_server(config: ServerConfig, lora: dict, algorithm_state: Any, key: jax
     return ServerState(lora, opt_state, algorithm_state, jnp.int32(0), jax.random.key_data(key))
 
 
-def aggregate(config: ServerConfig, state: ServerState, total: dict, mass: jax.Array) -> tuple[ServerState, jax.Array]:
+def aggregate(
+    config: ServerConfig, state: ServerState, total: dict, mass: jax.Array
+) -> tuple[ServerState, jax.Array]:
     """One server step.
 
     Args:
-        total: Σ w_k θ_k over clients; mass: Σ w_k. A mass of 0 (nobody had a win) leaves adapter and moments as they are.
+        total: Σ w_k θ_k over clients; mass: Σ w_k. A mass of 0 (nobody had a win) leaves adapter
+            and moments as they are.
     Returns: the next state (round + 1); the norm of the adapter's change.
 
         average = Σ w_k θ_k / Σ w_k;  g = average − θ

@@ -1,15 +1,26 @@
 """The byte-level BPE tokenizer that a GGUF's metadata spells out, as a transformers fast tokenizer.
 
-Source: the GGUF specification; for each `tokenizer.ggml.pre`, the pre-tokenizer of that model's own tokenizer.json.
+Source: the GGUF specification; for each `tokenizer.ggml.pre`, the pre-tokenizer of that model's own
+tokenizer.json.
 """
 
 from typing import Any, Protocol
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from spear_jax.core.errors import UserError, unknown
 
-# How text is cut before merging. GPT-2's own pattern is built into ByteLevel; the others differ in digits and case.
+# How text is cut before merging. GPT-2's own pattern is built into ByteLevel; the others differ in
+# digits and case.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +36,12 @@ _KINDS = {
     "deepseek-r1-qwen": "qwen2",
 }
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' word: GGUF's
+_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+}  # transformers' word: GGUF's
 
 
 class Metadata(Protocol):
@@ -37,33 +53,45 @@ class Metadata(Protocol):
 def special_ids(meta: Metadata) -> dict[str, int | None]:
     """bos_token_id, eos_token_id and pad_token_id, as config.json would state them."""
     return {
-        f"{role}_token_id": meta.get(f"tokenizer.ggml.{_ROLES[role]}_token_id", int) for role in ("bos", "eos", "pad")
+        f"{role}_token_id": meta.get(f"tokenizer.ggml.{_ROLES[role]}_token_id", int)
+        for role in ("bos", "eos", "pad")
     }
 
 
 def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
     """A transformers fast tokenizer with special tokens and chat template.
 
-    Raises: UserError for a tokenizer that is not byte-level BPE, an unknown pre-tokenizer, or ids out of range.
+    Raises: UserError for a tokenizer that is not byte-level BPE, an unknown pre-tokenizer, or ids
+        out of range.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind = meta.get("tokenizer.ggml.model", str)
     if kind != "gpt2":
         raise UserError(
-            f"the tokenizer {kind!r} of {where!r} is not supported; only byte-level BPE ('gpt2') is. Use the model's "
+            f"the tokenizer {kind!r} of {where!r} is not supported; only byte-level BPE ('gpt2') "
+            f"is. Use the model's "
             "Hugging Face folder instead of the GGUF."
         )
-    tokens, merges = meta.get("tokenizer.ggml.tokens", list), meta.get("tokenizer.ggml.merges", list)
+    tokens, merges = (
+        meta.get("tokenizer.ggml.tokens", list),
+        meta.get("tokenizer.ggml.merges", list),
+    )
     if not tokens or merges is None:
-        raise UserError(f"{where!r} has no tokenizer.ggml.tokens or no tokenizer.ggml.merges; fetch it again.")
+        raise UserError(
+            f"{where!r} has no tokenizer.ggml.tokens or no tokenizer.ggml.merges; fetch it again."
+        )
     pre = meta.get("tokenizer.ggml.pre", str) or "default"
     if pre not in _KINDS:
         raise unknown("GGUF pre-tokenizer", pre, _KINDS)
     try:
         tokenizer = _byte_level(_KINDS[pre], tokens, merges)
-    except Exception as error:  # tokenizers raises bare Exception for merges of tokens that are not there
-        raise UserError(f"the merges of {where!r} do not fit its tokens ({error}); fetch it again.") from error
+    except (
+        Exception
+    ) as error:  # tokenizers raises bare Exception for merges of tokens that are not there
+        raise UserError(
+            f"the merges of {where!r} do not fit its tokens ({error}); fetch it again."
+        ) from error
     _add_tokens(tokenizer, tokens, meta.get("tokenizer.ggml.token_type", list) or [])
     roles = _role_tokens(meta, tokens, where)
     if meta.get("tokenizer.ggml.add_bos_token", bool) and "bos_token" in roles:
@@ -71,7 +99,9 @@ def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
         tokenizer.post_processor = processors.Sequence(
             [
                 processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]),
+                processors.TemplateProcessing(
+                    f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]
+                ),
             ]
         )
     return PreTrainedTokenizerFast(
@@ -94,7 +124,9 @@ def _byte_level(kind: str, tokens: list[str], merges: list[str]) -> Tokenizer:
     if kind == "digits":
         first: Any = pre_tokenizers.Digits(individual_digits=True)
     else:
-        first = pre_tokenizers.Split(Regex(_SPLIT % ("{1,3}" if kind == "llama3" else "")), "isolated")
+        first = pre_tokenizers.Split(
+            Regex(_SPLIT % ("{1,3}" if kind == "llama3" else "")), "isolated"
+        )
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "digits")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_])
     if kind == "qwen2":
@@ -103,7 +135,9 @@ def _byte_level(kind: str, tokens: list[str], merges: list[str]) -> Tokenizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Control tokens become special; user-defined ones stay whole in text but are decoded as text."""
+    """Control tokens become special; user-defined ones stay whole in text but are decoded as
+    text.
+    """
     for token, kind in zip(tokens, types, strict=False):
         if kind == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
@@ -119,6 +153,9 @@ def _role_tokens(meta: Metadata, tokens: list[str], where: str) -> dict[str, str
         if index is None:
             continue
         if not 0 <= index < len(tokens):
-            raise UserError(f"{where!r}: {role} id {index} is outside its {len(tokens)} tokens; fetch the GGUF again.")
+            raise UserError(
+                f"{where!r}: {role} id {index} is outside its {len(tokens)} tokens; fetch the "
+                f"GGUF again."
+            )
         roles[f"{role}_token"] = tokens[index]
     return roles

@@ -1,4 +1,5 @@
-"""Models in and out: a Hugging Face folder, a Hub id or a .gguf file to a base tree, and a base tree to a folder.
+"""Models in and out: a Hugging Face folder, a Hub id or a .gguf file to a base tree, and a base
+tree to a folder.
 
 Weights never pass through torch; host memory holds at most one stacked leaf beside the tree.
 
@@ -28,8 +29,17 @@ from spear_jax.models.io.tensor_map import (
     to_numpy,
 )
 
-HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-HUB_TIMEOUT = 5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
+HUB_FILES = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+HUB_TIMEOUT = (
+    5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +52,8 @@ class LoadedModel:
         raw_config: config.json as it was (made from metadata for a GGUF); kept for export.
         source: the local folder or .gguf file that the weights came from.
         tokenizer: a transformers fast tokenizer.
-        eos_ids: every id that ends a generation; the first is the tokenizer's own, which closes a training completion.
+        eos_ids: every id that ends a generation; the first is the tokenizer's own, which closes a
+            training completion.
         pad_id: an id for unused positions; it never reaches a loss.
         generation_config: generation_config.json, or None where there is none.
     """
@@ -59,7 +70,9 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk whose names, shapes and ids were checked; fields as in LoadedModel, the tensors still unread."""
+    """A model on disk whose names, shapes and ids were checked; fields as in LoadedModel, the
+    tensors still unread.
+    """
 
     config: ModelConfig
     tensors: TensorSource
@@ -71,19 +84,27 @@ class ModelFiles:
     generation_config: dict[str, Any] | None
 
 
-def load_model(source: str | os.PathLike, dtype: str, place: Placer = on_default_device) -> LoadedModel:
+def load_model(
+    source: str | os.PathLike, dtype: str, place: Placer = on_default_device
+) -> LoadedModel:
     """Loads a model.
 
     Args:
-        source: a Hugging Face model folder, a path ending in .gguf, or a Hub id such as "Qwen/Qwen2.5-1.5B-Instruct".
+        source: a Hugging Face model folder, a path ending in .gguf, or a Hub id such as
+            "Qwen/Qwen2.5-1.5B-Instruct".
         dtype: "float32" or "bfloat16"; whatever precision the files hold is converted to it.
         place: puts a leaf of the base where it belongs; as for `fill`.
-    Raises: UserError, before anything compiles, for every way in which the files cannot make this model.
+    Raises: UserError, before anything compiles, for every way in which the files cannot make this
+        model.
     """
     check_dtype(dtype)
     files = open_model(source)
     base = fill(files.config, files.tensors, dtype, place)
-    rest = {field.name: getattr(files, field.name) for field in dataclasses.fields(files) if field.name != "tensors"}
+    rest = {
+        field.name: getattr(files, field.name)
+        for field in dataclasses.fields(files)
+        if field.name != "tensors"
+    }
     return LoadedModel(base=base, **rest)
 
 
@@ -105,22 +126,28 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
 
 
 def find_folder(source: str) -> pathlib.Path:
-    """The local folder of `source`: itself, or a snapshot of the Hub model of that id. Raises UserError."""
+    """The local folder of `source`: itself, or a snapshot of the Hub model of that id. Raises
+    UserError.
+    """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{source!r} is a file; give a model folder, a Hub id, or a file ending in .gguf.")
+        raise UserError(
+            f"{source!r} is a file; give a model folder, a Hub id, or a file ending in .gguf."
+        )
     if source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise UserError(
-            f"no model folder {source!r}. Give a Hugging Face model folder, a Hub id (owner/name), or a .gguf file; "
+            f"no model folder {source!r}. Give a Hugging Face model folder, a Hub id "
+            f"(owner/name), or a .gguf file; "
             "`python -m spear_jax.fetch NAME --out=DIR` makes a folder."
         )
     return download(source)
 
 
 def download(repo: str) -> pathlib.Path:
-    """Takes a model's JSON, safetensors and tokenizer files from the Hub into its cache, or finds them there.
+    """Takes a model's JSON, safetensors and tokenizer files from the Hub into its cache, or finds
+    them there.
 
     Raises: UserError where the Hub is out of reach or does not give the model out.
     """
@@ -130,16 +157,24 @@ def download(repo: str) -> pathlib.Path:
     try:
         folder = snapshot_download(repo, allow_patterns=list(HUB_FILES), etag_timeout=HUB_TIMEOUT)
     except GatedRepoError as error:
-        raise UserError(f"{repo!r} is gated: accept its terms on the Hub and log in (`hf auth login`).") from error
+        raise UserError(
+            f"{repo!r} is gated: accept its terms on the Hub and log in (`hf auth login`)."
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"the Hub knows no model {repo!r} (or it is private); check the id.") from error
-    except Exception as error:  # the network library's, the Hub's and the disk's errors have no common type
+        raise UserError(
+            f"the Hub knows no model {repo!r} (or it is private); check the id."
+        ) from error
+    except (
+        Exception
+    ) as error:  # the network library's, the Hub's and the disk's errors have no common type
         why = f"the Hub cannot be reached ({str(error).splitlines()[0]})"
         if constants.HF_HUB_OFFLINE:
             why = f"asking the Hub is off (--offline or HF_HUB_OFFLINE; the cache is {constants.HF_HUB_CACHE})"
         raise UserError(
-            f"{repo!r} is no local folder, is not in the Hub's cache, and {why}. Give a model folder or a "
-            ".gguf file, or make one with `python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`."
+            f"{repo!r} is no local folder, is not in the Hub's cache, and {why}. Give a model "
+            f"folder or a "
+            ".gguf file, or make one with `python -m spear_jax.fetch smollm2-135m-instruct "
+            "--out=DIR`."
         ) from error
     return pathlib.Path(folder)
 
@@ -152,31 +187,48 @@ def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); fetch the model again, or delete this file.") from error
+        raise UserError(
+            f"{file} is not valid JSON ({error}); fetch the model again, or delete this file."
+        ) from error
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The folder's tokenizer through transformers; raises UserError where there is none or it cannot be read."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"no tokenizer.json in {str(folder)!r}; fetch the model with its tokenizer.")
+    """The folder's tokenizer through transformers; raises UserError where there is none or it
+    cannot be read.
+    """
+    if (
+        not (folder / "tokenizer.json").is_file()
+        and not (folder / "tokenizer_config.json").is_file()
+    ):
+        raise UserError(
+            f"no tokenizer.json in {str(folder)!r}; fetch the model with its tokenizer."
+        )
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise UserError(f"the tokenizer in {str(folder)!r} cannot be read ({error}); fetch the model again.") from error
+        raise UserError(
+            f"the tokenizer in {str(folder)!r} cannot be read ({error}); fetch the model again."
+        ) from error
 
 
 def end_ids(
-    config: ModelConfig, raw: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str
+    config: ModelConfig,
+    raw: dict[str, Any],
+    generation: dict[str, Any] | None,
+    tokenizer: Any,
+    where: str,
 ) -> tuple[tuple[int, ...], int]:
-    """(eos_ids, pad_id): the EOS ids of tokenizer, config.json and generation_config.json, in that order, once each.
+    """(eos_ids, pad_id): the EOS ids of tokenizer, config.json and generation_config.json, in that
+    order, once each.
 
     Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"the tokenizer of {where!r} has no EOS token, so no completion could end; set eos_token in its "
+            f"the tokenizer of {where!r} has no EOS token, so no completion could end; set "
+            f"eos_token in its "
             "tokenizer_config.json."
         )
     ids = [tokenizer.eos_token_id]
@@ -187,7 +239,8 @@ def end_ids(
     top = max(len(tokenizer) - 1, *ids)
     if top >= config.vocab_size:
         raise UserError(
-            f"the tokenizer of {where!r} makes ids up to {top}, but the embedding has {config.vocab_size} rows "
+            f"the tokenizer of {where!r} makes ids up to {top}, but the embedding has "
+            f"{config.vocab_size} rows "
             "(config.json's vocab_size); use the tokenizer that belongs to the model."
         )
     return tuple(dict.fromkeys(ids)), pad
@@ -206,8 +259,9 @@ def save_model(
     config.json is written last: a folder that has one is whole.
 
     Args:
-        base, raw_config, tokenizer, generation_config: as in `LoadedModel`; of any source, GGUF included.
-        shard_bytes: weight files hold about this much each; host memory holds one of them.
+        base, raw_config, tokenizer, generation_config: as in `LoadedModel`; of any source, GGUF
+        included. shard_bytes: weight files hold about this much each; host memory holds one of
+        them.
     Returns: the folder.
     """
     folder = pathlib.Path(folder)
@@ -219,7 +273,11 @@ def save_model(
     _save_tokenizer(folder, tokenizer)
     if generation_config is not None:
         _write_json(folder / "generation_config.json", generation_config)
-    kept = {key: value for key, value in raw_config.items() if key not in ("torch_dtype", "quantization_config")}
+    kept = {
+        key: value
+        for key, value in raw_config.items()
+        if key not in ("torch_dtype", "quantization_config")
+    }
     _write_json(folder / "config.json", {**kept, "dtype": base["embed"].dtype.name})
     return folder
 
@@ -228,7 +286,9 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     raw = json.loads(file.read_text())
-    if raw.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, which transformers 4 does not know
+    if (
+        raw.get("tokenizer_class") == "TokenizersBackend"
+    ):  # transformers 5's name, which transformers 4 does not know
         _write_json(file, {**raw, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
@@ -245,7 +305,9 @@ def _save_weights(folder: pathlib.Path, config: ModelConfig, base: dict, shard_b
         filled += size
     index, total = {}, 0
     for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = (
+            SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         tensors = {key: to_numpy(leaf, layer, shape) for key, shape, leaf, layer in shard}
         write_safetensors(folder / name, tensors)
         index |= dict.fromkeys(tensors, name)

@@ -1,6 +1,7 @@
 """Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
 
-Source: PEFT's LoRA checkpoint format; A is stored [R, in] and B [out, R], ours are [in, R] and [R, out], stacked.
+Source: PEFT's LoRA checkpoint format; A is stored [R, in] and B [out, R], ours are [in, R] and [R,
+out], stacked.
 """
 
 import json
@@ -23,7 +24,8 @@ from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGET_OF = {module: target for target, module in MODULES.items()}
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
-# What changes the arithmetic of an adapter in a way that we do not compute; each must be absent or falsy.
+# What changes the arithmetic of an adapter in a way that we do not compute; each must be absent or
+# falsy.
 _UNSUPPORTED = (
     "use_rslora",
     "use_dora",
@@ -74,7 +76,9 @@ def save_adapter(
                 tensors[_key(number, target, side)] = np.ascontiguousarray(matrix.T)
     modules = [MODULES[target].split(".")[1] for target in TARGETS if target in lora_tree]
     layers = list(numbers) if lora.last_layers else None
-    return write_adapter(folder, tensors, lora.rank, lora.alpha, lora.dropout, modules, base_name, layers)
+    return write_adapter(
+        folder, tensors, lora.rank, lora.alpha, lora.dropout, modules, base_name, layers
+    )
 
 
 def write_adapter(
@@ -122,11 +126,12 @@ def write_adapter(
 def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, LoraConfig]:
     """Reads a PEFT LoRA folder.
 
-    Which projections and layers carry an adapter is read off the tensors, which are the truth of any spelling of
-    `target_modules` (names, paths, patterns, "all-linear").
+    Which projections and layers carry an adapter is read off the tensors, which are the truth of
+    any spelling of `target_modules` (names, paths, patterns, "all-linear").
 
     Returns: the float32 tree, as from `init_lora`, and its settings.
-    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not fit the model.
+    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not
+        fit the model.
     """
     folder = pathlib.Path(folder)
     raw = _read_config(folder)
@@ -136,7 +141,8 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
         match = _KEY.fullmatch(name)
         if match is None or match[2] not in _TARGET_OF:
             raise UserError(
-                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer; only adapters on "
+                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer; only "
+                f"adapters on "
                 f"{', '.join(MODULES.values())} are supported."
             )
         found.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
@@ -183,20 +189,24 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); export the adapter again.") from error
     if raw.get("peft_type") != "LORA":
-        raise UserError(f"{file} holds a {raw.get('peft_type')!r} adapter; only 'LORA' is supported.")
+        raise UserError(
+            f"{file} holds a {raw.get('peft_type')!r} adapter; only 'LORA' is supported."
+        )
     for name in ("r", "lora_alpha"):
         if name not in raw:
             raise UserError(f"{file} lacks {name!r}; export the adapter again.")
     for name in _UNSUPPORTED:
         if raw.get(name):
             raise UserError(
-                f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to plain LoRA."
+                f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to "
+                f"plain LoRA."
             )
     if raw.get("bias", "none") != "none":
         raise UserError(f"{file} sets bias={raw['bias']!r}; only 'none' is supported.")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise UserError(
-            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base weights too; convert "
+            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base "
+            f"weights too; convert "
             "the adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
         )
     return raw
@@ -215,7 +225,9 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         with safe_open(file, framework="numpy") as reader:
             return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
-        raise UserError(f"{str(file)!r} is truncated or damaged ({error}); export the adapter again.") from error
+        raise UserError(
+            f"{str(file)!r} is truncated or damaged ({error}); export the adapter again."
+        ) from error
 
 
 def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelConfig) -> int:
@@ -224,39 +236,50 @@ def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelC
     count = len(numbers)
     if max(numbers) >= model.layers:
         raise UserError(
-            f"{str(folder)!r} adapts layer {max(numbers)}, but the model has {model.layers}; it is of another model."
+            f"{str(folder)!r} adapts layer {max(numbers)}, but the model has {model.layers}; it "
+            f"is of another model."
         )
     if numbers != set(range(model.layers - count, model.layers)):
         raise UserError(
-            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all layers, or the last n, "
+            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all "
+            f"layers, or the last n, "
             "are supported."
         )
     for target, own in found.items():
         if own != numbers:
             raise UserError(
-                f"{str(folder)!r} has no {MODULES[target]} adapter in layer {min(numbers - own)}, unlike others; "
+                f"{str(folder)!r} has no {MODULES[target]} adapter in layer "
+                f"{min(numbers - own)}, unlike others; "
                 "every adapted layer must have the same targets."
             )
     return 0 if count == model.layers else count
 
 
-def _check_named_targets(folder: pathlib.Path, raw: dict[str, Any], found: dict[str, set[int]]) -> None:
-    """A target that the config lists but no tensor belongs to means a damaged or foreign adapter."""
+def _check_named_targets(
+    folder: pathlib.Path, raw: dict[str, Any], found: dict[str, set[int]]
+) -> None:
+    """A target that the config lists but no tensor belongs to means a damaged or foreign
+    adapter.
+    """
     held = {MODULES[target].split(".")[1] for target in found}
     named = raw.get("target_modules")
     for name in named if isinstance(named, list) else []:
         if name.split(".")[-1] not in held:
             raise UserError(
-                f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export the adapter again."
+                f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export "
+                f"the adapter again."
             )
 
 
-def _take(folder: pathlib.Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]) -> np.ndarray:
+def _take(
+    folder: pathlib.Path, tensors: dict[str, np.ndarray], name: str, shape: tuple[int, int]
+) -> np.ndarray:
     if name not in tensors:
         raise UserError(f"{folder / WEIGHTS} lacks tensor {name!r}; export the adapter again.")
     if tensors[name].shape != shape:
         raise UserError(
-            f"{folder / WEIGHTS}: tensor {name!r} has shape {list(tensors[name].shape)}, but the model and r call for "
+            f"{folder / WEIGHTS}: tensor {name!r} has shape {list(tensors[name].shape)}, but the "
+            f"model and r call for "
             f"{list(shape)}; the adapter is of another model."
         )
     return tensors[name]

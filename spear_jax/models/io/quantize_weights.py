@@ -15,7 +15,8 @@ TILE = 64
 
 
 def quantiser(kind: str, place: Placer) -> Placer:
-    """A placer that quantises projections on this host's CPU before it puts their parts down; "none" is `place` itself.
+    """A placer that quantises projections on this host's CPU before it puts their parts down;
+    "none" is `place` itself.
 
     Raises: UserError where qwix is missing.
     """
@@ -23,7 +24,8 @@ def quantiser(kind: str, place: Placer) -> Placer:
         return place
     if importlib.util.find_spec("qwix") is None:
         raise UserError(
-            f'quantize={kind} needs qwix; `pip install "spear-jax[quantize]"`, or set --config.quantize=none.'
+            f'quantize={kind} needs qwix; `pip install "spear-jax[quantize]"`, or set '
+            f"--config.quantize=none."
         )
     import qwix  # here, because only quantised bases need it
 
@@ -33,7 +35,9 @@ def quantiser(kind: str, place: Placer) -> Placer:
         if name not in TARGETS:
             return place(name, leaf)
         tiles = {1: math.gcd(TILE, leaf.shape[1])} if kind == "nf4" else None
-        small = qwix.quantize(jax.device_put(leaf, cpu), kind, channelwise_axes=(0, 2), tiled_axes=tiles)
+        small = qwix.quantize(
+            jax.device_put(leaf, cpu), kind, channelwise_axes=(0, 2), tiled_axes=tiles
+        )
         return jax.tree.map(lambda part: place(name, np.asarray(part)), small)
 
     return put

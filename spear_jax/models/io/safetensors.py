@@ -1,6 +1,8 @@
-"""The tensors of a Hugging Face folder: one safetensors file, or the shards that an index names; never through torch.
+"""The tensors of a Hugging Face folder: one safetensors file, or the shards that an index names;
+never through torch.
 
-Source: the safetensors format (safetensors.safe_open) and Hugging Face's `model.safetensors.index.json`.
+Source: the safetensors format (safetensors.safe_open) and Hugging Face's
+`model.safetensors.index.json`.
 """
 
 import json
@@ -17,7 +19,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def write_safetensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes one file that transformers and PEFT accept, readable by everyone (safetensors' own are the owner's)."""
+    """Writes one file that transformers and PEFT accept, readable by everyone (safetensors' own are
+    the owner's).
+    """
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(0o644)
 
@@ -34,7 +38,10 @@ class SafetensorsFolder:
             self._open(folder / shard)
         for name, shard in (index or {}).items():
             if name not in self._files:
-                raise UserError(f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it holds; fetch it again.")
+                raise UserError(
+                    f"{folder / shard} lacks tensor {name!r}, which {INDEX} says it holds; fetch "
+                    f"it again."
+                )
 
     def _open(self, file: pathlib.Path) -> None:
         if not file.is_file():
@@ -42,12 +49,15 @@ class SafetensorsFolder:
         try:
             reader = safe_open(file, framework="numpy")
         except SafetensorError as error:
-            raise UserError(f"{str(file)!r} is truncated or damaged ({error}); fetch this file again.") from error
+            raise UserError(
+                f"{str(file)!r} is truncated or damaged ({error}); fetch this file again."
+            ) from error
         for name in reader.keys():  # noqa: SIM118 (safe_open is no dict)
             view = reader.get_slice(name)
             if view.get_dtype() not in ("F32", "F16", "BF16"):
                 raise UserError(
-                    f"{str(file)!r}: tensor {name!r} is stored as {view.get_dtype()}; only F32, F16 and BF16 are "
+                    f"{str(file)!r}: tensor {name!r} is stored as {view.get_dtype()}; only F32, "
+                    f"F16 and BF16 are "
                     "supported. Use the unquantised model, or a .gguf file."
                 )
             self._files[name], self._shapes[name] = reader, tuple(view.get_shape())
@@ -60,17 +70,26 @@ class SafetensorsFolder:
 
 
 def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
-    """Tensor name -> shard file, or None for a single file; a single file wins, as in transformers."""
+    """Tensor name -> shard file, or None for a single file; a single file wins, as in
+    transformers.
+    """
     if (folder / SINGLE).is_file():
         return None
     if not (folder / INDEX).is_file():
-        other = [file.name for pattern in ("*.bin", "*.gguf", "*.safetensors") for file in sorted(folder.glob(pattern))]
+        other = [
+            file.name
+            for pattern in ("*.bin", "*.gguf", "*.safetensors")
+            for file in sorted(folder.glob(pattern))
+        ]
         here = f" It holds {', '.join(other[:3])}." if other else ""
         raise UserError(
-            f"no {SINGLE} and no {INDEX} in {str(folder)!r}.{here} Give a folder with safetensors weights, or the path "
+            f"no {SINGLE} and no {INDEX} in {str(folder)!r}.{here} Give a folder with "
+            f"safetensors weights, or the path "
             "of a .gguf file itself."
         )
     try:
         return dict(json.loads((folder / INDEX).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged ({error!r}); fetch the model again.") from error
+        raise UserError(
+            f"{folder / INDEX} is damaged ({error!r}); fetch the model again."
+        ) from error

@@ -1,7 +1,9 @@
-"""Where each Hugging Face tensor lives in the base tree, and the one loop that fills the tree from any source.
+"""Where each Hugging Face tensor lives in the base tree, and the one loop that fills the tree from
+any source.
 
-A projection is [out, in] in a file and [in, out] in the tree, stacked over layers. Sources (safetensors folders, GGUF
-files) speak Hugging Face names; names and shapes are checked against the config before anything is read.
+A projection is [out, in] in a file and [in, out] in the tree, stacked over layers. Sources
+(safetensors folders, GGUF files) speak Hugging Face names; names and shapes are checked against the
+config before anything is read.
 
 Source: tensor names as in transformers' Llama, Qwen2 and Qwen3.
 """
@@ -29,7 +31,11 @@ MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")  # old checkpoints save these; nothing reads them
+_BUFFERS = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".masked_bias",
+)  # old checkpoints save these; nothing reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,9 @@ def on_default_device(name: str, leaf: np.ndarray) -> jax.Array:
     return jax.device_put(leaf)
 
 
-def fill(config: ModelConfig, source: TensorSource, dtype: str, place_leaf: Placer = on_default_device) -> dict:
+def fill(
+    config: ModelConfig, source: TensorSource, dtype: str, place_leaf: Placer = on_default_device
+) -> dict:
     """The base tree, read tensor by tensor and put on its devices leaf by leaf.
 
     Host memory beyond the tree itself: one stacked leaf and one tensor.
@@ -107,7 +115,8 @@ def fill(config: ModelConfig, source: TensorSource, dtype: str, place_leaf: Plac
     Args:
         dtype: "float32" or "bfloat16"; every leaf gets it, rounded to nearest even.
         place_leaf: (the leaf's name, such as "q" or "embed", its array on the host) -> the leaf.
-    Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any is read.
+    Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any
+        is read.
     """
     check_dtype(dtype)
     check_tensors(config, source)  # reads headers only
@@ -130,7 +139,9 @@ def check_dtype(dtype: str) -> None:
 
 
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
-    """Raises UserError where a source lacks, misshapes, or adds tensors to what the config calls for."""
+    """Raises UserError where a source lacks, misshapes, or adds tensors to what the config calls
+    for.
+    """
     found = source.shapes()
     wanted = {name: place.shape for place in places(config) for name in place.names}
     for name, shape in wanted.items():
@@ -138,19 +149,24 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
             near = difflib.get_close_matches(name, found.keys() - wanted.keys(), n=1)
             near_text = f" The nearest unused name is {near[0]!r}." if near else ""
             raise UserError(
-                f"{source.where} has no tensor {name!r}, which its config ({config.family}, {config.layers} layers, "
-                f"tied={config.tied}) calls for.{near_text} Check config.json, or fetch the model again."
+                f"{source.where} has no tensor {name!r}, which its config ({config.family}, "
+                f"{config.layers} layers, "
+                f"tied={config.tied}) calls for.{near_text} Check config.json, or fetch the "
+                f"model again."
             )
         if found[name] != shape:
             raise UserError(
-                f"{source.where}: tensor {name!r} has shape {list(found[name])}, but its config calls for "
+                f"{source.where}: tensor {name!r} has shape {list(found[name])}, but its config "
+                f"calls for "
                 f"{list(shape)}. Check config.json, or fetch the model again."
             )
     spare = [name for name in found.keys() - wanted.keys() if not _ignorable(name, config)]
     if spare:
         raise UserError(
-            f"{source.where} has {len(spare)} tensors that a {config.family} model with {config.layers} layers does "
-            f"not use, such as {min(spare)!r}. Use the plain model (not a quantised, adapter-wrapped "
+            f"{source.where} has {len(spare)} tensors that a {config.family} model with "
+            f"{config.layers} layers does "
+            f"not use, such as {min(spare)!r}. Use the plain model (not a quantised, "
+            f"adapter-wrapped "
             "or multimodal one), or check config.json."
         )
 
@@ -160,16 +176,27 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
     return name.endswith(_BUFFERS) or (config.tied and name == "lm_head.weight")
 
 
-def emit(config: ModelConfig, base: dict) -> Iterator[tuple[str, tuple[int, ...], jax.Array, int | None]]:
-    """Walks the tree as (Hugging Face name, its shape there, leaf, layer or None); `to_numpy` reads one of them."""
+def emit(
+    config: ModelConfig, base: dict
+) -> Iterator[tuple[str, tuple[int, ...], jax.Array, int | None]]:
+    """Walks the tree as (Hugging Face name, its shape there, leaf, layer or None); `to_numpy` reads
+    one of them.
+    """
     for place in places(config):
         node = base["layers"] if place.path[0] == "layers" else base
         for index, name in enumerate(place.names):
-            yield name, place.shape, node[place.path[-1]], index if place.path[0] == "layers" else None
+            yield (
+                name,
+                place.shape,
+                node[place.path[-1]],
+                index if place.path[0] == "layers" else None,
+            )
 
 
 def to_numpy(leaf: jax.Array, index: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a leaf on the host, contiguous, in Hugging Face's orientation (a layer's matrix transposed)."""
+    """One tensor of a leaf on the host, contiguous, in Hugging Face's orientation (a layer's matrix
+    transposed).
+    """
     tensor = np.asarray(leaf if index is None else leaf[index])
     tensor = tensor.T if index is not None and tensor.ndim == 2 else tensor
     assert tensor.shape == shape, (tensor.shape, shape)

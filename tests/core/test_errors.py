@@ -1,0 +1,24 @@
+"""Every mistake of the README's table ends in one message, on the host, before a model is
+traced.
+"""
+
+import pytest
+from print_errors import cases
+
+from spear_jax.core.errors import UserError
+
+
+def test_every_mistake_of_the_readmes_table_is_one_message(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was traced")
+
+    monkeypatch.setattr("spear_jax.models.decoder._run", refuse)
+    seen = {}
+    for name, make in cases(tmp_path):
+        with pytest.raises(UserError) as caught:
+            make()
+        seen[name] = str(caught.value)
+    assert len(seen) == 27
+    for name, message in seen.items():
+        assert "\n" not in message and "Traceback" not in message, name
+        assert len(message) > 30, name

@@ -1,0 +1,306 @@
+"""What the pages say is so: every command is one that its program takes, the cheap ones run, and
+every metric is explained.
+"""
+
+import argparse
+import importlib
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from pages import PAGES, ROOT, blocks, checked_commands
+from processes import environment
+
+import configs
+import spear_jax
+from spear_jax.algorithms import ALGORITHMS
+from spear_jax.core.compilation import Compiles
+from spear_jax.core.errors import UserError
+from spear_jax.experiment import builder, command_line, presets
+from spear_jax.experiment.config import check_config
+from spear_jax.experiment.loop import one_round
+from spear_jax.federated import cohort_training, local_training
+from spear_jax.federated.round_metrics import BudgetUsed
+
+CONFIGURED = ("train", "benchmark", "pretrain")  # what is left of their arguments is a config
+# Programs of others: what a page may do with them is not ours to check.
+OUTSIDE = tuple(
+    "git cd pip jupyter pytest source . tensorboard ruff gcloud export lm_eval vllm".split()
+)
+PUBLISHED = re.compile(
+    r"(?<=from_yaml\.py:)[\w.]+\.yaml"
+)  # files of the published code, which are not here
+
+
+class Parsed(Exception):
+    """Ends a program's `main` as soon as it has read its arguments."""
+
+    def __init__(self, args: argparse.Namespace, rest: list[str]):
+        self.given, self.rest = args, rest
+
+
+def read_arguments(monkeypatch, main, argv: list[str]) -> Parsed:
+    """The arguments as the program's own parser reads them."""
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known(parser, args=None, namespace=None):
+        raise Parsed(*known(parser, args, namespace))
+
+    def parse(parser, args=None, namespace=None):
+        found, rest = known(parser, args, namespace)
+        assert not rest, f"unknown arguments {rest}"
+        raise Parsed(found, [])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known)
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(Parsed) as caught:
+            main(argv)
+    return caught.value
+
+
+def check_program(monkeypatch, name: str, argv: list[str]) -> None:
+    """`python -m spear_jax.NAME ARGV`: flags, config file, fields and values are ones that it
+    takes.
+    """
+    module = importlib.import_module(f"spear_jax.{name}")
+    found = read_arguments(monkeypatch, module.main, argv)
+    if any(
+        "..." in arg for arg in argv
+    ):  # an ellipsis for the reader to fill in: the flags are all there is to check
+        return
+    if name in CONFIGURED and any(arg.startswith("--config=") for arg in found.rest):
+        check_config(command_line.read_config(found.rest))
+    elif name == "compare":
+        entries = module.read_entries(
+            found.given,
+            [int(seed) for seed in found.given.seeds.split(",")],
+            module.read_budget(found.given.budget),
+            found.rest,
+        )
+        for entry in entries:
+            for config in entry.configs.values():
+                check_config(config)
+    else:
+        assert not [arg for arg in found.rest if not arg.startswith("--config.")], found.rest
+
+
+def check_launch(file: str, argv: list[str], folder: pathlib.Path) -> None:
+    """`bash FILE ARGV`: what takes --dry-run is run so, what does not is at least a script that
+    bash can read.
+    """
+    subprocess.run(["bash", "-n", file], cwd=ROOT, check=True)
+    text = (ROOT / file).read_text()
+    if "--dry-run" not in text or any("..." in arg for arg in argv):
+        return
+    dry = [
+        re.sub("^--workdir=(?!/)", f"--workdir={folder}/", arg)
+        for arg in argv
+        if arg != "--dry-run"
+    ]
+    env = environment() | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", file, "--dry-run", *dry], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.replace("\\", "")  # quoted once more for another shell
+    assert all(arg in said for arg in dry if arg.startswith(("--config", "--workdir=")))
+
+
+@pytest.mark.parametrize(
+    "where, words", [pytest.param(*found, id=found[0]) for found in checked_commands()]
+)
+def test_a_command_is_one_that_its_program_takes(monkeypatch, tmp_path, where, words):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "published.yaml").write_text("fl: {rounds: 50, clients_per_round: 3}\n")
+    words = [PUBLISHED.sub(str(tmp_path / "published.yaml"), word) for word in words]
+    if words[:2] == ["python", "-m"] and words[2].startswith("spear_jax."):
+        check_program(monkeypatch, words[2].removeprefix("spear_jax."), words[3:])
+    elif words[0] == "python" and words[1].startswith("launch/"):
+        main = importlib.import_module(words[1].removesuffix(".py").replace("/", ".")).main
+        assert read_arguments(monkeypatch, main, words[2:]).given.workdir
+        if "--dry-run" in words and not any(
+            "..." in word for word in words
+        ):  # it makes and checks every cell's config
+            assert (
+                main([re.sub("^--workdir=", f"--workdir={tmp_path}/", word) for word in words[2:]])[
+                    "cells"
+                ]
+                > 1
+            )
+    elif words[0] in ("bash", "sbatch"):
+        file = next(word for word in words[1:] if not word.startswith("-"))
+        check_launch(file, words[words.index(file) + 1 :], tmp_path)
+    elif words[:2] == ["python", "-m"]:
+        assert words[2] in ("pytest", "pdoc", "venv", "pip"), words
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
+    else:
+        assert words[0] in OUTSIDE, (
+            f"{where}: no rule for {shlex.join(words)}; add one, or the program to OUTSIDE"
+        )
+
+
+def test_extras_that_pages_install_exist():
+    extras = re.search(r"extras_require=\{(.*?)\n    \}", (ROOT / "setup.py").read_text(), re.S)[1]
+    named = {
+        name
+        for page in PAGES
+        for found in re.findall(r"pip install [^\n`]*?\[([\w,]+)\]", page.read_text())
+        for name in found.split(",")
+    }
+    assert named and not {name for name in named if f'"{name}":' not in extras}
+
+
+def test_one_version_is_told_everywhere():
+    setup = re.search(r'version="([\d.]+)"', (ROOT / "setup.py").read_text())[1]
+    newest = re.search(r"## Changelog\n\n- ([\d.]+):", (ROOT / "README.md").read_text())[1]
+    assert spear_jax.__version__ == setup == newest
+
+
+def test_local_links_lead_somewhere():
+    missing = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not re.match(r"\w+:", target) and not (page.parent / target).exists():
+                missing.append(f"{page.name}: {target}")
+    assert not missing
+
+
+RUNNABLE = [page for page in PAGES if any(block.mark == "run" for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.stem)
+def test_a_guide_works_as_it_is_written(page, tmp_path):
+    """The page's files are put into a folder of their own, and its blocks marked `run` are run
+    there.
+    """
+    (tmp_path / "configs").symlink_to(pathlib.Path(configs.__file__).parent)
+    shim = tmp_path / "bin" / "python"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    shim.chmod(0o755)
+    env = environment() | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for block in blocks(page):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+        if block.mark == "run":
+            script = f"set -euo pipefail\n{block.text}"
+            done = subprocess.run(
+                ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{block.where}: {done.stderr[-3000:]}"
+    assert list((tmp_path / "runs").glob("*/summary.json"))
+
+
+def test_the_guides_that_bring_code_are_run():
+    assert {"add-a-dataset", "add-a-feedback-provider", "add-a-method"} <= {
+        page.stem for page in RUNNABLE
+    }
+
+
+# Every metric is explained
+
+METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+DOCUMENTED = {name for name in re.findall(r"`([\w/]+)`", METRICS) if "/" in name}
+UNGRADED = {"eval/nll"}  # of tasks that nothing grades; tests/test_responses.py runs them
+
+
+def written_metrics(method: str, monkeypatch) -> set[str]:
+    """The names of a round of a method: rollouts as they are, local training traced and not
+    compiled.
+    """
+
+    def trace_alone(*args):
+        static, arrays = args[:5], args[5:]
+        shapes = jax.eval_shape(
+            lambda *arrays: local_training.train_cohort(*static, *arrays), *arrays
+        )
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+    monkeypatch.setattr(cohort_training, "_train", trace_alone)
+    config = presets.method_config(method, "facts,tiny,small")
+    small = {
+        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_rows": 32,
+        "train.steps": 2, "train.batch_size": 4, "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
+    }  # fmt: skip
+    config.update_from_flattened_dict(small)
+    built = builder.build(config, jax.devices()[:1])
+    state = built.initial_state()
+    _, line, _ = one_round(built, state, 0.0, BudgetUsed())
+    return set(line | Compiles().take()) - {"round", "time"}
+
+
+@pytest.fixture(scope="module")
+def written():
+    with pytest.MonkeyPatch.context() as patch:
+        yield {method: written_metrics(method, patch) for method in ALGORITHMS}
+
+
+def test_every_metric_that_a_run_writes_is_explained(written):
+    missing = {
+        name
+        for method, names in written.items()
+        for name in names
+        if name not in DOCUMENTED and name.replace(f"{method}/", "METHOD/") not in DOCUMENTED
+    }
+    assert not missing
+
+
+def test_every_metric_that_is_explained_is_written(written):
+    names = {name for method in written.values() for name in method}
+    general = {
+        name.replace(f"{method}/", "METHOD/") for method, found in written.items() for name in found
+    }
+    assert not DOCUMENTED - names - general - UNGRADED
+
+
+# The paper's settings, and the reference
+
+
+def test_the_papers_settings_are_those_of_the_configs():
+    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0]: cells[1:]
+        for cells in re.findall(r"^\| (\w+) " + r"\| ([\d.]+) " * 8 + r"\|$", text, re.M)
+    }
+    assert set(rows) == {"arc_challenge", "hellaswag", "math_mcqa", "strategy_qa"}
+    for task, cells in rows.items():
+        config = presets.method_config("spear", f"{task},qwen2.5-1.5b")
+        fed, rollout = config.federation, config.rollout
+        there = (
+            config.rounds, fed.clients_per_round, fed.max_examples_per_client, rollout.examples, config.train.steps,
+            rollout.max_new_tokens, config.spear.tail, config.spear.max_lose_ratio,
+        )  # fmt: skip
+        assert tuple(map(float, cells)) == tuple(map(float, there))
+        assert fed.num_clients == 50
+
+
+def test_the_reference_is_built_from_the_docstrings_without_a_warning(tmp_path):
+    pytest.importorskip("pdoc", reason="the reference needs pdoc (pip install -e .[test])")
+    command = next(
+        words for _, words in checked_commands() if words[:3] == ["python", "-m", "pdoc"]
+    )
+    command = [sys.executable, *command[1:]]
+    command[command.index("--output-directory") + 1] = str(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
+    assert (
+        "The one door between text and tokens"
+        in (tmp_path / "spear_jax" / "actor.html").read_text()
+    )
+
+
+def test_own_code_that_is_missing_is_a_mistake_of_one_line():
+    config = command_line.read_config(
+        ["--config=configs/quickstart.py", "--config.imports=no_such_module"]
+    )
+    with pytest.raises(UserError, match="no_such_module.*PYTHONPATH"):
+        builder.build(config, jax.devices()[:1])

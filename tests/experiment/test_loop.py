@@ -1,0 +1,427 @@
+"""Whole runs of `train` as a user starts them: the run folder, resuming, killing, and no silent
+recompilation.
+"""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from processes import environment
+from run_sizes import SMALL
+
+from configs import quickstart
+from spear_jax import evaluate as evaluate_command
+from spear_jax import export as export_command
+from spear_jax import report as report_command
+from spear_jax import score as score_command
+from spear_jax.analysis import runs, token_tables
+from spear_jax.core.compilation import Compiles
+from spear_jax.core.errors import UserError
+from spear_jax.core.pytrees import digest
+from spear_jax.experiment import builder, evaluator, run_folder
+from spear_jax.experiment.checkpoint import Checkpoints, restore
+from spear_jax.experiment.loop import is_due, one_round
+from spear_jax.federated import cohort_training
+from spear_jax.federated import round as rounds
+from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.models.decoder import merge
+from spear_jax.models.io import peft
+from spear_jax.rollout import sampler, scorer
+
+FLAGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
+
+
+def command(workdir, *more):
+    return [
+        sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
+        *FLAGS, *more,
+    ]  # fmt: skip
+
+
+def run(workdir, *more):
+    done = subprocess.run(
+        command(workdir, *more), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run(workdir)
+    return workdir, done
+
+
+def final_state(workdir):
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    state, meta = restore(built, workdir, None)
+    assert meta["line"]["round"] == int(state.round)
+    return digest((state.lora, state.opt_state)), int(state.round)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_the_contract_names(finished):
+    workdir, done = finished
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "accuracy.png",
+        "split.json",
+        "split.png",
+        "tensorboard",
+    ):
+        assert (workdir / name).exists(), name
+    assert (
+        not (workdir / "wandb").exists() and not (workdir / "wandb_id").exists()
+    )  # no project was named
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["rounds"] == 4 and set(result["eval"]) == {"first", "best", "last"}
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+    last = lines(workdir)[-1]
+    for name in (
+        "eval/accuracy", "eval/count", "eval/stderr", "rollout/first_accuracy", "rollout/fixed", "rollout/wins", "rollout/loses",
+        "rollout/tokens", "train/loss", "train/win_nll", "train/unlikelihood", "train/grad_norm", "train/skipped_steps",
+        "round/clients", "round/clients_without_wins", "round/bytes_up", "round/bytes_down", "round/update_norm", "time/rollout",
+        "time/train", "time/aggregate", "time/eval", "time/checkpoint", "time/round", "memory/peak_bytes", "compile/programs",
+    ):  # fmt: skip
+        assert np.isfinite(last[name]), name
+    assert lines(workdir)[1]["compile/programs"] > 3 and lines(workdir)[1]["compile/seconds"] > 0
+    assert last["compile/programs"] == 0.0
+    assert [("eval/accuracy" in line) for line in lines(workdir)] == [True, True, True, False, True]
+
+
+def test_traces_can_be_read_and_their_roles_match_the_metrics(finished):
+    workdir, _ = finished
+    for line in lines(workdir)[1:]:
+        traces = runs.load_traces(workdir, line["round"])
+        assert len(traces) == 16
+        assert {"client", "example", "prompt", "y0", "revisions", "role", "confidence"} <= set(
+            traces[0]
+        )
+        assert sum(t["role"] == "lose" for t in traces) == line["rollout/loses"]
+        right = sum(
+            t["correct"] or (t["revisions"] and t["revisions"][-1]["correct"]) for t in traces
+        )
+        assert right == line["rollout/wins"]
+        assert all(r["feedback"] for t in traces for r in t["revisions"])
+
+
+def test_recorded_tokens_have_the_probability_that_their_own_adapter_gives_them(finished):
+    workdir, _ = finished
+    table = token_tables.load_tokens(workdir, 4)
+    traces = runs.load_traces(workdir, 4)
+    assert table["trace"].nunique() == len(traces) == 16
+    for number, own in table.groupby("trace"):
+        shown = "".join(own["token"])
+        assert (
+            shown.startswith(traces[number]["y0"]) and traces[number]["role"] == own["role"].iloc[0]
+        )
+        assert own["touched"].isna().all() == (own["role"].iloc[0] != "lose")
+    found = score_command.main([f"--workdir={workdir}", "--traces=4", "--rounds=3,4", "--quiet"])
+    assert found["traces"] == 16 and found["rounds"] == [3, 4]
+    scores = token_tables.load_scores(workdir, 4).merge(
+        table, on=["trace", "position"], suffixes=("", "_sampled")
+    )
+    assert len(scores) == 2 * len(table)
+    difference = (
+        (scores["probability"] - scores["probability_sampled"])
+        .abs()
+        .groupby(scores["adapter"])
+        .max()
+    )
+    assert difference[3] < 1e-3 < difference[4]  # round 4 was sampled from the adapter of round 3
+
+
+def test_scores_of_what_is_not_there_are_a_users_mistake(finished, tmp_path):
+    workdir, _ = finished
+    with pytest.raises(UserError, match="score --workdir"):
+        token_tables.load_scores(workdir, 1)
+    with pytest.raises(UserError, match="no checkpoint of round 77"):
+        score_command.main([f"--workdir={workdir}", "--rounds=77", "--quiet"])
+    with pytest.raises(UserError, match="whole numbers"):
+        score_command.main([f"--workdir={workdir}", "--rounds=a", "--quiet"])
+
+
+def test_a_run_from_before_a_field_existed_takes_its_default(finished, tmp_path):
+    workdir, _ = finished
+    config = json.loads((workdir / "config.json").read_text())
+    del config["imports"], config["train"]["rate"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = run_folder.read_run_config(tmp_path)
+    assert found.imports == () and found.train.rate == 5e-5 and found.rounds == 4
+
+
+def test_bytes_count_float32_adapters_of_the_clients(finished):
+    workdir, _ = finished
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves(built.initial_state().lora))
+    for line in lines(workdir)[1:]:
+        assert line["round/bytes_down"] == 2 * size
+        assert line["round/bytes_up"] == (2 - line["round/clients_without_wins"]) * size
+
+
+def test_running_again_repeats_nothing(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    state = final_state(workdir)
+    run(workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before and final_state(workdir) == state
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_path, seed):
+    whole, _ = finished
+    workdir, rng = tmp_path / "killed", random.Random(seed)
+    kills = 0
+    while kills < 3:
+        process = subprocess.Popen(
+            command(workdir),
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.time() + 240
+        # Wait for some progress first, so that the moments fall into rounds and not into imports.
+        wanted = len(lines(workdir)) if (workdir / "metrics.jsonl").exists() else 0
+        while time.time() < deadline and process.poll() is None:
+            if (workdir / "metrics.jsonl").exists() and len(
+                (workdir / "metrics.jsonl").read_text().splitlines()
+            ) > wanted:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills
+    run(workdir)
+    assert final_state(workdir) == final_state(whole)
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+    drop = lambda line: {
+        k: v
+        for k, v in line.items()
+        if not k.startswith(("time", "memory", "compile", "budget/seconds"))
+    }
+    assert [drop(line) for line in lines(workdir)] == [drop(line) for line in lines(whole)]
+
+
+def corrupt(folder):
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_size > 200 and "state" in str(file):
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+            file.write_bytes(bytes(data))
+
+
+def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    whole, _ = finished
+    workdir = tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    corrupt(workdir / "checkpoints" / "4")
+    done = run(workdir)
+    assert (
+        "checkpoint of round 4 is corrupt" in done.stderr
+        and "going on after round 3" in done.stderr
+    )
+    assert final_state(workdir) == final_state(whole)
+    assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
+
+
+def test_only_corrupt_checkpoints_are_a_user_error(finished, tmp_path):
+    workdir = tmp_path / "ruined"
+    shutil.copytree(finished[0], workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        corrupt(folder)
+    done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and "no whole checkpoint" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_the_last_and_the_best_rounds_are_kept(tmp_path):
+    built = builder.build(quickstart.get_config(), jax.devices()[:1])
+    state = built.initial_state()
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
+    for number, accuracy in enumerate([0.1, 0.9, None, 0.3, None, 0.2]):
+        line = {"round": number} | ({} if accuracy is None else {"eval/accuracy": accuracy})
+        checkpoints.save(state.replace(round=np.int32(number)), line, {})
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "c", 2, 1, read_only=True).rounds() == [1, 4, 5]
+
+
+def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
+    workdir, _ = finished
+    accuracy = evaluate_command.main([f"--workdir={workdir}", "--quiet"])
+    assert accuracy["accuracy"] == lines(workdir)[-1]["eval/accuracy"]
+    low, high = accuracy["interval"]
+    assert low < accuracy["accuracy"] < high
+    export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
+    export_command.main(
+        [f"--workdir={workdir}", f"--out={tmp_path / 'model'}", "--merge", "--quiet"]
+    )
+    beside = evaluate_command.main(
+        [
+            "--model=tiny",
+            f"--adapter={tmp_path / 'adapter'}",
+            "--task=facts",
+            "--limit=40",
+            "--quiet",
+        ]
+    )
+    merged = evaluate_command.main(
+        [f"--model={tmp_path / 'model'}", "--task=facts", "--limit=40", "--quiet"]
+    )
+    assert beside["correct"] == merged["correct"] == accuracy["correct"]
+    with pytest.raises(UserError, match="not an empty folder"):
+        export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'model'}"])
+    found = report_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'report'}", "--quiet"])
+    assert all((tmp_path / "report" / name).stat().st_size > 0 for name in found["files"])
+    with pytest.raises(UserError, match="saved rounds"):
+        evaluate_command.main([f"--workdir={workdir}", "--round=77"])
+
+
+def test_the_exported_adapter_is_the_servers(finished, tmp_path):
+    workdir, _ = finished
+    export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
+    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+    tree, _ = peft.load_adapter(tmp_path / "adapter", built.model.config)
+    assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
+    raw = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    assert raw["base_model_name_or_path"] == str(
+        builder.TINY
+    )  # "tiny" is no name that PEFT could load
+
+
+@pytest.mark.parametrize("task", ["facts", "reasoned"])
+def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
+    config = quickstart.get_config(task)
+    config.update_from_flattened_dict(
+        SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"}
+    )
+    built = builder.build(config, jax.devices()[:1])
+    programs = (
+        sampler._prefill, sampler._decode_until, sampler._take, cohort_training._train, rounds._aggregate, merge,
+        evaluator._last_scores, scorer._token_scores,
+    )  # fmt: skip
+    state = built.initial_state()
+    sizes, counted, compiles = [], [], Compiles()
+    for _ in range(5):
+        state, _, _ = one_round(built, state, 0.0, BudgetUsed())
+        sizes.append([program._cache_size() for program in programs])
+        counted.append(compiles.take()["compile/programs"])
+    assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
+    assert counted[2:] == [0, 0, 0]  # not the least operation
+    embed = built.model.base["embed"]
+    copies = [
+        x
+        for x in jax.live_arrays()
+        if x.shape == embed.shape and x.dtype == embed.dtype and x is not embed
+    ]
+    assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
+
+
+def test_the_first_rounds_and_every_so_many_are_evaluated():
+    config = quickstart.get_config()
+    due = lambda first, every: [
+        n
+        for n in range(1, 10)
+        if config.eval.update({"first_rounds": first, "every": every}) or is_due(config, n)
+    ]
+    assert due(0, 4) == due(1, 4) == [1, 4, 8]
+    assert due(3, 4) == [1, 2, 3, 4, 8]
+    assert due(0, 100) == [1]
+
+
+def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
+    config = quickstart.get_config()
+    old = json.loads(json.dumps(config.to_dict()))
+    del old["wandb"], old["eval"]["first_rounds"], old["spear"]["answer_only"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert run_folder.open_workdir(str(tmp_path), config, "must") == (tmp_path, True)
+    old["rollout"]["segment"] = 32  # a retired field that changed no result
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert run_folder.open_workdir(str(tmp_path), config, "must") == (tmp_path, True)
+    old["federation"]["rule"] = "fedavg"  # a field that is no longer there is told
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match="federation.rule"):
+        run_folder.open_workdir(str(tmp_path), config, "must")
+
+
+def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not():
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3}
+    )
+    config.data.templates.question = (
+        "The traders of the market sell one thing each. A friend asks you what. {question}"
+    )
+    results = []
+    for once in (True, False):
+        built = builder.build(config)
+        asked = [
+            built.worker.renderer.prompt(built.worker.task, example)
+            for example in built.worker.examples
+        ]
+        shared_prefix = built.worker.sampler.shared_prefixes[-1] * once
+        assert len(shared_prefix) >= 16 * once and all(
+            prompt[: len(shared_prefix)] == shared_prefix for prompt in asked
+        )
+        built.worker.sampler.shared_prefixes = [shared_prefix] * once
+        state, metrics, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
+        assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
+        results.append(
+            (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told])
+        )
+        rooms = built.worker.sampler.shapes.save()["rooms"]
+        assert rooms and all(room["opening"] == tuple(shared_prefix) for room in rooms.values())
+    (one, said), (other, plainly) = results
+    assert said == plainly
+    everything = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)
+    ]
+    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
+
+
+def test_a_round_on_eight_devices_equals_the_round_on_one():
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3}
+    )
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        built = builder.build(config, devices)
+        state = built.initial_state()
+        state = state.replace(lora=built.on_devices(state.lora))
+        state, metrics, told = rounds.run_round(built, state, BudgetUsed())
+        results.append(
+            (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics)
+        )
+    (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
+    assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]
+    # The adapter agrees to 1e-5. Its B half starts at zero and is all AdamW's first steps, which
+    # divide each gradient by its own size and so make the last bits of near-zero gradients visible:
+    # there the bound is 1e-3.
+    everything = [
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, eight)
+    ]
+    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
+    for target in one:
+        a, b = np.asarray(eight[target]["b"]), np.asarray(one[target]["b"])
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)

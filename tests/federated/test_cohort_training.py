@@ -1,0 +1,154 @@
+"""A cohort in portions: the same numbers as in one, and no more rows on a device than two
+portions'.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_sizes import SMALL
+from small_cohort import C, P, S, T, close, local_config, make_decoder, spear
+
+from configs import grpo
+from spear_jax.core.mesh import make_mesh, replicate
+from spear_jax.experiment import builder, run_logger
+from spear_jax.federated import cohort_training, local_training
+from spear_jax.federated import round as rounds
+from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
+from spear_jax.packing.rows import groups_of
+
+
+def rows_of(cohort):
+    steps = [[[sum((groups_of(m, 1) for m in step), [])] for step in client] for client in cohort]
+    shape = choose_block_shape(sum(steps, []), 1, 1, P, T, 64)
+    small = choose_small(sum(steps, []), shape)
+    assert small != shape
+    keys = Keys()
+    blocks = [[pack_rows(step, shape, keys) for step in own] for own in steps]
+    return cohort_training.Rows(
+        blocks, max(len(step) for own in blocks for step in own), shape, small
+    )
+
+
+def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, **more):
+    mesh, rows = make_mesh(jax.devices()[:devices]), rows_of(cohort)
+    if at_once > 1:
+        rows = cohort_training.Rows(rows.blocks, rows.depth, rows.shape, None)
+    shared = replicate(local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2)), mesh)
+    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
+    members = keys, np.arange(1, C + 1, dtype=np.float32), np.arange(C) != 1
+    static = spear(), make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once), mesh
+    return cohort_training.train(*static, shared, rows, members, keep, carried, **more)
+
+
+@pytest.mark.parametrize("devices, at_once, cohort_chunks", [(1, 4, 2), (2, 1, 3)])
+def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_states(
+    model,
+    lora,
+    cohort,
+    monkeypatch,
+    devices,
+    at_once,
+    cohort_chunks,
+):
+    def twice():
+        first = train(model, lora, cohort, devices, at_once, keep=True)
+        return first, train(model, lora, cohort, devices, at_once, keep=True, carried=first.states)
+
+    whole = twice()
+    monkeypatch.setattr(cohort_training, "CHUNK_BYTES", 1)
+    parts = twice()
+    for one, other in zip(whole, parts, strict=True):
+        assert len(one.states) == 1 and len(other.states) == cohort_chunks
+        close(other.total, one.total)
+        assert float(other.mass) == float(one.mass) == sum(range(1, C + 1))
+        assert (other.tokens, other.read) == (one.tokens, one.read) and one.tokens < one.read
+        assert all(mean.total.shape == mean.count.shape == (C,) for mean in one.means.values())
+        for name, mean in one.means.items():
+            np.testing.assert_allclose(
+                other.means[name].total, mean.total, rtol=1e-5, atol=1e-6, err_msg=name
+            )
+        adapters = [
+            jax.tree.map(lambda x: np.asarray(x)[:, :C], cohort_training.stacked(x.states, C))
+            for x in (other, one)
+        ]
+        close(*adapters)
+    moved = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), whole[0].total, whole[1].total
+    )
+    assert max(jax.tree.leaves(moved)) > 1e-3  # the second phase did go on
+
+
+def test_no_third_portions_rows_lie_on_the_device(model, lora, cohort, monkeypatch):
+    monkeypatch.setattr(cohort_training, "CHUNK_BYTES", 1)
+    plain, found = cohort_training.Rows.arrays, []
+    depth = rows_of(cohort).depth
+
+    def arrays(rows, begin, size):
+        work = plain(rows, begin, size)
+        shape = work.blocks.target.shape
+        assert shape[:3] == (1, S, depth)
+        found.append(sum(x.shape == shape and x.dtype == jnp.int32 for x in jax.live_arrays()))
+        return work
+
+    monkeypatch.setattr(cohort_training.Rows, "arrays", arrays)
+    done = []
+    train(model, lora, cohort, report=done.append)
+    assert done == [0] + [1] * C
+    # `target` and `source` have this shape. While a portion is packed, only that before it is
+    # there.
+    assert len(found) == C and max(found) <= 2
+
+
+@pytest.mark.parametrize(
+    "each", [1, 300_000, cohort_training.CHUNK_BYTES, 3 * cohort_training.CHUNK_BYTES]
+)
+@pytest.mark.parametrize(
+    "cohort, at_once, devices", [(1, 1, 1), (1000, 1, 1), (1000, 16, 1), (333, 4, 8), (5, 64, 8)]
+)
+def test_portions_are_whole_chunks_of_bounded_size_that_cover_the_cohort(
+    cohort, at_once, devices, each
+):
+    size, chunk = cohort_training.chunk_size(cohort, each, at_once, devices), at_once * devices
+    assert size % chunk == 0
+    assert size * each <= max(cohort_training.CHUNK_BYTES, chunk * each)
+    cohort_chunks = -(-cohort // size)
+    assert (
+        cohort_chunks * size < cohort + cohort_chunks * chunk
+    )  # less than a chunk of each portion is padding
+
+
+def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_one(monkeypatch):
+    config = grpo.get_config("facts,tiny,small")
+    config.update_from_flattened_dict(
+        SMALL | {"federation.clients_per_round": 3, "train.steps": 2, "rollout.max_rows": 8}
+    )
+    results = []
+    for cohort_chunk in (cohort_training.CHUNK_BYTES, 1):
+        monkeypatch.setattr(cohort_training, "CHUNK_BYTES", cohort_chunk)
+        built = builder.build(config, jax.devices()[:1])
+        state, metrics, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
+        assert metrics["grpo/mixed_groups"] > 0
+        results.append(
+            (state.lora, [trace.first.completion for trace, _, _ in told], metrics["train/loss"])
+        )
+    (one, said, loss), (other, again, same) = results
+    assert said == again and loss == pytest.approx(same, rel=1e-4)
+    close(other, one)
+
+
+def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeypatch):
+    monkeypatch.setattr(run_logger, "on_terminal", lambda quiet: True)
+    progress, seen = run_logger.Progress(False, 2, 0), []
+    for stage, rows, total in [
+        ("revision", 1, 2),
+        ("revision", 1, 2),
+        ("revision", 1, 3),
+        ("train", 0, 5),
+        ("train", 4, 5),
+    ]:
+        progress.stage_rows(stage, rows, total)
+        seen.append((progress.stage.n, progress.stage.total))
+    progress.close()
+    assert seen == [(1, 2), (2, 2), (1, 3), (0, 5), (4, 5)]

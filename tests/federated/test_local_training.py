@@ -1,0 +1,431 @@
+"""Local training and its mapping over clients: every execution path against one oracle."""
+
+import dataclasses
+
+import dense
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_cohort import A, B, C, P, S, T, close, local_config, make_decoder, spear
+
+from spear_jax.core.mesh import base_placer, make_mesh, replicate, shard_rows
+from spear_jax.federated import local_training
+from spear_jax.models.decoder import REMAT
+from spear_jax.models.token_logprobs import LOGITS, TokenLogprobs, token_logprobs
+from spear_jax.packing import shape_buckets
+
+
+def merged(cohort):
+    """Every step's micro-batches as one."""
+    return [[[sum(step, [])] for step in client] for client in cohort]
+
+
+def run(
+    model,
+    lora,
+    cohort,
+    decoder=None,
+    algorithm=None,
+    local=None,
+    devices=1,
+    split=1,
+    active=None,
+    weight=None,
+    references=(),
+    loss_scalars=None,
+    limit=64,
+    small=False,
+    shared_prefix=(),
+):
+    decoder = decoder or make_decoder(model)
+    local = local or local_config()
+    algorithm = algorithm or spear()
+    mesh = make_mesh(jax.devices()[:devices], split)
+    size = local_training.padded_clients(C, local.clients_at_once, devices // split)
+    pad = lambda x: np.concatenate([np.asarray(x), np.zeros((size - C, *x.shape[1:]), x.dtype)])
+    keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
+    weight = np.arange(1, C + 1, dtype=np.float32) if weight is None else weight
+    active = np.ones(C, bool) if active is None else active
+    longest = max(len(row.prompt) for client in cohort for row in sum(sum(client, []), []))
+    work = dense.work(
+        cohort, algorithm, longest, T, local.normalize, limit, size, small, shared_prefix
+    )
+    train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
+    arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
+    place = base_placer(mesh)
+    base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
+    shared = replicate(
+        local_training.Broadcast(lora, {}, references, loss_scalars or {}, jnp.float32(1e-2)), mesh
+    ).replace(base=base)
+    return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
+
+
+@pytest.mark.parametrize("limit", [64, 1000])
+def test_blocks_in_a_smaller_room_give_the_same_adapter_and_metrics(model, lora, cohort, limit):
+    fits = dense.work(cohort, spear(), P, T, limit=limit, small=True).fits
+    assert fits.any() and not fits.all()
+    (total, _, means), (wanted, _, plain) = (
+        run(model, lora, cohort, limit=limit, small=small) for small in (True, False)
+    )
+    for one, other in zip(
+        jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "at_once, small, limit", [(1, False, 64), (1, True, 1000), (3, False, 1000)]
+)
+def test_what_all_prompts_open_with_is_read_once_a_block_and_changes_nothing(
+    model, lora, cohort, at_once, small, limit
+):
+    shared_prefix = np.random.default_rng(3).integers(3, model.config.vocab_size, 20).tolist()
+    behind = lambda rows: [
+        dataclasses.replace(row, prompt=[*shared_prefix, *row.prompt]) for row in rows
+    ]
+    cohort = [[[behind(micro) for micro in step] for step in client] for client in cohort]
+    (total, _, means), (wanted, _, plain) = (
+        run(
+            model,
+            lora,
+            cohort,
+            None,
+            spear(),
+            local_config(clients_at_once=at_once),
+            limit=limit,
+            small=small,
+            shared_prefix=own,
+        )
+        for own in (shared_prefix, ())
+    )
+    assert (
+        dense.work(
+            cohort, spear(), P + 20, T, limit=limit, small=True, shared_prefix=shared_prefix
+        ).fits.any()
+        or not small
+    )
+    for one, other in zip(
+        jax.tree.leaves((total, means)), jax.tree.leaves((wanted, plain)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once, small", [(1, True), (3, False)])
+def test_attention_by_many_columns_gives_the_same_adapter_and_metrics(
+    model, lora, cohort, monkeypatch, at_once, small
+):
+    found = []
+    for width, count in ((64, 1), (8, 3)):  # trees of up to P + 2 (T - 1) = 17 tokens
+        monkeypatch.setattr(shape_buckets, "COLUMN", width)
+        assert len(shape_buckets.split_tiles(P + 2 * (T - 1))) == count
+        total, _, means = run(
+            model,
+            lora,
+            cohort,
+            local=local_config(clients_at_once=at_once),
+            limit=1000,
+            small=small,
+        )
+        found.append((total, means))
+    close(*found)
+
+
+def plain_step_loss(model, decoder, lora, step):
+    """One optimiser step's loss in plain arithmetic over full logits; `step` is a list of
+    micro-batches.
+    """
+    rows = sum(step, [])
+    lp = dense.logprobs(decoder, model.base, lora, rows, T)
+    p = jnp.exp(lp)
+    win_total = win_count = lose_total = lose_count = 0.0
+    for i, row in enumerate(rows):
+        m = jnp.asarray(np.pad(row.loss_mask, (0, T - len(row.loss_mask))), jnp.float32)
+        if row.label > 0:
+            win_total -= (m * lp[i]).sum()
+            win_count += m.sum()
+        else:
+            u = jnp.where(p[i] > 0.001, -jnp.log(1 - p[i] + 1e-8), 0.0)
+            lose_total += row.weight * (m * u).sum()
+            lose_count += m.sum()
+    return win_total / win_count + 0.5 * lose_total / lose_count
+
+
+def test_a_clients_round_equals_adamw_on_the_plainly_written_loss(model, lora, cohort):
+    decoder = make_decoder(model)
+    weight = np.zeros(C, np.float32)
+    weight[2] = 1.0
+    total, mass, _ = run(model, lora, cohort, weight=weight)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
+    theta, state = lora, optimiser.init(lora)
+    for s in range(S):
+        grads = jax.grad(lambda t, step=cohort[2][s]: plain_step_loss(model, decoder, t, step))(
+            theta
+        )
+        updates, state = optimiser.update(grads, state, theta)
+        theta = optax.apply_updates(theta, updates)
+    assert float(mass) == 1.0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), total, theta)
+
+
+def test_rows_that_repeat_or_share_a_prompt_count_as_if_each_stood_alone(model, lora, cohort):
+    # the same win four times, its prompt under two loses, one of them twice: 8 rows, 3 distinct, 1
+    # prompt
+    win, lose = cohort[0][0][0][0], cohort[0][0][0][B]
+    loses = [
+        dataclasses.replace(lose, prompt=list(win.prompt), weight=0.5),
+        dataclasses.replace(lose, prompt=win.prompt),
+    ]
+    other = dataclasses.replace(cohort[0][0][1][B], prompt=list(win.prompt))
+    step = [[win, win, loses[0], loses[1]], [win, win, other, other]]
+    found = run(model, lora, [[step] * S] * C)[0]
+    decoder = make_decoder(model)
+    grads = jax.grad(lambda t: plain_step_loss(model, decoder, t, step))(lora)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
+    theta, state = lora, optimiser.init(lora)
+    for _ in range(S):
+        updates, state = optimiser.update(grads, state, theta)
+        theta = optax.apply_updates(theta, updates)
+        grads = jax.grad(lambda t: plain_step_loss(model, decoder, t, step))(theta)
+    mass = sum(range(1, C + 1))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a / mass, b, rtol=1e-4, atol=2e-6), found, theta
+    )
+    assert [int(x) for x in dense.work([[step]], spear(), P, T).count[0]] == [1]
+
+
+def test_any_block_size_gives_the_same_adapters(model, lora, cohort):
+    oracle = run(model, lora, cohort, limit=10_000)
+    work = [dense.work(cohort, spear(), P, T, limit=limit) for limit in (10_000, 64, 1)]
+    blocks = [int(x.count.max()) for x in work]
+    assert blocks[2] > blocks[0]
+    close(run(model, lora, cohort, limit=1)[0], oracle[0])
+    close(run(model, lora, cohort, limit=64)[0], oracle[0])
+
+
+@pytest.mark.parametrize(
+    "at_once, devices, split",
+    [(1, 1, 1), (3, 1, 1), (C, 1, 1), (1, 8, 1), (3, 8, 1), (C, 8, 1), (1, 4, 2), (3, 8, 4)],
+)
+def test_any_clients_at_once_on_any_mesh_gives_the_same_adapters(
+    model, lora, cohort, at_once, devices, split
+):
+    oracle = run(model, lora, cohort, decoder=make_decoder(model, dropout=0.1))
+    found = run(
+        model,
+        lora,
+        cohort,
+        decoder=make_decoder(model, dropout=0.1),
+        local=local_config(clients_at_once=at_once),
+        devices=devices,
+        split=split,
+    )
+    close(found[0], oracle[0])
+    assert float(found[1]) == float(oracle[1]) == sum(range(1, C + 1))
+    for name, mean in oracle[2].items():
+        np.testing.assert_allclose(
+            found[2][name].total[:C], mean.total[:C], rtol=1e-4, atol=1e-5, err_msg=name
+        )
+
+
+def test_one_step_of_four_rows_equals_two_micro_batches_of_two(model, lora, cohort):
+    once = run(model, lora, merged(cohort), algorithm=spear(batch_size=A * B, accumulation=1))
+    close(run(model, lora, cohort)[0], once[0])
+
+
+def test_active_denominator_is_exact_under_accumulation(model, lora, cohort):
+    settings = dict(ul_denominator="active", margin=0.004)
+    once = run(
+        model, lora, merged(cohort), algorithm=spear(batch_size=A * B, accumulation=1, **settings)
+    )
+    twice = run(model, lora, cohort, algorithm=spear(**settings), limit=1)
+    close(twice[0], once[0])
+    masked = run(model, lora, cohort, algorithm=spear(margin=0.004))
+    assert not np.allclose(masked[0]["q"]["b"], twice[0]["q"]["b"], atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [1, 10_000])
+@pytest.mark.parametrize("weighting", ["per_token", "batch_mean"])
+def test_micro_normalisation_is_the_mean_of_micro_batch_means(
+    model, lora, cohort, weighting, limit
+):
+    decoder, algorithm = make_decoder(model), spear(confidence_weighting=weighting)
+    local = local_config(normalize="micro", clip=1e9)
+    # as `Spear.pools` gives them: under batch_mean all loses of a micro-batch have their mean
+    # confidence
+    cohort = [
+        [[m[:B] + algorithm._alike(m[B:]) for m in step] for step in client] for client in cohort
+    ]
+
+    def mean(theta):
+        losses = [plain_step_loss(model, decoder, theta, [micro]) for micro in cohort[0][0]]
+        return sum(losses) / A
+
+    _, _, means = run(model, lora, cohort, algorithm=algorithm, local=local, limit=limit)
+    first = run(
+        model,
+        lora,
+        [[client[0]] for client in cohort],
+        algorithm=algorithm,
+        local=local,
+        limit=limit,
+    )[2]
+    assert float(first["loss"].total[0]) == pytest.approx(float(mean(lora)), rel=1e-5)
+    assert float(means["loss"].count[0]) == S
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "attention"])
+def test_rematerialisation_changes_nothing(model, lora, cohort, remat):
+    close(
+        run(model, lora, cohort, decoder=make_decoder(model, remat=remat))[0],
+        run(model, lora, cohort)[0],
+    )
+
+
+def test_clients_that_do_not_train_contribute_the_global_adapter(model, lora, cohort):
+    active = np.zeros(C, bool)
+    total, mass, means = run(model, lora, cohort, active=active)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a / float(mass), b, rtol=1e-6), total, lora
+    )
+    assert float(means["loss"].count.sum()) == 0.0
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(model, lora, cohort):
+    broken = {**model.base, "norm": model.base["norm"] * jnp.nan}
+    weight = np.zeros(C, np.float32)
+    weight[0] = 1.0
+    total, _, means = run(dataclasses.replace(model, base=broken), lora, cohort, weight=weight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), total, lora)
+    assert float(means["skipped_steps"].total.sum()) == C * S
+
+
+def distance(tree, lora):
+    return float(
+        jnp.sqrt(
+            sum(
+                ((x / sum(range(1, C + 1)) - y) ** 2).sum()
+                for x, y in zip(*map(jax.tree.leaves, (tree, lora)), strict=True)
+            )
+        )
+    )
+
+
+def test_prox_and_anchor_hold_clients_near_the_global_adapter_and_the_published_anchor_does_not(
+    model, lora, cohort
+):
+    free = distance(run(model, lora, cohort)[0], lora)
+    held = distance(run(model, lora, cohort, local=local_config(prox=100.0))[0], lora)
+    anchored = distance(run(model, lora, cohort, local=local_config(anchor_weight=1e4))[0], lora)
+    published = distance(
+        run(model, lora, cohort, local=local_config(anchor_weight=1e4, anchor_gradient=False))[0],
+        lora,
+    )
+    assert held < 0.95 * free and anchored < 0.95 * free
+    assert published == pytest.approx(free, rel=1e-5)
+
+
+def test_prox_gradient_is_mu_times_the_distance(lora):
+    moved = jax.tree.map(lambda x: x + 0.5, lora)
+    grads = jax.grad(lambda t: local_training._regulariser(local_config(prox=3.0), t, lora))(moved)
+    jax.tree.map(lambda g: np.testing.assert_allclose(g, 1.5, rtol=1e-4), grads)
+
+
+def test_ema_returns_the_blend_of_old_and_new(model, lora, cohort):
+    whole = run(model, lora, cohort)[0]
+    half = run(model, lora, cohort, local=local_config(ema_decay=0.25))[0]
+    mass = sum(range(1, C + 1))
+    jax.tree.map(
+        lambda h, w, old: np.testing.assert_allclose(
+            h, 0.25 * mass * old + 0.75 * w, rtol=1e-4, atol=1e-5
+        ),
+        half,
+        whole,
+        lora,
+    )
+
+
+def test_head_chunks_change_nothing_and_its_gradient_matches_full_logits(model, lora, cohort):
+    decoder, rows = make_decoder(model), cohort[0][0][0]
+    work = dense.work([[[rows]]], spear(), P, T, limit=1000)
+    block = jax.tree.map(lambda x: jnp.asarray(x[0, 0, 0]), work.blocks)
+    slopes = jax.random.normal(jax.random.key(3), block.target.shape)
+
+    def objective(lora, chunk):
+        lp = TokenLogprobs(decoder, model.base, chunk).logprobs(lora, block)
+        return (slopes * jnp.where(used, lp, 0.0)).sum()
+
+    places = np.zeros((len(block.start), T), int)
+    for slot, start in enumerate(block.start):
+        places[slot] = start + np.arange(T)
+    real = np.asarray(block.rows.completion_mask)
+    used = np.zeros(block.target.shape, bool)
+    used[places[real]] = True
+
+    def plain(lora):
+        # packing reorders rows: each is found again by its completion
+        order = [
+            next(i for i, row in enumerate(rows) if matches(block, slot, row))
+            for slot in np.flatnonzero(real.any(1))
+        ]
+        lp = dense.logprobs(decoder, model.base, lora, [rows[i] for i in order], T)
+        where = jnp.asarray(places[real.any(1)])
+        return (
+            jnp.where(real[real.any(1)], lp * slopes[jnp.minimum(where, len(slopes) - 1)], 0.0)
+        ).sum()
+
+    oracle = jax.value_and_grad(plain)(lora)
+    for chunk in (0, 1, 7, 10_000):
+        value, grads = jax.value_and_grad(objective)(lora, chunk)
+        assert float(value) == pytest.approx(float(oracle[0]), rel=1e-5)
+        close(grads, oracle[1])
+
+
+def test_the_heads_memory_does_not_grow_with_the_vocabulary():
+    positions, width = 4096, 16
+    shapes = lambda vocab: (
+        jax.ShapeDtypeStruct((positions, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((positions,), jnp.int32),
+    )
+
+    def plain(hidden, head, target):
+        return jnp.take_along_axis(
+            jax.nn.log_softmax(hidden @ head.T), target[:, None], axis=-1
+        ).sum()
+
+    def held(loss, vocab):
+        """Bytes of everything but arguments and results, out of the compiler."""
+        return (
+            jax.jit(jax.grad(loss))
+            .lower(*shapes(vocab))
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
+
+    fused = [
+        held(lambda *x: token_logprobs(*x, 0).sum(), vocab) for vocab in (16_384, 65_536, 152_064)
+    ]
+    assert max(fused) <= 1.1 * min(fused) <= 4 * 4.4 * LOGITS
+    assert held(plain, 152_064) >= 4 * positions * 152_064 > 2 * max(fused)
+
+
+def matches(block, slot, row):
+    start, length = int(block.start[slot]), int(block.rows.completion_mask[slot].sum())
+    return block.target[start : start + length].tolist() == row.completion
+
+
+def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, cohort):
+    decoder = make_decoder(model)
+    shared = local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2))
+    text = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
+        spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), False, shared, None,
+        dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
+    ).as_text()  # fmt: skip
+    layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size
+    assert f"tensor<{vocab}x{width}xf32>" in text
+    mlp = model.config.mlp_width
+    for copies in (f"{C}x{vocab}x{width}", f"{C}x{layers}x{width}x{mlp}", f"{C}x{width}x{mlp}"):
+        assert f"tensor<{copies}xf32>" not in text

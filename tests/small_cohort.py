@@ -1,0 +1,67 @@
+"""A small model, adapter and cohort that tests of local training share; conftest.py has the fixtures."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from spear_jax.algorithms.base import CommonHyperparams
+from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.federated.local_training import LocalConfig
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.io.huggingface import load_model
+from spear_jax.models.lora import LoraConfig, init_lora
+from spear_jax.packing.rows import TrainingRow
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
+
+
+def spear(batch_size=B, accumulation=A, **changes):
+    settings = SpearSettings(lose_weight=0.5, margin=0.001)
+    common = CommonHyperparams(4, S, accumulation, batch_size, T, 1.0, (2,))
+    return Spear(dataclasses.replace(settings, **changes), common)
+
+
+def local_config(**changes):
+    defaults = dict(
+        clients_at_once=1, normalize="global", clip=1.0, weight_decay=0.01, anchor_weight=0.0, anchor_gradient=True,
+        prox=0.0, ema_decay=0.0, head_chunk=16,
+    )  # fmt: skip
+    return LocalConfig(**(defaults | changes))
+
+
+def load_small_model():
+    return load_model(str(FIXTURES / "qwen2"), "float32")
+
+
+def make_decoder(model, dropout=0.0, remat="attention"):
+    return Decoder(model.config, LoraConfig(4, 8.0, dropout, ("q", "v", "down")), remat)
+
+
+def make_lora(model):
+    tree = init_lora(jax.random.key(1), LoraConfig(4, 8.0, 0.0, ("q", "v", "down")), model.config)
+    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), tree)
+
+
+def make_rows(model):
+    """[C][S][A] lists of B wins and B loses."""
+    rng = np.random.default_rng(0)
+    vocab = model.config.vocab_size
+
+    def row(label):
+        length = int(rng.integers(1, T + 1))
+        prompt = rng.integers(3, vocab, rng.integers(2, P + 1)).tolist()
+        mask = rng.random(length) < 0.8
+        completion = rng.integers(3, vocab, length).tolist()
+        return TrainingRow(prompt, completion, mask, float(rng.choice([0.5, 1.0])), label)
+
+    micro = lambda: [row(1) for _ in range(B)] + [row(-1) for _ in range(B)]
+    return [[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)]
+
+
+def close(left, right):
+    """Every tensor within 1e-5 of its norm."""
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(np.asarray(b))
