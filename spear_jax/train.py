@@ -9,11 +9,14 @@ and, at the end, summary.json and figures.
 
 from typing import Any
 
+import jax
+
 from spear_jax.core.compilation import enable_compilation_cache
-from spear_jax.core.mesh import init_distributed
-from spear_jax.experiment import builder, command_line
+from spear_jax.core.mesh import init_distributed, is_main_process
+from spear_jax.experiment import command_line
+from spear_jax.experiment.builder import build
 from spear_jax.experiment.dry_run import dry_run
-from spear_jax.experiment.loop import open_folder, train
+from spear_jax.experiment.run import Run
 from spear_jax.experiment.wandb_logger import check_wandb
 
 EXAMPLES = """
@@ -49,11 +52,16 @@ def main(argv: list[str]) -> dict[str, Any]:
     check_wandb(config)
     enable_compilation_cache()
     init_distributed(args.distributed)
-    built = builder.build(config)
     if args.dry_run:
-        return dry_run(built, args.workdir)
-    workdir = open_folder(built, args.workdir, args.resume)
-    return train(built, workdir, args.quiet)
+        return dry_run(build(config), config, args.workdir)
+    run = Run(config, args.workdir, args.resume, quiet=args.quiet)
+    summary = run.train()
+    return summary if is_main_process() else worker_result(args.workdir)
+
+
+def worker_result(workdir: str) -> dict[str, Any]:
+    """What a process that does not write files says at the end."""
+    return {"workdir": workdir, "process": jax.process_index()}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ SMALL = {
     "federation.num_clients": 3,
     "federation.clients_per_round": 2,
     "rollout.examples": 8,
-    "rollout.max_rows": 32,
+    "rollout.max_concurrent_sequences": 32,
     "train.steps": 2,
     "train.batch_size": 16,
     "eval.limit": 16,
@@ -106,7 +106,7 @@ def run_case(name: str) -> dict[str, object]:
 
 def program_digest(text: str) -> str:
     """sha256 of a program's text without what only names it."""
-    text = re.sub(r"^#loc.*$", "", text, flags=re.M)
+    text = re.sub(r"^#loc.*\n", "", text, flags=re.M)
     text = re.sub(r"\s*loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", text)
     text = re.sub(r"module @\S+", "module", text)
     text = re.sub(

@@ -1,6 +1,6 @@
 """The methods by name, and how each is built from a config."""
 
-import ml_collections
+from typing import Any
 
 from spear_jax.algorithms.base import Algorithm, CommonHyperparams
 from spear_jax.algorithms.dpo import Dpo
@@ -35,13 +35,13 @@ METHODS: tuple[type[Algorithm], ...] = (
 ALGORITHMS: dict[str, type[Algorithm]] = {method.name: method for method in METHODS}
 
 
-def build_algorithm(config: ml_collections.ConfigDict, eos_ids: tuple[int, ...]) -> Algorithm:
-    """The config's method with its numbers.
+def build_algorithm(settings: Any, eos_ids: tuple[int, ...]) -> Algorithm:
+    """Builds the settings' method.
 
-    Args: eos_ids: what ends a completion.
+    Args: settings: a parsed experiment (`experiment.config.Settings`); eos_ids: what ends a
+        completion.
     """
-    method = ALGORITHMS[config.algorithm.name]
-    train, rollout = config.train, config.rollout
+    train, rollout = settings.train, settings.rollout
     common = CommonHyperparams(
         examples=rollout.examples,
         steps=train.steps,
@@ -51,4 +51,4 @@ def build_algorithm(config: ml_collections.ConfigDict, eos_ids: tuple[int, ...])
         temperature=rollout.temperature,
         eos_ids=eos_ids,
     )
-    return method(method.Settings(**config[method.name]), common)
+    return ALGORITHMS[settings.algorithm.name](settings.method, common)

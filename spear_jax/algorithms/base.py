@@ -14,15 +14,23 @@ import jax
 import numpy as np
 
 from spear_jax.core.errors import UserError
-from spear_jax.core.types import Cohort, Example, Mean, Trace
+from spear_jax.core.types import Cohort, Example, Mean, Trace, TraceRecord
 from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.arrays import Batch, Block
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import RolloutWorker
+from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 from spear_jax.tasks.base import Task
 
 LossScalars = Mapping[str, jax.Array]
+EMBEDDED = ("facts", "reasoned")  # the tasks of the embedded model
+
+# The better of two learning rates, 5e-3 and 1.25e-2, on the embedded tasks at the size of grids, at
+# seed 100 and 4,000 generated tokens: the same search for every method. 5e-3 is the tasks' own.
+FASTER: Mapping[str, object] = {
+    "train.learning_rate": 1.25e-2,
+    "train.learning_rate_min": 2.5e-3,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +84,7 @@ class CohortData:
         rows: [C][S][A] lists of rows, each of `rows_per_group` equal parts; None is a padding row.
         weight: float[C], aggregation weights.
         active: bool[C], clients that train; the others keep the global adapter.
-        traces: (trace, role, confidence) of what the rollouts said, for recording.
+        traces: what the rollouts said, for recording.
         metrics: numbers of the round.
         numbers: what the loss needs besides the batch, equal for all clients (IRIS's order, TPAW's
             number of players).
@@ -86,25 +94,75 @@ class CohortData:
     rows: list[list[list[list[TrainingRow | None]]]]
     weight: np.ndarray
     active: np.ndarray
-    traces: list[tuple[Trace, str, float]]
+    traces: list[TraceRecord]
     metrics: dict[str, float]
     loss_scalars: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     algorithm_state: dict | None = None
 
 
 @dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """How a method's training rows stand together.
+
+    Attributes:
+        rows_per_group: rows that the loss needs together (2 for a pair); row i of each of so many
+            equal parts of a micro-batch is one group.
+        num_packs: passes over tokens that `forward` takes; a group's row k is read in pass
+            k % num_packs.
+        prompts: the prompts that rows may stand under: "task", "revision", "privileged".
+    """
+
+    rows_per_group: int = 1
+    num_packs: int = 1
+    prompts: tuple[str, ...] = ("task",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How a method's rows are scored while a client trains.
+
+    Attributes:
+        dropout: LoRA dropout; False wherever the loss holds a ratio of two policies.
+        temperature: logits are divided by it before log-probabilities are taken.
+        ref_logprobs: the references are scored once, before the local steps, into
+            `Batch.ref_logprobs`.
+        old_logprobs: so is the adapter that the phase started from, into `Batch.old_logprobs`.
+        two_pass: `denominators` needs the log-probabilities of the whole optimiser step (a forward
+            pass more).
+        per_micro_batch: every micro-batch has denominators of its own, whatever train.normalize
+            says.
+    """
+
+    dropout: bool = True
+    temperature: float = 1.0
+    ref_logprobs: bool = True
+    old_logprobs: bool = False
+    two_pass: bool = False
+    per_micro_batch: bool = False
+
+    @property
+    def extra_passes(self) -> int:
+        """Forward passes of a step beside the one with gradient and the references'."""
+        return self.two_pass + self.old_logprobs
+
+
+@dataclasses.dataclass(frozen=True)
 class Algorithm(abc.ABC):
-    """One method. Frozen and hashable: equal settings are equal methods, and share compiled
-    programs.
+    """One method. Frozen and hashable: equal settings are equal methods, and share programs.
+
+    A method answers two questions: which rows do a round's rollouts become (`collect`, on the
+    host), and what is the loss on their log-probabilities (`denominators` and `loss`, pure
+    functions of arrays). The rest has defaults.
 
     Class attributes:
         name: the key in ALGORITHMS, and the config group with its settings.
         Settings: the frozen dataclass of its own numbers.
         reference: what preset "reference" sets, by config field, from the method's published code;
             empty where there is none.
-        dropout: LoRA dropout while training; False wherever the loss holds a ratio of two policies.
-        cached: whether the references' log-probabilities are scored once, before the local steps,
-            into `Batch.ref_logprobs`.
+        client_state: the keys of the algorithm's state that hold clients' own texts. Between real
+            devices they stay with their client; the other keys are the server's.
+        layout: how rows stand together; a property where it depends on settings.
+        scoring: how rows are scored; likewise.
     """
 
     settings: Any
@@ -113,14 +171,21 @@ class Algorithm(abc.ABC):
     name: ClassVar[str]
     Settings: ClassVar[type]
     reference: ClassVar[Mapping[str, object]] = {}
-    dropout: ClassVar[bool] = True
-    cached: ClassVar[bool] = True
+    client_state: ClassVar[tuple[str, ...]] = ()
+    layout = RowLayout()
+    scoring = Scoring()
+
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        """Returns the config fields that the method sets for a task, beyond the task's own.
+
+        Args: task: its name; variant: "" or "small", the embedded tasks at the size of grids.
+        """
+        return {}
 
     @property
     def gold(self) -> str:
-        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected).
-        Decides what data it needs.
-        """
+        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected)."""
         return ""
 
     @property
@@ -128,14 +193,7 @@ class Algorithm(abc.ABC):
         """The gold text that enters training in any way, for tables: `gold`, or "teacher" where a
         frozen teacher reads it.
         """
-        return self.gold or ("teacher" if "privileged" in self.scored_prompts else "")
-
-    @property
-    def scored_prompts(self) -> tuple[str, ...]:
-        """The prompts that its rows may stand under: "task", "revision", "privileged". Decides how
-        long rows are.
-        """
-        return ("task",)
+        return self.gold or ("teacher" if "privileged" in self.layout.prompts else "")
 
     @property
     def phases(self) -> int:
@@ -143,42 +201,6 @@ class Algorithm(abc.ABC):
         local steps.
         """
         return 1
-
-    @property
-    def rows_per_group(self) -> int:
-        """Rows of an item, which the loss needs together: row i of each of so many equal parts of a
-        micro-batch.
-        """
-        return 1
-
-    @property
-    def num_packs(self) -> int:
-        """Passes over tokens that `forward` takes: an item's kind k is read in pass k % trunks."""
-        return 1
-
-    @property
-    def micro(self) -> bool:
-        """Whether every micro-batch has denominators of its own whatever train.normalize says."""
-        return False
-
-    @property
-    def two_pass(self) -> bool:
-        """Whether `denominators` needs the log-probabilities of the whole optimiser step (a forward pass
-        more).
-        """
-        return False
-
-    @property
-    def scored_temperature(self) -> float:
-        """Logits are divided by it before log-probabilities are taken."""
-        return 1.0
-
-    @property
-    def scores_old(self) -> bool:
-        """Whether `Batch.old_logprobs` is to hold the log-probabilities under the adapter that the
-        phase started from.
-        """
-        return False
 
     def estimate_work(self, size: int) -> WorkEstimate | None:
         """The round's work of a client with `size` examples; None where it depends on what happens
@@ -229,18 +251,13 @@ class Algorithm(abc.ABC):
             phase: from 0.
         """
 
-    @property
-    def steps_per_phase(self) -> int:
-        """S, optimiser steps on one phase's rows."""
-        return self.common.steps
-
     def forward(
         self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]
     ) -> jax.Array:
         """float32[M], differentiable in `lora`: what `denominators` and `loss` take, spread over rows, as
         `logprobs`.
         """
-        return scorer.logprobs(lora, block, self.scored_temperature)
+        return scorer.logprobs(lora, block, self.scoring.temperature)
 
     @abc.abstractmethod
     def denominators(
@@ -249,7 +266,7 @@ class Algorithm(abc.ABC):
         """The denominators of some rows, a tree of scalars that are summed over the optimiser step
         before `loss` divides.
 
-        Args: logprobs: float32[B, T] without gradient where `two_pass`, else None.
+        Args: logprobs: float32[B, T] without gradient where `scoring.two_pass`, else None.
         """
 
     @abc.abstractmethod
@@ -266,7 +283,7 @@ class Algorithm(abc.ABC):
             batch: whole items in any number, padding rows among them; no leading axes.
             logprobs: float32[B, T], differentiable.
             denominators: summed over the step's rows.
-            numbers: `CohortData.loss_scalars`, as `update_loss_scalars` left them.
+            loss_scalars: `CohortData.loss_scalars`, as `update_loss_scalars` left them.
         """
 
     def update_loss_scalars(
@@ -295,6 +312,16 @@ def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
     own = cohort.indices[slot]
     return own[
         cohort.rngs(slot, "examples").choice(len(own), size=min(len(own), count), replace=False)
+    ]
+
+
+def requests_of(cohort: Cohort, count: int, samples: int = 1) -> list[RolloutRequest]:
+    """Returns what a cohort asks: `count` examples of every client, each `samples` times."""
+    return [
+        RolloutRequest(client, int(example), sample)
+        for slot, client in enumerate(cohort.clients)
+        for example in choose(cohort, slot, count)
+        for sample in range(samples)
     ]
 
 

@@ -22,17 +22,20 @@ from spear_jax.algorithms import east, losses
 from spear_jax.algorithms.base import (
     Algorithm,
     CohortData,
+    RowLayout,
+    Scoring,
     WorkEstimate,
     choose,
     metrics_of,
     needs_feedback,
     needs_pairs,
     needs_verdicts,
+    requests_of,
     schedule,
 )
 from spear_jax.algorithms.feedback_rollout import rollout_with_feedback, win_row
 from spear_jax.core.settings import number, one_of, positive
-from spear_jax.core.types import Cohort, Mean, Trace
+from spear_jax.core.types import Cohort, Mean, Trace, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -58,7 +61,8 @@ class Dpo(Algorithm):
 
     name = "dpo"
     Settings = DpoSettings
-    dropout = False
+    layout = RowLayout(rows_per_group=2)  # a win and a lose
+    scoring = Scoring(dropout=False)
 
     @property
     def gold(self) -> str:
@@ -82,10 +86,6 @@ class Dpo(Algorithm):
         else:
             needs_verdicts(self.name, task)
 
-    @property
-    def rows_per_group(self) -> int:
-        return 2  # a win and a lose
-
     def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return (start,)
 
@@ -104,7 +104,9 @@ class Dpo(Algorithm):
             rng = cohort.rngs(slot, "pools")
             rows.append(schedule(self.common, lambda p=pairs[client], r=rng: self._draw(p, r)))
             sizes.append(float(len(pairs[client])))
-        records = [(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces]
+        records = [
+            TraceRecord(trace, "win" if trace.last.correct else "unused", 1.0) for trace in traces
+        ]
         total = int(sum(sizes))
         return CohortData(
             rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, total, total)
@@ -136,11 +138,11 @@ class Dpo(Algorithm):
 
     def _from_data(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
         def made(ids: list[int], index: int, label: int) -> TrainingRow:
-            return TrainingRow(worker.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
+            return TrainingRow(worker.data.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
 
         pairs = {
             client: [
-                (made(worker.responses[i], i, 1), made(worker.rejected[i], i, -1))
+                (made(worker.data.responses[i], i, 1), made(worker.data.rejected[i], i, -1))
                 for i in choose(cohort, slot, self.common.examples)
             ]
             for slot, client in enumerate(cohort.clients)
@@ -148,18 +150,13 @@ class Dpo(Algorithm):
         return pairs, []
 
     def _from_east(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
-        slots = {client: slot for slot, client in enumerate(cohort.clients)}
-        requests = [
-            (c, int(i), 0)
-            for c, slot in slots.items()
-            for i in choose(cohort, slot, self.common.examples)
-        ]
+        requests = requests_of(cohort, self.common.examples)
         found = east.sample(
             worker, policy, requests, self.settings.east, self.settings.east_power, key
         )
         pairs: dict[int, list[Pair]] = {client: [] for client in cohort.clients}
-        rngs = {client: cohort.rngs(slot, "east") for client, slot in slots.items()}
-        for (client, _, _), one in found.items():
+        rngs = {client: cohort.rngs(slot, "east") for slot, client in enumerate(cohort.clients)}
+        for (client, *_), one in found.items():
             right = [trace for trace in one.traces if trace.first.correct]
             chosen, other = (
                 pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected)

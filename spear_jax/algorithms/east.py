@@ -46,7 +46,9 @@ def sample(
     key: jax.Array,
 ) -> dict[RolloutRequest, Weighed]:
     """Asks every question `count` times; returns the questions that stay, with their weights."""
-    traces = worker.answer(policy, [(c, i, n) for c, i, _ in requests for n in range(count)], key)
+    traces = worker.answer(
+        policy, [request._replace(sample=n) for request in requests for n in range(count)], key
+    )
     groups: dict[RolloutRequest, dict[object, list[Trace]]] = {}
     for number, request in enumerate(requests):
         own = traces[number * count : (number + 1) * count]

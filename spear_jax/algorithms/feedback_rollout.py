@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from spear_jax.algorithms.base import choose
+from spear_jax.algorithms.base import requests_of
 from spear_jax.core.types import Attempt, Cohort, Trace
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
@@ -69,11 +69,7 @@ def rollout_with_feedback(
 
     Args: strict_format: rewrite right answers of wrong form.
     """
-    requests = [
-        (client, int(i), 0)
-        for slot, client in enumerate(cohort.clients)
-        for i in choose(cohort, slot, count)
-    ]
+    requests = requests_of(cohort, count)
     traces = worker.answer(policy, requests, key)
     rewrites = worker.rewrite(policy, traces, requests, key) if strict_format else {}
     worker.revise_until_right(policy, traces, requests, key)

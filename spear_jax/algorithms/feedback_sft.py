@@ -12,6 +12,7 @@ Departures:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 
 from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import (
+    FASTER,
     Algorithm,
     CohortData,
     WorkEstimate,
@@ -29,7 +31,7 @@ from spear_jax.algorithms.base import (
 )
 from spear_jax.algorithms.feedback_rollout import rollout_with_feedback
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Cohort, Mean
+from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import draw
 from spear_jax.rollout.policy import Policy
@@ -63,6 +65,10 @@ class FeedbackSft(Algorithm):
         "rollout.top_k": 50,
     }
 
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        return FASTER if variant == "small" else {}
+
     def estimate_work(self, size: int) -> WorkEstimate:
         return WorkEstimate(min(size, self.common.examples), self.common.items, revisions=None)
 
@@ -93,7 +99,8 @@ class FeedbackSft(Algorithm):
             active.append(bool(wins))
             weight.append(rollout.weight(client, wins, settings.skip_weight))
         records = [
-            (trace, "win" if trace.last.correct else "unused", 1.0) for trace in rollout.traces
+            TraceRecord(trace, "win" if trace.last.correct else "unused", 1.0)
+            for trace in rollout.traces
         ]
         return CohortData(
             rows, np.array(weight), np.array(active), records, metrics_of(rollout.traces, total, 0)

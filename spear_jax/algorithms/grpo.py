@@ -29,6 +29,7 @@ Against TRL 1.16, beside which the losses are tested:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -37,18 +38,21 @@ import numpy as np
 
 from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import (
+    EMBEDDED,
+    FASTER,
     Algorithm,
     CohortData,
+    Scoring,
     WorkEstimate,
     metrics_of,
     needs_verdicts,
 )
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Cohort, Mean
+from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
-from spear_jax.rollout.worker import RolloutWorker
+from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,6 @@ class Grpo(Algorithm):
 
     name = "grpo"
     Settings = GrpoSettings
-    dropout = False
     reference: ClassVar = {
         "grpo.ratio": "published",
         "grpo.scaling": "std",
@@ -83,24 +86,33 @@ class Grpo(Algorithm):
         "rollout.top_k": 50,
     }
 
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        """The nucleus is off, since it is not in the log-probabilities; groups, prompts and KL as
+        the baseline published with SPEAR has them.
+        """
+        if variant == "small":
+            return FASTER | {"train.batch_size": 8}
+        math, strategy = task in ("math_mcqa", "gsm8k"), task == "strategy_qa"
+        fields: dict[str, object] = {"rollout.top_p": 1.0, "train.batch_size": 16}
+        if task not in EMBEDDED:
+            prompts, accumulation = (2, 8) if math else (4, 4)
+            fields |= {"train.batch_size": prompts, "train.accumulation": accumulation}
+        fields |= {"grpo.group": 2} if math or strategy else {}
+        return fields | ({"grpo.kl_weight": 0.1} if strategy else {})
+
     @property
     def phases(self) -> int:
         return -(-self.common.steps // self.settings.updates)
 
     @property
-    def steps_per_phase(self) -> int:
-        return self.settings.updates
-
-    @property
-    def scores_old(self) -> bool:
-        return self.settings.updates > 1  # else the old policy is the current one
-
-    @property
-    def scored_temperature(self) -> float:
-        return (
-            self.common.temperature
-            if self.settings.tempered and self.common.temperature > 0
-            else 1.0
+    def scoring(self) -> Scoring:
+        tempered = self.settings.tempered and self.common.temperature > 0
+        return Scoring(
+            dropout=False,
+            temperature=self.common.temperature if tempered else 1.0,
+            old_logprobs=self.settings.updates > 1,  # else the old policy is the current one
+            per_micro_batch=self.settings.reduction == "bnpo",
         )
 
     def estimate_work(self, size: int) -> WorkEstimate:
@@ -112,10 +124,6 @@ class Grpo(Algorithm):
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
-
-    @property
-    def micro(self) -> bool:
-        return self.settings.reduction == "bnpo"
 
     def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
         return (start,) if self.settings.kl_weight else ()
@@ -141,7 +149,9 @@ class Grpo(Algorithm):
             # the sample number keeps a prompt that is drawn twice from giving the same completions
             # twice
             requests += [
-                (client, i, n * group + g) for n, i in enumerate(prompts) for g in range(group)
+                RolloutRequest(client, i, n * group + g)
+                for n, i in enumerate(prompts)
+                for g in range(group)
             ]
         traces = worker.answer(policy, requests, key)
         shape = (len(cohort.clients), common.accumulation, common.batch_size, group)
@@ -162,7 +172,7 @@ class Grpo(Algorithm):
         metrics["grpo/mixed_groups"] = float(
             (rewards.std(-1) > 0).mean()
         )  # only these have a gradient
-        records = [(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
+        records = [TraceRecord(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
         return CohortData(rows, sizes, np.ones(len(sizes), bool), records, metrics)
 
     def denominators(
@@ -175,7 +185,7 @@ class Grpo(Algorithm):
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
         settings, mask = self.settings, batch.loss_mask
-        old = batch.old_logprobs if self.scores_old else jax.lax.stop_gradient(logprobs)
+        old = batch.old_logprobs if self.scoring.old_logprobs else jax.lax.stop_gradient(logprobs)
         # without a reference β is 0: any finite stand-in
         reference = (
             batch.ref_logprobs[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
@@ -260,7 +270,7 @@ def reduce_tokens(
     """Some rows' share of the step's loss.
 
     dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean
-    (`Grpo.micro`) · grpo mean over rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
+    (`Scoring.per_micro_batch`) · grpo mean over rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
 
     Args:
         each: float[B, T].

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
+from spear_jax.algorithms.base import Scoring
 from spear_jax.algorithms.self_play import SelfPlay, real_row, reward_metrics
 from spear_jax.core.errors import UserError
 from spear_jax.core.settings import number, one_of, positive
@@ -160,9 +161,7 @@ class Iris(SelfPlay):
     name = "iris"
     Settings = IrisSettings
 
-    @property
-    def two_pass(self) -> bool:
-        return True
+    scoring = Scoring(dropout=False, two_pass=True)
 
     def check(self, task: Task, examples: list[Example], feedback: str) -> None:
         super().check(task, examples, feedback)
@@ -215,9 +214,9 @@ class Iris(SelfPlay):
         """D of each client on the opponent, averaged by its number of examples."""
         if self.settings.order != "adaptive":
             return {}
-        scored = worker.score(author, [real_row(worker, index) for (_, index, _), _ in records])
+        scored = worker.score(author, [real_row(worker, index) for (_, index, *_), _ in records])
         clients: dict[int, list[tuple[float, float]]] = {}
-        for ((client, _, _), trace), real in zip(records, scored, strict=True):
+        for ((client, *_), trace), real in zip(records, scored, strict=True):
             clients.setdefault(client, []).append((-np.mean(real), -np.mean(trace.first.logprobs)))
         gaps = [distribution_gap(*np.transpose(pairs)) for pairs in clients.values()]
         return {

@@ -27,14 +27,16 @@ from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import (
     Algorithm,
     CohortData,
+    RowLayout,
+    Scoring,
     WorkEstimate,
-    choose,
     metrics_of,
     needs_responses,
+    requests_of,
     schedule,
 )
 from spear_jax.core.settings import number, one_of, positive
-from spear_jax.core.types import Cohort, Mean
+from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.models.decoder import head_weight
 from spear_jax.models.token_logprobs import TokenLogprobs, map_positions
 from spear_jax.packing.arrays import Batch, Block
@@ -66,8 +68,9 @@ class Opsd(Algorithm):
 
     name = "opsd"
     Settings = OpsdSettings
-    cached = False
-    dropout = False
+    # a completion under the student's prompt and under the teacher's, read in two passes
+    layout = RowLayout(rows_per_group=2, num_packs=2, prompts=("task", "privileged"))
+    scoring = Scoring(dropout=False, ref_logprobs=False)
     reference: ClassVar = {
         "opsd.divergence": "forward_kl",
         "opsd.temperature": 2.0,
@@ -75,23 +78,11 @@ class Opsd(Algorithm):
         "rollout.top_k": 50,
     }
 
-    @property
-    def scored_prompts(self) -> tuple[str, ...]:
-        return ("task", "privileged")
-
     def estimate_work(self, size: int) -> WorkEstimate:
         return WorkEstimate(min(size, self.common.examples), 2 * self.common.items)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
-
-    @property
-    def rows_per_group(self) -> int:
-        return 2  # a completion under the student's prompt and under the teacher's
-
-    @property
-    def num_packs(self) -> int:
-        return 2
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
         return (
@@ -119,11 +110,7 @@ class Opsd(Algorithm):
         key: jax.Array,
         phase: int,
     ) -> CohortData:
-        requests = [
-            (c, int(i), 0)
-            for s, c in enumerate(cohort.clients)
-            for i in choose(cohort, s, self.common.examples)
-        ]
+        requests = requests_of(cohort, self.common.examples)
         traces = worker.answer(policy, requests, key)
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
@@ -135,7 +122,7 @@ class Opsd(Algorithm):
                 )
             )
             sizes.append(float(len(pool)))
-        records = [(trace, "unused", 1.0) for trace in traces]
+        records = [TraceRecord(trace, "unused", 1.0) for trace in traces]
         return CohortData(
             rows, np.array(sizes), np.array(sizes) > 0, records, metrics_of(traces, 0, 0)
         )

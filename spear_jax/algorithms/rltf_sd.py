@@ -17,6 +17,7 @@ Departures:
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -25,16 +26,19 @@ import numpy as np
 
 from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import (
+    FASTER,
     Algorithm,
     CohortData,
+    RowLayout,
+    Scoring,
     WorkEstimate,
-    choose,
     metrics_of,
     needs_feedback,
+    requests_of,
     schedule,
 )
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Attempt, Cohort, Mean, Trace
+from spear_jax.core.types import Attempt, Cohort, Mean, Trace, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -64,16 +68,20 @@ class RltfSd(Algorithm):
 
     name = "rltf_sd"
     Settings = RltfSdSettings
-    dropout = False
+    layout = RowLayout(prompts=("task", "revision"))
+    scoring = Scoring(dropout=False)
     reference: ClassVar = {
         "rltf_sd.kl": "published",
         "train.normalize": "micro",
         "rollout.top_k": 50,
     }
 
-    @property
-    def scored_prompts(self) -> tuple[str, ...]:
-        return ("task", "revision")
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        if variant == "small":
+            return FASTER
+        fields = {"rltf_sd.samples": 2} if task in ("math_mcqa", "strategy_qa", "gsm8k") else {}
+        return fields | ({"rltf_sd.kl_weight": 0.1} if task == "strategy_qa" else {})
 
     def estimate_work(self, size: int) -> WorkEstimate:
         count = self.settings.samples
@@ -100,12 +108,7 @@ class RltfSd(Algorithm):
     ) -> CohortData:
         count = self.settings.samples
         prompts = max(1, self.common.examples // count)
-        requests = [
-            (client, int(i), n)
-            for slot, client in enumerate(cohort.clients)
-            for i in choose(cohort, slot, prompts)
-            for n in range(count)
-        ]
+        requests = requests_of(cohort, prompts, count)
         traces = worker.answer(policy, requests, key)
         worker.revise_until_right(policy, traces, requests, key, limit=1)
         # an answer that was right at once ends the conversation: the second turn repeats the first
@@ -128,7 +131,7 @@ class RltfSd(Algorithm):
                 )
             )
             sizes.append(float(len(pool)))
-        records = [(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
+        records = [TraceRecord(t, "win" if t.last.correct else "lose", 1.0) for t in traces]
         metrics = metrics_of(traces, int(r1.sum()), int((1 - r1).sum()))
         return CohortData(rows, np.array(sizes), np.array(sizes) > 0, records, metrics)
 

@@ -29,12 +29,14 @@ from spear_jax.algorithms.base import (
     Algorithm,
     CohortData,
     LossScalars,
+    RowLayout,
+    Scoring,
     choose,
     metrics_of,
     needs_responses,
     schedule,
 )
-from spear_jax.core.types import Cohort, Example, Mean, Trace
+from spear_jax.core.types import Cohort, Example, Mean, Trace, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -78,7 +80,13 @@ class SelfPlay(Algorithm, abc.ABC):
         iteration int32[N, H]: the one that a set is of; -1 where there is none.
     """
 
-    dropout = False
+    scoring = Scoring(dropout=False)
+    client_state = STORE
+
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        """Synthetic responses are the opponent's own: neither sharpened nor cut."""
+        return {} if variant else {"rollout.temperature": 1.0, "rollout.top_p": 1.0}
 
     @property
     def players(self) -> int:
@@ -96,9 +104,9 @@ class SelfPlay(Algorithm, abc.ABC):
         return 1
 
     @property
-    def rows_per_group(self) -> int:
-        """K, rows of an item."""
-        return 1 + self.samples
+    def layout(self) -> RowLayout:
+        """A real row and its synthetic ones."""
+        return RowLayout(rows_per_group=1 + self.samples)
 
     @property
     def gold(self) -> str:
@@ -160,7 +168,7 @@ class SelfPlay(Algorithm, abc.ABC):
         return (
             policy
             if self.settings.refresh_rounds == 1
-            else worker.merge(opponent(algorithm_state, 0))
+            else worker.policy(opponent(algorithm_state, 0))
         )
 
     def measure(
@@ -216,14 +224,17 @@ class SelfPlay(Algorithm, abc.ABC):
             rng = cohort.rngs(slot, "pools")
             rows.append(schedule(self.common, lambda pool=pool, rng=rng: self._draw(pool, rng)))
             sizes.append(len(pool))
-        metrics = metrics_of([], sum(sizes), (self.rows_per_group - 1) * sum(sizes))
+        metrics = metrics_of([], sum(sizes), (self.layout.rows_per_group - 1) * sum(sizes))
         right = algorithm_state["correct"][sum(chosen, []), self.place(now)]
         metrics["rollout/first_accuracy"] = float(right.sum() / max(1, right.size))
         return CohortData(
             rows=rows,
             weight=np.array([len(indices) for indices in chosen], float),
             active=np.array(sizes) > 0,
-            traces=[(trace, "win" if trace.first.correct else "unused", 1.0) for trace in traces],
+            traces=[
+                TraceRecord(trace, "win" if trace.first.correct else "unused", 1.0)
+                for trace in traces
+            ],
             metrics=metrics,
             loss_scalars=self.loss_scalars(algorithm_state, now),
             algorithm_state=algorithm_state,
@@ -243,7 +254,7 @@ class SelfPlay(Algorithm, abc.ABC):
             if stored[i, place] != when
         ]
         return [
-            (client, index, first + sample)
+            RolloutRequest(client, index, first + sample)
             for client, index in missing
             for sample in range(self.samples)
         ]
@@ -284,14 +295,15 @@ class SelfPlay(Algorithm, abc.ABC):
             strict=True,
         )
         return [
-            _row(worker.prompts[index], tokens[:length].tolist(), label) for tokens, length in pairs
+            _row(worker.data.prompts[index], tokens[:length].tolist(), label)
+            for tokens, length in pairs
         ]
 
     def _draw(self, pool: list[RowGroup], rng: np.random.Generator) -> list[TrainingRow | None]:
         drawn = draw(pool, self.common.batch_size, rng)
         return [
             None if item is None else item[kind]
-            for kind in range(self.rows_per_group)
+            for kind in range(self.layout.rows_per_group)
             for item in drawn
         ]
 
@@ -299,7 +311,7 @@ class SelfPlay(Algorithm, abc.ABC):
 
     def by_kind(self, values: jax.Array) -> jax.Array:
         """[..., K B] -> [..., K, B]."""
-        return values.reshape(*values.shape[:-1], self.rows_per_group, -1)
+        return values.reshape(*values.shape[:-1], self.layout.rows_per_group, -1)
 
     def valid(self, batch: Batch) -> jax.Array:
         """bool[K, B]: the rows that hold a response."""
@@ -326,7 +338,7 @@ def opponent(algorithm_state: dict, player: int) -> dict:
 
 def real_row(worker: RolloutWorker, index: int) -> TrainingRow:
     """The gold response of a training example, under its own prompt."""
-    return _row(worker.prompts[index], worker.responses[index], +1)
+    return _row(worker.data.prompts[index], worker.data.responses[index], +1)
 
 
 def _row(prompt: list[int], completion: list[int], label: int) -> TrainingRow:

@@ -21,14 +21,14 @@ from spear_jax.algorithms.base import (
     Algorithm,
     CohortData,
     WorkEstimate,
-    choose,
     metrics_of,
     needs_responses,
     needs_verdicts,
+    requests_of,
     schedule,
 )
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Cohort, Mean
+from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -73,11 +73,7 @@ class Sft(Algorithm):
         key: jax.Array,
         phase: int,
     ) -> CohortData:
-        requests = [
-            (client, int(i), 0)
-            for slot, client in enumerate(cohort.clients)
-            for i in choose(cohort, slot, self.common.examples)
-        ]
+        requests = requests_of(cohort, self.common.examples)
         weights, traces = {request: 1.0 for request in requests}, []
         if self.settings.east:
             found = east.sample(
@@ -95,7 +91,7 @@ class Sft(Algorithm):
                 schedule(self.common, lambda p=pool, r=rng: draw(p, self.common.batch_size, r))
             )
             sizes.append(float(len(pool)))
-        records = [(trace, "unused", 1.0) for trace in traces]
+        records = [TraceRecord(trace, "unused", 1.0) for trace in traces]
         return CohortData(
             rows,
             np.array(sizes),
@@ -128,5 +124,5 @@ class Sft(Algorithm):
 
 def row(worker: RolloutWorker, index: int, weight: float) -> TrainingRow:
     """A gold response under its prompt."""
-    ids = worker.responses[index]
-    return TrainingRow(worker.prompts[index], ids, np.ones(len(ids), bool), weight, 1)
+    ids = worker.data.responses[index]
+    return TrainingRow(worker.data.prompts[index], ids, np.ones(len(ids), bool), weight, 1)

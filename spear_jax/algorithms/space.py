@@ -12,11 +12,13 @@ Departures (see also `self_play`):
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from spear_jax.algorithms import losses
+from spear_jax.algorithms.base import FASTER
 from spear_jax.algorithms.self_play import SelfPlay, reward_metrics
 from spear_jax.core.errors import UserError
 from spear_jax.core.settings import number, positive
@@ -51,6 +53,10 @@ class Space(SelfPlay):
 
     name = "space"
     Settings = SpaceSettings
+
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        return super().recommended(task, variant) | (FASTER if variant == "small" else {})
 
     @property
     def samples(self) -> int:

@@ -23,6 +23,7 @@ config):
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax
@@ -31,8 +32,10 @@ import numpy as np
 
 from spear_jax.algorithms import losses
 from spear_jax.algorithms.base import (
+    FASTER,
     Algorithm,
     CohortData,
+    Scoring,
     WorkEstimate,
     metrics_of,
     needs_verdicts,
@@ -44,7 +47,7 @@ from spear_jax.algorithms.feedback_rollout import (
     rollout_with_feedback,
 )
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Cohort, Mean, Trace
+from spear_jax.core.types import Cohort, Mean, Trace, TraceRecord
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -104,13 +107,25 @@ class Spear(Algorithm):
         "rollout.top_k": 50,
     }
 
-    @property
-    def two_pass(self) -> bool:
-        return self.settings.ul_denominator == "active"
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        """The published windows and ratios of each task."""
+        if variant == "small":
+            return FASTER
+        tail = {"math_mcqa": 32, "gsm8k": 32, "strategy_qa": 24, "reasoned": 8}.get(task, 0)
+        ratio = 4.0 if task in ("math_mcqa", "gsm8k", "strategy_qa") else 2.0
+        return {
+            "spear.tail": tail,
+            "spear.max_lose_ratio": ratio,
+            "spear.skip_math_ops": task == "math_mcqa",
+        }
 
     @property
-    def micro(self) -> bool:
-        return self.settings.confidence_weighting == "batch_mean"
+    def scoring(self) -> Scoring:
+        return Scoring(
+            two_pass=self.settings.ul_denominator == "active",
+            per_micro_batch=self.settings.confidence_weighting == "batch_mean",
+        )
 
     def estimate_work(self, size: int) -> WorkEstimate:
         return WorkEstimate(min(size, self.common.examples), 2 * self.common.items, revisions=None)
@@ -156,7 +171,7 @@ class Spear(Algorithm):
             active.append(bool(wins))
             weight.append(rollout.weight(client, wins, settings.skip_weight))
         records = [
-            (trace, role(trace, i in kept), self._confidence(trace))
+            TraceRecord(trace, role(trace, i in kept), self._confidence(trace))
             for i, trace in enumerate(rollout.traces)
         ]
         metrics = metrics_of(rollout.traces, total, len(kept))

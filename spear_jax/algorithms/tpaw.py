@@ -16,12 +16,14 @@ Departures (see also `self_play`):
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
+from spear_jax.algorithms.base import FASTER
 from spear_jax.algorithms.self_play import SelfPlay, reward_metrics
 from spear_jax.core.settings import number, positive
 from spear_jax.core.types import Mean
@@ -76,6 +78,10 @@ class Tpaw(SelfPlay):
 
     name = "tpaw"
     Settings = TpawSettings
+
+    @classmethod
+    def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
+        return super().recommended(task, variant) | (FASTER if variant == "small" else {})
 
     @property
     def players(self) -> int:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms import losses
+from spear_jax.algorithms.base import RowLayout
 from spear_jax.algorithms.self_play import RowGroup, SelfPlay, real_row, reward_metrics
 from spear_jax.core.settings import number, positive
 from spear_jax.core.types import Mean
@@ -59,14 +60,11 @@ class Tspin(SelfPlay):
 
     name = "tspin"
     Settings = TspinSettings
+    layout = RowLayout(rows_per_group=3)
 
     @property
     def kept(self) -> int:
         return 2
-
-    @property
-    def rows_per_group(self) -> int:
-        return 3
 
     def init_state(self, lora: dict, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {
@@ -87,7 +85,7 @@ class Tspin(SelfPlay):
         self, worker: RolloutWorker, policy: Policy, algorithm_state: dict, round: int, when: int
     ) -> Policy:
         if when == 0 and self.iteration(round) > 0:
-            return worker.merge(algorithm_state["initial"])
+            return worker.policy(algorithm_state["initial"])
         return super().author(worker, policy, algorithm_state, round, when)
 
     def items(

@@ -1,52 +1,170 @@
-"""How a method declares its numbers: dataclass fields that know their range, so that one check
-covers every method.
+"""Settings as frozen dataclasses: each field stands beside its default, its range and its choices.
+
+One mechanism serves the whole config. `defaults` turns a dataclass into a nested dict for the
+ConfigDict; `parse` turns such values back into the dataclass, types and ranges checked.
+
+    @dataclasses.dataclass(frozen=True)
+    class Lora:
+        rank: int = number(16, 1)                       # at least 1
+        dropout: float = number(0.1, 0, below=1)        # in [0, 1)
+        kind: str = one_of("plain", "rslora")           # the first is the default
+
+    parse(Lora, {"rank": 0, "dropout": 0.1, "kind": "plain"}, "lora")
+    # UserError: lora.rank is 0; it must be at least 1. Set --config.lora.rank.
 """
 
 import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, unknown
+
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a list of texts",
+}
 
 
-def number(default: float, low: float | None = None, high: float | None = None) -> Any:
-    """A number in [low, high]; None leaves a side open."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+def number(
+    default: float,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declares a number in [low, high]; `above` and `below` leave the bound itself out, None leaves
+    a side open.
+    """
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
 def positive(default: float) -> Any:
-    """A number above zero."""
-    return dataclasses.field(default=default, metadata={"above": 0})
+    """Declares a number above zero."""
+    return number(default, above=0)
 
 
 def one_of(default: str, *others: str) -> Any:
-    """A name among a few; the first is the default."""
-    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+    """Declares a name among a few."""
+    return choice(default, (default, *others))
+
+
+def choice(default: str, names: Sequence[str]) -> Any:
+    """Declares a name among `names`."""
+    return dataclasses.field(default=default, metadata={"choices": tuple(names)})
+
+
+def group(kind: type) -> Any:
+    """Declares a group of settings, itself a dataclass."""
+    return dataclasses.field(default_factory=kind)
 
 
 def defaults(kind: type) -> dict[str, Any]:
-    """{field: default} of a settings dataclass."""
-    return {field.name: field.default for field in dataclasses.fields(kind)}
+    """Returns {field: default} of a settings dataclass, groups as dicts of their own."""
+    values = {field.name: _default(field) for field in dataclasses.fields(kind)}
+    return {name: as_dict(x) if dataclasses.is_dataclass(x) else x for name, x in values.items()}
 
 
-def check_fields(kind: type, values: dict[str, Any], prefix: str) -> None:
-    """Raises UserError for the first value outside its field's range.
+def as_dict(settings: Any) -> dict[str, Any]:
+    """Returns the fields of settings, groups as dicts of their own."""
+    return dataclasses.asdict(settings)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
+
+
+def parse(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Builds a settings dataclass from values.
 
     Args:
-        kind: a settings dataclass.
-        values: {field: value}.
-        prefix: the config group, for the message ("grpo").
+        kind: the dataclass.
+        values: {field: value}; a group is a mapping of its own, a tuple may come as a list.
+        prefix: the config group, for messages ("lora").
+    Raises: UserError for a field that is unknown or missing, a value of the wrong type, and a value
+        out of range.
     """
-    for field in dataclasses.fields(kind):
-        value, rule = values[field.name], field.metadata
-        name = f"{prefix}.{field.name}"
-        if "choices" in rule and value not in rule["choices"]:
-            raise UserError(
-                f"{name} is {value!r}; it must be one of {', '.join(rule['choices'])}. Set "
-                f"--config.{name}."
-            )
-        if "above" in rule and not value > rule["above"]:
-            raise UserError(f"{name} is {value}; it must be positive. Set --config.{name}.")
-        low, high = rule.get("low"), rule.get("high")
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"{name} is {value}; it must be {bounds}. Set --config.{name}.")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise unknown("config field", _path(prefix, name), [_path(prefix, x) for x in fields])
+    parsed = {}
+    for name, field in fields.items():
+        path = _path(prefix, name)
+        if name not in values:
+            raise UserError(f"the config has no {path}; start from spear_jax's default_config.")
+        if dataclasses.is_dataclass(field.type):
+            parsed[name] = parse(field.type, values[name], path)
+        else:
+            parsed[name] = _checked(field, values[name], path)
+    return kind(**parsed)
+
+
+def _path(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _checked(field: dataclasses.Field, value: Any, path: str) -> Any:
+    """The value in its field's type; raises UserError where type, range or choice is wrong."""
+    kind = typing.get_origin(field.type) or field.type
+    if kind is Any:
+        return value
+    value = _as_kind(kind, value, path)
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        guess = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"{path} is {value!r}. {guess}It must be one of {', '.join(choices)}. Set "
+            f"--config.{path}."
+        )
+    rule = _broken_rule(value, **field.metadata.get("bounds", {}))
+    if rule:
+        raise UserError(f"{path} is {value}; it must be {rule}. Set --config.{path}.")
+    return value
+
+
+def _as_kind(kind: type, value: Any, path: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{path} is {value!r}; it must be {_KINDS[kind]}. Set --config.{path}.")
+
+
+def _broken_rule(
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> str:
+    """How the range reads where the value lies outside of it (NaN lies outside of any); else ""."""
+    inside = (
+        (low is None or value >= low)
+        and (high is None or value <= high)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if inside:
+        return ""
+    if above == 0 and high is None and below is None:
+        return "positive"
+    left = f"[{low}" if low is not None else f"({above}" if above is not None else "(-inf"
+    right = f"{high}]" if high is not None else f"{below})" if below is not None else "inf)"
+    if right == "inf)" and low is not None:
+        return f"at least {low}"
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    return f"in {left}, {right}"

@@ -9,6 +9,7 @@ Dimension key
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -101,6 +102,27 @@ class Trace:
     @property
     def last(self) -> Attempt:
         return self.attempts[-1]
+
+
+class TraceRecord(NamedTuple):
+    """A trace as it is recorded.
+
+    Attributes:
+        role: what the first answer became: "win", "lose" or "unused".
+        confidence: the weight of its unlikelihood.
+    """
+
+    trace: Trace
+    role: str
+    confidence: float
+
+
+# (stage, rows finished since the last call, rows of the stage)
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, rows: int, total: int) -> None:
+    """Shows nothing."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,8 @@
-"""From a config to everything a run needs, with every check made before anything compiles."""
+"""From settings to everything that a run needs, in one pass and before anything compiles.
+
+Each part is whole when it is built: parse, data, model, method, feedback, prompts, tokens, shapes,
+sampler and scorer, worker, federation, experiment. Nothing is patched in afterwards.
+"""
 
 import dataclasses
 import functools
@@ -11,29 +15,31 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spear_jax.algorithms import ALGORITHMS, build_algorithm
+from spear_jax.algorithms import build_algorithm
 from spear_jax.algorithms.base import Algorithm
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import (
     CLIENTS,
-    MODEL,
     base_placer,
     broadcast_from_main,
     make_mesh,
     replicate,
     shard_rows,
 )
-from spear_jax.core.rng import path_rng, purpose
-from spear_jax.core.types import Cohort, Example
-from spear_jax.experiment import tokenized_data
-from spear_jax.experiment.config import check_config, import_own
+from spear_jax.core.rng import purpose
+from spear_jax.core.types import Example, Progress, no_progress
+from spear_jax.experiment import config as configs
+from spear_jax.experiment.config import Settings
 from spear_jax.experiment.data import build_task, split_clients
 from spear_jax.experiment.evaluator import Evaluator
-from spear_jax.federated import local_training
-from spear_jax.federated.aggregation.server_optimizer import ServerConfig, check_server, init_server
-from spear_jax.federated.client_sampling import sample_cohort
-from spear_jax.federated.schedule import round_rate
+from spear_jax.federated.aggregation.pipeline import Aggregation, init_server, make_aggregation
+from spear_jax.federated.aggregation.reducers import Reducer
+from spear_jax.federated.federation import Federation, broadcast_to_clients
+from spear_jax.federated.local_training import LocalConfig
+from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
+from spear_jax.feedback.base import Feedback
+from spear_jax.feedback.registry import get_feedback
 from spear_jax.models import cost_model
 from spear_jax.models.attention import check_kernel
 from spear_jax.models.decoder import Decoder
@@ -41,301 +47,202 @@ from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
-from spear_jax.packing.blocks import choose_block_shape, choose_small
-from spear_jax.packing.rows import prompts
-from spear_jax.packing.shape_buckets import BlockShape
+from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout.policy import Policy, as_policy
 from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Sampler
-from spear_jax.rollout.scorer import scorer
+from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
+from spear_jax.rollout.tokenized_data import TokenizedData, tokenize
 from spear_jax.rollout.worker import RolloutWorker
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.loading import load_examples
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 LORA_INIT = purpose("lora init")
-COHORT = purpose("cohort")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """A built experiment: the frozen parts. What changes from round to round is `ServerState`.
 
     Attributes:
-        parts: for each client, the positions of its examples in `worker.examples`.
-        prompt_length: P of training batches, the longest training prompt.
-        completion_length: T of training batches.
+        shapes: the padded sizes that the run has opened; a run that goes on loads them again.
         adapter: what round 1 starts from; None is a new adapter.
     """
 
-    config: ml_collections.ConfigDict
+    settings: Settings
     model: LoadedModel
-    decoder: Decoder
-    mesh: Mesh
-    worker: RolloutWorker
-    algorithm: Algorithm
+    federation: Federation
     evaluator: Evaluator
-    parts: list[np.ndarray]
-    local: local_training.LocalConfig
-    server: ServerConfig
-    prompt_length: int
-    completion_length: int
-    adapter: dict | None
+    shapes: ShapeBuckets
+    adapter: Any
 
     def initial_state(self) -> ServerState:
-        """The server before round 1."""
-        key, lora = jax.random.key(self.config.seed), self.adapter
-        if lora is None:
-            lora = init_lora(
-                jax.random.fold_in(key, LORA_INIT), self.decoder.lora, self.model.config
-            )
-        kept = self.algorithm.init_state(lora, len(self.worker.examples), self.completion_length)
-        if self.server.rule == "local":  # every client has an adapter and a memory of its own
-            copies = self.config.federation.num_clients
-            lora = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), lora)
-            kept = jax.tree.map(lambda x: np.broadcast_to(x, (copies, *np.shape(x))).copy(), kept)
-        return init_server(self.server, lora, kept, key)
+        """Returns the server before round 1."""
+        federation, adapter = self.federation, self.adapter
+        key = jax.random.key(self.settings.seed)
+        if adapter is None:
+            decoder = federation.decoder
+            adapter = init_lora(jax.random.fold_in(key, LORA_INIT), decoder.lora, decoder.config)
+        worker = federation.worker
+        state = federation.algorithm.init_state(
+            adapter, len(worker.examples), worker.data.completion_length
+        )
+        if federation.local_only:  # every client has an adapter and a state of its own
+            copies = len(federation.clients)
+            adapter = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), adapter)
+            state = broadcast_to_clients(state, copies)
+        return init_server(federation.aggregation, adapter, state, key)
 
-    def policies(self, lora: dict) -> list[Policy]:
-        """What to evaluate: the global policy, or under `local` every client's."""
-        count = len(self.parts) if self.server.rule == "local" else 0
-        own = [jax.tree.map(lambda x, c=c: x[c], lora) for c in range(count)] or [lora]
+    def policies(self, adapter: Any) -> list[Policy]:
+        """Returns what to evaluate: the global policy, or in local-only runs every client's."""
+        federation = self.federation
+        count = len(federation.clients) if federation.local_only else 0
+        own = [jax.tree.map(lambda x, c=c: x[c], adapter) for c in range(count)] or [adapter]
         if self.evaluator.method == "generate":
-            return list(map(self.worker.merge, own))
-        return [
-            Policy(self.model.base, self.on_devices(one)) for one in own
-        ]  # one pass is not worth a merged copy
-
-    def training_shapes(self, steps: list, slots: int) -> tuple[BlockShape, BlockShape | None]:
-        """The block size for local training, from the micro-batches of the first steps (every few
-        of them, where many), and a smaller one for blocks that fit it (None: they do not, or
-        clients train together). slots: items that no step exceeds.
-        """
-        some = [step for step in steps if any(step)]
-        shapes, shared_prefix = (
-            self.worker.sampler.shapes,
-            self.worker.sampler.shared_prefix(prompts(some)),
-        )
-        some, name = (
-            some[:: 1 + len(some) // 32],
-            f"train {len(shared_prefix)}" if shared_prefix else "train",
-        )
-        most = self.prompt_length, self.completion_length, self.config.train.block_tokens, slots
-        rows_per_group = self.algorithm.rows_per_group, self.algorithm.num_packs
-        shape = shapes.shape(
-            name, lambda: choose_block_shape(some, *rows_per_group, *most, shared_prefix)
-        )
-        if self.local.clients_at_once > 1 or self.mesh.shape[MODEL] > 1:
-            return shape, None  # all that train together would go through both
-        small = shapes.shape(f"{name} small", lambda: choose_small(some, shape))
-        return shape, None if small == shape else small
-
-    def on_devices(self, tree: Any) -> Any:
-        """A tree of host arrays on every device of the mesh."""
-        return replicate(tree, self.mesh)
-
-    def cohort(self, round: int) -> Cohort:
-        """This round's clients and their host-side random streams; a function of (seed, round)
-        alone.
-        """
-        fed, seed = self.config.federation, self.config.seed
-        sizes = np.array([len(part) for part in self.parts], float)
-        rng = path_rng(seed, COHORT, round)
-        chosen = sample_cohort(fed.num_clients, fed.clients_per_round, sizes, fed.sampling, rng)
-
-        def rngs(slot: int, name: str) -> np.random.Generator:
-            client = chosen[slot]
-            path = (round + client,) if fed.colliding_streams else (round, client)
-            return path_rng(seed, purpose(name), *path)
-
-        return Cohort(round, chosen, [self.parts[c] for c in chosen], rngs)
-
-    def rate(self, round: int, tokens: float, seconds: float) -> float:
-        """The learning rate of a round. Where a budget is set, its used share sets the pace, unless
-        the rounds run ahead.
-
-        Args: tokens: generated by the end of this round, as far as known; seconds: used before it.
-        """
-        train, budget, rounds = self.config.train, self.config.budget, self.config.rounds
-        used = max(
-            tokens / budget.tokens if budget.tokens else 0.0,
-            seconds / budget.seconds if budget.seconds else 0.0,
-        )
-        return round_rate(
-            max(round, min(1.0, used) * rounds),
-            self.config.rounds,
-            train.rate,
-            train.rate_min,
-            train.warmup_ratio,
-            train.warmup,
-        )
+            return list(map(federation.worker.policy, own))
+        # one pass is not worth a merged copy
+        return [Policy(federation.base, federation.on_devices(one)) for one in own]
 
 
-def build(config: ml_collections.ConfigDict, devices: list[jax.Device] | None = None) -> Experiment:
-    """Builds an experiment on the given devices (all by default); raises UserError for every
-    mistake that can be known before compiling.
-    """
-    import_own(config.imports)
-    check_config(config)
-    if config.algorithm.name not in ALGORITHMS:
-        raise unknown("algorithm", config.algorithm.name, ALGORITHMS)
-    if config.rollout.feedback == "human" and jax.process_count() > 1:
-        raise UserError(
-            "rollout.feedback is human, but this run has several processes, each of which would "
-            "ask; start it without "
-            "--distributed, or set --config.rollout.feedback=oracle."
-        )
-    settings = _server_config(config)
-    task = build_task(config)
-    train_set = load_examples(task, "train", config.data.path, config.data.train_limit)
-    test_set = load_examples(task, "test", config.data.path, config.eval.limit)
-    parts = split_clients(config, train_set)
-    mesh = make_mesh(devices, config.devices.model)
-    model = open_model(config, mesh)
-    algorithm = build_algorithm(config, model.eos_ids)
-    algorithm.check(task, train_set, config.rollout.feedback)
-    check_kernel(config.attention, jax.default_backend(), config.dtype, model.config.head_width)
-    decoder = Decoder(
-        model.config, _lora_config(config, model), config.train.remat, config.attention
-    )
-    adapter = _start_adapter(config, decoder)
-    evaluator = build_evaluator(config, task, test_set, model, decoder, mesh)
-    used = sorted({int(i) for part in parts for i in part})
-    first, revise, _ = _sampling(config, model)
-    worker = tokenized_data.build_worker(
-        config, algorithm, evaluator, train_set, used, first, revise
-    )
-    prompt_length = tokenized_data.prompt_length(algorithm, worker, used)
-    completion_length = tokenized_data.completion_length(algorithm, worker)
-    worker.scorer = scorer(evaluator, prompt_length, completion_length, config.rollout.max_rows)
-    local = _local_config(
-        config,
-        mesh.shape[CLIENTS],
-        bytes_per_client(config, decoder, algorithm, prompt_length, completion_length),
-    )
-    worker.merge = lambda lora: as_policy(
-        model.base, replicate(lora, mesh), decoder.lora, config.quantize
-    )
-    return Experiment(
-        config=config,
-        model=model,
-        decoder=decoder,
-        mesh=mesh,
-        worker=worker,
-        algorithm=algorithm,
-        evaluator=evaluator,
-        parts=parts,
-        local=local,
-        server=settings,
-        prompt_length=prompt_length,
-        completion_length=completion_length,
-        adapter=adapter,
-    )
+@dataclasses.dataclass(frozen=True)
+class OwnParts:
+    """Parts passed as objects, in place of those that the config names."""
+
+    task: Task | None = None
+    feedback: Feedback | None = None
+    reducer: Reducer | None = None
+    aggregation: Aggregation | None = None
 
 
-def open_model(config: ml_collections.ConfigDict, mesh: Mesh) -> LoadedModel:
-    """The config's model, its weights on the mesh; "tiny" is the embedded one."""
-    place = quantiser(config.quantize, base_placer(mesh))
-    return load_model(str(TINY) if config.model == "tiny" else config.model, config.dtype, place)
-
-
-def build_evaluator(
+def build(
     config: ml_collections.ConfigDict,
-    task: Task,
-    examples: list[Example],
-    model: LoadedModel,
-    decoder: Decoder,
-    mesh: Mesh,
-) -> Evaluator:
-    """The evaluator of a test set, its prompts rendered and checked."""
-    place, spread = (
-        functools.partial(shard_rows, mesh=mesh),
-        functools.partial(replicate, mesh=mesh),
+    devices: list[jax.Device] | None = None,
+    progress: Progress = no_progress,
+    own: OwnParts = OwnParts(),
+) -> Experiment:
+    """Builds an experiment.
+
+    Args:
+        devices: all by default.
+        progress: called with (stage, rows finished since the last call, rows of the stage).
+        own: parts passed as objects.
+    Raises: UserError for every mistake that can be known before compiling.
+    """
+    configs.import_own(config.imports)
+    settings = configs.parse(config)
+    task = own.task or build_task(settings)
+    train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
+    test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
+    clients = split_clients(settings, train_set)
+    used = sorted({int(i) for part in clients for i in part})
+    mesh = make_mesh(devices, settings.devices.model)
+    model = open_model(settings, mesh)
+    algorithm = build_algorithm(settings, model.eos_ids)
+    algorithm.check(task, train_set, settings.rollout.feedback)
+    decoder = build_decoder(settings, model)
+    adapter = starting_adapter(settings, decoder)
+    feedback = own.feedback or get_feedback(
+        settings.rollout.feedback, task, settings.rollout.hint_words
     )
-    renderer = PromptRenderer(
-        model.tokenizer, config.data.chat_template, _prompt_limit(config, model)
+    check_processes(feedback)
+    renderer = build_renderer(settings, model)
+    first, revise, greedy = sampling_configs(settings, model)
+    data = tokenize(
+        task,
+        renderer,
+        feedback,
+        train_set,
+        used,
+        algorithm.gold,
+        algorithm.layout.prompts,
+        first.max_new_tokens,
+        longest_sampled(algorithm, first, revise),
+        settings.data.max_response_tokens,
     )
-    method = task.scoring if config.eval.method == "auto" else config.eval.method
-    limit = config.data.max_response_tokens
-    return Evaluator(
+    shapes = ShapeBuckets()
+    place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
+    count = mesh.shape[CLIENTS]
+    prefixes = renderer.shared_prefixes(task, test_set)
+    sampler = Sampler(decoder, place, count, shapes, spread, prefixes)
+    scorer = Scorer(decoder, shapes, place, count)
+    evaluator = build_evaluator(
+        settings, task, test_set, renderer, sampler, scorer, greedy, progress
+    )
+    worker = RolloutWorker(
         task=task,
         renderer=renderer,
-        decoder=decoder,
-        sampler=Sampler(
-            decoder,
-            place,
-            mesh.shape[CLIENTS],
-            None,
-            spread,
-            renderer.shared_prefixes(task, examples),
+        feedback=feedback,
+        sampler=sampler,
+        scorer=scorer,
+        examples=train_set,
+        data=data,
+        first=first,
+        revise=revise,
+        num_revisions=settings.rollout.num_revisions,
+        policy=lambda lora: as_policy(
+            model.base, replicate(lora, mesh), decoder.lora, settings.quantize
         ),
-        examples=examples,
-        prompts=[renderer.prompt(task, example) for example in examples],
-        method=method,
-        responses=[renderer.response(task, e, limit)[0] for e in examples]
-        if method == "likelihood"
-        else (),
-        sampling=_sampling(config, model)[2],
-        rows=config.eval.rows,
-        place=place,
-        devices=mesh.shape[CLIENTS],
+        progress=progress,
     )
+    federation = build_federation(
+        settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
+    )
+    return Experiment(settings, model, federation, evaluator, shapes, adapter)
 
 
-def _lora_config(config: ml_collections.ConfigDict, model: LoadedModel) -> LoraConfig:
-    settings = config.lora
-    lora = LoraConfig(
-        settings.rank,
-        settings.alpha,
-        settings.dropout,
-        tuple(settings.targets),
-        settings.last_layers,
-    )
+def check_processes(feedback: Feedback) -> None:
+    """Raises UserError where every process of a run would ask a person."""
+    if feedback.asks_people and jax.process_count() > 1:
+        raise UserError(
+            f"feedback {type(feedback).__name__!r} asks a person, but this run has several "
+            "processes, each of which would ask; start it without --distributed, or set "
+            "--config.rollout.feedback=oracle."
+        )
+
+
+def open_model(settings: Settings, mesh: Mesh) -> LoadedModel:
+    """Loads the settings' model, its weights on the mesh; "tiny" is the embedded one."""
+    place = quantiser(settings.quantize, base_placer(mesh))
+    name = str(TINY) if settings.model == "tiny" else settings.model
+    return load_model(name, settings.dtype, place)
+
+
+def build_decoder(settings: Settings, model: LoadedModel) -> Decoder:
+    """Builds the decoder with the settings' adapter."""
+    kernel = settings.attention_kernel
+    check_kernel(kernel, jax.default_backend(), settings.dtype, model.config.head_width)
+    given = settings.lora
+    lora = LoraConfig(given.rank, given.alpha, given.dropout, given.targets, given.last_layers)
     check_lora(lora, model.config)
-    return lora
+    return Decoder(model.config, lora, settings.train.remat, kernel)
 
 
-def _start_adapter(config: ml_collections.ConfigDict, decoder: Decoder) -> dict | None:
-    """The adapter of lora.init_from, checked against the config's own settings."""
-    folder = config.lora.init_from
-    if not folder:
-        return None
-    tree, found = peft.load_adapter(folder, decoder.config)
-    for name in ("rank", "alpha", "targets", "last_layers"):
-        there, wanted = getattr(found, name), getattr(decoder.lora, name)
-        if name == "targets":
-            there, wanted = tuple(sorted(there)), tuple(sorted(wanted))
-        if there != wanted:
-            raise UserError(
-                f"the adapter {folder!r} has {name} {there}, but lora.{name} is {wanted}; "
-                f"set --config.lora.{name} to the adapter's, or leave lora.init_from empty."
-            )
-    return tree
-
-
-def _prompt_limit(config: ml_collections.ConfigDict, model: LoadedModel) -> int:
+def build_renderer(settings: Settings, model: LoadedModel) -> PromptRenderer:
+    """Builds the renderer; raises UserError where completions leave no room for prompts."""
+    rollout = settings.rollout
     longest = max(
-        config.rollout.max_new_tokens,
-        config.rollout.max_new_tokens_revision,
-        config.eval.max_new_tokens,
+        rollout.max_new_tokens, rollout.max_new_tokens_revision, settings.eval.max_new_tokens
     )
-    shape = model.config.max_positions - longest
-    if shape < 8:
+    room = model.config.max_positions - longest
+    if room < 8:
         raise UserError(
             f"completions of {longest} tokens leave no room for prompts in the model's "
-            f"{model.config.max_positions} "
-            "positions; lower rollout.max_new_tokens, rollout.max_new_tokens_revision or "
-            "eval.max_new_tokens."
+            f"{model.config.max_positions} positions; lower rollout.max_new_tokens, "
+            "rollout.max_new_tokens_revision or eval.max_new_tokens."
         )
-    return min(config.data.max_prompt_tokens, shape)
+    limit = min(settings.data.max_prompt_tokens, room)
+    return PromptRenderer(model.tokenizer, settings.data.chat_template, limit)
 
 
-def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[SamplingConfig, ...]:
-    """How first answers, revisions and greedy evaluations are drawn."""
-    rollout = config.rollout
+def sampling_configs(
+    settings: Settings, model: LoadedModel
+) -> tuple[SamplingConfig, SamplingConfig, SamplingConfig]:
+    """Returns how first answers, revisions and greedy evaluations are sampled."""
+    rollout = settings.rollout
     tokens, read = cost_model.generation_tokens(
-        model.config, model.base["embed"].dtype.itemsize, rollout.cache_mb
+        model.config, model.base["embed"].dtype.itemsize, rollout.kv_cache_mb
     )
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
@@ -344,24 +251,127 @@ def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[Sa
         top_p=rollout.top_p,
         eos_ids=model.eos_ids,
         pad_id=model.pad_id,
-        max_rows=rollout.max_rows,
+        max_rows=rollout.max_concurrent_sequences,
         max_tokens=tokens,
         read_tokens=read,
     )
     revise = dataclasses.replace(first, max_new_tokens=rollout.max_new_tokens_revision)
-    greedy = dataclasses.replace(first, temperature=0.0, max_new_tokens=config.eval.max_new_tokens)
+    greedy = dataclasses.replace(
+        first, temperature=0.0, max_new_tokens=settings.eval.max_new_tokens
+    )
     return first, revise, greedy
 
 
-def _local_config(
-    config: ml_collections.ConfigDict, devices: int, each: int
-) -> local_training.LocalConfig:
-    """The settings of local training; raises UserError where the clients that train together cannot
-    fit.
+def longest_sampled(algorithm: Algorithm, first: SamplingConfig, revise: SamplingConfig) -> int:
+    """Returns the longest sampled completion of a training row, in tokens."""
+    encoded_anew = int(getattr(algorithm.settings, "retokenise", False))  # an EOS is then added
+    return max(first.max_new_tokens, revise.max_new_tokens) + encoded_anew
 
-    Args: each: bytes of one client.
+
+def build_evaluator(
+    settings: Settings,
+    task: Task,
+    examples: list[Example],
+    renderer: PromptRenderer,
+    sampler: Sampler,
+    scorer: Scorer,
+    greedy: SamplingConfig,
+    progress: Progress = no_progress,
+) -> Evaluator:
+    """Builds the evaluator of a test set, its prompts rendered and checked."""
+    method = task.scoring if settings.eval.method == "auto" else settings.eval.method
+    limit, responses = settings.data.max_response_tokens, []
+    if method == "likelihood":
+        responses = [renderer.response(task, example, limit)[0] for example in examples]
+    return Evaluator(
+        task=task,
+        renderer=renderer,
+        sampler=sampler,
+        scorer=scorer,
+        examples=examples,
+        prompts=[renderer.prompt(task, example) for example in examples],
+        method=method,
+        sampling=greedy,
+        rows=settings.eval.rows,
+        responses=responses,
+        progress=progress,
+    )
+
+
+def starting_adapter(settings: Settings, decoder: Decoder) -> Any:
+    """Loads the adapter of lora.init_from; None where it is empty.
+
+    Raises: UserError where the adapter differs from the config's own settings.
     """
-    train, fed = config.train, config.federation
+    folder = settings.lora.init_from
+    if not folder:
+        return None
+    tree, there = peft.load_adapter(folder, decoder.config)
+    for name in ("rank", "alpha", "targets", "last_layers"):
+        given, wanted = getattr(there, name), getattr(decoder.lora, name)
+        if name == "targets":
+            given, wanted = tuple(sorted(given)), tuple(sorted(wanted))
+        if given != wanted:
+            raise UserError(
+                f"the adapter {folder!r} has {name} {given}, but lora.{name} is {wanted}; "
+                f"set --config.lora.{name} to the adapter's, or leave lora.init_from empty."
+            )
+    return tree
+
+
+def build_federation(
+    settings: Settings,
+    algorithm: Algorithm,
+    worker: RolloutWorker,
+    decoder: Decoder,
+    model: LoadedModel,
+    mesh: Mesh,
+    shapes: ShapeBuckets,
+    clients: list[np.ndarray],
+    own: OwnParts,
+) -> Federation:
+    """Builds the federation; raises UserError where the clients that train together cannot fit."""
+    fed, train = settings.federation, settings.train
+    each = bytes_per_client(settings, decoder, algorithm, worker.data)
+    aggregation = own.aggregation or make_aggregation(
+        fed.aggregation,
+        own.reducer or fed.reducer,
+        fed.server_rate,
+        fed.beta1,
+        fed.beta2,
+        fed.tau,
+    )
+    return Federation(
+        algorithm=algorithm,
+        worker=worker,
+        decoder=decoder,
+        base=model.base,
+        mesh=mesh,
+        shapes=shapes,
+        clients=clients,
+        local=local_config(settings, mesh.shape[CLIENTS], each),
+        aggregation=aggregation,
+        schedule=Schedule(
+            settings.rounds,
+            train.learning_rate,
+            train.learning_rate_min,
+            train.warmup,
+            train.warmup_ratio,
+            settings.budget.tokens,
+            settings.budget.seconds,
+        ),
+        local_only=fed.aggregation == "local",
+        clients_per_round=fed.clients_per_round,
+        sampling=fed.sampling,
+        colliding_streams=fed.colliding_streams,
+        max_tokens_per_block=train.max_tokens_per_block,
+        seed=settings.seed,
+    )
+
+
+def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
+    """Returns the settings of local training. Args: each: bytes of one client."""
+    train, fed = settings.train, settings.federation
     free = cost_model.device_bytes()
     at_once = fed.clients_at_once or cost_model.fitting(
         -(-fed.clients_per_round // devices), each, free
@@ -370,10 +380,10 @@ def _local_config(
         at_once = 1  # a local-only client trains alone
     at_once = broadcast_from_main(at_once)
     cost_model.check_memory(at_once, each, free)
-    return local_training.LocalConfig(
+    return LocalConfig(
         clients_at_once=at_once,
         normalize=train.normalize,
-        clip=train.clip,
+        max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
         anchor_weight=train.anchor_weight,
         anchor_gradient=train.anchor_gradient,
@@ -384,27 +394,17 @@ def _local_config(
 
 
 def bytes_per_client(
-    config: ml_collections.ConfigDict, decoder: Decoder, algorithm: Algorithm, p: int, t: int
+    settings: Settings, decoder: Decoder, algorithm: Algorithm, data: TokenizedData
 ) -> int:
-    """An estimate for one client. Args: p, t: the longest prompt and completion."""
-    lora = jax.eval_shape(
-        functools.partial(init_lora, lora=decoder.lora, model=decoder.config), jax.random.key(0)
-    )
+    """Estimates the bytes of one client's local training, beside the base."""
+    make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
+    lora = jax.eval_shape(make, jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    common = algorithm.common
-    rows = (
-        4 * common.accumulation * common.batch_size * algorithm.rows_per_group
-    )  # wins and loses, or a group's answers
-    tokens = max(
-        min(config.train.block_tokens, rows * (p + t)), p + max(2, algorithm.rows_per_group) * t
-    )
+    common, together = algorithm.common, algorithm.layout.rows_per_group
+    p, t = data.prompt_length, data.completion_length
+    rows = 4 * common.accumulation * common.batch_size * together  # wins and loses, or a group's
+    tokens = min(settings.train.max_tokens_per_block, rows * (p + t))
+    tokens = max(tokens, p + max(2, together) * t)
     return cost_model.bytes_per_client(
-        decoder.config, tokens, p + t, config.train.head_chunk, adapter, decoder.remat
+        decoder.config, tokens, p + t, settings.train.head_chunk, adapter, decoder.remat
     )
-
-
-def _server_config(config: ml_collections.ConfigDict) -> ServerConfig:
-    fed = config.federation
-    settings = ServerConfig(fed.aggregation, fed.server_rate, fed.beta1, fed.beta2, fed.tau)
-    check_server(settings)
-    return settings

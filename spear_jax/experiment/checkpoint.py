@@ -171,7 +171,7 @@ def restore(
     UserError where there is none.
     """
     folder = workdir / "checkpoints"
-    keep = built.config.checkpoint
+    keep = built.settings.checkpoint
     found = None
     if folder.is_dir():
         found = Checkpoints(folder, keep.keep_last, keep.keep_best, read_only=True).restore(

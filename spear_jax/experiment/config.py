@@ -1,215 +1,269 @@
-"""Every field of an experiment, its default and its range. Config files start from `default_config`
-and change what differs.
+"""Every field of an experiment with its default and its range.
 
-A config is read once, when the experiment is built; `check_config` has then refused every value
-that could not run.
+Configs are `ml_collections.ConfigDict`s, made by `default_config` from the dataclasses below and
+changed by config files and `--config.a.b=VALUE`. `parse` turns one into `Settings`: frozen, typed
+and checked. It is the first thing that building an experiment does; nothing behind it reads a
+ConfigDict.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
+from spear_jax.core import settings
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.core.settings import check_fields, defaults
+from spear_jax.core.settings import choice, group, number, one_of, positive
 from spear_jax.federated import partition
+from spear_jax.federated.aggregation.server_optimizer import RULES
 from spear_jax.models.attention import KERNELS
 from spear_jax.models.decoder import REMAT
 from spear_jax.models.quantization import KINDS
 
-COLUMNS = ("question", "options", "answer", "hint", "prompt", "response", "chosen", "rejected")
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmChoice:
+    """The method; its own numbers stand in the group of its name."""
+
+    name: str = "spear"  # a key of spear_jax.algorithms.ALGORITHMS
+    preset: str = "default"  # where the method's switches were set from; kept for the record
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A run ends after the round that reaches a limit; 0 means no limit."""
+
+    tokens: int = number(0, 0)  # generated tokens
+    seconds: float = number(0.0, 0)  # of rounds, without evaluation and checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapters."""
+
+    rank: int = number(16, 1)
+    alpha: float = positive(32.0)
+    dropout: float = number(0.1, 0, below=1)
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    last_layers: int = number(0, 0)  # adapters in the last n layers; 0 means all
+    init_from: str = ""  # a PEFT adapter folder to start from
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The file's column names, for tasks mcqa, pairs and preferences; "" keeps the task's own."""
+
+    question: str = ""
+    options: str = ""
+    answer: str = ""
+    hint: str = ""
+    prompt: str = ""
+    response: str = ""
+    chosen: str = ""
+    rejected: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTemplates:
+    """Wording in place of the task's own; "" keeps it."""
+
+    question: str = ""
+    revision: str = ""
+    header: str = ""
+    format: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where examples come from and how they become prompts."""
+
+    path: str = ""  # a file or folder instead of the Hub
+    columns: Columns = group(Columns)
+    templates: PromptTemplates = group(PromptTemplates)
+    chat_template: str = one_of("auto", "always", "never")
+    max_prompt_tokens: int = number(1024, 8)
+    max_response_tokens: int = number(256, 1)  # gold responses are cut there, then without an EOS
+    train_limit: int = number(0, 0)  # first n training examples; 0 means all
+    extractor: str = one_of("bounded", "published")  # published: without word boundaries (A5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Federation:
+    """Clients, cohorts and the server."""
+
+    num_clients: int = number(10, 1)
+    clients_per_round: int = number(5, 1)
+    sampling: str = one_of("uniform", "weighted")  # weighted: by number of examples
+    partition: str = choice("dirichlet", partition.SCHEMES)  # resample: clients share examples
+    dirichlet_alpha: float = positive(1.0)
+    labels_per_client: int = number(1, 1)  # of by_label
+    min_examples: int = number(10, 1)  # dirichlet redraws until every client has as many
+    max_examples_per_client: int = number(0, 0)  # 0 means all
+    aggregation: str = choice("fedavg", RULES)  # last: A1; local: clients are never averaged
+    reducer: str = "mean"  # mean, median, last, or one of your own: clients' adapters to one
+    server_rate: float = positive(1.0)
+    beta1: float = number(0.9, 0, below=1)
+    beta2: float = number(0.99, 0, below=1)
+    tau: float = positive(5e-3)
+    prox: float = number(0.0, 0)  # FedProx's μ
+    clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
+    colliding_streams: bool = False  # A7: client streams keyed by round + client
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What clients ask, and how answers are sampled."""
+
+    examples: int = number(32, 1)  # per client and round
+    max_new_tokens: int = number(64, 1)  # of first answers
+    max_new_tokens_revision: int = number(64, 1)
+    temperature: float = number(0.8, 0, 10)  # 0 is greedy
+    top_p: float = number(0.95, above=0, high=1)
+    top_k: int = number(0, 0)  # 0 means all
+    num_revisions: int = number(2, 0)
+    feedback: str = "oracle"  # oracle, none, human, oracle_published (A4), or one of your own
+    hint_words: int = number(3, 0)
+    max_concurrent_sequences: int = number(64, 1)  # that generate at once, on all devices
+    kv_cache_mb: int = number(0, 0)  # on a device; 0: 272 on a CPU, else a quarter of its memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """A client's local training."""
+
+    steps: int = number(5, 1)  # optimiser steps per client and round
+    accumulation: int = number(1, 1)
+    batch_size: int = number(16, 1)  # of a micro-batch: wins and as many loses, pairs, or prompts
+    learning_rate: float = positive(5e-5)
+    learning_rate_min: float = number(1e-5, 0)
+    warmup: bool = True
+    warmup_ratio: float = number(0.1, 0, 1)
+    weight_decay: float = number(0.0, 0)
+    max_grad_norm: float = positive(1.0)
+    normalize: str = one_of("global", "micro")  # micro: mean of micro-batch means
+    anchor_weight: float = number(0.0, 0)
+    anchor_gradient: bool = True  # False: the published anchor, without gradient (A3)
+    ema_decay: float = number(0.0, 0, below=1)
+    max_tokens_per_block: int = number(4096, 1)  # distinct tokens; more where a group has more
+    remat: str = choice("attention", REMAT)  # what the backward pass computes again
+    head_chunk: int = number(0, 0)  # positions per LM-head block; 0: as many as take 256 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Held-out evaluation. The base model, the first and the last round are always evaluated."""
+
+    every: int = number(5, 1)  # rounds
+    first_rounds: int = number(1, 0)  # each of the first n rounds is evaluated too
+    method: str = one_of("auto", "choice", "generate", "likelihood")  # auto: the task's own
+    limit: int = number(0, 0)  # first n test examples; 0 means all
+    rows: int = number(32, 1)  # questions in one forward pass
+    max_new_tokens: int = number(64, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The mesh."""
+
+    model: int = number(1, 1)  # devices that share one copy of the base; the others take clients
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The checkpoints that stay."""
+
+    keep_last: int = number(3, 1)
+    keep_best: int = number(1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """An experiment, parsed.
+
+    Attributes:
+        method: the settings of the method that `algorithm` names (its `Settings` dataclass).
+    """
+
+    seed: int = number(0, 0)
+    task: str = "facts"  # a key of spear_jax.tasks.TASKS
+    model: str = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
+    dtype: str = one_of("float32", "bfloat16")  # of the base; adapters are float32
+    quantize: str = choice("none", KINDS)  # of the base's projections; dtype is then the rest's
+    attention_kernel: str = choice("xla", KERNELS)  # cudnn: NVIDIA GPUs, bfloat16
+    rounds: int = number(10, 1)
+    record_traces: bool = True  # write every rollout to traces/
+    imports: tuple[str, ...] = ()  # modules of your own, imported first: tasks, feedback, methods
+    wandb: str = ""  # a Weights & Biases project that gets the metrics too; "" is none
+    algorithm: AlgorithmChoice = group(AlgorithmChoice)
+    budget: Budget = group(Budget)
+    lora: Lora = group(Lora)
+    data: Data = group(Data)
+    federation: Federation = group(Federation)
+    rollout: Rollout = group(Rollout)
+    train: Train = group(Train)
+    eval: Eval = group(Eval)
+    devices: Devices = group(Devices)
+    checkpoint: Checkpoint = group(Checkpoint)
+    method: Any = dataclasses.field(default=None, compare=True)
+
+
+# name until 0.10 -> name now; run folders of 0.10 are read by both
+RENAMED = {
+    "attention": "attention_kernel",
+    "rollout.cache_mb": "rollout.kv_cache_mb",
+    "rollout.max_rows": "rollout.max_concurrent_sequences",
+    "train.block_tokens": "train.max_tokens_per_block",
+    "train.clip": "train.max_grad_norm",
+    "train.rate": "train.learning_rate",
+    "train.rate_min": "train.learning_rate_min",
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All fields. Locked: a new or mistyped name is refused."""
-    config = ml_collections.ConfigDict()
-    config.seed = 0
-    config.task = "facts"  # a key of spear_jax.tasks.TASKS
-    config.model = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
-    config.dtype = "float32"  # of the base: float32 or bfloat16; adapters are float32
-    config.quantize = (
-        "none"  # of the base's projections: none, int8, nf4; dtype is then that of everything else
-    )
-    config.attention = (
-        "xla"  # or cudnn: its flash attention for training and prompts (NVIDIA GPUs, bfloat16)
-    )
-    config.rounds = 10
-    config.record_traces = True  # write every rollout to traces/
-    # modules of your own, imported first: they add to TASKS, PROVIDERS or ALGORITHMS
-    config.imports = ()
-    config.wandb = ""  # a Weights & Biases project that gets the metrics too; "" is none
-
-    config.algorithm = algorithm = ml_collections.ConfigDict()
-    # a key of spear_jax.algorithms.ALGORITHMS; its own numbers stand in the group of its name
-    algorithm.name = "spear"
-    algorithm.preset = "default"  # what the method's switches were set from; kept for the record
-    for name, method in ALGORITHMS.items():
-        config[name] = ml_collections.ConfigDict(defaults(method.Settings))
-
-    config.budget = budget = (
-        ml_collections.ConfigDict()
-    )  # a run ends after the round that reaches it; 0 means no limit
-    budget.tokens = 0  # generated tokens
-    budget.seconds = 0  # of rounds, without evaluation and checkpoints
-
-    config.lora = lora = ml_collections.ConfigDict()
-    lora.rank = 16
-    lora.alpha = 32.0
-    lora.dropout = 0.1
-    lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    lora.last_layers = 0  # adapters in the last n layers; 0 means all
-    lora.init_from = ""  # a PEFT adapter folder to start from
-
-    config.data = data = ml_collections.ConfigDict()
-    data.path = ""  # a file or folder instead of the Hub
-    data.columns = ml_collections.ConfigDict(
-        dict.fromkeys(COLUMNS, "")
-    )  # of tasks mcqa, pairs, preferences
-    data.templates = ml_collections.ConfigDict(
-        {"question": "", "revision": "", "header": "", "format": ""}
-    )
-    data.chat_template = "auto"  # auto, always, never
-    data.max_prompt_tokens = 1024
-    data.max_response_tokens = 256  # gold responses are cut there, then without an EOS
-    data.train_limit = 0  # first n training examples; 0 means all
-    data.extractor = "bounded"  # or published: upper-casing, without word boundaries (A5)
-
-    config.federation = federation = ml_collections.ConfigDict()
-    federation.num_clients = 10
-    federation.clients_per_round = 5
-    federation.sampling = "uniform"  # or weighted: by number of examples
-    federation.partition = (
-        "dirichlet"  # dirichlet, iid, by_label, quantity, resample (clients share examples)
-    )
-    federation.dirichlet_alpha = 1.0
-    federation.labels_per_client = 1  # by_label
-    federation.min_examples = 10  # dirichlet redraws until every client has as many
-    federation.max_examples_per_client = 0  # 0 means all
-    federation.aggregation = (
-        "fedavg"  # fedavg, fedavgm, fedadam, fedyogi, fedadagrad, last (A1), local (none)
-    )
-    federation.server_rate = 1.0
-    federation.beta1 = 0.9
-    federation.beta2 = 0.99
-    federation.tau = 5e-3
-    federation.prox = 0.0  # FedProx's μ
-    federation.clients_at_once = (
-        0  # clients trained together on a device; 0: on a CPU one, else as many as fit
-    )
-    federation.colliding_streams = False  # A7: client streams keyed by round + client
-
-    config.rollout = rollout = ml_collections.ConfigDict()
-    rollout.examples = 32  # per client and round
-    rollout.max_new_tokens = 64  # first answers
-    rollout.max_new_tokens_revision = 64
-    rollout.temperature = 0.8
-    rollout.top_p = 0.95
-    rollout.top_k = 0  # 0 means all
-    rollout.num_revisions = 2
-    rollout.feedback = "oracle"  # oracle, none, human, oracle_published (A4)
-    rollout.hint_words = 3
-    rollout.max_rows = 64  # rows of one generation batch
-    # of its keys and values, on a device; 0: 272 on a CPU, else a quarter of the device's memory
-    rollout.cache_mb = 0
-
-    config.train = train = ml_collections.ConfigDict()
-    train.steps = 5  # optimiser steps per client and round
-    train.accumulation = 1
-    train.batch_size = (
-        16  # of a micro-batch: wins and as many loses, pairs, or prompts, as the method says
-    )
-    train.rate = 5e-5
-    train.rate_min = 1e-5
-    train.warmup = True
-    train.warmup_ratio = 0.1
-    train.weight_decay = 0.0
-    train.clip = 1.0
-    train.normalize = "global"  # or micro: mean of micro-batch means
-    train.anchor_weight = 0.0
-    train.anchor_gradient = True  # False: the published anchor, without gradient (A3)
-    train.ema_decay = 0.0
-    train.block_tokens = (
-        4096  # distinct tokens that go through the model together; more where one item has more
-    )
-    train.remat = "attention"  # what the backward pass computes again: nothing, attention, layers
-    train.head_chunk = 0  # positions per LM-head block; 0: as many as take 256 MB
-
-    config.eval = evaluation = ml_collections.ConfigDict()
-    evaluation.every = (
-        5  # rounds; the base model, the first and the last round are always evaluated
-    )
-    evaluation.first_rounds = 1  # each of the first n rounds is evaluated too
-    evaluation.method = "auto"  # the task's own; or choice, generate
-    evaluation.limit = 0  # first n test examples; 0 means all
-    evaluation.rows = 32  # questions in one forward pass
-    evaluation.max_new_tokens = 64
-
-    config.devices = devices = ml_collections.ConfigDict()
-    devices.model = 1  # devices that share one copy of the base; the others take clients
-
-    config.checkpoint = checkpoint = ml_collections.ConfigDict()
-    checkpoint.keep_last = 3
-    checkpoint.keep_best = 1
-    return config.lock()
+    """Returns all fields at their defaults. Locked: a new or mistyped name is refused."""
+    values = settings.defaults(Settings)
+    del values["method"]
+    values |= {name: settings.defaults(method.Settings) for name, method in ALGORITHMS.items()}
+    return ml_collections.ConfigDict(values).lock()
 
 
-# name -> (lowest, highest, lowest allowed itself, highest allowed itself)
-_RANGES = {
-    "rounds": (1, None),
-    "budget.tokens": (0, None),
-    "budget.seconds": (0, None),
-    "data.max_prompt_tokens": (8, None),
-    "data.max_response_tokens": (1, None),
-    "data.train_limit": (0, None),
-    "federation.num_clients": (1, None),
-    "federation.clients_per_round": (1, None),
-    "federation.labels_per_client": (1, None),
-    "federation.min_examples": (1, None),
-    "federation.max_examples_per_client": (0, None),
-    "federation.prox": (0, None),
-    "federation.clients_at_once": (0, None),
-    "rollout.examples": (1, None),
-    "rollout.max_new_tokens": (1, None),
-    "rollout.max_new_tokens_revision": (1, None),
-    "rollout.temperature": (0, 10),
-    "rollout.top_k": (0, None),
-    "rollout.num_revisions": (0, None),
-    "rollout.hint_words": (0, None),
-    "rollout.max_rows": (1, None),
-    "rollout.cache_mb": (0, None),
-    "train.steps": (1, None),
-    "train.accumulation": (1, None),
-    "train.batch_size": (1, None),
-    "train.rate_min": (0, None),
-    "train.warmup_ratio": (0, 1),
-    "train.weight_decay": (0, None),
-    "train.anchor_weight": (0, None),
-    "train.block_tokens": (1, None),
-    "train.head_chunk": (0, None),
-    "eval.every": (1, None),
-    "eval.first_rounds": (0, None),
-    "eval.limit": (0, None),
-    "eval.rows": (1, None),
-    "eval.max_new_tokens": (1, None),
-    "devices.model": (1, None),
-    "checkpoint.keep_last": (1, None),
-    "checkpoint.keep_best": (0, None),
-}
-_POSITIVE = ("federation.dirichlet_alpha", "rollout.top_p", "train.rate", "train.clip")
-_BELOW_ONE = ("train.ema_decay",)
-_CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "quantize": KINDS,
-    "attention": KERNELS,
-    "data.chat_template": ("auto", "always", "never"),
-    "data.extractor": ("bounded", "published"),
-    "federation.sampling": ("uniform", "weighted"),
-    "federation.partition": partition.SCHEMES,
-    "train.normalize": ("global", "micro"),
-    "train.remat": REMAT,
-    "eval.method": ("auto", "choice", "generate", "likelihood"),
-}
+def parse(config: ml_collections.ConfigDict) -> Settings:
+    """Turns a config into settings.
+
+    Raises: UserError for a value of the wrong type, out of range or not among its choices, and for
+        values that contradict one another: the value, the rule, the remedy.
+    """
+    values = config.to_dict()
+    methods = {name: values.pop(name) for name in ALGORITHMS if name in values}
+    parsed = settings.parse(Settings, {**values, "method": None})
+    name = parsed.algorithm.name
+    if name not in ALGORITHMS:
+        raise unknown("algorithm", name, ALGORITHMS)
+    if name not in methods:
+        raise UserError(
+            f"the config has no group {name!r} for the method's settings; import its module in the "
+            "config file, before the config is made."
+        )
+    own = {
+        other: settings.parse(ALGORITHMS[other].Settings, given, other)
+        for other, given in methods.items()
+    }
+    fed, train = parsed.federation, parsed.train
+    if fed.clients_per_round > fed.num_clients:
+        raise UserError(
+            f"federation.clients_per_round is {fed.clients_per_round}, but there are "
+            f"{fed.num_clients} clients; ask for at most that many, or raise "
+            "federation.num_clients."
+        )
+    if train.learning_rate_min > train.learning_rate:
+        raise UserError(
+            f"train.learning_rate_min {train.learning_rate_min} exceeds train.learning_rate "
+            f"{train.learning_rate}; lower it."
+        )
+    return dataclasses.replace(parsed, method=own[name])
 
 
 def import_own(names: Sequence[str]) -> None:
@@ -221,57 +275,9 @@ def import_own(names: Sequence[str]) -> None:
             if error.name != name:
                 raise
             raise UserError(
-                f"imports names the module {name!r}, which is not there; start from the folder "
-                f"of {name}.py, or put that "
-                "folder on PYTHONPATH."
+                f"imports names the module {name!r}, which is not there; start from the folder of "
+                f"{name}.py, or put that folder on PYTHONPATH."
             ) from error
-
-
-def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a value out of range or not among its choices: the value, the rule, the
-    remedy.
-    """
-    flat = flatten(config)
-    for name, (low, high) in _RANGES.items():
-        value = flat[name]
-        if value < low or (high is not None and value > high):
-            rule = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise UserError(f"{name} is {value}; it must be {rule}. Set --config.{name}.")
-    for name in _POSITIVE:
-        if not flat[name] > 0:
-            raise UserError(f"{name} is {flat[name]}; it must be positive. Set --config.{name}.")
-    for name in _BELOW_ONE:
-        if not 0 <= flat[name] < 1:
-            raise UserError(f"{name} is {flat[name]}; it must lie in [0, 1). Set --config.{name}.")
-    if flat["rollout.top_p"] > 1:
-        raise UserError(
-            f"rollout.top_p is {flat['rollout.top_p']}; it must lie in (0, 1]. Set "
-            f"--config.rollout.top_p."
-        )
-    for name, known in _CHOICES.items():
-        if flat[name] not in known:
-            raise unknown(f"value of {name}:", str(flat[name]), known)
-    if flat["federation.clients_per_round"] > flat["federation.num_clients"]:
-        raise UserError(
-            f"federation.clients_per_round is {flat['federation.clients_per_round']}, but there "
-            f"are "
-            f"{flat['federation.num_clients']} clients; ask for at most that many, or raise "
-            f"federation.num_clients."
-        )
-    for name, method in ALGORITHMS.items():
-        if name in config:
-            check_fields(method.Settings, config[name].to_dict(), name)
-        elif name == config.algorithm.name:
-            raise UserError(
-                f"the config has no group {name!r} for the method's settings; import its module "
-                f"in the config file, before "
-                "the config is made."
-            )
-    if flat["train.rate_min"] > flat["train.rate"]:
-        raise UserError(
-            f"train.rate_min {flat['train.rate_min']} exceeds train.rate {flat['train.rate']}; "
-            f"lower it."
-        )
 
 
 def set_preset(config: ml_collections.ConfigDict, preset: str) -> None:
@@ -292,7 +298,7 @@ def set_preset(config: ml_collections.ConfigDict, preset: str) -> None:
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
-    """{"a.b": value} of all leaves; tuples become lists, as JSON has them."""
+    """Returns {"a.b": value} of all leaves; tuples become lists, as JSON has them."""
     flat: dict[str, object] = {}
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):

@@ -1,47 +1,45 @@
 """Loads an experiment's task and splits its examples among clients."""
 
-import ml_collections
+from typing import Any
+
 import numpy as np
 
 from spear_jax.core.errors import UserError
-from spear_jax.federated import partition
+from spear_jax.core.types import Example
+from spear_jax.federated.partition import partition
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
 
-OURS = (
-    "gsm8k",
-    "ultrachat",
-    "pairs",
-    "preferences",
-)  # tasks that the published code knows nothing like
+UNPUBLISHED = ("gsm8k", "ultrachat", "pairs", "preferences")  # the published code has none like it
 
 
-def build_task(config: ml_collections.ConfigDict) -> Task:
-    """The config's task, with its wording and extractor."""
-    task = get_task(config.task, dict(config.data.templates), dict(config.data.columns))
-    if (
-        "published" in (config.data.extractor, config.rollout.feedback.removeprefix("oracle_"))
-        and task.name in OURS
-    ):
+def build_task(settings: Any) -> Task:
+    """Builds the settings' task, with its wording and extractor.
+
+    Args: settings: `experiment.config.Settings`.
+    Raises: UserError for an unknown task, and where the published code's reading does not fit it.
+    """
+    data, name = settings.data, settings.task
+    published = data.extractor == "published"
+    if name in UNPUBLISHED and (published or settings.rollout.feedback == "oracle_published"):
         raise UserError(
-            f"the published extractor and feedback read option letters and yes or no, which task "
-            f"{task.name!r} has not; set "
-            "--config.data.extractor=bounded and --config.rollout.feedback=oracle."
+            "the published extractor and feedback read option letters and yes or no, which task "
+            f"{name!r} has not; set --config.data.extractor=bounded and "
+            "--config.rollout.feedback=oracle."
         )
-    if config.data.extractor == "published":
-        task.extract = extract_loosely
-    return task
+    templates, columns = vars(data.templates), vars(data.columns)
+    return get_task(name, templates, columns, extract_loosely if published else None)
 
 
-def split_clients(config: ml_collections.ConfigDict, examples: list) -> list[np.ndarray]:
-    """The examples of each client, as positions in the training set."""
-    fed = config.federation
-    return partition.partition(
+def split_clients(settings: Any, examples: list[Example]) -> list[np.ndarray]:
+    """Returns the examples of each client, as positions in the training set."""
+    fed = settings.federation
+    return partition(
         np.array([example.gold for example in examples]),
         fed.num_clients,
         fed.partition,
-        config.seed,
+        settings.seed,
         alpha=fed.dirichlet_alpha,
         min_size=fed.min_examples,
         max_examples_per_client=fed.max_examples_per_client,

@@ -11,6 +11,8 @@ is documented with).
 
 import ml_collections
 
+from spear_jax.algorithms import ALGORITHMS
+from spear_jax.algorithms.base import EMBEDDED
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.config import default_config, set_preset
 
@@ -21,20 +23,19 @@ MODELS = {
     "qwen2.5-1.5b": ("Qwen/Qwen2.5-1.5B", "bfloat16"),
     "llama-3.2-3b": ("meta-llama/Llama-3.2-3B", "bfloat16"),
 }
-EMBEDDED = ("facts", "reasoned")
-# rounds, clients, examples/client, rollouts, steps, new tokens, tail, loses/win, hint words, prompt
-# limit
+
+# rounds, clients, examples/client, rollouts, steps, new tokens, hint words, prompt limit
 PAPER = {
-    "arc_challenge": (100, 3, 400, 160, 5, 256, 0, 2.0, 3, 2048),
-    "hellaswag": (50, 5, 400, 160, 10, 256, 0, 2.0, 3, 2048),
-    "math_mcqa": (50, 3, 500, 80, 5, 512, 32, 4.0, 10, 2048),
-    "strategy_qa": (100, 5, 400, 80, 5, 256, 24, 4.0, 0, 1024),
+    "arc_challenge": (100, 3, 400, 160, 5, 256, 3, 2048),
+    "hellaswag": (50, 5, 400, 160, 10, 256, 3, 2048),
+    "math_mcqa": (50, 3, 500, 80, 5, 512, 10, 2048),
+    "strategy_qa": (100, 5, 400, 80, 5, 256, 0, 1024),
 }
 # Not in the paper: ARC-Easy as ARC-Challenge; the two response datasets with MATH's batch and
 # SPIN's lengths.
 PAPER["arc_easy"] = PAPER["arc_challenge"]
 PAPER["gsm8k"] = PAPER["math_mcqa"]
-PAPER["ultrachat"] = (50, 5, 400, 80, 5, 256, 0, 2.0, 0, 1024)
+PAPER["ultrachat"] = (50, 5, 400, 80, 5, 256, 0, 1024)
 
 
 def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
@@ -59,7 +60,7 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
         )
     config = embedded_config(task) if task in EMBEDDED else paper_config(task, model)
     config.algorithm.name = method
-    _numbers_of(method, config, task)
+    _recommend(config, task)
     known = {"small": small} if task in EMBEDDED else {"cpu": cpu}
     for name in variants:
         if name == "reference":
@@ -71,30 +72,10 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
     return config
 
 
-def _numbers_of(method: str, config: ml_collections.ConfigDict, task: str) -> None:
-    """What a method's published configs set beyond the task's own: batch shapes, groups and
-    learning rates.
-    """
-    if method == "grpo":
-        config.rollout.top_p = 1.0  # the nucleus is not in the log-probabilities
-        if task in ("math_mcqa", "strategy_qa", "gsm8k"):
-            config.grpo.group = 2
-        if task == "strategy_qa":
-            config.grpo.kl_weight = 0.1
-        if task in PAPER:
-            prompts, accumulation = (2, 8) if task in ("math_mcqa", "gsm8k") else (4, 4)
-            config.train.batch_size, config.train.accumulation = prompts, accumulation
-        else:
-            config.train.batch_size = 16
-    if method in ("spin", "tpaw", "iris", "space", "spif", "tspin"):
-        config.rollout.temperature = config.rollout.top_p = (
-            1.0  # synthetic responses are the opponent's own
-        )
-    if method == "rltf_sd":
-        if task in ("math_mcqa", "strategy_qa", "gsm8k"):
-            config.rltf_sd.samples = 2
-        if task == "strategy_qa":
-            config.rltf_sd.kl_weight = 0.1
+def _recommend(config: ml_collections.ConfigDict, task: str, variant: str = "") -> None:
+    """Sets what the config's method recommends for a task."""
+    fields = ALGORITHMS[config.algorithm.name].recommended(task, variant)
+    config.update_from_flattened_dict(dict(fields))
 
 
 def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
@@ -107,7 +88,7 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     config.seed = 42  # published seeds: 42, 43, 44
     config.task = task
     config.model, config.dtype = MODELS[model]
-    rounds, clients, examples, rollouts, steps, tokens, tail, ratio, words, length = PAPER[task]
+    rounds, clients, examples, rollouts, steps, tokens, words, length = PAPER[task]
     config.rounds = rounds
     config.federation.num_clients = 50
     config.federation.clients_per_round = clients
@@ -120,9 +101,6 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     config.data.max_prompt_tokens = length - tokens
     config.data.max_response_tokens = tokens
     config.train.steps = steps
-    config.spear.tail = tail
-    config.spear.max_lose_ratio = ratio
-    config.spear.skip_math_ops = task == "math_mcqa"
     batch, accumulation = 16, 1
     if task == "math_mcqa":
         batch, accumulation = 4, 4
@@ -130,7 +108,7 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
         batch, accumulation = 8, 2
     config.train.batch_size, config.train.accumulation = batch, accumulation
     rate, low = {"math_mcqa": (5.05e-5, 1e-5), "strategy_qa": (1e-4, 5e-5)}.get(task, (5e-5, 1e-5))
-    config.train.rate, config.train.rate_min = rate, low
+    config.train.learning_rate, config.train.learning_rate_min = rate, low
     config.train.remat = "layers"
     return config
 
@@ -146,7 +124,7 @@ def embedded_config(task: str) -> ml_collections.ConfigDict:
     config.rollout.examples = 112
     config.rollout.temperature = 1.0
     config.rollout.top_p = 1.0
-    config.rollout.max_rows = 256
+    config.rollout.max_concurrent_sequences = 256
     config.rollout.max_new_tokens = 3
     config.rollout.max_new_tokens_revision = 3
     config.eval.every = 2
@@ -154,13 +132,12 @@ def embedded_config(task: str) -> ml_collections.ConfigDict:
     config.lora.dropout = 0.0
     config.train.steps = 10
     config.train.batch_size = 32
-    config.train.rate = 5e-3
-    config.train.rate_min = 1e-3
+    config.train.learning_rate = 5e-3
+    config.train.learning_rate_min = 1e-3
     if task == "reasoned":
         config.rollout.max_new_tokens = 24
         config.rollout.max_new_tokens_revision = 24
         config.eval.max_new_tokens = 24
-        config.spear.tail = 8
     return config
 
 
@@ -172,16 +149,9 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 5
     config.train.batch_size = 16
     config.eval.every = 4
-    if config.algorithm.name == "grpo":
-        config.train.batch_size = 8
     config.record_traces = False
-    config.federation.clients_at_once = (
-        1  # on a CPU one client fills the cores, and its arrays the cache
-    )
-    # The better of two rates, 5e-3 and 1.25e-2, at seed 100 and 4,000 generated tokens: the same
-    # search for every method.
-    if config.algorithm.name in ("spear", "feedback_sft", "grpo", "rltf_sd", "tpaw", "space"):
-        config.train.rate, config.train.rate_min = 1.25e-2, 2.5e-3
+    config.federation.clients_at_once = 1  # on a CPU one client fills the cores and the cache
+    _recommend(config, config.task, "small")
 
 
 def cpu(config: ml_collections.ConfigDict) -> None:
@@ -197,13 +167,13 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = (
         config.eval.max_new_tokens
     ) = 8
-    config.rollout.max_rows = 32
+    config.rollout.max_concurrent_sequences = 32
     config.federation.clients_at_once = 1
     config.train.steps = 2
     config.train.batch_size, config.train.accumulation = 4, 1
     config.lora.dropout = 0.0
     # 16 optimiser steps in all: the published rate would not show
-    config.train.rate, config.train.rate_min = 5e-4, 1e-4
+    config.train.learning_rate, config.train.learning_rate_min = 5e-4, 1e-4
     config.eval.every = 4
     config.eval.limit = 200
     config.eval.rows = 16

@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+from typing import Any
 
 import ml_collections
 
+from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.experiment.config import default_config, flatten
+from spear_jax.experiment.config import RENAMED, default_config, flatten
 
 
 def open_workdir(
@@ -31,8 +33,11 @@ def open_workdir(
                 f"{workdir} holds a run already; give a new --workdir, or --resume=auto to go on."
             )
         old, flat = flatten(read_run_config(folder)), flatten(config)
+        others = tuple(f"{name}." for name in ALGORITHMS if name != config.algorithm.name)
         differing = sorted(
-            name for name in old.keys() | flat.keys() if old.get(name) != flat.get(name)
+            name
+            for name in old.keys() | flat.keys()
+            if old.get(name) != flat.get(name) and not name.startswith(others)
         )
         if differing:
             changes = ", ".join(
@@ -71,14 +76,25 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"command."
         )
     try:
-        found = json.loads(file.read_text())
+        saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file} is not valid JSON ({error}); remove the folder and train again."
         ) from error
     for group, name in RETIRED:
-        found.get(group, {}).pop(name, None)
+        saved.get(group, {}).pop(name, None)
+    for old, new in RENAMED.items():
+        _move(saved, old.split("."), new.split("."))
     config = default_config()
     with config.unlocked():  # a field that is no longer there stays to be seen, and differs
-        config.update(found)
+        config.update(saved)
     return config
+
+
+def _move(saved: dict[str, Any], old: list[str], new: list[str]) -> None:
+    """Gives a field of a saved config its present name."""
+    *groups, name = old
+    for group in groups:
+        saved = saved.get(group, {})
+    if name in saved:
+        saved[new[-1]] = saved.pop(name)

@@ -14,7 +14,7 @@ import tensorboardX
 import tqdm
 
 from spear_jax.core.records import read_lines
-from spear_jax.core.types import Trace
+from spear_jax.core.types import Trace, TraceRecord
 from spear_jax.experiment.wandb_logger import WandbLogger
 
 Pieces = Callable[[list[int]], list[str]]
@@ -65,7 +65,7 @@ class RunLogger:
         if self.tracking:
             self.tracking.write(line)
 
-    def traces(self, round: int, records: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
+    def traces(self, round: int, records: list[TraceRecord], pieces: Pieces) -> None:
         """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read,
         first answers also by token.
 
@@ -94,7 +94,7 @@ class NullLogger:
     def write(self, line: dict[str, Any]) -> None:
         pass
 
-    def traces(self, round: int, records: list[tuple[Trace, str, float]], pieces: Pieces) -> None:
+    def traces(self, round: int, records: list[TraceRecord], pieces: Pieces) -> None:
         pass
 
     def close(self) -> None:
@@ -131,17 +131,22 @@ def on_terminal(quiet: bool) -> bool:
     return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
 
 
-class Progress:
+class ProgressBars:
     """Bars with an estimate on a terminal; silent with `quiet` or where stdout or stderr is no
     terminal.
     """
 
-    def __init__(self, quiet: bool, rounds: int, done: int):
+    def __init__(self, quiet: bool):
         self.shown = on_terminal(quiet)
+        self.rounds: tqdm.tqdm | None = None
+        self.stage: tqdm.tqdm | None = None
+
+    def begin(self, rounds: int, done: int) -> None:
+        """Shows a run's rounds, of which so many are done."""
+        self.close()
         self.rounds = tqdm.tqdm(
             total=rounds, initial=done, desc="rounds", disable=not self.shown, position=0
         )
-        self.stage: tqdm.tqdm | None = None
 
     def stage_rows(self, stage: str, rows: int, total: int) -> None:
         """Counts rows (in training: clients) of a stage inside the round. Args: rows: finished
@@ -166,9 +171,12 @@ class Progress:
     def round_done(self, line: dict[str, Any]) -> None:
         self.end()
         shown = {"accuracy": f"{line['eval/accuracy']:.3f}"} if "eval/accuracy" in line else {}
-        self.rounds.set_postfix(shown | {"wins": int(line["rollout/wins"])}, refresh=False)
-        self.rounds.update(1)
+        if self.rounds is not None:
+            self.rounds.set_postfix(shown | {"wins": int(line["rollout/wins"])}, refresh=False)
+            self.rounds.update(1)
 
     def close(self) -> None:
         self.end()
-        self.rounds.close()
+        if self.rounds is not None:
+            self.rounds.close()
+            self.rounds = None

@@ -9,6 +9,7 @@ and where a method goes on with them its clients' states, which then wait on the
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from spear_jax.algorithms.base import Algorithm
 from spear_jax.core.mesh import CLIENTS, shard_rows, to_host
 from spear_jax.core.types import Mean
 from spear_jax.federated import local_training
+from spear_jax.federated.aggregation.pipeline import Aggregation
+from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
 from spear_jax.packing.blocks import BlockBuilder, stack_blocks
@@ -29,8 +32,12 @@ CHUNK_BYTES = (
     1 << 24
 )  # bytes of rows that go to a device together, where more clients have rows than train at once
 
-_train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
-_add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
+_train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _merge(reducer: Reducer, left: Any, right: Any) -> Any:
+    return reducer.merge(jax.tree.map(lambda *x: jnp.stack(x), left, right))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Rows:
     Attributes:
         blocks: [C][S] lists of blocks; none for a client that does not train.
         depth: K, blocks of a step at most.
-        room: of a block.
+        shape: of a block.
         small: of the blocks that fit it; None: all go through the model in `shape`.
     """
 
@@ -61,34 +68,34 @@ class Rows:
         closed = [[block.build() for block in step] for step in own] + [[]] * (
             size * steps - len(own)
         )
-        work = local_training.LocalBatches(
+        batches = local_training.LocalBatches(
             *stack_blocks(closed, self.shape, self.depth, self.small), self.small
         )
-        return jax.tree.map(lambda x: x.reshape(size, steps, *x.shape[1:]), work)
+        return jax.tree.map(lambda x: x.reshape(size, steps, *x.shape[1:]), batches)
 
-    def read(self, work: local_training.LocalBatches) -> int:
+    def read(self, batches: local_training.LocalBatches) -> int:
         """Tokens that go through the model for these arrays, padding included."""
-        used = np.arange(self.depth) < work.count[..., None]
-        large = int((used & ~work.fits).sum()) * self.shape.tokens
+        used = np.arange(self.depth) < batches.count[..., None]
+        large = int((used & ~batches.fits).sum()) * self.shape.tokens
         return self.shape.num_packs * (
-            large + int((used & work.fits).sum()) * (self.small or self.shape).tokens
+            large + int((used & batches.fits).sum()) * (self.small or self.shape).tokens
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedCohort:
-    """What comes out of a cohort's training.
+    """A cohort after training.
 
     Attributes:
-        total: Σ w_c θ_c; mass: Σ w_c.
+        reduced: the reducer's state after all clients, or where it collects (adapters [C, ...],
+            weight [C]).
         means: metrics, (total, count) float32[C] each, on the host.
-        states: where they were to be kept, those of each portion's clients [size, ...]: on the
-            host, or on the devices where there is but one portion.
+        states: where they were to be kept, those of each chunk's clients [size, ...]: on the host,
+            or on the devices where there is but one chunk.
         tokens: real tokens of all rows; read: the same with padding.
     """
 
-    total: dict
-    mass: jax.Array
+    reduced: Any
     means: dict[str, Mean]
     states: list[ClientState] | None
     tokens: int
@@ -100,6 +107,7 @@ def train(
     decoder: Decoder,
     local: local_training.LocalConfig,
     mesh: Mesh,
+    aggregation: Aggregation,
     broadcast: local_training.Broadcast,
     rows: Rows,
     members: tuple[np.ndarray, np.ndarray, np.ndarray],
@@ -107,49 +115,51 @@ def train(
     carried: list[ClientState] | None = None,
     report: Callable[[int], None] = lambda clients: None,
 ) -> TrainedCohort:
-    """Trains a cohort of C clients.
+    """Trains a cohort of C clients, chunk by chunk.
 
     Args:
-        members: as `clients.train_cohort` takes them: keys uint32[C, 2], weight float32[C], active
-            bool[C].
+        members: as `local_training.train_cohort` takes them: keys uint32[C, 2], weight float32[C],
+            active bool[C].
         keep: whether the clients' states come back, for a next phase.
         carried: those of the phase before; None: each client starts from the global adapter.
-        report: called with 0, and then with the clients of each portion when it is trained.
+        report: called with 0, and then with the clients of each chunk when it is trained.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
     size = chunk_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
     if carried is not None:
         size = jax.tree.leaves(carried[0])[0].shape[0]
     begins = range(0, cohort, size)
+    collects = aggregation.reducer.collects and not keep
     rest = to_host if len(begins) > 1 else lambda states: states
-    sums, running, means, states, tokens, read = None, None, [], [], 0, 0
+    running, reduced, means, states, tokens, read = None, [], [], [], 0, 0
 
-    def finish(found, kept):
-        means.append(to_host(found))  # waits for the portion
-        states.append(rest(kept))
+    def finish(chunk_means, chunk_states):
+        means.append(to_host(chunk_means))  # waits for the chunk
+        states.append(rest(chunk_states))
         report(min(size, cohort - begins[len(means) - 1]))
 
     report(0)
     for number, begin in enumerate(begins):
-        work = rows.arrays(begin, size)
-        tokens, read = tokens + sum(map(real_tokens, work.blocks.packs)), read + rows.read(work)
-        per_client = work, *(_padded(x[begin : begin + size], size) for x in members)
+        batches = rows.arrays(begin, size)
+        tokens += sum(map(real_tokens, batches.blocks.packs))
+        read += rows.read(batches)
+        per_client = batches, *(_padded(x[begin : begin + size], size) for x in members)
         if running is not None:
             finish(*running)
         before = None if carried is None else carried[number]
-        total, mass, *running = _train(
-            algorithm,
-            decoder,
-            local,
-            mesh,
-            keep,
-            broadcast,
-            *shard_rows((before, *per_client), mesh),
+        arrays = shard_rows((before, *per_client), mesh)
+        part, *running = _train(
+            algorithm, decoder, local, mesh, aggregation, keep, broadcast, *arrays
         )
-        sums = (total, mass) if sums is None else _add(sums, (total, mass))
+        if collects:
+            reduced.append(rest(part))
+        else:
+            reduced = [part if not reduced else _merge(aggregation.reducer, reduced[0], part)]
     finish(*running)
-    per_client = jax.tree.map(lambda *x: np.concatenate(x)[:cohort], *means)
-    return TrainedCohort(*sums, per_client, states if keep else None, tokens, read)
+    join = lambda *x: np.concatenate(x)[:cohort]
+    whole = jax.tree.map(join, *reduced) if collects else reduced[0]
+    means = jax.tree.map(join, *means)
+    return TrainedCohort(whole, means, states if keep else None, tokens, read)
 
 
 def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:

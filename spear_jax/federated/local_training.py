@@ -9,6 +9,7 @@ phases. The base is an argument shared by all of them.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -23,6 +24,7 @@ from spear_jax.core import pytrees
 from spear_jax.core.mesh import CLIENTS, MODEL
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Mean
+from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
@@ -41,7 +43,7 @@ class LocalConfig:
         clients_at_once: clients that one device trains together.
         normalize: "global" divides by the counts of the whole optimiser step, "micro" averages
             micro-batch means.
-        clip: gradients are scaled down to this global norm.
+        max_grad_norm: gradients are scaled down to this global norm.
         weight_decay: AdamW's.
         anchor_weight: λ of L_anchor; anchor_gradient False repeats the published code's anchor,
             whose gradient is lost.
@@ -52,7 +54,7 @@ class LocalConfig:
 
     clients_at_once: int
     normalize: str
-    clip: float
+    max_grad_norm: float
     weight_decay: float
     anchor_weight: float
     anchor_gradient: bool
@@ -68,8 +70,8 @@ class LocalBatches:
     Attributes:
         blocks: leading axis K; those behind `count` are empty.
         count: int32, blocks of the step.
-        fits: bool, leading axis K: which blocks go through the model in the small room.
-        small: that room; None: all blocks as they are.
+        fits: bool, leading axis K: which blocks go through the model in the small shape.
+        small: that shape, of the blocks that fit it; None: all blocks as they are.
     """
 
     blocks: Block
@@ -102,7 +104,8 @@ def optimiser(config: LocalConfig) -> optax.GradientTransformation:
     that it can change between rounds without compiling.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip), optax.adamw(1.0, weight_decay=config.weight_decay)
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(1.0, weight_decay=config.weight_decay),
     )
 
 
@@ -112,7 +115,7 @@ def local_update(
     config: LocalConfig,
     broadcast: Broadcast,
     client: ClientState,
-    work: LocalBatches,
+    batches: LocalBatches,
     key: jax.Array,
 ) -> tuple[ClientState, dict[str, Mean]]:
     """A client's phase: S AdamW steps, each over as many blocks as it takes.
@@ -123,14 +126,14 @@ def local_update(
 
     Args:
         client: its adapter and moments at the phase's start.
-        work: leading axes [S].
+        batches: leading axes [S].
         key: the client's key of this phase.
     Returns: adapter and moments afterwards; metrics summed over steps.
     Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps
     with a non-finite gradient norm skipped).
     """
     plain = TokenLogprobs(decoder, broadcast.base, config.head_chunk)
-    dropout = decoder.lora.dropout > 0.0 and algorithm.dropout
+    dropout = decoder.lora.dropout > 0.0 and algorithm.scoring.dropout
 
     def forward(lora, block, at):
         scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
@@ -138,12 +141,12 @@ def local_update(
 
     def step(carry, xs):
         lora, opt_state, loss_scalars = carry
-        work, index = xs
+        batches, index = xs
         keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(
-            jnp.arange(work.blocks.micro.shape[0])
+            jnp.arange(batches.blocks.micro.shape[0])
         )
         blocks, held = score_frozen(
-            algorithm, plain, forward, broadcast.references, client.lora, lora, work, keys
+            algorithm, plain, forward, broadcast.references, client.lora, lora, batches, keys
         )
         sums, denominators = loss_denominators(
             algorithm, config.normalize, blocks, held, loss_scalars
@@ -151,7 +154,7 @@ def local_update(
 
         def gradient(k):
             block, at, count, fits = jax.tree.map(
-                lambda x: x[k], (blocks, keys, denominators, work.fits)
+                lambda x: x[k], (blocks, keys, denominators, batches.fits)
             )
 
             def of(block):
@@ -160,13 +163,13 @@ def local_update(
                 )
                 return jax.value_and_grad(loss, has_aux=True)(lora)
 
-            if work.small is None:
+            if batches.small is None:
                 return of(block)
-            return jax.lax.cond(fits, lambda: of(shrink(block, work.small)), lambda: of(block))
+            return jax.lax.cond(fits, lambda: of(shrink(block, batches.small)), lambda: of(block))
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
         add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
-        (loss, means), grads = jax.lax.fori_loop(0, work.count, add, zero)
+        (loss, means), grads = jax.lax.fori_loop(0, batches.count, add, zero)
         extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(
             lora, broadcast.start
         )
@@ -186,44 +189,41 @@ def local_update(
         }
         return (lora, opt_state, dict(algorithm.update_loss_scalars(loss_scalars, sums))), means
 
-    steps = jnp.arange(work.count.shape[0])
+    steps = jnp.arange(batches.count.shape[0])
     (lora, opt_state, _), means = jax.lax.scan(
-        step, (client.lora, client.opt_state, broadcast.loss_scalars), (work, steps)
+        step, (client.lora, client.opt_state, broadcast.loss_scalars), (batches, steps)
     )
     return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
 
 
 def score_frozen(
-    algorithm, scorer, forward, references, start, lora, work, keys
+    algorithm, scorer, forward, references, start, lora, batches, keys
 ) -> tuple[Block, jax.Array | None]:
     """The blocks with what stays fixed while the client trains, and where `two_pass` the rows'
     log-probabilities [K, B, T].
     """
-    score = lambda adapter: (
-        lambda block, at: scorer.logprobs(adapter, block, algorithm.scored_temperature)
-    )
-    passes = [score(reference) for reference in references if algorithm.cached]
-    passes += [score(start)] * algorithm.scores_old
-    passes += [
-        lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))
-    ] * algorithm.two_pass
+    scoring = algorithm.scoring
+    score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, scoring.temperature)
+    passes = [score(reference) for reference in references if scoring.ref_logprobs]
+    passes += [score(start)] * scoring.old_logprobs
+    passes += [lambda block, at: jax.lax.stop_gradient(forward(lora, block, at))] * scoring.two_pass
     if not passes:
-        return work.blocks, None
+        return batches.blocks, None
 
     def fill(k, kept):
-        block, at = jax.tree.map(lambda x: x[k], (work.blocks, keys))
+        block, at = jax.tree.map(lambda x: x[k], (batches.blocks, keys))
         return kept.at[k].set(
             jnp.stack([unpack_rows(block, one(block, at)) for one in passes], axis=1)
         )
 
-    blocks, rows = work.blocks, work.blocks.rows
+    blocks, rows = batches.blocks, batches.blocks.rows
     size, length = rows.completion_mask.shape[1:]
     empty = jnp.zeros((keys.shape[0], size, len(passes), length), jnp.float32)
-    found = jax.lax.fori_loop(0, work.count, fill, empty)  # [K, B, passes, T]
-    held = found[:, :, -1] if algorithm.two_pass else None
-    if algorithm.scores_old:
-        rows = rows.replace(old_logprobs=found[:, :, len(passes) - 1 - algorithm.two_pass])
-    if references and algorithm.cached:
+    found = jax.lax.fori_loop(0, batches.count, fill, empty)  # [K, B, passes, T]
+    held = found[:, :, -1] if scoring.two_pass else None
+    if scoring.old_logprobs:
+        rows = rows.replace(old_logprobs=found[:, :, len(passes) - 1 - scoring.two_pass])
+    if references and scoring.ref_logprobs:
         rows = rows.replace(ref_logprobs=found[:, :, : len(references)])
     return blocks.replace(rows=rows), held
 
@@ -241,7 +241,7 @@ def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
             blocks.rows, held
         )
     sums = jax.tree.map(lambda c: c.sum(0), denominators)
-    if normalize == "global" and not algorithm.micro:
+    if normalize == "global" and not algorithm.scoring.per_micro_batch:
         return sums, jax.tree.map(lambda c: jnp.broadcast_to(c.sum(0), c.shape), denominators)
     same = blocks.micro[:, None] == blocks.micro[None, :]
     return sums, jax.tree.map(
@@ -266,68 +266,69 @@ def train_cohort(
     decoder: Decoder,
     config: LocalConfig,
     mesh: Mesh,
+    aggregation: Aggregation,
     keep: bool,
     broadcast: Broadcast,
     carried: ClientState | None,
-    work: LocalBatches,
+    batches: LocalBatches,
     keys: jax.Array,
     weight: jax.Array,
     active: jax.Array,
-) -> tuple[dict, jax.Array, dict[str, Mean], ClientState | None]:
+) -> tuple[Any, dict[str, Mean], ClientState | None]:
     """Trains a cohort in one program.
 
     Args:
+        aggregation: its transforms and its reducer run here, client by client.
         keep: whether every client's own state comes back, for a next phase (memory then grows with
             the cohort).
         carried: the clients' states, leaves [C, ...]; None: each starts from the global adapter
             with zero moments.
-        work: leading axes [C, S]; C is a multiple of devices * clients_at_once (`padded_clients`).
+        batches: leading axes [C, S]; C is a multiple of devices * clients_at_once
+            (`padded_clients`).
         keys: uint32[C, 2] key data of each client's phase.
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
             they had).
-    Returns: Σ w_c θ_c; Σ w_c; per-client metrics, each (total, count) float32[C]; the clients'
-        states where kept.
+    Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
+        metrics, each (total, count) float32[C]; the clients' states where kept.
     """
+    reducer = aggregation.reducer
+    collects = reducer.collects and not keep
 
     def device(broadcast, carried, *per_client):
-        def one(client, work, key):
+        def one(client, batches, key):
             if client is None:
                 client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
-            new, means = local_update(
-                algorithm, decoder, config, broadcast, client, work, jax.random.wrap_key_data(key)
-            )
+            key = jax.random.wrap_key_data(key)
+            new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key)
             return client.lora, new, means
 
-        def chunk(sums, xs):
-            carried, (work, keys, weight, active) = xs
+        def chunk(reduced, xs):
+            carried, (batches, keys, weight, active) = xs
             mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
-            old, new, means = mapped(carried, work, keys)
+            old, new, means = mapped(carried, batches, keys)
             shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
             e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
-            ended = (
-                jax.tree.map(lambda a, b: e * a + (1.0 - e) * b, broadcast.start, new.lora)
-                if e
-                else new.lora
-            )
+            blend = lambda a, b: e * a + (1.0 - e) * b
+            ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
+            if aggregation.transforms and not keep:
+                ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
             lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
-            total = jax.tree.map(
-                lambda total, x: total + jnp.tensordot(weight, x, axes=1), sums[0], lora
-            )
+            if not reducer.collects:
+                reduced = reducer.add(reduced, lora, weight)
             means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
-            return (total, sums[1] + weight.sum()), (
-                means,
-                new.replace(lora=lora) if keep else None,
-            )
+            states = new.replace(lora=lora) if keep else None
+            return reduced, (means, states, (lora, weight) if collects else None)
 
         split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
-        zero = (jax.tree.map(jnp.zeros_like, broadcast.start), jnp.float32(0))
-        sums, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
-        means, states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
-        return jax.tree.map(lambda x: x[None], sums), means, states
+        zero = () if reducer.collects else reducer.init(broadcast.start)
+        reduced, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
+        means, states, adapters = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
+        return jax.tree.map(lambda x: x[None], reduced), means, states, adapters
 
     if mesh.shape[MODEL] > 1:
         # the loop over blocks then holds collectives, which all devices must come to equally often
-        work = work.replace(count=jnp.broadcast_to(work.count.max(0), work.count.shape))
+        count = jnp.broadcast_to(batches.count.max(0), batches.count.shape)
+        batches = batches.replace(count=count)
     clients = Spec(CLIENTS)
     run = jax.shard_map(
         device,
@@ -337,10 +338,12 @@ def train_cohort(
         axis_names={CLIENTS},  # the other axis, over which the base may be split, is the compiler's
         check_vma=False,
     )
-    sums, means, states = run(broadcast, carried, work, keys, weight, active)
+    reduced, means, states, adapters = run(broadcast, carried, batches, keys, weight, active)
+    if collects:
+        return adapters, means, states
     whole = NamedSharding(mesh, Spec())
-    total, mass = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), sums)
-    return total, mass, means, states
+    constrain = lambda x: jax.lax.with_sharding_constraint(x, whole)
+    return jax.tree.map(constrain, reducer.merge(reduced)), means, states
 
 
 def padded_clients(clients: int, at_once: int, devices: int) -> int:

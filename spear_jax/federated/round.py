@@ -1,6 +1,8 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
+import dataclasses
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,14 @@ import numpy as np
 from spear_jax.algorithms.base import CohortData
 from spear_jax.core.mesh import broadcast_from_main, to_host
 from spear_jax.core.rng import path_key, purpose
-from spear_jax.core.types import Cohort, Trace
-from spear_jax.experiment.builder import Experiment
-from spear_jax.federated import cohort_training, local_training
-from spear_jax.federated.aggregation.reducers import client_weights
-from spear_jax.federated.aggregation.server_optimizer import aggregate
-from spear_jax.federated.round_metrics import BudgetUsed, _metric
-from spear_jax.federated.state import ServerState
+from spear_jax.core.types import Cohort, Mean, TraceRecord
+from spear_jax.federated import cohort_training
+from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate
+from spear_jax.federated.aggregation.reducers import Adapter, Reducer
+from spear_jax.federated.federation import Federation
+from spear_jax.federated.local_training import Broadcast
+from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
+from spear_jax.federated.state import ClientState, ServerState
 from spear_jax.models import cost_model
 from spear_jax.packing.blocks import Keys, most_blocks, pack_rows
 from spear_jax.packing.rows import groups_of
@@ -24,205 +27,288 @@ from spear_jax.rollout.policy import Policy
 ROUND = purpose("round")
 LOCAL = purpose("local")
 PHASE = purpose("phase")
-Records = list[tuple[Trace, str, float]]
+
+NOTHING_USED = BudgetUsed()
 _aggregate = jax.jit(aggregate, static_argnums=0)
 
 
-def run_round(
-    experiment: Experiment, state: ServerState, spent: BudgetUsed
-) -> tuple[ServerState, dict[str, float], Records]:
-    """Runs the next round.
+class RoundResult(NamedTuple):
+    """A finished round.
 
-    Args: spent: what the run has used before it.
-    Returns: the new state; the round's metrics by the contract's names; the recorded traces.
+    Attributes:
+        metrics: numbers by the contract's names.
+        traces: what the rollouts said, as it is recorded.
     """
-    cohort = experiment.cohort(int(state.round) + 1)
-    run = _alone if experiment.server.rule == "local" else _together
-    state, metrics, records = run(experiment, state, spent, cohort)
-    metrics["budget/tokens"] = spent.tokens + metrics["rollout/tokens"]
-    metrics["budget/flops"] = spent.flops + metrics["round/flops"]
+
+    state: ServerState
+    metrics: dict[str, float]
+    traces: list[TraceRecord]
+
+
+@dataclasses.dataclass
+class TrainedClients:
+    """A cohort behind its phases of rollouts and local training, before aggregation.
+
+    Attributes:
+        reduced: as in `cohort_training.TrainedCohort`.
+        algorithm_state: after collecting.
+        means: training metrics, summed over clients and phases.
+        phases: what was collected in each phase.
+        learning_rate: of the round.
+        work: operations a weight of the base, for `cost_model.flops`.
+        seconds: {"rollout", "train"}.
+    """
+
+    reduced: Any
+    algorithm_state: dict
+    means: dict[str, Mean]
+    phases: list[CohortData]
+    learning_rate: float
+    work: float
+    seconds: dict[str, float]
+
+    @property
+    def traces(self) -> list[TraceRecord]:
+        return [record for phase in self.phases for record in phase.traces]
+
+    def rollout_metrics(self) -> dict[str, float]:
+        """Numbers of the rollouts: means over phases, wins and loses summed."""
+        first, counts = self.phases[0].metrics, ("rollout/wins", "rollout/loses")
+        means = {name: float(np.mean([x.metrics[name] for x in self.phases])) for name in first}
+        return means | {name: float(sum(x.metrics[name] for x in self.phases)) for name in counts}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends after its round, and what stays with it.
+
+    Attributes:
+        update: θ_k - θ, float32; zeros where the client did not train.
+        weight: its aggregation weight; 0 where it did not train.
+        counts: training metrics as (total, count), to be added over clients.
+        metrics: numbers of its rollouts.
+        client_state: its part of the algorithm's state, which never leaves it.
+        traces: what was said, which does not leave it either.
+    """
+
+    update: Adapter
+    weight: float
+    counts: dict[str, Mean]
+    metrics: dict[str, float]
+    client_state: dict
+    traces: list[TraceRecord]
+
+
+def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> RoundResult:
+    """Runs the next round. Args: used: what the run has used before it."""
+    cohort = federation.cohort(int(state.round) + 1)
+    return with_budget(round_of(federation, state, used, cohort), used)
+
+
+def with_budget(result: RoundResult, used: BudgetUsed) -> RoundResult:
+    """Adds the budget used, this round included, to a round's metrics."""
+    metrics = result.metrics
     seconds = sum(metrics[f"time/{name}"] for name in ("rollout", "train", "aggregate"))
-    metrics["budget/seconds"] = broadcast_from_main(spent.seconds + seconds)
-    return state, metrics, records
+    budget = {
+        "budget/tokens": used.tokens + metrics["rollout/tokens"],
+        "budget/flops": used.flops + metrics["round/flops"],
+        "budget/seconds": broadcast_from_main(used.seconds + seconds),
+    }
+    return result._replace(metrics=metrics | budget)
 
 
-def _alone(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort: Cohort):
-    """Local-only training: every client is a federation of one, with an adapter and a memory of its
-    own.
-
-    State: `lora` and `algorithm_state` have a leading axis over all clients of the population.
-    """
-    lines, records, updates = [], [], []
-    for slot, client in enumerate(cohort.clients):
-        rngs = lambda _, name, slot=slot: cohort.rngs(slot, name)
-        alone = Cohort(cohort.round, [client], [cohort.indices[slot]], rngs)
-        own = state.replace(
-            lora=jax.tree.map(lambda x, client=client: x[client], state.lora),
-            algorithm_state=jax.tree.map(lambda x, client=client: x[client], state.algorithm_state),
-        )
-        own, line, traces = _together(experiment, own, spent, alone)
-        lines.append(line)
-        records += traces
-        updates.append((client, own))
-    # one copy: a checkpoint may still be writing the old arrays
-    lora, kept = jax.tree.map(np.array, (state.lora, state.algorithm_state))
-    for client, own in updates:
-        jax.tree.map(
-            lambda stack, new, c=client: stack.__setitem__(c, new),
-            (lora, kept),
-            (own.lora, own.algorithm_state),
-        )
-    metrics = {}
-    for name in lines[0]:
-        values = [line[name] for line in lines if name in line]
-        metrics[name] = float(np.sum(values) if name.startswith(_SUMMED) else np.mean(values))
-    return state.replace(lora=lora, algorithm_state=kept, round=state.round + 1), metrics, records
-
-
-_SUMMED = (
-    "time/",
-    "rollout/tokens",
-    "rollout/wins",
-    "rollout/loses",
-    "round/clients",
-    "round/bytes",
-    "round/flops",
-)
-
-
-def _together(experiment: Experiment, state: ServerState, spent: BudgetUsed, cohort: Cohort):
-    """A round of the whole cohort: phases of collecting and training, then one aggregation."""
-    algorithm, worker = experiment.algorithm, experiment.worker
+def round_of(
+    federation: Federation, state: ServerState, used: BudgetUsed, cohort: Cohort
+) -> RoundResult:
+    """Runs a round of a given cohort: rollouts and local training, then one aggregation."""
+    # always placed alike, or the programs would compile again
+    start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
-    key = path_key(root, ROUND, cohort.round)
-    seconds = {"rollout": 0.0, "train": 0.0}
-    worker.tally.clear()
-    start = experiment.on_devices(
-        state.lora
-    )  # always placed alike, or the programs would compile again
-    policy, carried, kept, means, phases = (
-        worker.merge(start),
-        None,
-        state.algorithm_state,
-        None,
-        [],
+    trained = train_clients(
+        federation, federation.aggregation, start, state.algorithm_state, cohort, root, used
     )
-    rate, work = 0.0, 0.0
-    report = lambda count: worker.report("train", count, len(cohort.clients))
-    for phase in range(algorithm.phases):
-        began = time.perf_counter()
-        phase_key = path_key(key, PHASE, phase) if phase else key
-        got = algorithm.collect(worker, policy, cohort, kept, phase_key, phase)
-        kept = kept if got.algorithm_state is None else got.algorithm_state
-        phases.append(got)
-        policy = None  # the merged weights are not needed while training
-        if not phase:
-            rate = experiment.rate(
-                cohort.round,
-                spent.tokens + worker.tally.generated * algorithm.phases,
-                spent.seconds,
-            )
-        rolled = time.perf_counter()
-        broadcast = local_training.Broadcast(
-            start=start,
-            base=experiment.model.base,
-            references=experiment.on_devices(algorithm.references(kept, start)),
-            loss_scalars=experiment.on_devices(jax.tree.map(np.float32, got.loss_scalars)),
-            rate=np.float32(rate),
-        )
-        keep = phase + 1 < algorithm.phases
-        static = algorithm, experiment.decoder, experiment.local, experiment.mesh
-        rows, members = rows_of(experiment, got), _members(experiment, cohort, got, phase_key)
-        trained = cohort_training.train(*static, broadcast, rows, members, keep, carried, report)
-        found = jax.tree.map(lambda x: np.sum(x, dtype=np.float64), trained.means)
-        means = found if means is None else jax.tree.map(np.add, means, found)
-        carried = trained.states
-        passes = 4 + 2 * (
-            (experiment.decoder.remat == "layers") + algorithm.two_pass + algorithm.scores_old
-        )
-        work += trained.tokens * (passes + 2 * len(broadcast.references))
-        if keep:
-            slots = {client: slot for slot, client in enumerate(cohort.clients)}
-            policy = Policy(
-                experiment.model.base, cohort_training.stacked(carried, len(slots)), slots
-            )
-        seconds["rollout"] += rolled - began
-        seconds["train"] += time.perf_counter() - rolled
-
     began = time.perf_counter()
-    state, change = _aggregate(
-        experiment.server,
-        state.replace(lora=start, algorithm_state={}),
-        trained.total,
-        trained.mass,
-    )
+    before = state.replace(lora=start, algorithm_state={})
+    state, change = _aggregate(federation.aggregation, before, trained.reduced)
     change = float(change)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
-    active = phases[-1].active
+    active, tally = trained.phases[-1].active, federation.worker.tally
     metrics = {
-        **{
-            name: float(np.mean([got.metrics[name] for got in phases]))
-            for name in phases[0].metrics
-        },
-        **{
-            name: float(sum(got.metrics[name] for got in phases))
-            for name in ("rollout/wins", "rollout/loses")
-        },
-        **{_metric(algorithm.name, name): mean.value() for name, mean in means.items()},
-        "rollout/tokens": float(worker.tally.generated),
+        **trained.rollout_metrics(),
+        **training_metrics(federation.algorithm.name, trained.means),
+        "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
         "round/clients_without_wins": float((~active).sum()),
         "round/bytes_up": float(adapter_bytes * int(active.sum())),
         "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
         "round/update_norm": change,
-        "round/rate": rate,
-        "round/flops": cost_model.flops(experiment.model.config, worker.tally, work),
-        **{f"time/{name}": value for name, value in seconds.items()},
+        "round/rate": trained.learning_rate,
+        "round/flops": cost_model.flops(federation.decoder.config, tally, trained.work),
+        **{f"time/{name}": value for name, value in trained.seconds.items()},
     }
-    kept = algorithm.end_round(kept, state.lora, metrics, cohort.round)
-    metrics["time/aggregate"] = time.perf_counter() - began
-    return (
-        state.replace(algorithm_state=kept),
-        metrics,
-        [entry for got in phases for entry in got.traces],
+    kept = federation.algorithm.end_round(
+        trained.algorithm_state, state.lora, metrics, cohort.round
     )
+    metrics["time/aggregate"] = time.perf_counter() - began
+    return RoundResult(state.replace(algorithm_state=kept), metrics, trained.traces)
+
+
+def client_round(
+    federation: Federation,
+    adapter: Adapter,
+    algorithm_state: dict,
+    client: int,
+    round: int,
+    key: jax.Array,
+    used: BudgetUsed = NOTHING_USED,
+) -> ClientUpdate:
+    """Runs one client's round by itself, as a real device would.
+
+    The weighted mean of all clients' updates is the round's update (`run_round` computes the same
+    for a whole cohort in one program). One departure: IRIS measures its gap on this client alone.
+
+    Args:
+        adapter: the global adapter θ.
+        algorithm_state: the server's part and this client's own.
+        round: 1-based.
+        key: the run's root key.
+        used: what the run has used before the round; it sets the learning rate.
+    """
+    cohort = federation.cohort_of([client], round)
+    alone = Aggregation(_Alone(), transforms=federation.aggregation.transforms)
+    start = federation.on_devices(adapter)
+    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used)
+    update, mass = alone.reducer.finish(trained.reduced, start)
+    last, state = trained.phases[-1], trained.algorithm_state
+    return ClientUpdate(
+        update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
+        weight=float(last.weight[0]),
+        counts=trained.means,
+        metrics=trained.rollout_metrics(),
+        client_state={name: state[name] for name in federation.algorithm.client_state},
+        traces=trained.traces,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone(Reducer):
+    """The adapter of a cohort of one."""
+
+    def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
+        return active.astype(np.float32)
+
+    def init(self, start: Adapter) -> Any:
+        return jax.tree.map(jnp.zeros_like, start), jnp.float32(0)
+
+    def add(self, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
+        total, mass = state
+        chosen = lambda total, x: total + jnp.tensordot(weight, x, axes=1)
+        return jax.tree.map(chosen, total, adapters), mass + weight.sum()
+
+    def merge(self, states: Any) -> Any:
+        return jax.tree.map(lambda x: x.sum(0), states)
+
+    def finish(self, state: Any, start: Adapter) -> tuple[Adapter, jax.Array]:
+        total, mass = state
+        return jax.tree.map(jnp.subtract, total, start), mass
+
+
+def train_clients(
+    federation: Federation,
+    aggregation: Aggregation,
+    start: Adapter,
+    algorithm_state: dict,
+    cohort: Cohort,
+    root: jax.Array,
+    used: BudgetUsed,
+) -> TrainedClients:
+    """Runs a cohort's phases of rollouts and local training.
+
+    Args:
+        start: the global adapter, on the devices.
+        root: the run's key.
+    """
+    algorithm, worker = federation.algorithm, federation.worker
+    key = path_key(root, ROUND, cohort.round)
+    worker.tally.clear()
+    policy: Policy | None = worker.policy(start)
+    carried: list[ClientState] | None = None
+    phases: list[CohortData] = []
+    seconds = {"rollout": 0.0, "train": 0.0}
+    means, rate, work = None, 0.0, 0.0
+    progress = lambda count: worker.progress("train", count, len(cohort.clients))
+    for phase in range(algorithm.phases):
+        began = time.perf_counter()
+        phase_key = path_key(key, PHASE, phase) if phase else key
+        data = algorithm.collect(worker, policy, cohort, algorithm_state, phase_key, phase)
+        if data.algorithm_state is not None:
+            algorithm_state = data.algorithm_state
+        phases.append(data)
+        policy = None  # the merged weights are not needed while training
+        if not phase:
+            tokens = used.tokens + worker.tally.generated * algorithm.phases
+            rate = federation.schedule.learning_rate(cohort.round, tokens, used.seconds)
+        rolled = time.perf_counter()
+        references = federation.on_devices(algorithm.references(algorithm_state, start))
+        trained = cohort_training.train(
+            algorithm,
+            federation.decoder,
+            federation.local,
+            federation.mesh,
+            aggregation,
+            Broadcast(
+                start=start,
+                base=federation.base,
+                references=references,
+                loss_scalars=federation.on_devices(jax.tree.map(np.float32, data.loss_scalars)),
+                rate=np.float32(rate),
+            ),
+            rows_of(federation, data),
+            _members(aggregation.reducer, cohort, data, phase_key),
+            keep := phase + 1 < algorithm.phases,
+            carried,
+            progress,
+        )
+        phase_means = sum_over_clients(trained.means)
+        means = phase_means if means is None else jax.tree.map(np.add, means, phase_means)
+        carried = trained.states
+        passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
+        work += trained.tokens * (passes + 2 * len(references))
+        if keep:
+            slots = {client: slot for slot, client in enumerate(cohort.clients)}
+            policy = Policy(federation.base, cohort_training.stacked(carried, len(slots)), slots)
+        seconds["rollout"] += rolled - began
+        seconds["train"] += time.perf_counter() - rolled
+    return TrainedClients(trained.reduced, algorithm_state, means, phases, rate, work, seconds)
 
 
 def _members(
-    experiment: Experiment, cohort: Cohort, got: CohortData, key: jax.Array
-) -> tuple[np.ndarray, ...]:
+    reducer: Reducer, cohort: Cohort, data: CohortData, key: jax.Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
-    weight = client_weights(experiment.server, got.weight, got.active)
-    return (
-        np.asarray(client_keys(jnp.asarray(cohort.clients))),
-        np.asarray(weight, np.float32),
-        got.active,
-    )
+    weight = np.asarray(reducer.weights(data.weight, data.active), np.float32)
+    return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 
-def rows_of(experiment: Experiment, got: CohortData) -> cohort_training.Rows:
-    """The rows in blocks; a client that does not train has none."""
-    algorithm, shapes = experiment.algorithm, experiment.worker.sampler.shapes
-    apart = algorithm.micro or experiment.local.normalize == "micro"
+def rows_of(federation: Federation, data: CohortData) -> cohort_training.Rows:
+    """Packs the cohort's rows into blocks; a client that does not train has none."""
+    algorithm, rows_per_group = federation.algorithm, federation.algorithm.layout.rows_per_group
+    apart = algorithm.scoring.per_micro_batch or federation.local.normalize == "micro"
 
     def micros(step, active: bool):
-        own = [groups_of(micro, algorithm.rows_per_group) if active else [] for micro in step]
+        own = [groups_of(micro, rows_per_group) if active else [] for micro in step]
         return own if apart else [sum(own, [])]
 
-    steps = [
-        [micros(step, active) for step in own]
-        for own, active in zip(got.rows, got.active, strict=True)
-    ]
-    slots = (
-        max(len(micro) for client in got.rows for step in client for micro in step)
-        // algorithm.rows_per_group
-    )
-    slots *= algorithm.common.accumulation
+    clients = zip(data.rows, data.active, strict=True)
+    steps = [[micros(step, active) for step in own] for own, active in clients]
+    largest = max(len(micro) for client in data.rows for step in client for micro in step)
+    groups = largest // rows_per_group * algorithm.common.accumulation
     flat = sum(steps, [])
-    shape, small = experiment.training_shapes(flat, slots)
+    shape, small = federation.training_shapes(flat, groups)
     keys = Keys()
     blocks = [[pack_rows(step, shape, keys) for step in own] for own in steps]
     deepest = max(len(step) for own in blocks for step in own)
-    (depth,) = shapes.fit("train blocks", (max(most_blocks(flat, shape, slots), deepest),))
+    wanted = max(most_blocks(flat, shape, groups), deepest)
+    (depth,) = federation.shapes.fit("train blocks", (wanted,))
     return cohort_training.Rows(blocks, depth, shape, small)

@@ -1,11 +1,21 @@
-"""Names a round's metrics and adds up the budget used."""
+"""Names a round's metrics, and adds up the budget used."""
 
 import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from spear_jax.core.types import Mean
+
+# what every method has; the rest goes under the method's own name
+COMMON = ("loss", "grad_norm", "skipped_steps", "win_nll", "unlikelihood", "unlikelihood_active")
 
 
 @dataclasses.dataclass(frozen=True)
 class BudgetUsed:
-    """What a run has used so far: generated tokens, FLOPs (`algorithm_state.flops`), and seconds of
+    """What a run has used so far: generated tokens, FLOPs (`cost_model.flops`), and seconds of
     rounds.
     """
 
@@ -14,16 +24,29 @@ class BudgetUsed:
     seconds: float = 0.0
 
     @classmethod
-    def read(cls, line: dict) -> "BudgetUsed":
-        """From a line of metrics.jsonl; nothing before round 1."""
+    def read(cls, line: Mapping[str, float]) -> "BudgetUsed":
+        """Reads a line of metrics.jsonl; nothing is used before round 1."""
         return cls(*(line.get(f"budget/{field.name}", 0.0) for field in dataclasses.fields(cls)))
 
 
-_COMMON = ("loss", "grad_norm", "skipped_steps", "win_nll", "unlikelihood", "unlikelihood_active")
+def training_metrics(method: str, means: Mapping[str, Mean]) -> dict[str, float]:
+    """Returns training metrics by the contract's names ("train/loss", "grpo/kl").
 
-
-def _metric(method: str, name: str) -> str:
-    """The contract's name of a training metric; what only one method knows goes under its own
-    name.
+    Args: means: (total, count) of the whole cohort.
     """
-    return f"train/{name}" if name in _COMMON else f"{method}/{name}"
+    name_of = lambda name: f"train/{name}" if name in COMMON else f"{method}/{name}"
+    return {name_of(name): mean.value() for name, mean in means.items()}
+
+
+def sum_over_clients(means: Mapping[str, Mean]) -> dict[str, Mean]:
+    """Sums per-client metrics, (total, count) float32[C] each, in float64."""
+    return jax.tree.map(lambda x: np.sum(x, dtype=np.float64), means)
+
+
+def accuracy_metrics(accuracy: float, count: int) -> dict[str, float]:
+    """Returns `eval/accuracy`, `eval/count` and the binomial `eval/stderr`."""
+    return {
+        "eval/accuracy": accuracy,
+        "eval/count": float(count),
+        "eval/stderr": math.sqrt(accuracy * (1 - accuracy) / count),
+    }

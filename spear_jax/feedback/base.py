@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from typing import ClassVar
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Example
@@ -27,12 +28,17 @@ class Feedback(abc.ABC):
     """A provider: comments on a batch of answers; None where it has nothing to say, and no revision
     follows.
 
+    Class attributes:
+        asks_people: whether a person answers, so that nothing may be asked for show.
+
     Args:
         task: grades answers, states their format and gives hints.
         hint_words: how many words of the gold option a hint may quote at most.
     """
 
-    def __init__(self, task: Task, hint_words: int):
+    asks_people: ClassVar[bool] = False
+
+    def __init__(self, task: Task, hint_words: int = 3):
         if hint_words < 0:
             raise UserError(
                 f"hint_words {hint_words} is negative; give 0 for hints without words of the "
@@ -40,6 +46,12 @@ class Feedback(abc.ABC):
             )
         self.task = task
         self.hint_words = hint_words
+
+    def longest_texts(self, examples: list[Example]) -> list[str]:
+        """Returns, for each example, a text as long as any that the provider says of it. Training
+        rows keep room for it in revision prompts; a longer text costs the end of the answer there.
+        """
+        return ["x" * 400] * len(examples)
 
     @abc.abstractmethod
     def __call__(self, requests: list[Request]) -> list[str | None]:

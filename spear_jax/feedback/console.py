@@ -1,6 +1,7 @@
 """Feedback from a person at the terminal, or from nobody."""
 
 import sys
+from typing import ClassVar
 
 from spear_jax.core.errors import UserError
 from spear_jax.feedback.base import Feedback, Request
@@ -21,7 +22,9 @@ class Human(Feedback):
         UserError: when built where standard input is no terminal, or when the input ends.
     """
 
-    def __init__(self, task: Task, hint_words: int):
+    asks_people: ClassVar[bool] = True
+
+    def __init__(self, task: Task, hint_words: int = 3):
         super().__init__(task, hint_words)
         if not sys.stdin.isatty():
             raise UserError(

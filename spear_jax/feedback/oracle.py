@@ -24,6 +24,10 @@ class Oracle(Feedback):
     def __call__(self, requests: list[Request]) -> list[str | None]:
         return [self._comment(request.example, request.answer) for request in requests]
 
+    def longest_texts(self, examples: list[Example]) -> list[str]:
+        """Returns the texts about unreadable answers, which are the longest."""
+        return [text or "" for text in self([Request(example, "", 1) for example in examples])]
+
     def _comment(self, example: Example, answer: str) -> str | None:
         found = self.task.extract(answer, example)
         if found is not None and found.option == example.gold:

@@ -13,6 +13,10 @@ class PublishedOracle(Feedback):
     def __call__(self, requests: list[Request]) -> list[str | None]:
         return [self._comment(request) for request in requests]
 
+    def longest_texts(self, examples: list[Example]) -> list[str]:
+        """Returns the texts about unreadable answers, which are the longest."""
+        return [self._comment(Request(example, "", 1)) for example in examples]
+
     def _comment(self, request: Request) -> str:
         example, shape = request.example, self.task.templates.format
         found = extract_loosely(request.answer, example, first=True)

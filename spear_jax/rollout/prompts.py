@@ -39,9 +39,6 @@ class PromptRenderer:
                 "'auto' or 'never'."
             )
         self.tokenizer, self.limit = tokenizer, limit
-        self.revision_limit = (
-            limit  # lower where training rows leave less room for revision prompts
-        )
         self.chat = chat != "never" and bool(tokenizer.chat_template)
         self.piece = functools.cache(
             lambda id: tokenizer.decode([id], clean_up_tokenization_spaces=False)
@@ -60,14 +57,20 @@ class PromptRenderer:
             )
         return ids
 
-    def revision(self, task: Task, example: Example, answer: str, feedback: str) -> list[int]:
-        """Token ids of the revision prompt. The previous answer is cut at its end where the prompt
-        would be too long.
+    def revision(
+        self,
+        task: Task,
+        example: Example,
+        answer: str,
+        feedback: str,
+        limit: int | None = None,
+    ) -> list[int]:
+        """Returns the token ids of the revision prompt. The previous answer is cut at its end where
+        the prompt would be longer than `limit` tokens (None: than any prompt may be).
         """
-        answer = answer.strip()
+        answer, limit = answer.strip(), self.limit if limit is None else limit
         while True:
             ids = self._encode(task.revision(example, answer, feedback), task.templates.header)
-            limit = self.revision_limit
             if len(ids) <= limit or not answer:
                 return ids[-limit:]
             keep = max(0, len(answer) - 4 * (len(ids) - limit))

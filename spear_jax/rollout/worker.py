@@ -4,18 +4,21 @@ revises after feedback.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from spear_jax.core.rng import path_key, purpose
-from spear_jax.core.types import Attempt, Example, Tally, Trace
+from spear_jax.core.types import Attempt, Example, Progress, Tally, Trace, no_progress
 from spear_jax.feedback.base import Feedback, Request
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Completion, Sampler
+from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
+from spear_jax.rollout.tokenized_data import TokenizedData
 from spear_jax.tasks.base import Task
 
 ROLLOUT = purpose("rollout")
@@ -24,43 +27,50 @@ KEYS = 256  # that are made at a time
 SAMPLE_BITS = (
     21  # of a key path's last step, those below hold the attempt, those above the sample number
 )
-RolloutRequest = tuple[int, int, int]  # (client, position in the training set, sample number)
 
 
-@dataclasses.dataclass
-class RolloutWorker:
-    """Everything a conversation needs except the weights.
+class RolloutRequest(NamedTuple):
+    """One completion that is asked for.
 
     Attributes:
-        examples: the training set.
-        prompts: the token ids of each training question, rendered once.
-        first: how first answers are sampled.
-        revise: how revisions are sampled.
+        client: who asks.
+        example: position in the training set.
+        sample: number among the samples of one prompt; its completion has a key of its own.
+    """
+
+    client: int
+    example: int
+    sample: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutWorker:
+    """Rolls out and scores: everything that a rollout needs except the weights.
+
+    Attributes:
+        task, renderer, feedback: the text side.
+        sampler, scorer: the array side.
+        examples: the training set; data: its token ids.
+        first, revise: how first answers and revisions are sampled.
         num_revisions: attempts after a wrong first answer.
-        merge: lora -> Policy that answers with that adapter (`as_policy`).
-        scorer: (policy, rows) -> float32[len(completion)] a row, log-probabilities without
-            gradient.
-        responses, rejected: token ids of each training example's gold and dispreferred completion;
-            empty lists where the method does not train on them.
+        policy: adapter -> the policy that answers with it (`as_policy`).
         tally: tokens so far in this round.
-        report: called with (stage, rows finished since the last call, rows of the stage).
+        progress: called with (stage, rows finished since the last call, rows of the stage).
     """
 
     task: Task
     renderer: PromptRenderer
-    sampler: Sampler
     feedback: Feedback
+    sampler: Sampler
+    scorer: Scorer
     examples: list[Example]
-    prompts: list[list[int]]
+    data: TokenizedData
     first: SamplingConfig
     revise: SamplingConfig
     num_revisions: int
-    merge: Callable[[dict], Policy] | None = None
-    scorer: Callable[[Policy, list[TrainingRow]], list[np.ndarray]] | None = None
-    responses: list[list[int]] = dataclasses.field(default_factory=list)
-    rejected: list[list[int]] = dataclasses.field(default_factory=list)
+    policy: Callable[[Any], Policy]
     tally: Tally = dataclasses.field(default_factory=Tally)
-    report: Callable[[str, int, int], None] = lambda stage, rows, total: None
+    progress: Progress = no_progress
 
     def answer(self, policy: Policy, requests: list[RolloutRequest], key: jax.Array) -> list[Trace]:
         """First answers of all clients in one batch.
@@ -68,12 +78,12 @@ class RolloutWorker:
         Args: key: the round's key; row keys are its path (client, example, attempt 0 of the
             sample).
         """
-        prompts = [self.prompts[index] for _, index, _ in requests]
-        examples = [self.examples[index] for _, index, _ in requests]
+        prompts = [self.data.prompts[request.example] for request in requests]
+        examples = [self.examples[request.example] for request in requests]
         done = self._attempts(policy, examples, prompts, requests, key, 0, self.first, "rollout")
         return [
-            Trace(request[0], example, [one])
-            for request, example, one in zip(requests, examples, done, strict=True)
+            Trace(request.client, example, [attempt])
+            for request, example, attempt in zip(requests, examples, done, strict=True)
         ]
 
     def revise_until_right(
@@ -98,8 +108,7 @@ class RolloutWorker:
             if not pending:
                 return
             prompts = [
-                self.renderer.revision(self.task, traces[i].example, traces[i].last.text, said[i])
-                for i in pending
+                self._revision(traces[i].example, traces[i].last.text, said[i]) for i in pending
             ]
             examples, own = [traces[i].example for i in pending], [requests[i] for i in pending]
             done = self._attempts(
@@ -124,9 +133,7 @@ class RolloutWorker:
             if trace.first.correct and not self.task.well_formed(trace.first.text, trace.example)
         ]
         prompts = [
-            self.renderer.revision(
-                self.task, traces[i].example, traces[i].first.text, self.task.templates.format
-            )
+            self._revision(traces[i].example, traces[i].first.text, self.task.templates.format)
             for i in chosen
         ]
         examples, own = [traces[i].example for i in chosen], [requests[i] for i in chosen]
@@ -138,11 +145,17 @@ class RolloutWorker:
         return rewrites
 
     def score(self, policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
-        """float32[len(completion)] a row: log-probabilities of its completion, without gradient and
-        untempered.
+        """Returns float32[len(completion)] a row: log-probabilities of its completion in nats,
+        without gradient and untempered.
         """
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
-        return self.scorer(policy, rows)
+        tokens = self.first.max_rows * Scorer.mean_tokens(rows)
+        lengths = self.data.prompt_length, self.data.completion_length
+        return self.scorer.score(policy, rows, "score", tokens, lengths).logprobs
+
+    def _revision(self, example: Example, answer: str, feedback: str) -> list[int]:
+        limit = self.data.revision_limit
+        return self.renderer.revision(self.task, example, answer, feedback, limit)
 
     def _attempts(
         self, policy, examples, prompts, requests, key, number, config, stage
@@ -158,11 +171,11 @@ class RolloutWorker:
             text = self.renderer.decode(completion.tokens)
             correct = self.task.grade(text, examples[i])
             made[i] = Attempt(prompts[i], completion.tokens, completion.logprobs, text, correct, "")
-            self.report(stage, 1, len(prompts))
+            self.progress(stage, 1, len(prompts))
 
         keys = row_keys(key, requests, number)
         owners = (
-            np.array([policy.slots[client] for client, _, _ in requests], np.int32)
+            np.array([policy.slots[request.client] for request in requests], np.int32)
             if policy.slots
             else None
         )

@@ -5,7 +5,7 @@ graded.
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.core.types import Example
@@ -102,11 +102,21 @@ class Task(abc.ABC):
     protected: tuple[str, ...] = ()
     math_ops: tuple[str, ...] = ()
 
-    def __init__(self, columns: Mapping[str, str] | None = None):
-        """Args: columns: the file's column for keys of `mapping`; "" and keys left out keep the
-        task's own names.
+    def __init__(
+        self,
+        columns: Mapping[str, str] | None = None,
+        templates: Mapping[str, str] | None = None,
+        extract: Callable[[str, Example], Answer | None] | None = None,
+    ):
+        """Builds the task.
 
-        Raises: UserError for a named column that the task does not read.
+        Args:
+            columns: the file's column for keys of `mapping`; "" and keys left out keep the task's
+                own names.
+            templates: wording in place of the task's own, by field of `Templates`; "" keeps it.
+            extract: an extractor in place of the task's own.
+        Raises: UserError for a named column that the task does not read, and for a template that
+            could not be filled in.
         """
         given = {key: column for key, column in (columns or {}).items() if column}
         for key in given:
@@ -114,13 +124,18 @@ class Task(abc.ABC):
                 raise unknown(f"{self.name} column key", key, self.mapping)
             if not self.mapping:
                 raise UserError(
-                    f"data.columns.{key} is {given[key]!r}, but the columns of task "
-                    f"{self.name!r} are fixed "
-                    f"({', '.join(self.columns) or 'none'}). Leave it empty, or use a task that "
-                    f"maps columns, such as 'mcqa'."
+                    f"data.columns.{key} is {given[key]!r}, but the columns of task {self.name!r} "
+                    f"are fixed ({', '.join(self.columns) or 'none'}). Leave it empty, or use a "
+                    "task that maps columns, such as 'mcqa'."
                 )
         self.mapping = {**self.mapping, **given}
         self.columns = self.columns or tuple(self.mapping.values())
+        wording = {key: text for key, text in (templates or {}).items() if text}
+        for key, text in wording.items():
+            check_template(key, text)
+        self.templates = dataclasses.replace(self.templates, **wording)
+        if extract is not None:
+            self.extract = extract  # one extractor for grading, feedback and loss masks alike
 
     @abc.abstractmethod
     def example(self, row: dict, index: int) -> Example:
@@ -216,3 +231,39 @@ class Task(abc.ABC):
             re.search(rf"(?<!\w){re.escape(gold)}(?!\w)", said, re.IGNORECASE) if gold else None
         )
         return bool(label or option)
+
+
+# The fields that each template may use, and those that it must.
+_FIELDS = {
+    "question": ({"question": "", "options": ""}, ("question",)),
+    "revision": ({"task": "", "answer": "", "feedback": "", "format": ""}, ("task", "feedback")),
+}
+
+
+def check_template(key: str, text: str) -> None:
+    """Raises UserError for a template that would fail, or lose its content, when it is filled
+    in.
+    """
+    known = [field.name for field in dataclasses.fields(Templates)]
+    if key not in known:
+        raise unknown("template", key, known)
+    if key == "header" and text != text.rstrip():
+        raise UserError(
+            f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'."
+        )
+    if key not in _FIELDS:
+        return
+    fields, needed = _FIELDS[key]
+    try:
+        text.format(**fields)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        names = ", ".join(f"{{{field}}}" for field in fields)
+        raise UserError(
+            f"template {key!r} cannot be filled in ({error!r}); it may use {names}, other braces "
+            f"are doubled."
+        ) from error
+    for field in needed:
+        if f"{{{field}}}" not in text:
+            raise UserError(
+                f"template {key!r} lacks {{{field}}}; add it, or the model never sees that text."
+            )

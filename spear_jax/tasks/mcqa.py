@@ -3,6 +3,7 @@ file's.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Example
@@ -35,8 +36,8 @@ class Mcqa(Task):
         format="Reply with the letter of your option and nothing else.",
     )
 
-    def __init__(self, columns: Mapping[str, str] | None = None):
-        super().__init__(columns)
+    def __init__(self, columns: Mapping[str, str] | None = None, *wording: Any):
+        super().__init__(columns, *wording)
         self.option_columns = tuple(name.strip() for name in self.mapping["options"].split(","))
         if not all(self.option_columns):
             raise UserError(

@@ -1,0 +1,436 @@
+"""A run: rounds one after the other, evaluated, checkpointed and logged.
+
+    run = Run(preset("spear", task="facts", model="tiny"), workdir="runs/hello")
+    for round in run:                                  # goes on where it stopped
+        print(round.number, round.metrics["train/loss"], round.accuracy)
+    run.export("runs/hello/adapter")
+
+The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json
+and, at the end, summary.json and figures. Everything that a finished round gave is on disk before
+the next one begins, so a kill loses at most the round it falls into.
+"""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from spear_jax.core.compilation import Compiles, release_after_compiling
+from spear_jax.core.errors import UserError
+from spear_jax.core.mesh import barrier, is_main_process
+from spear_jax.core.types import TraceRecord
+from spear_jax.experiment import run_folder
+from spear_jax.experiment.builder import Experiment, OwnParts, build
+from spear_jax.experiment.checkpoint import Checkpoints, restore
+from spear_jax.experiment.dry_run import write_split
+from spear_jax.experiment.evaluator import Accuracy
+from spear_jax.experiment.export import export_adapter, export_model
+from spear_jax.experiment.run_logger import NullLogger, ProgressBars, RunLogger
+from spear_jax.experiment.wandb_logger import WandbLogger, check_wandb
+from spear_jax.federated import local_only
+from spear_jax.federated import round as whole_cohort
+from spear_jax.federated.aggregation.pipeline import (
+    Aggregation,
+    ClientTransform,
+    find_reducer,
+)
+from spear_jax.federated.aggregation.reducers import Reducer
+from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
+from spear_jax.federated.round_metrics import BudgetUsed, accuracy_metrics
+from spear_jax.federated.state import ServerState
+from spear_jax.feedback.base import Feedback
+from spear_jax.tasks.base import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A finished round.
+
+    Attributes:
+        number: 1-based.
+        metrics: its line of metrics.jsonl ("rollout/first_accuracy", "train/loss", ...).
+        traces: what its rollouts said.
+    """
+
+    number: int
+    metrics: dict[str, float]
+    traces: list[TraceRecord]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Held-out accuracy, where the round was evaluated."""
+        return self.metrics.get("eval/accuracy")
+
+
+class Callback:
+    """Called as a run goes on; override what is wanted. `run.stop()` ends it after the round."""
+
+    def on_train_begin(self, run: "Run") -> None:
+        """Before the first round of this process."""
+
+    def on_evaluate(self, run: "Run", accuracy: Accuracy, round_number: int) -> None:
+        """After an evaluation; round 0 is the base model."""
+
+    def on_round_end(self, run: "Run", round: Round) -> None:
+        """After a round's metrics and traces are on disk."""
+
+    def on_train_end(self, run: "Run", summary: dict[str, Any]) -> None:
+        """After the last round. Args: summary: as in summary.json."""
+
+
+class Run:
+    """An experiment in a run folder.
+
+    Iterating trains: each step is one round. A run whose folder holds rounds already goes on behind
+    them; a run that has ended gives no more rounds.
+
+    Args:
+        config: as from `preset` or `load_config`.
+        workdir: the run folder.
+        resume: "auto" goes on where a run of the same config stopped, "never" insists on a new
+            folder, "must" on an old one.
+        callbacks: called in this order.
+        quiet: no bars and no table.
+        devices: all by default.
+        task, feedback: objects in place of what the config names.
+        reducer, server_optimizer, transforms: the aggregation, likewise. `server_optimizer` is an
+            optax transformation that sees the pseudo-gradient.
+    Raises: UserError for every mistake that can be known before compiling.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: str | pathlib.Path,
+        resume: str = "auto",
+        callbacks: Sequence[Callback] = (),
+        quiet: bool = False,
+        devices: list[jax.Device] | None = None,
+        task: Task | None = None,
+        feedback: Feedback | None = None,
+        reducer: Reducer | None = None,
+        server_optimizer: optax.GradientTransformation | None = None,
+        transforms: Sequence[ClientTransform] = (),
+    ):
+        check_wandb(config)
+        self.config = _named(config, task, feedback, reducer)
+        self.callbacks, self.quiet = list(callbacks), quiet
+        self.bars = ProgressBars(quiet or not is_main_process())
+        aggregation = _own_aggregation(self.config, reducer, server_optimizer, transforms)
+        own = OwnParts(task, feedback, reducer, aggregation)
+        self.experiment: Experiment = build(self.config, devices, self.bars.stage_rows, own)
+        self.workdir = self._open_folder(str(workdir), resume)
+        self._checkpoints: Checkpoints | None = None
+        self.state: ServerState = self.experiment.initial_state()
+        self.line: dict[str, Any] | None = None  # the newest line of metrics.jsonl
+        self._logger: RunLogger | NullLogger | None = None
+        self._stopped = False
+        self._restore()
+
+    @property
+    def settings(self):
+        """The parsed config."""
+        return self.experiment.settings
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run folder's checkpoints, open for writing."""
+        if self._checkpoints is None:
+            keep, folder = self.settings.checkpoint, self.workdir / "checkpoints"
+            self._checkpoints = Checkpoints(folder, keep.keep_last, keep.keep_best)
+        return self._checkpoints
+
+    @property
+    def finished_rounds(self) -> int:
+        """Rounds behind this run."""
+        return int(self.state.round)
+
+    def __iter__(self) -> Iterator[Round]:
+        if not self._over():
+            release_after_compiling()
+            self._begin()
+            blocked, compiles = 0.0, Compiles()
+            while not self._over():
+                round = self._round(blocked, compiles)
+                blocked = self._save()
+                self.bars.round_done(round.metrics)
+                for callback in self.callbacks:
+                    callback.on_round_end(self, round)
+                yield round
+        self._end()
+
+    def train(self) -> dict[str, Any]:
+        """Runs all rounds that are left. Returns the summary, as in summary.json."""
+        for _ in self:
+            pass
+        return self.summary()
+
+    def stop(self) -> None:
+        """Ends the run after the round that is running."""
+        self._stopped = True
+
+    def evaluate(self, round: int | None = None) -> Accuracy:
+        """Measures held-out accuracy of the newest adapter, or of a saved round's.
+
+        Of a local-only run it is the mean over the clients' adapters.
+        Raises: UserError for a round without a checkpoint.
+        """
+        return self._accuracy(self._state_of(round).lora)
+
+    def save(self) -> None:
+        """Waits until the newest checkpoint is on disk."""
+        self.checkpoints.wait()
+
+    def export(
+        self,
+        folder: str | pathlib.Path,
+        merge: bool = False,
+        round: int | None = None,
+        client: int | None = None,
+    ) -> pathlib.Path:
+        """Writes the adapter as a PEFT folder, or with `merge` the whole model in Hugging Face's.
+
+        Args: round: a saved one (None: the newest state). client: whose adapter, of a local-only
+            run.
+        Raises: UserError where the folder is not empty.
+        """
+        write = export_model if merge else export_adapter
+        return write(self.experiment, self._state_of(round), folder, client)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the run so far: rounds, eval, seconds, tokens and bytes."""
+        from spear_jax.analysis import runs  # here, not above: pandas takes memory
+
+        return {"workdir": str(self.workdir), **runs.summarise(self.workdir)}
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes the logs; the run can still be iterated."""
+        self.bars.close()
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+            self._checkpoints = None
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Inside
+
+    def _open_folder(self, workdir: str, resume: str) -> pathlib.Path:
+        """The run folder: the first process makes or checks it and draws the split, the others come
+        after.
+        """
+        if is_main_process():
+            folder, _ = run_folder.open_workdir(workdir, self.config, resume)
+            write_split(self.experiment, folder)
+        barrier("run folder")
+        return run_folder.open_workdir(workdir, self.config, "auto")[0]
+
+    def _restore(self) -> None:
+        """Takes up the newest whole checkpoint."""
+        saved = self.checkpoints.restore(self.state)
+        if saved is not None:
+            self.state, meta = saved
+            self.line = meta["line"]
+            self.experiment.shapes.load(meta["shapes"])
+        # always placed alike, or the programs would compile again; a method's state stays on the
+        # host
+        on_devices = self.experiment.federation.on_devices
+        kept = self.state.algorithm_state
+        placed = on_devices(self.state.replace(algorithm_state={}))
+        self.state = placed.replace(algorithm_state=kept)
+
+    def _begin(self) -> None:
+        """Opens the logs; evaluates the base model where nothing has run yet."""
+        fresh = self.line is None
+        if self._logger is None:
+            self._logger = self._open_logger()
+        self.bars.begin(self.settings.rounds, self.finished_rounds)
+        if not fresh and is_main_process() and not self.quiet:
+            print(f"going on after round {self.finished_rounds}", file=sys.stderr)
+        for callback in self.callbacks:
+            callback.on_train_begin(self)
+        if fresh:
+            self.line = {"round": 0, "time": time.time()} | self._evaluated(0)
+            self._logger.write(self.line)
+            self._save()
+
+    def _open_logger(self) -> RunLogger | NullLogger:
+        if not is_main_process():
+            return NullLogger()
+        resumed = None if self.line is None else self.finished_rounds
+        wandb = WandbLogger(self.workdir, self.config) if self.settings.wandb else None
+        return RunLogger(self.workdir, resumed, self.line, wandb)
+
+    def _round(self, blocked: float, compiles: Compiles) -> Round:
+        """Runs a round and its evaluation, and logs both.
+
+        Args:
+            blocked: seconds that the previous round's checkpoint held the loop up (saving itself is
+                asynchronous).
+        """
+        began, experiment = time.perf_counter(), self.experiment
+        rounds = local_only if experiment.federation.local_only else whole_cohort
+        self.state, metrics, traces = rounds.run_round(
+            experiment.federation, self.state, BudgetUsed.read(self.line)
+        )
+        number = self.finished_rounds
+        if number == 2:
+            experiment.shapes.freeze()  # from here on batches are padded into shapes that exist
+        self.line = metrics
+        if is_due(self.settings, number) or self._over():
+            metrics |= self._evaluated(number)
+        metrics["time/checkpoint"] = blocked
+        metrics["time/round"] = time.perf_counter() - began
+        metrics["memory/peak_bytes"] = float(peak_bytes())
+        self.line = {"round": number, "time": time.time()} | metrics | compiles.take()
+        if self.settings.record_traces:
+            self._logger.traces(number, traces, experiment.federation.worker.renderer.pieces)
+        self._logger.write(self.line)
+        return Round(number, self.line, traces)
+
+    def _save(self) -> float:
+        """Starts a checkpoint. Returns the seconds that it held the loop up."""
+        began = time.perf_counter()
+        self.checkpoints.save(self.state, self.line, self.experiment.shapes.save())
+        return time.perf_counter() - began
+
+    def _over(self) -> bool:
+        """Whether the run is done: stopped, all its rounds, or its budget reached."""
+        budget, used = self.settings.budget, BudgetUsed.read(self.line or {})
+        reached = (budget.tokens and used.tokens >= budget.tokens) or (
+            budget.seconds and used.seconds >= budget.seconds
+        )
+        return self._stopped or bool(reached) or self.finished_rounds >= self.settings.rounds
+
+    def _end(self) -> None:
+        self.close()
+        if is_main_process():
+            summary = finish(self.workdir, self.quiet)
+            for callback in self.callbacks:
+                callback.on_train_end(self, summary)
+
+    def _state_of(self, round: int | None) -> ServerState:
+        if round is None or round == self.finished_rounds:
+            return self.state
+        self.checkpoints.wait()
+        return restore(self.experiment, self.workdir, round)[0]
+
+    def _accuracy(self, adapter: Any) -> Accuracy:
+        policies = self.experiment.policies(adapter)
+        return mean_accuracy([self.experiment.evaluator(policy) for policy in policies])
+
+    def _evaluated(self, number: int) -> dict[str, float]:
+        """Evaluates the newest adapter; returns its metrics by the contract's names."""
+        began = time.perf_counter()
+        policies = self.experiment.policies(self.state.lora)
+        found = [self.experiment.evaluator(policy) for policy in policies]
+        accuracy = float(np.mean([one.accuracy for one in found]))
+        metrics = accuracy_metrics(accuracy, found[0].count)
+        metrics["time/eval"] = time.perf_counter() - began
+        if found[0].nll is not None:
+            metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
+        for callback in self.callbacks:
+            callback.on_evaluate(self, mean_accuracy(found), number)
+        return metrics
+
+
+def load_run(workdir: str | pathlib.Path, **parts: Any) -> Run:
+    """Opens an existing run folder.
+
+    Args: parts: as for `Run`, for parts that were passed as objects.
+    Raises: UserError where there is none, and where its config no longer builds.
+    """
+    config = run_folder.read_run_config(pathlib.Path(workdir))
+    return Run(config, workdir, resume="must", **parts)
+
+
+def mean_accuracy(found: list[Accuracy]) -> Accuracy:
+    """Returns the mean over clients' adapters, rounded to whole answers; of one, itself."""
+    if len(found) == 1:
+        return found[0]
+    mean = round(sum(one.correct for one in found) / len(found))
+    return dataclasses.replace(found[0], correct=mean)
+
+
+def is_due(settings: Any, number: int) -> bool:
+    """Returns whether round `number` (from 1) is evaluated by its number; the last one is in any
+    case.
+    """
+    return number <= max(1, settings.eval.first_rounds) or number % settings.eval.every == 0
+
+
+def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
+    """Writes summary.json and accuracy.png and, unless quiet, prints a table."""
+    from spear_jax.analysis import runs  # here, not above: training does without pandas' memory
+
+    summary = runs.summarise(workdir)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    runs.plot_accuracy([workdir], workdir / "accuracy.png")
+    if not quiet:
+        print(runs.round_table(workdir))
+        print(f"figure: {workdir / 'accuracy.png'}   summary: {workdir / 'summary.json'}")
+    return {"workdir": str(workdir), **summary}
+
+
+def peak_bytes() -> int:
+    """Returns the peak memory of the first device; on a CPU, of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _named(
+    config: ml_collections.ConfigDict,
+    task: Task | None,
+    feedback: Feedback | None,
+    reducer: Reducer | None,
+) -> ml_collections.ConfigDict:
+    """A copy of the config that names the parts passed as objects, so that the folder tells."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        if task is not None:
+            config.task = task.name
+        if feedback is not None:
+            config.rollout.feedback = type(feedback).__name__
+        if reducer is not None:
+            config.federation.reducer = type(reducer).__name__
+    return config.lock()
+
+
+def _own_aggregation(
+    config: ml_collections.ConfigDict,
+    reducer: Reducer | None,
+    optimizer: optax.GradientTransformation | None,
+    transforms: Sequence[ClientTransform],
+) -> Aggregation | None:
+    """The aggregation where more of it than the reducer is passed as objects."""
+    if optimizer is None and not transforms:
+        return None
+    if config.federation.aggregation == "local":
+        raise UserError(
+            "federation.aggregation is local, which never aggregates; leave server_optimizer and "
+            "transforms out, or set config.federation.aggregation."
+        )
+    fed = config.federation
+    moved = (
+        from_optax(optimizer)
+        if optimizer is not None
+        else server_optimizer(fed.aggregation, fed.server_rate, fed.beta1, fed.beta2, fed.tau)
+    )
+    return Aggregation(find_reducer(reducer or fed.reducer), moved, tuple(transforms))
