@@ -1,4 +1,4 @@
-"""Times the phases of a round, and tells how far each is from what this machine can do.
+"""Times the phases of a round, against what this machine can do at best.
 
 Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows
 are random tokens of real lengths, and every completion has exactly the preset's number of new

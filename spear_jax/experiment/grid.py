@@ -8,7 +8,6 @@ import importlib.metadata
 import logging
 import os
 import pathlib
-import pkgutil
 import platform
 import sys
 import traceback
@@ -18,7 +17,6 @@ from typing import Any
 import ml_collections
 import tqdm
 
-import configs
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.core.versions import PACKAGES
@@ -28,8 +26,6 @@ from spear_jax.experiment.processes import ask
 from spear_jax.experiment.run_logger import on_terminal
 from spear_jax.experiment.wandb_logger import check_wandb
 
-NO_METHODS = ("common", "from_yaml", "pretrain", "quickstart")
-
 
 @dataclasses.dataclass(frozen=True)
 class GridRow:
@@ -37,11 +33,6 @@ class GridRow:
 
     label: str
     configs: dict[int, ml_collections.ConfigDict]
-
-
-def known_methods() -> list[str]:
-    """The names of configs/<method>.py."""
-    return [name for _, name, _ in pkgutil.iter_modules(configs.__path__) if name not in NO_METHODS]
 
 
 def read_seeds(text: str) -> list[int]:
