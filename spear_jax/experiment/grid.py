@@ -22,7 +22,6 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.versions import PACKAGES
 from spear_jax.experiment import builder, loop, processes, run_folder
 from spear_jax.experiment.dry_run import write_split
-from spear_jax.experiment.processes import ask
 from spear_jax.experiment.run_logger import on_terminal
 from spear_jax.experiment.wandb_logger import check_wandb
 
@@ -89,7 +88,7 @@ def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
         return {}
     for row in rows:
         check_wandb(next(iter(row.configs.values())))
-    found = ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
+    found = processes.ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
     if isinstance(found, UserError):
         raise found
     return found
