@@ -228,7 +228,7 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     steps. Returns the base.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.rate, 100, config.steps, 0.05 * config.rate
+        0.0, config.rate, WARMUP, config.steps, 0.05 * config.rate
     )
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
@@ -283,6 +283,8 @@ def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
     return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
 
 
+WARMUP = 100  # steps in which the learning rate rises
+
 EXAMPLES = """
     python -m spear_jax.pretrain --config=pretrain --out=models/tiny
     python -m spear_jax.pretrain --config=pretrain --config.steps=200 --out=models/try
@@ -298,7 +300,7 @@ def recipe(arg: str = "") -> ml_collections.ConfigDict:
     config.width = 128  # model width; heads are 32 wide
     config.layers = 4
     config.vocab_size = 2048  # upper bound of the tokenizer's size
-    config.rate = 2e-3  # peak learning rate, cosine decay after 100 warm-up steps
+    config.rate = 2e-3  # peak learning rate, cosine decay after WARMUP steps
     config.copy_steps = 600  # steps on looking options up, before the tasks come in
     config.steps = 2000  # all steps
     config.start_from = ""  # a folder of an earlier pretraining to go on from
@@ -311,6 +313,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", required=True, help="the model folder to write")
     args, rest = parser.parse_known_args(argv)
     config = command_line.read_config(rest, default="pretrain", named={"pretrain": recipe})
+    if config.steps <= WARMUP:
+        raise UserError(
+            f"steps is {config.steps}; it must exceed the {WARMUP} steps in which the learning rate "
+            f"rises. Set --config.steps."
+        )
     return pretrain(config, args.out)
 
 

@@ -1,13 +1,12 @@
-"""Models and tasks that all methods' configs share: a method's config is the task's, with the
-method's name and its own numbers.
+"""Models and tasks that all methods' configs share: a method's config is the task's, with the method's
+name and its own numbers.
 
 A preset has a name and an argument, as in `--config=spear:facts,tiny`. The argument of a method is
-"<task>,<model>[,variant...]". Tasks: arc_challenge,
-arc_easy, hellaswag, math_mcqa, strategy_qa, facts and reasoned (embedded), gsm8k, ultrachat.
-Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m, tiny (embedded; what the two embedded tasks need).
-Variants: reference (the method's published code, defects included, where it has one), cpu (real
-questions and a small real model on two cores), small (the embedded tasks at the size that `compare`
-is documented with).
+"<task>,<model>[,variant...]". Tasks: arc_challenge, arc_easy, hellaswag, math_mcqa, strategy_qa,
+facts and reasoned (embedded), gsm8k, ultrachat. Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m,
+tiny (embedded; what the two embedded tasks need). Variants: reference (the method's published code,
+defects included, where it has one), cpu (real questions and a small real model on two cores), small
+(the embedded tasks at the size that `compare` is documented with).
 """
 
 import functools

@@ -126,12 +126,14 @@ def test_pretrain_takes_its_recipe_by_name_from_a_file_and_by_default(monkeypatc
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(pretrain, "pretrain", lambda config, out: config.to_dict())
     found = [
-        pretrain.main([*config, "--config.steps=7", "--out=x"])
+        pretrain.main([*config, "--config.steps=170", "--out=x"])
         for config in ([], ["--config=pretrain"], ["--config=configs/pretrain.py"])
     ]
-    assert found[0] == found[1] == found[2] == {**pretrain.recipe().to_dict(), "steps": 7}
+    assert found[0] == found[1] == found[2] == {**pretrain.recipe().to_dict(), "steps": 170}
     with pytest.raises(UserError, match="no config 'spear'.* Presets: pretrain"):
         pretrain.main(["--config=spear:facts,tiny", "--out=x"])
+    with pytest.raises(UserError, match="steps is 100; it must exceed the 100 steps"):
+        pretrain.main(["--config.steps=100", "--out=x"])
     with pytest.raises(UserError, match="takes no argument, got 'large'"):
         pretrain.main(["--config=pretrain:large", "--out=x"])
 

@@ -120,8 +120,6 @@ def test_a_command_is_one_that_its_program_takes(monkeypatch, tmp_path, where, w
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "published.yaml").write_text("fl: {rounds: 50, clients_per_round: 3}\n")
     words = [PUBLISHED.sub(str(tmp_path / "published.yaml"), word) for word in words]
-    if words[0] == "spear-jax":  # the console script is the module
-        words = ["python", "-m", f"spear_jax.{words[1]}", *words[2:]]
     if words[:2] == ["python", "-m"] and words[2].startswith("spear_jax."):
         check_program(monkeypatch, words[2].removeprefix("spear_jax."), words[3:])
     elif words[0] == "python" and words[1].startswith("launch/"):
@@ -301,8 +299,5 @@ def test_the_reference_is_built_from_the_docstrings_without_a_warning(tmp_path):
 
 
 def test_own_code_that_is_missing_is_a_mistake_of_one_line():
-    config = command_line.read_config(
-        ["--config=configs/quickstart.py", "--config.imports=no_such_module"]
-    )
     with pytest.raises(UserError, match="no_such_module.*PYTHONPATH"):
-        builder.build(config, jax.devices()[:1])
+        command_line.read_config(["--config=quickstart", "--config.imports=no_such_module"])
