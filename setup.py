@@ -1,4 +1,4 @@
-"""Package metadata. `pip install -e .` for use, `.[test]` for the tests; see README.md."""
+"""Package metadata. `pip install -e .` for use, `.[test]` for the tests; see CONTRIBUTING.md."""
 
 import pathlib
 
@@ -8,14 +8,34 @@ root = pathlib.Path(__file__).parent
 
 setup(
     name="spear-jax",
-    version="0.10.0",
+    version="0.11.0",
     description="Federated self-play fine-tuning of language models from feedback, in JAX",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The spear_jax authors",
+    keywords="federated learning, language models, LoRA, feedback, self-play, JAX",
+    project_urls={"Paper": "https://arxiv.org/abs/2605.07977"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA :: 12",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["spear_jax", "spear_jax.*", "configs"]),
-    package_data={"spear_jax": ["assets/tiny/*", "reports/*.html"]},
+    # configs/ stays in the repository: presets are found by name, spear_jax/experiment/presets.py
+    packages=find_packages(include=["spear_jax", "spear_jax.*"]),
+    package_data={"spear_jax": ["py.typed", "assets/tiny/*", "analysis/report/*.html"]},
+    entry_points={"console_scripts": ["spear-jax = spear_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.14",
@@ -48,6 +68,8 @@ setup(
             "nbconvert>=7,<8",  # notebooks, executed by its nbclient
             "ipykernel>=6,<8",
             "pdoc>=15,<17",  # the API reference
+            "setuptools>=70.1",  # with wheel: the test of the wheel builds one
+            "wheel>=0.43",
         ],
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too

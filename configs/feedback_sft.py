@@ -1,13 +1,13 @@
-"""Feedback-SFT: SPEAR's rollout, its wins alone; the paper's tasks and models, and the embedded
-tasks.
+"""Feedback-SFT: SPEAR's rollout, its wins alone.
 
-    python -m spear_jax.train --config=configs/feedback_sft.py:arc_challenge,qwen2.5-1.5b
-    --workdir=runs/feedback_sft-arc python -m spear_jax.train
-    --config=configs/feedback_sft.py:facts,tiny --workdir=runs/feedback_sft
+    python -m spear_jax.train --config=configs/feedback_sft.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc-feedback_sft
+    python -m spear_jax.train --config=configs/feedback_sft.py:facts,tiny --workdir=runs/facts-feedback_sft
 
-Settings: the published settings are SPEAR's, batch for batch. Tasks, models and variants: see
-configs/common.py. Cost and result of the paper's sizes: not measured. Of the embedded task: see the
-README.
+The published settings are SPEAR's, batch for batch. Cost and result of the paper's sizes: not
+measured. Of the embedded task: see the README.
+
+The same without this file: --config=feedback_sft:arc_challenge,qwen2.5-1.5b.
+spear_jax/experiment/presets.py has the tasks, models and variants.
 """
 
 import ml_collections

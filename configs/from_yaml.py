@@ -1,24 +1,22 @@
-"""A YAML file of the code published with SPEAR (arXiv 2605.07977), unchanged, as a config.
+"""A YAML file of the code published with SPEAR (arXiv 2605.07977), unchanged.
 
-    python -m spear_jax.train --config=configs/from_yaml.py:arc_challenge_qwen1.5b_spear.yaml
-    --workdir=runs/arc python -m spear_jax.train
-    --config=configs/from_yaml.py:arc_challenge_qwen1.5b_spear.yaml,reference \\
+    python -m spear_jax.train --config=configs/from_yaml.py:arc_challenge_qwen1.5b_spear.yaml --workdir=runs/arc
+    python -m spear_jax.train --config=configs/from_yaml.py:arc_challenge_qwen1.5b_spear.yaml,reference \\
         --workdir=runs/arc-reference
 
-Every key is mapped, without effect here, or refused with the reason: docs/from-published-code.md
-has the table. The published faults are fixed; ",reference" repeats them.
+Every key is mapped, without effect here, or refused with the reason. The published faults are
+fixed; the variant reference repeats them. Reaches and costs what the file's own settings do: not
+measured.
+
+The same without this file: --config=from_yaml:PATH.yaml. spear_jax/experiment/published/keys.py has
+every key.
 """
 
 import ml_collections
 
-from spear_jax.published.yaml_config import config_of
+from spear_jax.experiment.published import yaml_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Args: arg: "PATH.yaml" or "PATH.yaml,reference"."""
-    path, comma, variant = arg.rpartition(",")
-    return (
-        config_of(path, variant)
-        if comma and not variant.endswith((".yaml", ".yml"))
-        else config_of(arg)
-    )
+    return yaml_config.from_argument(arg)

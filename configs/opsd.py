@@ -1,13 +1,14 @@
-"""OPSD, on-policy self-distillation from a teacher that has read the answer, for every task and
-model.
+"""OPSD: on-policy self-distillation from a teacher that has read the answer.
 
-    python -m spear_jax.train --config=configs/opsd.py:arc_challenge,qwen2.5-1.5b
-    --workdir=runs/opsd-arc python -m spear_jax.train --config=configs/opsd.py:facts,tiny
-    --workdir=runs/opsd
+    python -m spear_jax.train --config=configs/opsd.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc-opsd
+    python -m spear_jax.train --config=configs/opsd.py:facts,tiny --workdir=runs/facts-opsd
 
-Settings: default is the official code's divergence, ',reference' the baseline published with SPEAR;
-batches are SPEAR's. Tasks, models and variants: see configs/common.py. Cost and result of the
-paper's sizes: not measured. Of the embedded task: see the README.
+The default is the official code's divergence; the variant reference is the baseline published with
+SPEAR. Batches are SPEAR's. Cost and result of the paper's sizes: not measured. Of the embedded
+task: see the README.
+
+The same without this file: --config=opsd:arc_challenge,qwen2.5-1.5b.
+spear_jax/experiment/presets.py has the tasks, models and variants.
 """
 
 import ml_collections

@@ -1,13 +1,13 @@
-"""RLTF-SD: reinforcement learning from text feedback with self-distillation, for every task and
-model.
+"""RLTF-SD: reinforcement learning from text feedback with self-distillation.
 
-    python -m spear_jax.train --config=configs/rltf_sd.py:arc_challenge,qwen2.5-1.5b
-    --workdir=runs/rltf_sd-arc python -m spear_jax.train --config=configs/rltf_sd.py:facts,tiny
-    --workdir=runs/rltf_sd
+    python -m spear_jax.train --config=configs/rltf_sd.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc-rltf_sd
+    python -m spear_jax.train --config=configs/rltf_sd.py:facts,tiny --workdir=runs/facts-rltf_sd
 
-Settings: 4 samples a prompt (ARC, HellaSwag) or 2, as the baseline published with SPEAR. Tasks,
-models and variants: see configs/common.py. Cost and result of the paper's sizes: not measured. Of
-the embedded task: see the README.
+4 samples a prompt (ARC, HellaSwag) or 2, as the baseline published with SPEAR. Cost and result of
+the paper's sizes: not measured. Of the embedded task: see the README.
+
+The same without this file: --config=rltf_sd:arc_challenge,qwen2.5-1.5b.
+spear_jax/experiment/presets.py has the tasks, models and variants.
 """
 
 import ml_collections

@@ -1,12 +1,13 @@
-"""SFT on gold responses, a privileged upper reference; the paper's tasks and models, and the
-embedded tasks.
+"""SFT on gold responses, a privileged upper reference.
 
-    python -m spear_jax.train --config=configs/sft.py:arc_challenge,qwen2.5-1.5b
-    --workdir=runs/sft-arc python -m spear_jax.train --config=configs/sft.py:facts,tiny
-    --workdir=runs/sft
+    python -m spear_jax.train --config=configs/sft.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc-sft
+    python -m spear_jax.train --config=configs/sft.py:facts,tiny --workdir=runs/facts-sft
 
-Settings: learning rates are SPEAR's. Tasks, models and variants: see configs/common.py. Cost and
-result of the paper's sizes: not measured. Of the embedded task: see the README.
+Learning rates are SPEAR's. Cost and result of the paper's sizes: not measured. Of the embedded
+task: see the README.
+
+The same without this file: --config=sft:arc_challenge,qwen2.5-1.5b. spear_jax/experiment/presets.py
+has the tasks, models and variants.
 """
 
 import ml_collections

@@ -30,8 +30,10 @@ check_train() { # check_train ARGUMENT...: those of train, which then checks the
       *) fail "unknown argument '$flag'; run with --help. A flag of train is written --flag=VALUE, a config field --config.NAME=VALUE." ;;
     esac
   done
-  [ -n "$config" ] || fail "no config: give --config=FILE[:ARG], for example --config=configs/quickstart.py."
-  [ -f "${config%%:*}" ] || fail "no config file '${config%%:*}'; give --config=FILE[:ARG], for example --config=configs/quickstart.py."
+  [ -n "$config" ] || fail "no config: give --config=NAME[:ARG], for example --config=quickstart, or --config=FILE.py[:ARG]."
+  case ${config%%:*} in
+    */* | *.py) [ -f "${config%%:*}" ] || fail "no config file '${config%%:*}'; give --config=FILE.py[:ARG], or a preset, for example --config=quickstart." ;;
+  esac # a preset's name is checked by train
   [ -n "$workdir" ] || fail "no run folder: give --workdir=DIR."
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on this machine: one process with all its GPUs, with some of them, or with the CPU.
-#   bash launch/local.sh [--gpus=LIST | --cpu] [--dry-run] --config=FILE[:ARG] --workdir=DIR [flags of train]
-#   bash launch/local.sh --gpus=0,1 --config=configs/spear.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc
+#   bash launch/local.sh [--gpus=LIST | --cpu] [--dry-run] --config=NAME[:ARG] --workdir=DIR [flags of train]
+#   bash launch/local.sh --gpus=0,1 --config=spear:arc_challenge,qwen2.5-1.5b --workdir=runs/arc
 #   --gpus=LIST   the GPUs with these numbers (default: all that JAX finds)
 #   --cpu         no GPU
 #   --dry-run     print the command, run nothing

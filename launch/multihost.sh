@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One run of several processes, started by hand: all of them on this machine, or one of them on each of several hosts.
-#   bash launch/multihost.sh --processes=N [--gpus=LIST | --cpu] [--dry-run] --config=FILE[:ARG] --workdir=DIR [flags of train]
+#   bash launch/multihost.sh --processes=N [--gpus=LIST | --cpu] [--dry-run] --config=NAME[:ARG] --workdir=DIR [flags of train]
 #   bash launch/multihost.sh --processes=N --number=I --address=HOST:PORT [...] --config=... --workdir=SHARED/DIR
 #   --processes=N         how many processes there are in all
 #   --number=I            start process I alone, from 0; do so on every host, with the same other arguments

@@ -19,18 +19,15 @@ share the cores: compare them within one command only.
 """
 
 import math
-import os
-import pathlib
 from typing import Any
 
 import pandas as pd
 
-import configs
-from spear_jax import sweep
+from spear_jax.algorithms import ALGORITHMS
 from spear_jax.analysis import sweeps
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.experiment import command_line
-from spear_jax.experiment.grid import known_methods, read_seeds
+from spear_jax.experiment import command_line, sweep
+from spear_jax.experiment.grid import read_seeds
 
 EXAMPLES = """
     python launch/sweep_clients.py --workdir=runs/clients --jobs=2
@@ -71,7 +68,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument(
         "--method",
         default="spear,feedback_sft",
-        help="names of configs/<method>.py (default: %(default)s)",
+        help="names of methods (default: %(default)s)",
     )
     parser.add_argument(
         "--task", default="facts,tiny,small", help="TASK,MODEL[,VARIANT...] (default: %(default)s)"
@@ -96,6 +93,7 @@ def make_settings(
         read_seeds(args.seeds),
         [f"--config.{name}={value}" for name, value in SETTING.items()],
     )
+    command_line.import_named(overrides)
     settings: list[sweep.Setting] = []
     for count in counts:
         points = sweep.product(
@@ -118,11 +116,10 @@ def make_settings(
 
 
 def source(method: str, task: str) -> str:
-    """FILE:ARG of a method's config."""
-    if method not in known_methods():
-        raise unknown("method", method, known_methods())
-    file = pathlib.Path(configs.__file__).parent / f"{method}.py"
-    return f"{os.path.relpath(file)}:{task}"
+    """NAME:ARG of a method's preset."""
+    if method not in ALGORITHMS:
+        raise unknown("method", method, ALGORITHMS)
+    return f"{method}:{task}"
 
 
 def read_count(text: str) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM or on all workers of a pod slice: copies the committed tree there, then starts train on every worker.
 #   bash launch/tpu_pod.sh --name=TPU --zone=ZONE [--project=P] [--folder=DIR] [--no-copy] [--dry-run] \
-#       --config=FILE[:ARG] --workdir=/SHARED/DIR [flags of train]
+#       --config=NAME[:ARG] --workdir=/SHARED/DIR [flags of train]
 #   --name=TPU      of the TPU VM, which exists already (gcloud compute tpus tpu-vm create, or a queued resource)
 #   --zone=ZONE     for example us-central2-b
 #   --project=P     default: gcloud's own

@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
 
 # transformers is used for tokenizers only, and would remark on every start that PyTorch is absent.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,9 +1,9 @@
-"""Methods side by side on an equal budget: one table and one figure; stopped, it goes on where it
-was.
+"""Trains methods side by side on an equal budget: one table, one figure.
 
-Each method takes its configs/<method>.py. A cell is a method and a seed, an ordinary run folder
-WORKDIR/<label>/seed<k>. Nothing starts before every config has been checked. --config.a.b=VALUE
-changes a field for all methods; a --variant is one more row, a method with fields of its own. Every
+Each method takes its preset. A cell is a method and a seed, an ordinary run folder
+WORKDIR/<label>/seed<k>. Nothing starts before every config has been checked. A stopped comparison
+goes on where it was. --config.a.b=VALUE changes a field for all methods; a --variant is one more
+row, a method with fields of its own. --config.imports=MODULE brings in a method of your own. Every
 worker of --jobs has its own share of the cores; on an accelerator leave it at 1.
 
 A run ends with the first round at whose end the budget is used up, or at config.rounds.
@@ -11,7 +11,6 @@ A run ends with the first round at whose end the budget is used up, or at config
 
 import argparse
 import dataclasses
-import importlib
 import pathlib
 import re
 import sys
@@ -19,14 +18,14 @@ from typing import Any
 
 import pandas as pd
 
+from spear_jax.algorithms import ALGORITHMS
 from spear_jax.analysis import comparison, runs
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.experiment import command_line
+from spear_jax.experiment import command_line, presets
 from spear_jax.experiment.grid import (
     GridRow,
     check_folder,
     check_rows,
-    known_methods,
     machine,
     read_seeds,
     run,
@@ -53,9 +52,7 @@ class Entry(GridRow):
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("compare", __doc__, EXAMPLES)
-    parser.add_argument(
-        "--methods", required=True, help="names of configs/<method>.py, separated by commas"
-    )
+    parser.add_argument("--methods", required=True, help="names of methods, separated by commas")
     parser.add_argument(
         "--task", required=True, help="TASK[,MODEL[,VARIANT...]]; the model is tiny where not given"
     )
@@ -134,15 +131,15 @@ def read_entries(
         rows.append(
             (label, method, [f"--config.{field}" for field in re.split(r",(?=[\w.]+=)", fields)])
         )
-    known = known_methods()
+    command_line.import_named(overrides)
     arg, fixed = (
         args.task if "," in args.task else f"{args.task},tiny",
         ("seed", BUDGETS[budget["kind"]]),
     )
     entries: list[Entry] = []
     for label, method, own in rows:
-        if method not in known:
-            raise unknown("method", method, known)
+        if method not in ALGORITHMS:
+            raise unknown("method", method, ALGORITHMS)
         if not re.fullmatch(r"\w[\w.+-]*", label) or any(entry.label == label for entry in entries):
             raise UserError(
                 f"the label {label!r} is taken, or no folder name; give each row one of its own, "
@@ -153,7 +150,7 @@ def read_entries(
                 raise UserError(f"--config.{name} is what --seeds and --budget set; leave it out.")
         made = {}
         for seed in seeds:
-            config = importlib.import_module(f"configs.{method}").get_config(arg)
+            config = presets.method_config(method, arg)
             made[seed] = command_line.apply_overrides(config, overrides + own)
             made[seed].update_from_flattened_dict(
                 {"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]}

@@ -1,5 +1,7 @@
-"""Devices, versions, optional packages, caches, and a self-test of about ten seconds: one
-evaluation, one federated round.
+"""Shows devices, versions and caches, and runs a self-test of ten seconds.
+
+The self-test builds the embedded experiment, evaluates it, and runs one small federated round.
+Optional packages are named with what they are for.
 """
 
 import importlib.metadata
@@ -11,10 +13,9 @@ from typing import Any
 
 import jax
 
-from configs import quickstart
 from spear_jax.core.compilation import compilation_cache_folder
 from spear_jax.core.versions import PACKAGES
-from spear_jax.experiment import builder, command_line
+from spear_jax.experiment import builder, command_line, presets
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models import cost_model
@@ -120,7 +121,7 @@ def self_test() -> dict[str, float]:
     """Seconds for building, evaluating and running one small round of the embedded experiment,
     compilation included.
     """
-    config = quickstart.get_config()
+    config = presets.quickstart()
     config.update_from_flattened_dict(
         {
             "federation.clients_per_round": 2,

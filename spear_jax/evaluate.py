@@ -1,5 +1,6 @@
-"""Accuracy with its 95 % confidence interval: of a run's checkpoint, or of a model with or without
-a PEFT adapter.
+"""Measures accuracy with its 95 % confidence interval.
+
+Of a run's checkpoint, or of a model with or without a PEFT adapter.
 """
 
 import argparse

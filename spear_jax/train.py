@@ -1,7 +1,8 @@
-"""Runs or continues an experiment: rounds of rollout, local training and aggregation, evaluated and
-checkpointed.
+"""Runs or continues an experiment.
 
-The experiment is --config=FILE[:ARG]; --config.a.b=VALUE changes one of its fields.
+A round is rollout, local training and aggregation; it is evaluated and checkpointed. The experiment
+is a preset, --config=NAME[:ARG], or a file of your own, --config=FILE.py[:ARG];
+--config.a.b=VALUE changes one of its fields.
 
 The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json
 and, at the end, summary.json and figures.
@@ -20,9 +21,10 @@ from spear_jax.experiment.run import Run
 from spear_jax.experiment.wandb_logger import check_wandb
 
 EXAMPLES = """
-    python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
-    python -m spear_jax.train --config=configs/spear.py:arc_challenge,qwen2.5-1.5b --workdir=runs/arc --config.seed=43
-    python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/try --dry-run
+    python -m spear_jax.train --config=quickstart --workdir=runs/quickstart
+    python -m spear_jax.train --config=spear:arc_challenge,qwen2.5-1.5b --workdir=runs/arc --config.seed=43
+    python -m spear_jax.train --config=experiments/mine.py --workdir=runs/mine
+    python -m spear_jax.train --config=quickstart --workdir=runs/try --dry-run
 """
 
 

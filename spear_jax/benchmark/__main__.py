@@ -1,4 +1,4 @@
-"""Times the phases of a round, and tells how far each is from what this machine can do.
+"""Times the phases of a round, against what this machine can do at best.
 
 Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows
 are random tokens of real lengths, and every completion has exactly the preset's number of new
@@ -10,20 +10,25 @@ once) at the machine's measured ceilings.
 
 --clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an
 experiment's sizes. Other jobs on the machine distort all of it.
+
+With --out the result is written after every phase or cohort size; its "done" and "left" say which
+are in it. A benchmark that is stopped leaves what it had.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import os
+import pathlib
+from collections.abc import Iterator
 from typing import Any
 
-import tqdm
-
 from spear_jax.benchmark import machine, rival, side, workload
+from spear_jax.benchmark.progress import Progress
 from spear_jax.benchmark.workload import PHASES, Preset, Workload
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.experiment.processes import Peer, ask
+from spear_jax.experiment import processes
+from spear_jax.experiment.processes import Peer
 
 # Both sides' processes import this file, and JAX's memory must not count as the rival's: what
 # imports JAX is imported inside.
@@ -31,9 +36,10 @@ from spear_jax.experiment.processes import Peer, ask
 EXAMPLES = """
     python -m spear_jax.benchmark --preset=tiny
     python -m spear_jax.benchmark --preset=smollm2-135m --against=hf --repeats=5 --out=runs/speed.json
+    python -m spear_jax.benchmark --preset=smollm2-135m --phases=rollout,local_step --repeats=1
     python -m spear_jax.benchmark --preset=qwen2.5-1.5b --against=hf --phases=rollout,local_step
     python -m spear_jax.benchmark --preset=tiny --clients=1,3,10,30,100,300,1000 --out=runs/clients.json
-    python -m spear_jax.benchmark --config=configs/spear.py:arc_challenge,smollm2-135m,cpu
+    python -m spear_jax.benchmark --config=spear:arc_challenge,smollm2-135m,cpu
 """
 # For both sides' processes. The rival needs room on the same GPU. Its threads are to sleep while
 # they wait: where anything else runs on the cores, spinning made its steps up to fifty times
@@ -57,27 +63,42 @@ def main(argv: list[str]) -> dict[str, Any]:
         rival.require()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    found = ask(machine.measure, None)
+    found = processes.ask(machine.measure, None)
     work = workload.make_workload(preset, found["platform"])
     check_memory(preset.name, floors.memory_needed(work, bool(args.against)), found)
     result = describe(args, preset, found)
-    if cohorts:
-        result["cohorts"] = run_cohorts(work, cohorts, args.repeats, args.quiet)
-    else:
-        sides = ("ours", "rival") if args.against else ("ours",)
-        answers = run_phases(work, phases, sides, args.repeats, args.quiet)
-        result["phases"] = {
-            phase: report.tell(phase, measured, work, found) for phase, measured in answers.items()
-        }
-        if args.against:
-            result["ratios"] = {
-                name: result["phases"][name]["ratio"] for name in RATIOS if name in answers
-            }
+    parts: list[Any] = cohorts or phases
+    result |= {"done": [], "left": parts, "cohorts" if cohorts else "phases": [] if cohorts else {}}
+    if args.against:
+        result["ratios"] = {}
+    sides = ("ours", "rival") if args.against else ("ours",)
+    try:
+        if cohorts:
+            for measured in run_cohorts(work, cohorts, args.repeats, args.quiet):
+                result["cohorts"].append(measured)
+                keep(result, out)
+        else:
+            for phase, answers in run_phases(work, phases, sides, args.repeats, args.quiet):
+                entry = result["phases"][phase] = report.tell(phase, answers, work, found)
+                if args.against and phase in RATIOS:
+                    result["ratios"][phase] = entry["ratio"]
+                keep(result, out)
+    except KeyboardInterrupt:
+        done = ", ".join(map(str, result["done"])) or "nothing"
+        where = f"{out} has {done}" if out else "nothing is kept without --out"
+        raise KeyboardInterrupt(f"stopped; {where}") from None
     if not args.quiet:
         print(report.table(result).to_string(index=False))
+    return result
+
+
+def keep(result: dict[str, Any], out: pathlib.Path | None) -> None:
+    """Counts the next of result["left"] as done, and writes what there is so far."""
+    from spear_jax.benchmark import report
+
+    result["done"], result["left"] = [*result["done"], result["left"][0]], result["left"][1:]
     if out:
         report.write(result, out)
-    return result
 
 
 def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -183,47 +204,51 @@ def check_memory(name: str, needed: int, found: dict[str, Any]) -> None:
 
 def run_phases(
     work: Workload, phases: list[str], sides: tuple[str, ...], repeats: int, quiet: bool
-) -> dict[str, dict]:
-    """{phase: {side: its answers, the first call's first}}; the sides take turns.
+) -> Iterator[tuple[str, dict[str, list]]]:
+    """Yields each phase with {side: its answers, the first call's first}; the sides take turns.
 
     A phase has processes of its own: programs that other phases compiled are not its memory, and a
     GPU's high-water mark cannot be reset.
     """
     from spear_jax.experiment.run_logger import on_terminal
 
-    found: dict[str, dict[str, list]] = {phase: {name: [] for name in sides} for phase in phases}
-    total = len(phases) * len(sides) * (repeats + 1)
-    with tqdm.tqdm(total=total, disable=not on_terminal(quiet)) as bar:
+    calls = len(sides) * (repeats + 1)
+    # every call of a phase settles first, so that phases take about as long as one another
+    progress = Progress(dict.fromkeys(phases, 1.0), calls, on_terminal(quiet), quiet)
+    with contextlib.closing(progress):
         for phase in phases:
+            found: dict[str, list] = {name: [] for name in sides}
             with contextlib.ExitStack() as stack:
                 peers = {name: stack.enter_context(Peer(side.serve, name, work)) for name in sides}
                 for _ in range(repeats + 1):
                     for name, peer in peers.items():
-                        bar.set_description(f"{phase}, {name}")
-                        found[phase][name].append(peer.ask((phase,)))
-                        bar.update(1)
-    return found
+                        progress.call(f"{phase}, {name}")
+                        found[name].append(peer.ask((phase,)))
+                        progress.called()
+            progress.ended(phase)
+            yield phase, found
 
 
 def run_cohorts(
     work: Workload, cohorts: list[int], repeats: int, quiet: bool
-) -> list[dict[str, Any]]:
-    """Local training and aggregation by cohort size, all in one process."""
+) -> Iterator[dict[str, Any]]:
+    """Yields local training and aggregation by cohort size, all in one process."""
     from spear_jax.benchmark import report
     from spear_jax.experiment.run_logger import on_terminal
 
-    found = []
-    with Peer(side.serve, "ours", work) as peer:
-        for size in tqdm.tqdm(cohorts, desc="cohorts", disable=not on_terminal(quiet)):
-            measured = report.summarise([peer.ask(("cohort", size)) for _ in range(repeats + 1)])
-            found.append(
-                {
-                    "clients": size,
-                    "seconds_per_client": measured["seconds"]["median"] / size,
-                    **measured,
-                }
-            )
-    return found
+    sizes = {f"{size} clients": float(size) for size in cohorts}
+    progress = Progress(sizes, repeats + 1, on_terminal(quiet), quiet)
+    with contextlib.closing(progress), Peer(side.serve, "ours", work) as peer:
+        for size, name in zip(cohorts, sizes, strict=True):
+            progress.call(name)
+            answers = []
+            for _ in range(repeats + 1):
+                answers.append(peer.ask(("cohort", size)))
+                progress.called()
+            progress.ended(name)
+            measured = report.summarise(answers)
+            per_client = measured["seconds"]["median"] / size
+            yield {"clients": size, "seconds_per_client": per_client, **measured}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ and the clients' figure.
 """
 
 import json
+import os
 import pathlib
 import statistics
 from typing import Any
@@ -131,17 +132,25 @@ def _number(seconds: float) -> str:
 
 
 def write(result: dict[str, Any], out: pathlib.Path) -> None:
-    """The JSON file, the table beside it, and the figure where cohorts were measured; names them in
-    result["files"].
+    """Writes the JSON file, the table beside it, and the figure once all cohorts are measured; names
+    them in result["files"].
+
+    Each file is replaced whole, so that one from before is there until the new one is.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out, out.with_suffix(".md")]
-    files[1].write_text(to_markdown(table(result)))
-    if "cohorts" in result:
+    _replace(files[1], to_markdown(table(result)))
+    if "cohorts" in result and not result["left"]:
         files += [out.with_suffix(".png"), out.with_suffix(".svg")]
         plot_cohorts(result, files[2:])
     result["files"] = [file.name for file in files]
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    _replace(out, json.dumps(result, indent=1) + "\n")
+
+
+def _replace(file: pathlib.Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
 def plot_cohorts(result: dict[str, Any], files: list[pathlib.Path]) -> None:

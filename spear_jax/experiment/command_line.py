@@ -9,17 +9,20 @@ import os
 import pathlib
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from spear_jax.core.errors import UserError, unknown
-from spear_jax.experiment.config import flatten
+from spear_jax.core.errors import UserError, nearest, unknown
+from spear_jax.experiment import presets
+from spear_jax.experiment.config import flatten, import_own
 
 FIELDS = "Config fields are --config.NAME=VALUE."
+MODULE = "python -m spear_jax."  # how examples are written; shown as the user started the command
+STOPPED = "stopped; what was finished is kept, and the same command goes on from there"
 
 
 def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = None) -> NoReturn:
@@ -43,11 +46,8 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "stopped; what was finished is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
+    except KeyboardInterrupt as stop:
+        print(str(stop) or STOPPED, file=sys.stderr)
         sys.exit(130)
     print(json.dumps(result), flush=True)
     sys.exit(1 if "failed" in result and result["failed"] else 0)
@@ -56,11 +56,19 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
 def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:
     """An argument parser whose --help shows the module's docstring and examples; flags are never
     abbreviated.
+
+    Args:
+        program: the command's name.
+        examples: commands that begin with `MODULE`; --help shows them as the user started this one,
+            for example with "spear-jax ".
     """
+    # `spear_jax.__main__` leaves what was typed there, "spear-jax train"
+    typed = sys.argv[0].removesuffix(program) if sys.argv[0].endswith(f" {program}") else MODULE
+    shown = textwrap.dedent(examples).strip().replace(MODULE, typed)
     return argparse.ArgumentParser(
-        prog=f"python -m spear_jax.{program}",
+        prog=f"{typed}{program}",
         description=doc,
-        epilog=f"examples:\n{textwrap.indent(textwrap.dedent(examples).strip(), '  ')}",
+        epilog=f"examples:\n{textwrap.indent(shown, '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -89,31 +97,73 @@ def go_offline(asked: bool) -> None:
             sys.modules[name].HF_HUB_OFFLINE = True
 
 
-def read_config(args: list[str], default: str = "") -> ml_collections.ConfigDict:
-    """The config of `--config=FILE[:ARG]` with its `--config.a.b=VALUE` overrides.
+def read_config(
+    args: list[str], default: str = "", named: Mapping[str, presets.Preset] | None = None
+) -> ml_collections.ConfigDict:
+    """The config of --config=NAME[:ARG] or --config=FILE[:ARG], with its --config.a.b=VALUE
+    overrides.
+
+    Modules of --config.imports are imported first, so that a method of your own is a NAME, too.
 
     Args:
         args: what the program's own parser left over.
-        default: FILE[:ARG] where --config is not given; "" makes it required.
-    Raises: UserError for an unknown flag, file, field (naming the nearest) or a value of the wrong
-        type.
+        default: NAME[:ARG] or FILE[:ARG] where --config is not given; "" makes it required.
+        named: as in `load_config`.
+    Raises: UserError for an unknown flag, preset, file, field (naming the nearest) or a value of
+        the wrong type.
     """
-    named = [arg for arg in args if arg.split("=")[0] == "--config"]
+    given = [arg for arg in args if arg.split("=")[0] == "--config"]
     strange = [arg for arg in args if not arg.startswith("--config")]
     if strange:
         raise UserError(f"unknown argument {strange[0]!r}; run with --help for the flags. {FIELDS}")
-    if not named and not default:
+    if not given and not default:
         raise UserError(
-            "no config: give --config=FILE[:ARG], for example --config=configs/quickstart.py."
+            "no config: give --config=NAME[:ARG], for example --config=quickstart, or "
+            "--config=FILE.py[:ARG]."
         )
-    source = named[-1].partition("=")[2] if named else default
-    file = source.partition(":")[0]
-    if not pathlib.Path(file).is_file():
-        raise UserError(
-            f"no config file {file!r}; give --config=FILE[:ARG], for example "
-            f"--config=configs/quickstart.py."
-        )
-    return apply_overrides(_load(source), [arg for arg in args if arg.split("=")[0] != "--config"])
+    overrides = [arg for arg in args if arg.split("=")[0] != "--config"]
+    import_named(overrides)
+    source = given[-1].partition("=")[2] if given else default
+    return apply_overrides(load_config(source, named), overrides)
+
+
+def load_config(
+    source: str, named: Mapping[str, presets.Preset] | None = None
+) -> ml_collections.ConfigDict:
+    """The config of a preset, or of a Python file with a `get_config`.
+
+    ```
+    load_config("spear:arc_challenge,qwen2.5-1.5b")     # a preset and its argument
+    load_config("experiments/mine.py:large")            # get_config("large") of a file
+    ```
+
+    Args:
+        source: NAME[:ARG] or FILE[:ARG]; an existing file comes before a preset of that name.
+        named: the presets; None is `presets.named_presets()`.
+    Raises: UserError where there is neither such a file nor such a preset, and for an argument that
+        it does not take.
+    """
+    name, _, arg = source.partition(":")
+    if pathlib.Path(name).is_file():
+        return _load(source)
+    named = presets.named_presets() if named is None else named
+    if name in named:
+        return named[name](arg)
+    if name.endswith(".py") or os.sep in name:
+        what, guess = "config file", nearest(pathlib.Path(name).stem, named)
+    else:
+        what, guess = "config", nearest(name, named)
+    listed = "" if guess else f" Presets: {', '.join(named)}."
+    raise UserError(
+        f"no {what} {name!r}.{guess}{listed} Give a preset, --config=NAME[:ARG] as in "
+        f"--config=spear:arc_challenge,qwen2.5-1.5b, or a file, --config=FILE.py[:ARG]."
+    )
+
+
+def import_named(overrides: list[str]) -> None:
+    """Imports the modules that --config.imports=... names, before a preset is looked up."""
+    given = [arg for arg in overrides if arg.startswith("--config.imports=")]
+    import_own(apply_overrides(ml_collections.ConfigDict({"imports": ()}), given).imports)
 
 
 def apply_overrides(

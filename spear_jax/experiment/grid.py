@@ -8,7 +8,6 @@ import importlib.metadata
 import logging
 import os
 import pathlib
-import pkgutil
 import platform
 import sys
 import traceback
@@ -18,17 +17,13 @@ from typing import Any
 import ml_collections
 import tqdm
 
-import configs
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.core.versions import PACKAGES
 from spear_jax.experiment import builder, loop, processes, run_folder
 from spear_jax.experiment.dry_run import write_split
-from spear_jax.experiment.processes import ask
 from spear_jax.experiment.run_logger import on_terminal
 from spear_jax.experiment.wandb_logger import check_wandb
-
-NO_METHODS = ("common", "from_yaml", "pretrain", "quickstart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +32,6 @@ class GridRow:
 
     label: str
     configs: dict[int, ml_collections.ConfigDict]
-
-
-def known_methods() -> list[str]:
-    """The names of configs/<method>.py."""
-    return [name for _, name, _ in pkgutil.iter_modules(configs.__path__) if name not in NO_METHODS]
 
 
 def read_seeds(text: str) -> list[int]:
@@ -98,7 +88,7 @@ def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
         return {}
     for row in rows:
         check_wandb(next(iter(row.configs.values())))
-    found = ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
+    found = processes.ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
     if isinstance(found, UserError):
         raise found
     return found

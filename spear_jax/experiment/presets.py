@@ -1,13 +1,16 @@
-"""Models and tasks that all methods' configs share: a method's config is the task's, with the
-method's name and its own numbers.
+"""Models and tasks that all methods' configs share: a method's config is the task's, with the method's
+name and its own numbers.
 
-The argument of every configs/<method>.py is "<task>,<model>[,variant...]". Tasks: arc_challenge,
-arc_easy, hellaswag, math_mcqa, strategy_qa, facts and reasoned (embedded), gsm8k, ultrachat.
-Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m, tiny (embedded; what the two embedded tasks need).
-Variants: reference (the method's published code, defects included, where it has one), cpu (real
-questions and a small real model on two cores), small (the embedded tasks at the size that `compare`
-is documented with).
+A preset has a name and an argument, as in `--config=spear:facts,tiny`. The argument of a method is
+"<task>,<model>[,variant...]". Tasks: arc_challenge, arc_easy, hellaswag, math_mcqa, strategy_qa,
+facts and reasoned (embedded), gsm8k, ultrachat. Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m,
+tiny (embedded; what the two embedded tasks need). Variants: reference (the method's published code,
+defects included, where it has one), cpu (real questions and a small real model on two cores), small
+(the embedded tasks at the size that `compare` is documented with).
 """
+
+import functools
+from collections.abc import Callable
 
 import ml_collections
 
@@ -15,6 +18,7 @@ from spear_jax.algorithms import ALGORITHMS
 from spear_jax.algorithms.base import EMBEDDED
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.config import default_config, set_preset
+from spear_jax.experiment.published import yaml_config
 
 # name -> (model, dtype)
 MODELS = {
@@ -38,6 +42,38 @@ PAPER["gsm8k"] = PAPER["math_mcqa"]
 PAPER["ultrachat"] = (50, 5, 400, 80, 5, 256, 0, 1024)
 
 
+Preset = Callable[[str], ml_collections.ConfigDict]
+
+
+def named_presets() -> dict[str, Preset]:
+    """Every preset by its name: what makes its config from the argument behind the colon.
+
+    ```
+    named_presets()["spear"]("facts,tiny")       # --config=spear:facts,tiny
+    named_presets()["quickstart"]("")            # --config=quickstart
+    named_presets()["from_yaml"]("run.yaml")     # --config=from_yaml:run.yaml
+    ```
+
+    Methods of your own are among them as soon as they stand in ALGORITHMS.
+    """
+    methods = {name: functools.partial(method_config, name) for name in ALGORITHMS}
+    return {**methods, "quickstart": quickstart, "from_yaml": yaml_config.from_argument}
+
+
+def quickstart(arg: str = "") -> ml_collections.ConfigDict:
+    """SPEAR on an embedded task, with the embedded model.
+
+    Args:
+        arg: "facts" (multiple choice; taken where there is none) or "reasoned" (a reasoned answer
+            with an answer line), and behind it variants, as in "facts,reference".
+    Raises: UserError for another task or an unknown variant.
+    """
+    task, *variants = (arg or "facts").split(",")
+    if task not in EMBEDDED:
+        raise unknown("embedded task", task, EMBEDDED)
+    return method_config("spear", ",".join([task, "tiny", *variants]))
+
+
 def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
     """The config of a method for "<task>,<model>[,variant...]"; raises UserError for an unknown
     name.
@@ -45,8 +81,8 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
     parts = arg.split(",") if arg else []
     if len(parts) < 2:
         raise UserError(
-            f"configs/{method}.py takes TASK,MODEL behind a colon, for example "
-            f"configs/{method}.py:arc_challenge,qwen2.5-1.5b; got {arg!r}."
+            f"the config {method!r} takes TASK,MODEL behind a colon, for example "
+            f"--config={method}:arc_challenge,qwen2.5-1.5b; got {arg!r}."
         )
     task, model, *variants = parts
     if task not in (*EMBEDDED, *PAPER):

@@ -8,18 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
 from spear_jax.algorithms.feedback_rollout import FeedbackRollout, completion_ids
 from spear_jax.algorithms.spear import protected_ids
 from spear_jax.core.rng import path_key
-from spear_jax.experiment import builder
+from spear_jax.experiment import builder, presets
 from spear_jax.federated import round as rounds
 
 DEVICES = slice(0, 1)
 
 
 def build(task="facts", **changes):
-    config = quickstart.get_config(task)
+    config = presets.quickstart(task)
     config.update_from_flattened_dict(
         {
             "federation.clients_per_round": 3,

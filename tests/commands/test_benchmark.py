@@ -6,15 +6,17 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
 import pytest
 
 from spear_jax.benchmark import __main__ as benchmark
-from spear_jax.benchmark import floors, machine, report, rival, side, workload
+from spear_jax.benchmark import floors, machine, progress, report, rival, side, workload
 from spear_jax.benchmark.floors import Part
 from spear_jax.benchmark.workload import PHASES, Row
 from spear_jax.core.errors import UserError
@@ -193,7 +195,9 @@ def test_an_experiment_s_config_gives_its_sizes():
 
 
 def test_the_rival_s_process_holds_no_jax():
-    code = "import sys; from spear_jax import benchmark; from spear_jax.bench import rival, side; assert 'jax' not in sys.modules"
+    # and what its process imports of the commands: spear-jax, and the benchmark's own file
+    code = "import sys; from spear_jax import __main__; from spear_jax.benchmark import __main__, rival, side"
+    code += "; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -433,7 +437,7 @@ def test_the_command_measures_both_sides_and_writes_its_files(tmp_path):
     assert json.loads((tmp_path / "speed.json").read_text()) == result
     assert result["files"] == ["speed.json", "speed.md"]
     assert (tmp_path / "speed.md").read_text().count("\n") == 2 + len(PHASES)
-    assert "local_step" in done.stdout and done.stderr == ""
+    assert "local_step" in done.stdout and done.stderr.count("\n") == len(PHASES)
 
 
 def test_the_command_measures_cohorts_in_rising_order_and_draws_them(tmp_path):
@@ -441,12 +445,80 @@ def test_the_command_measures_cohorts_in_rising_order_and_draws_them(tmp_path):
         "--clients=4,1", "--repeats=1", "--quiet", f"--out={tmp_path}/new/clients.json"
     )
     assert [cohort["clients"] for cohort in result["cohorts"]] == [1, 4] and "phases" not in result
+    assert (result["done"], result["left"]) == ([1, 4], [])
+    assert json.loads((tmp_path / "new" / "clients.json").read_text()) == result
     for cohort in result["cohorts"]:
         assert cohort["seconds_per_client"] == cohort["seconds"]["median"] / cohort["clients"]
         assert cohort["peak_bytes"] > 50e6
     assert result["files"] == ["clients.json", "clients.md", "clients.png", "clients.svg"]
     assert all((tmp_path / "new" / name).stat().st_size > 0 for name in result["files"])
     assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_a_line_a_part_has_its_time_and_an_estimate_of_what_is_left(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    told = progress.Progress(
+        {"1 clients": 1.0, "4 clients": 4.0, "10 clients": 10.0}, 2, False, False
+    )
+    for part, took in (("1 clients", 6.0), ("4 clients", 9.0), ("10 clients", 20.0)):
+        told.call(part)
+        told.called()
+        clock[0] += took
+        told.ended(part)
+    # 6 s for one client: 84 s for 14 more; 15 s for five: 30 s for ten more
+    assert capsys.readouterr().err.splitlines() == [
+        "1 clients: 6 s (1 of 3), about 84 s left",
+        "4 clients: 9 s (2 of 3), about 30 s left",
+        "10 clients: 20 s (3 of 3)",
+    ]
+    for bar, quiet in ((True, False), (False, True)):
+        silent = progress.Progress({"rollout": 1.0}, 1, bar, quiet)
+        silent.ended("rollout")
+        silent.close()
+        assert "(1 of 1)" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "end, code, words", [(signal.SIGKILL, -signal.SIGKILL, ""), (signal.SIGINT, 130, "stopped; ")]
+)
+def test_a_benchmark_that_is_stopped_leaves_the_phases_it_has_done(tmp_path, end, code, words):
+    out = tmp_path / "speed.json"
+    flags = ["--phases=aggregation,evaluation,local_step", "--repeats=1", f"--out={out}"]
+    # a test run in a shell's background ignores interrupts, and so would what it starts
+    heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-m", "spear_jax.benchmark", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-c", heed, *command], env=os.environ | {"XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 240
+    while not out.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)  # while a process starts, an interrupt is not heard; the next phase takes longer
+    process.send_signal(end)
+    stdout, told = process.communicate(timeout=60)
+    assert process.returncode == code, told
+    kept = json.loads(out.read_text())
+    # phases run in their own order
+    assert kept["done"] == ["evaluation"] and kept["left"] == ["local_step", "aggregation"]
+    assert (
+        list(kept["phases"])
+        == kept["done"]
+        == [line.partition(":")[0] for line in told.splitlines()[:1]]
+    )
+    assert kept["phases"]["evaluation"]["ours"]["seconds"]["median"] > 0
+    assert (tmp_path / "speed.md").read_text().count("\n") == 3
+    assert "(1 of 3), about" in told and words in told and stdout == ""
+    assert {file.name for file in tmp_path.iterdir()} == {"speed.json", "speed.md"}
+
+
+def test_help_names_the_flags_of_a_short_benchmark(capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(["--help"])
+    shown = capsys.readouterr().out
+    examples = shown[shown.index("examples:") :]
+    assert ended.value.code == 0 and "--phases=" in examples and "--repeats=" in examples
 
 
 def test_a_mistake_ends_the_command_with_2_and_one_message(capsys):

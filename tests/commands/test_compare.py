@@ -16,8 +16,8 @@ import pytest
 from grid_cells import POINTS, SMALL, finished, write_cell
 from processes import environment
 
-import configs
 from spear_jax import compare
+from spear_jax.algorithms import ALGORITHMS
 from spear_jax.analysis import comparison, runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line, processes, run_folder
@@ -269,19 +269,23 @@ def test_rows_have_their_budget_seed_and_overrides_and_variants_win():
     assert tuple(variant.configs[4].lora.targets) == ("q", "v")
 
 
-def test_every_config_of_the_package_is_a_method_and_a_new_file_is_one_too(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text(
-        "from configs import spear\n\ndef get_config(arg):\n    return spear.get_config(arg)\n"
+def test_a_method_of_a_module_of_one_s_own_is_compared_too(tmp_path, monkeypatch):
+    (tmp_path / "own_method.py").write_text(
+        "from spear_jax.algorithms import ALGORITHMS\nfrom spear_jax.algorithms.sft import Sft\n\n\n"
+        "class Own(Sft):\n    name = 'own'\n\n\nALGORITHMS['own'] = Own\n"
     )
-    monkeypatch.setattr(configs, "__path__", [*configs.__path__, str(tmp_path)])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(ALGORITHMS, "own", None)  # taken away again after the test
     (entry,) = compare.read_entries(
         compare_args("--methods=own", "--task=facts,tiny"),
         [0],
         {"kind": "seconds", "amount": 9},
-        [],
+        ["--config.imports=own_method"],
     )
-    assert entry.configs[0].budget.seconds == 9
-    del sys.modules["configs.own"]
+    config = entry.configs[0]
+    assert config.budget.seconds == 9 and config.imports == ("own_method",)
+    assert config.algorithm.name == "own" and "own" in config
+    del sys.modules["own_method"]
 
 
 @pytest.fixture

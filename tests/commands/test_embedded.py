@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart
-from spear_jax.experiment import builder
+from spear_jax.experiment import builder, presets
 from spear_jax.feedback.base import Request
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.tasks import facts, get_task, reasoned, world
@@ -68,7 +67,7 @@ def test_old_and_new_traders_are_apart_and_wares_are_spread():
 
 @pytest.fixture(scope="module")
 def built():
-    return builder.build(quickstart.get_config(), jax.devices()[:1])
+    return builder.build(presets.quickstart(), jax.devices()[:1])
 
 
 def test_the_model_is_an_ordinary_small_hugging_face_folder():

@@ -99,6 +99,14 @@ def test_a_config_and_a_run_folder_are_needed(script, missing, words):
     assert done.returncode == 2 and words in done.stderr
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_preset_needs_no_file(script):
+    train = ["--config=spear:facts,tiny", *TRAIN[1:]]
+    assert "--config=spear:facts,tiny" in shlex.join(
+        printed(script, *NEEDS.get(script, []), *train)[-1]
+    )
+
+
 def test_local_prints_train_with_the_chosen_devices():
     train = ["python", "-m", "spear_jax.train", *TRAIN]
     assert printed("local.sh", *TRAIN) == [train]

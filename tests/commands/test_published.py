@@ -15,20 +15,19 @@ import numpy as np
 import pytest
 import yaml
 
-from configs import from_yaml
 from spear_jax import evaluate as evaluate_command
+from spear_jax import published
 from spear_jax import report as report_command
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line
 from spear_jax.experiment.config import check_config, default_config, flatten
 from spear_jax.experiment.presets import method_config
+from spear_jax.experiment.published import yaml_config
+from spear_jax.experiment.published.keys import KEYS
+from spear_jax.experiment.published.values import DATASETS, METHODS
 from spear_jax.models.config import read_config
 from spear_jax.models.io import peft as peft_module
-from spear_jax.published import __main__ as published
-from spear_jax.published import yaml_config
-from spear_jax.published.keys import KEYS
-from spear_jax.published.values import DATASETS, METHODS
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ROOT / "spear_jax/assets/tiny"
@@ -137,7 +136,7 @@ def written(folder, *args, **changed):
 def loaded(text, folder, variant=""):
     file = folder / "published.yaml"
     file.write_text(text)
-    return from_yaml.get_config(f"{file}{variant}")
+    return yaml_config.from_argument(f"{file}{variant}")
 
 
 @pytest.mark.parametrize("variant", ["", ",reference"])
@@ -145,7 +144,7 @@ def loaded(text, folder, variant=""):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_file_of_every_method_and_dataset_is_a_valid_config(method, dataset, variant, tmp_path):
     for model, name in MODELS.items():
-        config = from_yaml.get_config(written(tmp_path, method, dataset, model) + variant)
+        config = yaml_config.from_argument(written(tmp_path, method, dataset, model) + variant)
         check_config(config)
         assert (config.algorithm.name, config.task, config.model, config.seed) == (
             method,
@@ -159,7 +158,7 @@ def test_a_file_of_every_method_and_dataset_is_a_valid_config(method, dataset, v
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_spears_files_give_the_configs_that_configs_spear_has(dataset, model, tmp_path):
-    found = flatten(from_yaml.get_config(written(tmp_path, "spear", dataset, model)))
+    found = flatten(yaml_config.from_argument(written(tmp_path, "spear", dataset, model)))
     wanted = flatten(method_config("spear", f"{dataset},{model}"))
     differing = {name for name in wanted if found[name] != wanted[name]}
     # seeds and sizes of batches that change no result; its files touch whole answers, and name hint
@@ -270,7 +269,7 @@ def test_a_variant_is_read_behind_the_path_and_a_wrong_one_named(tmp_path):
     with pytest.raises(UserError, match="Did you mean 'reference'"):
         loaded("", tmp_path, ",refrence")
     with pytest.raises(UserError, match="no file"):
-        from_yaml.get_config("nowhere.yaml,reference")
+        yaml_config.from_argument("nowhere.yaml,reference")
 
 
 def test_reference_repeats_the_shared_faults_for_every_method_and_refuses_another_server(tmp_path):
@@ -313,7 +312,7 @@ def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):
     file = written(tmp_path, "spear", "arc_challenge", "qwen2.5-1.5b", **small)
     config = command_line.read_config(
         [
-            f"--config=configs/from_yaml.py:{file}",
+            f"--config=from_yaml:{file}",
             f"--config.data.path={tmp_path}",
             "--config.model=tiny",
         ]

@@ -18,10 +18,10 @@ import pytest
 from grid_cells import POINTS, SMALL, finished, write_cell
 from processes import environment
 
-from spear_jax import sweep
+from spear_jax import sweep as sweep_command
 from spear_jax.analysis import comparison, runs, sweeps
 from spear_jax.core.errors import UserError
-from spear_jax.experiment import command_line, processes, run_folder
+from spear_jax.experiment import command_line, processes, run_folder, sweep
 from spear_jax.experiment import grid as grid_module
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -35,12 +35,12 @@ def script(name):
     return module
 
 
-grid_sweep, clients_sweep = script("sweep"), script("sweep_clients")
+clients_sweep = script("sweep_clients")
 
 
 def arguments(folder, *more, grid=("lora.rank=4,16", "train.steps=2,3"), seeds="0,1"):
     given = [
-        "--config=configs/spear.py:facts,tiny,small",
+        "--config=spear:facts,tiny,small",
         f"--seeds={seeds}",
         f"--workdir={folder}",
     ]
@@ -103,9 +103,7 @@ def test_a_grid_is_split_at_commas_outside_brackets():
 
 def test_a_setting_has_its_fields_in_label_config_and_command():
     points = [{"lora.targets": "('q','v')", "train.rate": "1e-2"}]
-    (made,) = sweep.make_settings(
-        "configs/spear.py:facts,tiny", points, ["--config.rounds=3"], [0, 5]
-    )
+    (made,) = sweep.make_settings("spear:facts,tiny", points, ["--config.rounds=3"], [0, 5])
     assert made.label == "lora.targets=_q_v_,train.rate=0.01" and list(made.configs) == [0, 5]
     config = made.configs[5]
     assert (tuple(config.lora.targets), config.train.rate, config.rounds, config.seed) == (
@@ -140,7 +138,10 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
         ({"seeds": "0,x"}, "--seeds"),
         ({"more": "--config.lora.rank=3"}, "--config.lora.rank is what the sweep itself sets"),
         ({"more": "--config.seed=3"}, "--config.seed is what the sweep itself sets"),
-        ({"more": "--config=configs/speer.py"}, "no config file"),
+        (
+            {"more": "--config=configs/speer.py"},
+            "no config file 'configs/speer.py'. Did you mean 'spear'",
+        ),
         ({"more": "--x=train.rate"}, "unknown field of --x"),
         ({"more": "--jobs=0"}, "--jobs is 0"),
         ({"more": "--jbos=2"}, "unknown argument"),
@@ -152,12 +153,12 @@ def test_a_bad_sweep_is_a_user_error_before_anything_is_written(
     monkeypatch.setattr(processes, "ask", None)  # nothing is built either
     more = [change.pop("more")] if "more" in change else []
     with pytest.raises(UserError, match=words):
-        grid_sweep.main(arguments(tmp_path / "sweep", *more, **change))
+        sweep_command.main(arguments(tmp_path / "sweep", *more, **change))
     assert not (tmp_path / "sweep").exists()
 
 
 def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake, tmp_path, capsys):
-    found = grid_sweep.main(arguments(tmp_path))
+    found = sweep_command.main(arguments(tmp_path))
     assert len(fake) == 8 and (found["cells"], found["waiting"], found["failed"]) == (8, 8, [])
     assert (
         "lora.rank=16,train.steps=3 seed 1: 0.660 after 1 rounds, 30 tokens, 2 s (8 of 8)"
@@ -167,7 +168,7 @@ def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake,
     assert found["table"] == json.loads(json.dumps(found["table"]))
     fake.clear()
     more = arguments(tmp_path, "--quiet", grid=("lora.rank=4,16,8", "train.steps=2,3"), seeds="0,2")
-    found = grid_sweep.main(more)
+    found = sweep_command.main(more)
     assert (
         len(fake) == 8
         and sum("rank=8" in name for name in fake) == 4
@@ -179,25 +180,25 @@ def test_finished_cells_are_not_repeated_and_values_and_seeds_can_be_added(fake,
 
 
 def test_another_sweep_in_the_same_folder_is_a_user_error(fake, tmp_path):
-    grid_sweep.main(arguments(tmp_path, "--quiet"))
+    sweep_command.main(arguments(tmp_path, "--quiet"))
     (tmp_path / "other").mkdir()
     comparison.write_request(tmp_path / "other", {"labels": {}})
     for args, words in (
         (arguments(tmp_path, grid=["lora.rank=4,16"]), "sweep with fields"),
         (arguments(tmp_path, grid=("lora.rank=4", "train.steps=2,3")), "now without 16"),
-        (arguments(tmp_path, "--config=configs/sft.py:facts,tiny,small"), "sweep with config"),
+        (arguments(tmp_path, "--config=sft:facts,tiny,small"), "sweep with config"),
         (arguments(tmp_path, "--config.rounds=3"), "sweep with overrides"),
         (arguments(tmp_path / "lora.rank=4,train.steps=2" / "seed0"), "run folder of a `train`"),
         (arguments(tmp_path / "other"), "holds a comparison"),
     ):
         with pytest.raises(UserError, match=words):
-            grid_sweep.main(args)
+            sweep_command.main(args)
 
 
 def test_a_failing_cell_is_named_and_the_others_go_on(fake, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command_line.run(
-            grid_sweep.main, arguments(tmp_path, "--quiet", grid=["train.steps=13,2"], seeds="0")
+            sweep_command.main, arguments(tmp_path, "--quiet", grid=["train.steps=13,2"], seeds="0")
         )
     told = capsys.readouterr()
     result = json.loads(told.out.splitlines()[-1])
@@ -208,7 +209,7 @@ def test_a_failing_cell_is_named_and_the_others_go_on(fake, tmp_path, capsys):
 
 @pytest.mark.parametrize("flag", ["--print", "--dry-run"])
 def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(fake, tmp_path, capsys, flag):
-    found = grid_sweep.main(arguments(tmp_path / "new", flag))
+    found = sweep_command.main(arguments(tmp_path / "new", flag))
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert (
         (found["cells"], found["waiting"], len(lines)) == (8, 8, 8)
@@ -217,22 +218,26 @@ def test_a_dry_run_prints_what_is_left_to_do_and_writes_nothing(fake, tmp_path, 
     )
     assert lines[0][:3] == ["python", "-m", "spear_jax.train"]
     assert lines[0][-1] == f"--workdir={tmp_path}/new/lora.rank=4,train.steps=2/seed0"
-    grid_sweep.main(arguments(tmp_path / "new", "--quiet", seeds="0"))
+    sweep_command.main(arguments(tmp_path / "new", "--quiet", seeds="0"))
     capsys.readouterr()
-    assert grid_sweep.main(arguments(tmp_path / "new", flag))["waiting"] == 4
+    assert sweep_command.main(arguments(tmp_path / "new", flag))["waiting"] == 4
     assert all("--config.seed=1" in line for line in capsys.readouterr().out.splitlines())
 
 
-def test_a_job_array_has_a_cell_an_index_and_hands_it_to_the_slurm_script(fake, tmp_path, capsys):
-    grid_sweep.main(arguments(tmp_path / "runs", "--quiet", seeds="0"))
+def test_the_launch_script_is_the_command():
+    assert script("sweep").main is sweep_command.main
+
+
+def test_a_job_array_has_a_cell_an_index_and_needs_no_other_file(fake, tmp_path, capsys):
+    sweep_command.main(arguments(tmp_path / "runs", "--quiet", seeds="0"))
     fake.clear()
-    found = grid_sweep.main(
+    found = sweep_command.main(
         arguments(tmp_path / "runs", f"--slurm={tmp_path / 'array.sbatch'}", "--jobs=3")
     )
     assert found["waiting"] == 4 and not fake
     assert "#SBATCH --array=0-3%3\n" in (tmp_path / "array.sbatch").read_text()
     capsys.readouterr()
-    grid_sweep.main(arguments(tmp_path / "runs", "--print"))
+    sweep_command.main(arguments(tmp_path / "runs", "--print"))
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     # stands for SLURM's: says what it was asked to run, and where programs are kept
     srun = tmp_path / "srun"
@@ -247,13 +252,39 @@ def test_a_job_array_has_a_cell_an_index_and_hands_it_to_the_slurm_script(fake, 
             env=slurm | {"SLURM_ARRAY_TASK_ID": str(index)}, capture_output=True, text=True,
         )  # fmt: skip
         cache, *command = job.stdout.splitlines()
-        assert command == commands[index] and cache == str(tmp_path / "runs" / "compiled"), (
-            job.stderr
-        )
+        assert command == [sys.executable, *commands[index][1:]], job.stderr
+        assert cache == str(tmp_path / "runs" / "compiled")
+    job = subprocess.run(
+        ["bash", str(tmp_path / "array.sbatch")],
+        env=slurm | {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NTASKS": "2"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert job.stdout.splitlines()[-1] == "--distributed=auto"
     job = subprocess.run(
         ["bash", str(tmp_path / "array.sbatch")], env=slurm | {"SLURM_ARRAY_TASK_ID": "4"}
     )
     assert job.returncode == 2
+
+
+def test_a_job_array_whose_time_is_nearly_over_goes_back_to_the_queue(fake, tmp_path):
+    file = tmp_path / "array.sbatch"
+    sweep_command.main(arguments(tmp_path / "runs", f"--slurm={file}"))
+    # stand for SLURM's: a step that lasts, and one that ends when its job is requeued
+    for name, text in (
+        ("srun", f"echo $$ >{tmp_path}/step; exec sleep 60"),
+        ("scontrol", f'echo "$@" >{tmp_path}/asked; kill "$(cat {tmp_path}/step)"'),
+    ):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = environment() | {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    slurm["PATH"] = f"{tmp_path}:{slurm['PATH']}"
+    job = subprocess.Popen(["bash", str(file)], env=slurm, stderr=subprocess.PIPE)
+    deadline = time.time() + 60
+    while not (tmp_path / "step").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(job.pid, signal.SIGUSR1)
+    _, told = job.communicate(timeout=60)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" and b"requeueing job 7" in told
+    assert job.returncode == 128 + signal.SIGTERM
 
 
 @pytest.fixture

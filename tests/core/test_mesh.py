@@ -111,9 +111,9 @@ def test_two_processes_give_what_one_process_with_two_devices_gives(tmp_path, mo
 
 def test_a_person_is_asked_by_one_process_only(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    from configs import quickstart
+    from spear_jax.experiment import presets
 
-    config = quickstart.get_config()
+    config = presets.quickstart()
     config.rollout.feedback = "human"
     with pytest.raises(UserError, match="each of which would ask"):
         builder.build(config)

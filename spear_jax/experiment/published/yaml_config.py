@@ -1,4 +1,4 @@
-"""A YAML file of the published SPEAR code as a config of ours, by the table in `published_keys`.
+"""A YAML file of the published SPEAR code as a config of ours, by the table in `keys`.
 
 Its loader drops keys that it does not know; here they are refused with the nearest name, as is a
 key given twice.
@@ -13,8 +13,8 @@ import yaml
 
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.config import default_config, set_preset
-from spear_jax.published.keys import KEYS
-from spear_jax.published.values import METHODS, Refused
+from spear_jax.experiment.published.keys import KEYS
+from spear_jax.experiment.published.values import METHODS, Refused
 
 PRESETS = ("default", "reference")
 # What its server, rollouts and grading do whatever the method is, where preset `reference` of a
@@ -36,8 +36,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(
-            f"no file {path!r}; give configs/from_yaml.py:PATH.yaml, a YAML file of the "
-            f"published code."
+            f"no file {path!r}; give --config=from_yaml:PATH.yaml, a YAML file of the published "
+            f"code."
         )
     try:
         text = file.read_text(encoding="utf-8")
@@ -109,9 +109,15 @@ def to_config(
     return config
 
 
-def config_of(path: str, preset: str = "default") -> ml_collections.ConfigDict:
-    """The config of a YAML file; see `read_yaml` and `to_config`."""
-    return to_config(read_yaml(path), path, preset)
+def from_argument(arg: str) -> ml_collections.ConfigDict:
+    """Returns the config of "PATH.yaml" or "PATH.yaml,reference"; see `read_yaml` and `to_config`.
+
+    Raises: UserError for a file, a key or a value that is not of the published schema.
+    """
+    path, comma, variant = arg.rpartition(",")
+    if not comma or variant.endswith((".yaml", ".yml")):
+        path, variant = arg, "default"
+    return to_config(read_yaml(path), path, variant)
 
 
 def table() -> str:

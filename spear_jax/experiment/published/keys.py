@@ -5,7 +5,7 @@ Source: the code published with SPEAR (arXiv 2605.07977), its config dataclasses
 and what its functions read.
 """
 
-from spear_jax.published.values import (
+from spear_jax.experiment.published.values import (
     DATASETS,
     DTYPES,
     GROUPS,

@@ -1,6 +1,7 @@
-"""Imports a run of the published SPEAR code: its history.json as a run folder that report and
-analysis read, and one of its adapter_round_N.pt as a PEFT adapter folder that `evaluate --adapter`
-and `lora.init_from` take.
+"""Imports a run of the published SPEAR code as a run folder.
+
+Its history.json becomes a run folder that report and analysis read, and one of its
+adapter_round_N.pt a PEFT adapter folder that `evaluate --adapter` and `lora.init_from` take.
 
 Writes OUT/config.json (its config through the table of docs/from-published-code.md, preset
 reference), OUT/metrics.jsonl, OUT/summary.json, OUT/adapter/, and OUT/published/ with its own JSON
@@ -19,8 +20,8 @@ import numpy as np
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line
+from spear_jax.experiment.published.yaml_config import flatten, to_config
 from spear_jax.models.io.peft import write_adapter
-from spear_jax.published.yaml_config import flatten, to_config
 
 EXAMPLES = """
     python -m spear_jax.published --run=SPEAR/runs/arc_challenge_qwen1.5b_spear_44 --out=runs/published-44

@@ -1,1 +1,0 @@
-"""Experiment configs: one file per algorithm, and the embedded defaults."""
