@@ -16,9 +16,10 @@ import jax
 from spear_jax.core.compilation import compilation_cache_folder
 from spear_jax.core.versions import PACKAGES
 from spear_jax.experiment import builder, command_line, presets
-from spear_jax.federated import round as rounds
+from spear_jax.federated.round import run_round
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models import cost_model
+from spear_jax.rollout.policy import Policy
 
 EXAMPLES = """
     python -m spear_jax.doctor
@@ -137,11 +138,10 @@ def self_test() -> dict[str, float]:
     built = builder.build(config)
     seconds["build"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
-    built.evaluator(built.model.base)
+    built.evaluator(Policy(built.model.base))
     seconds["evaluate"] = round(time.perf_counter() - began, 2)
     began = time.perf_counter()
-    state = built.initial_state()
-    rounds.run_round(built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed())
+    run_round(built.federation, built.initial_state(), BudgetUsed())
     seconds["round"] = round(time.perf_counter() - began, 2)
     return seconds
 

@@ -4,21 +4,19 @@ Of a run's checkpoint, or of a model with or without a PEFT adapter.
 """
 
 import argparse
-import dataclasses
 import pathlib
 from typing import Any
-
-import tqdm
 
 from spear_jax.core.compilation import enable_compilation_cache
 from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.checkpoint import restore
-from spear_jax.experiment.config import check_config, default_config
+from spear_jax.experiment.config import default_config, parse
 from spear_jax.experiment.data import build_task
-from spear_jax.experiment.evaluator import Accuracy, Evaluator
-from spear_jax.experiment.run_logger import on_terminal
+from spear_jax.experiment.evaluator import Accuracy
+from spear_jax.experiment.run import mean_accuracy
+from spear_jax.experiment.run_logger import ProgressBars
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.io import peft
 from spear_jax.models.lora import LoraConfig
@@ -61,11 +59,11 @@ def main(argv: list[str]) -> dict[str, Any]:
     low, high = found.interval
     if not args.quiet:
         print(
-            f"{where}: {found.value:.1%} of {found.count} right (95 % interval {low:.1%} to "
+            f"{where}: {found.accuracy:.1%} of {found.count} right (95 % interval {low:.1%} to "
             f"{high:.1%}), {found.method}"
         )
     return {
-        "accuracy": found.value,
+        "accuracy": found.accuracy,
         "interval": [low, high],
         "stderr": found.stderr,
         "correct": found.correct,
@@ -76,55 +74,51 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
-    """The accuracy of a saved round, on the run's own test set."""
+    """Measures a saved round on the run's own test set."""
     folder = pathlib.Path(args.workdir)
     config = run_folder.read_run_config(folder)
     if args.limit:
         with config.unlocked():
             config.eval.limit = args.limit
-    built = builder.build(config)
+    bars = ProgressBars(args.quiet)
+    built = builder.build(config, progress=bars.stage_rows)
     state, _ = restore(built, folder, args.round)
+    policies = built.policies(state.lora)
+    found = [built.evaluator(policy) for policy in policies]
+    bars.close()
     where = f"{args.workdir}, round {int(state.round)}"
-    found = [score(built.evaluator, policy, args.quiet) for policy in built.policies(state.lora)]
-    if len(found) == 1:
-        return found[0], where
-    mean = round(
-        sum(one.correct for one in found) / len(found)
-    )  # local-only: the mean over the clients' adapters
-    return dataclasses.replace(
-        found[0], correct=mean
-    ), f"{where}, mean of {len(found)} clients' adapters"
+    if len(found) > 1:
+        where += f", mean of {len(found)} clients' adapters"
+    return mean_accuracy(found), where
 
 
 def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
-    """The accuracy of a model, with its adapter merged where one is given."""
+    """Measures a model, with its adapter where one is given."""
     config = default_config()
     config.model, config.task, config.data.path = args.model, args.task, args.data
     config.dtype, config.quantize, config.eval.limit = args.dtype, args.quantize, args.limit
     config.eval.max_new_tokens = 256
-    check_config(config)
-    task = build_task(config)
-    examples = load_examples(task, "test", config.data.path, config.eval.limit)
+    settings = parse(config)
+    task = build_task(settings)
+    examples = load_examples(task, "test", settings.data.path, settings.eval.limit)
     mesh = make_mesh()
-    model = builder.open_model(config, mesh)
-    tree, lora = peft.load_adapter(args.adapter, model.config) if args.adapter else (None, NO_LORA)
-    decoder = Decoder(model.config, lora)
-    evaluator = builder.build_evaluator(config, task, examples, model, decoder, mesh)
+    model = builder.open_model(settings, mesh)
+    tree, lora = None, NO_LORA
+    if args.adapter:
+        tree, lora = peft.load_adapter(args.adapter, model.config)
+    bars = ProgressBars(args.quiet)
+    evaluator = builder.build_evaluator(
+        settings, task, examples, model, Decoder(model.config, lora), mesh, bars.stage_rows
+    )
     if tree is None:
-        return score(evaluator, Policy(model.base), args.quiet), args.model
-    policy = Policy(model.base, replicate(tree, mesh))
-    if evaluator.method == "generate":
-        policy = as_policy(policy.base, policy.lora, lora, config.quantize)
-    return score(evaluator, policy, args.quiet), f"{args.model} + {args.adapter}"
-
-
-def score(evaluator: Evaluator, policy: Policy, quiet: bool) -> Accuracy:
-    """The accuracy, with a bar on a terminal."""
-    with tqdm.tqdm(
-        total=len(evaluator.examples), desc="evaluate", disable=not on_terminal(quiet)
-    ) as bar:
-        evaluator.report = bar.update
-        return evaluator(policy.base, policy.lora)
+        policy, where = Policy(model.base), args.model
+    else:
+        policy, where = Policy(model.base, replicate(tree, mesh)), f"{args.model} + {args.adapter}"
+        if evaluator.method == "generate":
+            policy = as_policy(policy.base, policy.lora, lora, settings.quantize)
+    accuracy = evaluator(policy)
+    bars.close()
+    return accuracy, where
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ def read_rounds(text: str) -> list[int]:
 
 def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[TrainingRow]:
     """The first answers as sampled, under the prompts that they were sampled from."""
-    place = {example.id: index for index, example in enumerate(built.worker.examples)}
+    worker = built.federation.worker
+    place = {example.id: index for index, example in enumerate(worker.examples)}
     tokens = [trace["tokens"]["id"] for trace in traces]
-    prompts = [built.worker.prompts[place[trace["example"]]] for trace in traces]
+    prompts = [worker.data.prompts[place[trace["example"]]] for trace in traces]
     return [
         TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, 1)
         for prompt, ids in zip(prompts, tokens, strict=True)
@@ -105,7 +106,9 @@ def score(
     for client, policy in enumerate(policies):
         own = [i for i, trace in enumerate(traces) if not alone or trace["client"] == client]
         for i, logprobs in zip(
-            own, built.worker.score(policy, [rows[i] for i in own]) if own else [], strict=True
+            own,
+            built.federation.worker.score(policy, [rows[i] for i in own]) if own else [],
+            strict=True,
         ):
             found[i] = [round(float(x), 4) for x in logprobs]
     return found

@@ -22,7 +22,7 @@ from spear_jax.experiment.grid import read_seeds
 EXAMPLES = """
     python -m spear_jax.sweep --config=spear:facts,tiny,small --grid federation.num_clients=5,10,50 \\
         --grid lora.rank=4,16 --seeds=0,1 --workdir=runs/sweep --jobs=2
-    python -m spear_jax.sweep --config=spear:arc_challenge,qwen2.5-1.5b --grid train.rate=5e-5,1e-4 --seeds=0,1,2 \\
+    python -m spear_jax.sweep --config=spear:arc_challenge,qwen2.5-1.5b --grid train.learning_rate=5e-5,1e-4 --seeds=0,1,2 \\
         --workdir=runs/rates --slurm=runs/rates.sbatch --jobs=8 && sbatch --gpus-per-node=1 runs/rates.sbatch
 """
 

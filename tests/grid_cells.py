@@ -36,7 +36,7 @@ SMALL = {
     "federation.clients_per_round": 2,
     "rollout.examples": 4,
     "rollout.num_revisions": 1,
-    "rollout.max_rows": 16,
+    "rollout.max_concurrent_sequences": 16,
     "train.steps": 1,
     "train.batch_size": 4,
     "eval.every": 1,

@@ -4,7 +4,7 @@ SMALL = {
     "rounds": 4,
     "federation.clients_per_round": 2,
     "rollout.examples": 8,
-    "rollout.max_rows": 16,
+    "rollout.max_concurrent_sequences": 16,
     "train.steps": 2,
     "train.batch_size": 4,
     "eval.every": 2,

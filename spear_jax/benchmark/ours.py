@@ -25,7 +25,7 @@ from spear_jax.experiment.checkpoint import Checkpoints
 from spear_jax.experiment.config import default_config
 from spear_jax.experiment.evaluator import Evaluator
 from spear_jax.federated import cohort_training, local_training
-from spear_jax.federated.aggregation.server_optimizer import ServerConfig, aggregate, init_server
+from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate, init_server
 from spear_jax.models import cost_model
 from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder
@@ -38,9 +38,10 @@ from spear_jax.packing.rows import RowGroup
 from spear_jax.rollout.policy import Policy, as_policy
 from spear_jax.rollout.prefill import plan_prefill
 from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
 
-SERVER = ServerConfig("fedavg", 1.0, 0.9, 0.99, 5e-3)
+AGGREGATION = Aggregation()
 Measured = dict[str, Any]
 _aggregate = jax.jit(aggregate, static_argnums=0)
 
@@ -56,7 +57,7 @@ def build(work: Workload) -> Side:
             "rollout": system.rollout,
             "revision": system.revision,
             "evaluation": system.evaluation,
-            "local_step": lambda: system.train([steps[:1] for steps in work.rows[:1]])[2],
+            "local_step": lambda: system.train([steps[:1] for steps in work.rows[:1]])[1],
             "aggregation": system.aggregation,
             "checkpoint": system.checkpoint,
             "round": system.round,
@@ -109,12 +110,12 @@ class System:
         )
         self.base = replicate(fill(config, source, preset.dtype), self.mesh)
         self.lora = replicate(random_adapter(config, lora), self.mesh)
-        self.state = init_server(SERVER, self.lora, {}, jax.random.key(0))
+        self.state = init_server(AGGREGATION, self.lora, {}, jax.random.key(0))
         self.algorithm, self.local = spear(preset), local_config(preset)
         self.rate = np.float32(preset.rate)
         steps = [[step_items(step)] for own in work.rows for step in own]
         longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
-        limit = default_config().train.block_tokens
+        limit = default_config().train.max_tokens_per_block
         slots = max(len(items) for (items,) in steps)
         asked = sum(work.prompts, [])
         shared_prefix = os.path.commonprefix(asked)[
@@ -171,18 +172,19 @@ class System:
     def evaluation(self) -> Measured:
         names = tuple(map(str, range(len(self.work.options))))
         questions = self.work.questions
+        sampler = self.sampler(os.path.commonprefix(questions))
         evaluator = Evaluator(
             task=None,
             renderer=Labels(self.work.options),
-            decoder=self.decoder,
-            sampler=self.sampler(os.path.commonprefix(questions)),
+            sampler=sampler,
+            scorer=Scorer(self.decoder, sampler.shapes),
             examples=[Example("", "", names, names, 0) for _ in questions],
             prompts=questions,
             method="choice",
             sampling=sampling_config(self.preset, 1),
             rows=min(len(questions), default_config().eval.rows),
         )
-        scores = evaluator.choice_scores(self.base, self.lora)
+        scores = evaluator.choice_scores(Policy(self.base, self.lora))
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
     def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Measured]:
@@ -205,20 +207,19 @@ class System:
         shared = local_training.Broadcast(self.lora, self.base, (), {}, self.rate)
         packed = cohort_training.Rows(blocks, depth, self.shape, small)
         found = cohort_training.train(
-            self.algorithm, self.decoder, local, self.mesh, shared, packed, members
+            self.algorithm, self.decoder, local, self.mesh, AGGREGATION, shared, packed, members
         )
-        jax.block_until_ready(found.total)
+        jax.block_until_ready(found.reduced)
         loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
         return (
-            found.total,
-            found.mass,
+            found.reduced,
             {"loss": float(loss), "padding": 1 - found.tokens / found.read},
         )
 
     def aggregation(self) -> Measured:
         weight = np.ones(self.preset.clients, np.float32)
         total = _weighted_sum([self.lora] * self.preset.clients, weight)
-        state, _ = _aggregate(SERVER, self.state, total, weight.sum())
+        state, _ = _aggregate(AGGREGATION, self.state, (total, weight.sum()))
         jax.block_until_ready(state.lora)
         return {}
 
@@ -246,8 +247,8 @@ class System:
     def train_and_aggregate(self, size: int) -> Measured:
         """A round's second half for any number of clients, which repeat the workload's."""
         rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
-        total, mass, measured = self.train(rows)
-        state, _ = _aggregate(SERVER, self.state, total, mass)
+        reduced, measured = self.train(rows)
+        state, _ = _aggregate(AGGREGATION, self.state, reduced)
         jax.block_until_ready(state.lora)
         return measured
 
@@ -286,7 +287,7 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
     """
     itemsize = DTYPES[preset.dtype].itemsize
     tokens, read = cost_model.generation_tokens(
-        parse_config(preset.shape), itemsize, default_config().rollout.cache_mb
+        parse_config(preset.shape), itemsize, default_config().rollout.kv_cache_mb
     )
     return SamplingConfig(
         max_new_tokens=preset.new_tokens,
@@ -318,7 +319,7 @@ def local_config(preset: Preset) -> local_training.LocalConfig:
     return local_training.LocalConfig(
         clients_at_once=preset.clients_at_once or preset.clients,
         normalize=train.normalize,
-        clip=train.clip,
+        max_grad_norm=train.max_grad_norm,
         weight_decay=train.weight_decay,
         anchor_weight=train.anchor_weight,
         anchor_gradient=train.anchor_gradient,

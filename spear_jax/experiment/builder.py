@@ -147,11 +147,11 @@ def build(
         settings.rollout.feedback, task, settings.rollout.hint_words
     )
     check_processes(feedback)
-    renderer = build_renderer(settings, model)
-    first, revise, greedy = sampling_configs(settings, model)
+    evaluator = build_evaluator(settings, task, test_set, model, decoder, mesh, progress)
+    first, revise, _ = sampling_configs(settings, model)
     data = tokenize(
         task,
-        renderer,
+        evaluator.renderer,
         feedback,
         train_set,
         used,
@@ -161,21 +161,12 @@ def build(
         longest_sampled(algorithm, first, revise),
         settings.data.max_response_tokens,
     )
-    shapes = ShapeBuckets()
-    place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
-    count = mesh.shape[CLIENTS]
-    prefixes = renderer.shared_prefixes(task, test_set)
-    sampler = Sampler(decoder, place, count, shapes, spread, prefixes)
-    scorer = Scorer(decoder, shapes, place, count)
-    evaluator = build_evaluator(
-        settings, task, test_set, renderer, sampler, scorer, greedy, progress
-    )
     worker = RolloutWorker(
         task=task,
-        renderer=renderer,
+        renderer=evaluator.renderer,
         feedback=feedback,
-        sampler=sampler,
-        scorer=scorer,
+        sampler=evaluator.sampler,
+        scorer=evaluator.scorer,
         examples=train_set,
         data=data,
         first=first,
@@ -186,6 +177,7 @@ def build(
         ),
         progress=progress,
     )
+    shapes = evaluator.scorer.shapes
     federation = build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
     )
@@ -272,13 +264,18 @@ def build_evaluator(
     settings: Settings,
     task: Task,
     examples: list[Example],
-    renderer: PromptRenderer,
-    sampler: Sampler,
-    scorer: Scorer,
-    greedy: SamplingConfig,
+    model: LoadedModel,
+    decoder: Decoder,
+    mesh: Mesh,
     progress: Progress = no_progress,
 ) -> Evaluator:
-    """Builds the evaluator of a test set, its prompts rendered and checked."""
+    """Builds the evaluator of a test set, its prompts rendered and checked, with the sampler, the
+    scorer and the shape buckets that the rest of a run shares.
+    """
+    renderer = build_renderer(settings, model)
+    place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
+    count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
+    prefixes = renderer.shared_prefixes(task, examples)
     method = task.scoring if settings.eval.method == "auto" else settings.eval.method
     limit, responses = settings.data.max_response_tokens, []
     if method == "likelihood":
@@ -286,12 +283,12 @@ def build_evaluator(
     return Evaluator(
         task=task,
         renderer=renderer,
-        sampler=sampler,
-        scorer=scorer,
+        sampler=Sampler(decoder, place, count, shapes, spread, prefixes),
+        scorer=Scorer(decoder, shapes, place, count),
         examples=examples,
         prompts=[renderer.prompt(task, example) for example in examples],
         method=method,
-        sampling=greedy,
+        sampling=sampling_configs(settings, model)[2],
         rows=settings.eval.rows,
         responses=responses,
         progress=progress,

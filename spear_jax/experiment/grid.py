@@ -20,8 +20,8 @@ import tqdm
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.core.versions import PACKAGES
-from spear_jax.experiment import builder, loop, processes, run_folder
-from spear_jax.experiment.dry_run import write_split
+from spear_jax.experiment import builder, processes, run_folder
+from spear_jax.experiment.run import Run
 from spear_jax.experiment.run_logger import on_terminal
 from spear_jax.experiment.wandb_logger import check_wandb
 
@@ -98,7 +98,7 @@ def _check(rows: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, str] 
     golds = {}
     for label, config in rows:
         try:
-            golds[label] = builder.build(config).algorithm.sees_gold
+            golds[label] = builder.build(config).federation.algorithm.sees_gold
         except UserError as error:
             return UserError(f"{label}: {error}")
     return golds
@@ -156,11 +156,8 @@ def train_cells(
 
 def train_cell(cell: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Trains one cell, or goes on with it."""
-    workdir, _ = run_folder.open_workdir(str(cell), config, "auto")
-    (workdir / "error.txt").unlink(missing_ok=True)
-    built = builder.build(config)
-    write_split(built, workdir)
-    loop.train(built, workdir, quiet=True)
+    (cell / "error.txt").unlink(missing_ok=True)
+    Run(config, cell, quiet=True).train()
 
 
 class Report:

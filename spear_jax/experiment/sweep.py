@@ -18,7 +18,7 @@ import pandas as pd
 from spear_jax.analysis import comparison, runs, sweeps
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line
-from spear_jax.experiment.config import check_config, flatten
+from spear_jax.experiment.config import flatten, parse
 from spear_jax.experiment.grid import (
     GridRow,
     cell_folder,
@@ -123,7 +123,7 @@ def make_settings(
         label = make_label(made[seeds[0]], list(point))
         for config in made.values():
             try:
-                check_config(config)
+                parse(config)
             except UserError as error:
                 raise UserError(f"{label}: {error}") from None
         settings.append(Setting(label, made, arguments))

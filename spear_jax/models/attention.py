@@ -38,7 +38,9 @@ def check_kernel(kernel: str, platform: str, dtype: str, head_width: int) -> Non
             f"takes heads of at most 128 in multiples of 8, and the model's are {head_width} wide"
         )
     if problem:
-        raise UserError(f"attention is 'cudnn', which {problem}. Set --config.attention=xla.")
+        raise UserError(
+            f"attention is 'cudnn', which {problem}. Set --config.attention_kernel=xla."
+        )
 
 
 def attend(q, keys, values, visible, kernel="xla"):

@@ -114,7 +114,7 @@ def check_memory(clients_at_once: int, each: int, free: int | None) -> None:
     advice = (
         f"Set --config.federation.clients_at_once={fits}, which would fit."
         if fits
-        else "Not even one client fits: lower train.block_tokens, or set train.remat=layers."
+        else "Not even one client fits: lower train.max_tokens_per_block, or set train.remat=layers."
     )
     raise UserError(
         f"{clients_at_once} clients at once need about {clients_at_once * each / 1e9:.1f} GB for "

@@ -888,7 +888,7 @@ def experiment_of(method, **changes):
     small = {
         "federation.clients_per_round": 2,
         "rollout.examples": 6,
-        "rollout.max_rows": 16,
+        "rollout.max_concurrent_sequences": 16,
         "train.steps": 1,
         "train.batch_size": 4,
         "train.accumulation": 4,
@@ -954,7 +954,7 @@ def test_a_tspin_round_scores_no_reference_and_its_next_one_still_knows_the_firs
 
 def test_a_second_round_of_an_iteration_is_answered_by_the_stored_opponent():
     built = experiment_of(
-        "spin", **{"spin.refresh_rounds": 2, "train.rate": 0.1, "train.warmup": False}
+        "spin", **{"spin.refresh_rounds": 2, "train.learning_rate": 0.1, "train.warmup": False}
     )
     start = built.initial_state()
     state, _, _ = round_after(built, start)

@@ -246,7 +246,7 @@ def test_config_differences_are_the_fields_that_differ(grid):
     assert list(between.columns) == ["field", "default", "slow", "spear"]
     assert sorted(between.to_numpy().tolist()) == [
         ["lora.rank", "16", "4", "16"],
-        ["train.rate", "5e-05", "0.25", "5e-05"],
+        ["train.learning_rate", "5e-05", "0.25", "5e-05"],
     ]
     assert common.to_numpy().tolist() == [["seed", "0", "0, 1, 2"]]
 
@@ -418,7 +418,7 @@ def test_a_compare_folder_is_told_by_label_with_what_it_recorded(grid, tmp_path)
     assert found["runs"] == 6 and "python 3.99.1, jax 9.8.7" in read.text["runs"]
     assert "Left out, because nothing has been evaluated yet: late/seed0." in read.text["runs"]
     assert "2 of 3" in read.text["results"] and "0.452 to 0.948" in read.text["results"]
-    assert "train.rate" in read.text["config"] and "train.steps" not in read.text["config"]
+    assert "train.learning_rate" in read.text["config"] and "train.steps" not in read.text["config"]
     # one split a seed, shared by both labels
     assert (
         read.text["split"].count("slow/seed0, spear/seed0") == 1

@@ -152,12 +152,12 @@ def test_overrides_reach_a_config_with_their_types():
         default_config(),
         [
             "--config.rounds=3",
-            "--config.train.rate=1",
+            "--config.train.learning_rate=1",
             "--config.lora.targets=('q','v')",
             "--config.record_traces=False",
         ],
     )
-    assert (config.rounds, config.train.rate, config.lora.targets, config.record_traces) == (
+    assert (config.rounds, config.train.learning_rate, config.lora.targets, config.record_traces) == (
         3,
         1.0,
         ("q", "v"),
@@ -248,7 +248,7 @@ def test_rows_have_their_budget_seed_and_overrides_and_variants_win():
     args = compare_args(
         "--methods=spear",
         "--task=facts",
-        "--variant=v2:spear:lora.targets=('q','v'),train.steps=3,train.rate=0.5",
+        "--variant=v2:spear:lora.targets=('q','v'),train.steps=3,train.learning_rate=0.5",
     )
     plain, variant = compare.read_entries(
         args,
@@ -265,7 +265,7 @@ def test_rows_have_their_budget_seed_and_overrides_and_variants_win():
             for c in entry.configs.values()
         )
     assert plain.configs[4].train.steps == 7
-    assert (variant.configs[6].train.steps, variant.configs[6].train.rate) == (3, 0.5)
+    assert (variant.configs[6].train.steps, variant.configs[6].train.learning_rate) == (3, 0.5)
     assert tuple(variant.configs[4].lora.targets) == ("q", "v")
 
 

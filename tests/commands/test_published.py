@@ -165,7 +165,7 @@ def test_spears_files_give_the_configs_that_configs_spear_has(dataset, model, tm
     # words that nothing reads
     assert differing <= {
         "seed",
-        "rollout.max_rows",
+        "rollout.max_concurrent_sequences",
         "eval.rows",
         "spear.answer_only",
         "rollout.hint_words",
@@ -180,7 +180,7 @@ def test_an_empty_file_has_the_published_defaults_and_not_ours(tmp_path):
         0.3,
         20,
     )
-    assert (config.train.rate, config.train.weight_decay, config.train.warmup) == (
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.warmup) == (
         2e-4,
         1e-3,
         False,
@@ -288,7 +288,7 @@ def test_reference_repeats_the_shared_faults_for_every_method_and_refuses_anothe
 
 def test_numbers_without_a_point_are_numbers_although_yaml_reads_them_as_text(tmp_path):
     assert yaml.safe_load("5e-5") == "5e-5"
-    assert loaded("optim:\n  lr: 5e-5\n", tmp_path).train.rate == 5e-5
+    assert loaded("optim:\n  lr: 5e-5\n", tmp_path).train.learning_rate == 5e-5
 
 
 def test_the_guide_has_the_table_as_the_code_has_it():

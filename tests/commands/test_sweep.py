@@ -86,11 +86,11 @@ def fake(monkeypatch):
 
 
 def test_a_grid_is_split_at_commas_outside_brackets():
-    found = sweep.read_grid(["lora.rank=4,16", "lora.targets=('q','v'),('q',)", "train.rate=1e-3"])
+    found = sweep.read_grid(["lora.rank=4,16", "lora.targets=('q','v'),('q',)", "train.learning_rate=1e-3"])
     assert found == {
         "lora.rank": ["4", "16"],
         "lora.targets": ["('q','v')", "('q',)"],
-        "train.rate": ["1e-3"],
+        "train.learning_rate": ["1e-3"],
     }
     points = sweep.product({"a": ["1", "2"], "b": ["x", "y"]})
     assert [(point["a"], point["b"]) for point in points] == [
@@ -102,11 +102,11 @@ def test_a_grid_is_split_at_commas_outside_brackets():
 
 
 def test_a_setting_has_its_fields_in_label_config_and_command():
-    points = [{"lora.targets": "('q','v')", "train.rate": "1e-2"}]
+    points = [{"lora.targets": "('q','v')", "train.learning_rate": "1e-2"}]
     (made,) = sweep.make_settings("spear:facts,tiny", points, ["--config.rounds=3"], [0, 5])
-    assert made.label == "lora.targets=_q_v_,train.rate=0.01" and list(made.configs) == [0, 5]
+    assert made.label == "lora.targets=_q_v_,train.learning_rate=0.01" and list(made.configs) == [0, 5]
     config = made.configs[5]
-    assert (tuple(config.lora.targets), config.train.rate, config.rounds, config.seed) == (
+    assert (tuple(config.lora.targets), config.train.learning_rate, config.rounds, config.seed) == (
         ("q", "v"),
         0.01,
         3,
@@ -127,7 +127,7 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
         ({"grid": ["lora.rank=4", "lora.rank=8"]}, "given twice"),
         ({"grid": ["seed=4"]}, "seeds with --seeds"),
         ({"grid": ["lora.rank=4,4"]}, "lora.rank=4 twice"),
-        ({"grid": ["train.rate=1e-2,0.01"]}, "train.rate=0.01 twice"),
+        ({"grid": ["train.learning_rate=1e-2,0.01"]}, "train.learning_rate=0.01 twice"),
         ({"grid": ["lora.rnak=4"]}, "Did you mean 'lora.rank'"),
         ({"grid": ["lora.rank=four"]}, "four"),
         ({"grid": ["train.steps=3,0"]}, "train.steps=0: train.steps is 0; it must be at least 1"),
@@ -142,7 +142,7 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
             {"more": "--config=configs/speer.py"},
             "no config file 'configs/speer.py'. Did you mean 'spear'",
         ),
-        ({"more": "--x=train.rate"}, "unknown field of --x"),
+        ({"more": "--x=train.learning_rate"}, "unknown field of --x"),
         ({"more": "--jobs=0"}, "--jobs is 0"),
         ({"more": "--jbos=2"}, "unknown argument"),
     ],

@@ -228,7 +228,7 @@ def written_metrics(method: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(cohort_training, "_train", trace_alone)
     config = presets.method_config(method, "facts,tiny,small")
     small = {
-        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_rows": 32,
+        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_concurrent_sequences": 32,
         "train.steps": 2, "train.batch_size": 4, "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
     }  # fmt: skip
     config.update_from_flattened_dict(small)

@@ -54,8 +54,8 @@ BAD_VALUES = {
     "lora.dropout": 1.0,
     "lora.targets": ("q", "w"),
     "lora.last_layers": 5,
-    "train.rate": 0.0,
-    "train.rate_min": 1.0,
+    "train.learning_rate": 0.0,
+    "train.learning_rate_min": 1.0,
     "train.ema_decay": 1.0,
     "data.max_prompt_tokens": 8,
     "data.path": "somewhere",
@@ -124,10 +124,10 @@ def test_overrides_reach_the_config():
         [
             f"--config={QUICK}:reasoned",
             "--config.federation.num_clients=5",
-            "--config.train.rate=0.5",
+            "--config.train.learning_rate=0.5",
         ]
     )
-    assert (config.task, config.federation.num_clients, config.train.rate) == ("reasoned", 5, 0.5)
+    assert (config.task, config.federation.num_clients, config.train.learning_rate) == ("reasoned", 5, 0.5)
 
 
 @pytest.mark.parametrize("task", ["arc_challenge", "hellaswag", "math_mcqa", "strategy_qa"])

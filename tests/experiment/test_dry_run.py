@@ -132,8 +132,8 @@ def test_what_depends_on_the_run_is_left_open(tmp_path, capsys):
 
 def test_memory_for_generation_grows_with_rows_and_length_by_the_cache():
     few, many = (
-        built("spear", **{"rollout.max_rows": 8}),
-        built("spear", **{"rollout.max_rows": 24}),
+        built("spear", **{"rollout.max_concurrent_sequences": 8}),
+        built("spear", **{"rollout.max_concurrent_sequences": 24}),
     )
     model = few.model.config
     # keys and values of 16 more rows, float32

@@ -161,7 +161,7 @@ def test_a_run_from_before_a_field_existed_takes_its_default(finished, tmp_path)
     del config["imports"], config["train"]["rate"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = run_folder.read_run_config(tmp_path)
-    assert found.imports == () and found.train.rate == 5e-5 and found.rounds == 4
+    assert found.imports == () and found.train.learning_rate == 5e-5 and found.rounds == 4
 
 
 def test_bytes_count_float32_adapters_of_the_clients(finished):

@@ -30,7 +30,7 @@ TINY = {
     "federation.num_clients": 3,
     "federation.clients_per_round": 3,
     "rollout.examples": 8,
-    "rollout.max_rows": 32,
+    "rollout.max_concurrent_sequences": 32,
     "train.steps": 2,
     "train.batch_size": 2,
     "train.warmup": False,
@@ -112,7 +112,7 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
 
 
 def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monkeypatch):
-    built = build("grpo", **{"train.steps": 3, "train.rate": 0.05, "train.rate_min": 0.05})
+    built = build("grpo", **{"train.steps": 3, "train.learning_rate": 0.05, "train.learning_rate_min": 0.05})
     state = built.initial_state()
     start = jax.tree.map(np.array, state.lora)
     state = state.replace(lora=built.on_devices(state.lora))
@@ -144,8 +144,8 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
     changes = {
         "grpo.updates": 2,
         "train.steps": 4,
-        "train.rate": 0.02,
-        "train.rate_min": 0.02,
+        "train.learning_rate": 0.02,
+        "train.learning_rate_min": 0.02,
         "train.batch_size": 8,
     }
     built = build("grpo", **changes)
@@ -246,8 +246,8 @@ def test_a_budget_sets_the_pace_of_the_learning_rate():
         **{
             "rounds": 100,
             "budget.tokens": 1000,
-            "train.rate": 1.0,
-            "train.rate_min": 0.0,
+            "train.learning_rate": 1.0,
+            "train.learning_rate_min": 0.0,
             "train.warmup": True,
         },
     )
@@ -330,7 +330,7 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
     built = build(
         "dpo",
         **changes,
-        **{"dpo.source": "data", "federation.partition": "iid", "train.rate": 0.01},
+        **{"dpo.source": "data", "federation.partition": "iid", "train.learning_rate": 0.01},
     )
     state = built.initial_state()
     found = []

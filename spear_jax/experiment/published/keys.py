@@ -163,7 +163,9 @@ KEYS: dict[str, Key] = {
         0.7, real, temperature, "`rollout.temperature`; of grpo and rltf_sd at least 0.7, as there"
     ),
     "gen.top_p": to(0.95, real, "rollout.top_p"),
-    "gen.rollout_batch_size": to(8, at_least_one, "rollout.max_rows", note="speed and memory only"),
+    "gen.rollout_batch_size": to(
+        8, at_least_one, "rollout.max_concurrent_sequences", note="speed and memory only"
+    ),
     "gen.eval_batch_size": to(8, at_least_one, "eval.rows", note="speed and memory only"),
     "spear.lambda_win": Key(
         1.0,
@@ -232,15 +234,17 @@ KEYS: dict[str, Key] = {
     "distill.feedback_max_chars": free(800, "feedback is not cut here"),
     "distill.num_demos": free(1, _ELSEWHERE),
     "distill.demo_max_chars": free(1800, _ELSEWHERE),
-    "optim.lr": to(2e-4, real, "train.rate"),
+    "optim.lr": to(2e-4, real, "train.learning_rate"),
     "optim.weight_decay": to(1e-3, real, "train.weight_decay"),
     "optim.batch_size": to(1, at_least_one, "train.batch_size"),
     "optim.grad_accum_steps": to(4, at_least_one, "train.accumulation"),
-    "optim.max_grad_norm": to(1.0, real, "train.clip"),
+    "optim.max_grad_norm": to(1.0, real, "train.max_grad_norm"),
     "optim.warmup_ratio": to(0.1, real, "train.warmup_ratio"),
-    "optim.lr_min": to(1e-5, real, "train.rate_min"),
+    "optim.lr_min": to(1e-5, real, "train.learning_rate_min"),
     "optim.use_warmup": to(False, flag, "train.warmup"),
-    "optim.micro_batch_size": free(None, "`train.block_tokens` bounds the memory of a step"),
+    "optim.micro_batch_size": free(
+        None, "`train.max_tokens_per_block` bounds the memory of a step"
+    ),
     "feedback.provider": fixed(
         "oracle", "it knows no other; set --config.rollout.feedback for none or human"
     ),
