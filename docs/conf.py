@@ -33,3 +33,6 @@ default_role = "code"
 # furo: one page is one column, it works without JavaScript, and it depends on Sphinx alone.
 html_theme = "furo"
 html_title = f"spear-jax {release}"
+
+# Cells of notebooks that call a shell are Python for no highlighter.
+suppress_warnings = ["misc.highlighting_failure"]
