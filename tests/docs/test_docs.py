@@ -67,7 +67,10 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
     """`python -m spear_jax.NAME ARGV`: flags, config file, fields and values are ones that it
     takes.
     """
-    module = importlib.import_module(f"spear_jax.{name}")
+    folder = (pathlib.Path(spear_jax.__file__).parent / name).is_dir()
+    module = importlib.import_module(
+        f"spear_jax.{name}.__main__" if folder else f"spear_jax.{name}"
+    )
     found = read_arguments(monkeypatch, module.main, argv)
     if any(
         "..." in arg for arg in argv
@@ -300,8 +303,8 @@ def test_the_papers_settings_are_those_of_the_configs():
 
 
 def test_own_code_that_is_missing_is_a_mistake_of_one_line():
-    config = command_line.read_config(
-        ["--config=configs/quickstart.py", "--config.imports=no_such_module"]
-    )
     with pytest.raises(UserError, match="no_such_module.*PYTHONPATH"):
+        config = command_line.read_config(
+            ["--config=configs/quickstart.py", "--config.imports=no_such_module"]
+        )
         builder.build(config, jax.devices()[:1])
