@@ -47,7 +47,7 @@ def write_reference() -> None:
     inside = {"spear_jax"}.union(*pages.values())
     pages["commands"] = [name for name in modules(PACKAGE) if name not in inside]
     for page, names in pages.items():
-        text = "".join(f"## {name}\n\n{_automodule(name)}\n" for name in names)
+        text = "".join(f"## {name}\n\n{_source(name)}\n\n{_automodule(name)}\n" for name in names)
         write(DOCS / "reference" / f"{page}.md", f"# {page}\n\n{text}")
     public = _automodule("spear_jax", ":imported-members:")
     write(DOCS / "reference" / "spear_jax.md", f"# spear_jax: the public API\n\n{public}")
@@ -56,6 +56,13 @@ def write_reference() -> None:
 def _automodule(name: str, *options: str) -> str:
     lines = [f".. automodule:: {name}", *(f"   {option}" for option in (":members:", *options))]
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
+
+
+def _source(name: str) -> str:
+    """A link to a module's file."""
+    path = pathlib.PurePosixPath(*name.split("."))
+    file = path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
+    return f"[{file}](../../{file})"
 
 
 def _convert_docstring(app, what, name, obj, options, lines: list[str]) -> None:

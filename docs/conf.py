@@ -16,7 +16,6 @@ copyright = "Apache-2.0"
 extensions = [
     "myst_nb",  # pages in Markdown, notebooks as pages
     "sphinx.ext.autodoc",
-    "sphinx.ext.viewcode",
     "build_pages",  # generated pages and tables
 ]
 exclude_patterns = ["README.md"]

@@ -142,7 +142,7 @@ def test_a_command_is_one_that_its_program_takes(monkeypatch, tmp_path, where, w
         file = next(word for word in words[1:] if not word.startswith("-"))
         check_launch(file, words[words.index(file) + 1 :], tmp_path)
     elif words[:2] == ["python", "-m"]:
-        assert words[2] in ("pytest", "pdoc", "venv", "pip"), words
+        assert words[2] in ("pytest", "sphinx", "venv", "pip"), words
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
     else:
