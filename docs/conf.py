@@ -23,6 +23,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # notebooks carry their output
 nb_merge_streams = True
+smartquotes = False  # two hyphens are an option of a command
 
 autodoc_member_order = "bysource"
 toc_object_entries = False  # the tree of pages beside each page would list 1,500 functions
