@@ -281,6 +281,15 @@ def test_every_metric_that_is_explained_is_written(written):
     assert not DOCUMENTED - names - general - UNGRADED
 
 
+def test_a_method_page_names_the_metrics_of_the_method(written):
+    common = set.intersection(*written.values())
+    for method, names in written.items():
+        page = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+        told = set(re.findall(r"^\| `(\w+/\w+)` \| [^|]+ \|$", page, re.M))
+        own = {name for name in names - common if name.startswith(("train/", f"{method}/"))}
+        assert told == own, method
+
+
 # The paper's settings, and the reference
 
 
