@@ -54,7 +54,10 @@ def write_reference() -> None:
 
 
 def _automodule(name: str, *options: str) -> str:
-    lines = [f".. automodule:: {name}", *(f"   {option}" for option in (":members:", ":exclude-members: replace", *options))]
+    lines = [
+        f".. automodule:: {name}",
+        *(f"   {option}" for option in (":members:", ":exclude-members: replace", *options)),
+    ]
     return "\n".join(["```{eval-rst}", *lines, "```", ""])
 
 

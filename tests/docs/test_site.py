@@ -42,7 +42,8 @@ def section(text: str, heading: str) -> str:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The folder of the built site; the command is the one of docs/README.md."""
-    pytest.importorskip("sphinx", reason="the site needs Sphinx (pip install -e .[docs])")
+    for name in ("sphinx", "myst_nb", "furo"):
+        pytest.importorskip(name, reason=f"the site needs {name} (pip install -e .[docs])")
     command = "python -m sphinx -W --keep-going -b html docs build/docs"
     assert command in (DOCS / "README.md").read_text(encoding="utf-8")
     folder = tmp_path_factory.mktemp("site")
