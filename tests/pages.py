@@ -6,7 +6,11 @@ import re
 import shlex
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = ROOT / "docs" / "reference"  # by the site, from docstrings
+PAGES = [
+    ROOT / "README.md",
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if GENERATED not in page.parents),
+]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -44,7 +48,7 @@ def blocks(page: pathlib.Path) -> list[Block]:
 
 def commands(block: Block) -> list[list[str]]:
     """The simple commands of a bash block as words, without comments, assignments before them, and
-    srun.
+    srun. `spear-jax NAME` stands there as `python -m spear_jax.NAME`, which is the same.
     """
     found = []
     for line in block.text.replace("\\\n", " ").splitlines():
@@ -55,7 +59,36 @@ def commands(block: Block) -> list[list[str]]:
                 words = []
             elif words or not (word == "srun" or re.fullmatch(r"[A-Z_0-9]+=.*", word)):
                 words.append(word)
-    return [words for words in found if words]
+    return [_as_module(words) for words in found if words]
+
+
+def _as_module(words: list[str]) -> list[str]:
+    if words[0] != "spear-jax":
+        return words
+    return ["python", "-m", f"spear_jax.{words[1]}", *words[2:]]
+
+
+def scripts(page: pathlib.Path) -> list[tuple[str, str, str]]:
+    """(place, language, text) of a page's blocks that are marked `run`, in order. Python blocks that
+    follow one another are one script: a later block goes on with the names of an earlier one.
+    """
+    found: list[tuple[str, str, str]] = []
+    for block in blocks(page):
+        if block.mark == "run" and found and block.language == found[-1][1] == "python":
+            where, language, text = found.pop()
+            found.append((where, language, text + block.text))
+        elif block.mark == "run":
+            found.append((block.where, block.language, block.text))
+    return found
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def checked_commands() -> list[tuple[str, list[str]]]:

@@ -1,7 +1,7 @@
-"""The user's mistakes of the README's table, each made for real: `python tests/print_errors.py`
+"""The user's mistakes of docs/troubleshooting.md, each made for real: `python tests/print_errors.py`
 prints the table again.
 
-tests/test_errors.py runs the same cases and checks that each ends in one message before anything is
+tests/core/test_errors.py runs the same cases and checks that each ends in one message before anything is
 traced.
 """
 

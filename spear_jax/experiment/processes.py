@@ -141,7 +141,7 @@ def _start(
 @contextlib.contextmanager
 def _inherited(slot: int, jobs: int) -> Iterator[None]:
     """What a process that starts in this block inherits: its share of the cores, deafness to
-    Ctrl-C, which is its parent's, and large pages for large arrays (docs/PERFORMANCE.md).
+    Ctrl-C, which is its parent's, and large pages for large arrays (docs/performance/history.md).
 
     Inherited, all hold before the process imports anything, so that its thread pools have the
     share's size.

@@ -1,0 +1,1 @@
+"""A round over clients: who takes part, local training, aggregation."""

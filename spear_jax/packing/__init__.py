@@ -1,0 +1,1 @@
+"""Prefix-shared sequence packing: training rows and prompts become arrays of fixed shapes."""

@@ -1,4 +1,8 @@
-"""Packed sequences, batches and blocks as arrays."""
+"""Packed sequences, batches and blocks as arrays: what the model and the losses see.
+
+Leading axes are left out here: a round's local training has [C, S, K] before every shape (clients,
+local steps, blocks of a step). `packing.debug.describe` prints a block.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +12,13 @@ import jax
 
 
 def spans(tiles: Sequence[tuple[int, int]], first: int = 0) -> list[tuple[int, int, int]]:
-    """(rows, begin, end) of each (rows, width), the first of which begins at `first`."""
+    """Places tiles side by side: (2, 4) and (1, 3) become (2, 0, 4) and (1, 4, 7).
+
+    Args:
+        tiles: (rows, width) of each.
+        first: where the first tile begins.
+    Returns: (rows, begin, end) of each.
+    """
     *begins, _ = itertools.accumulate((width for _, width in tiles), initial=first)
     return [
         (rows, begin, begin + width) for (rows, width), begin in zip(tiles, begins, strict=True)
@@ -17,24 +27,36 @@ def spans(tiles: Sequence[tuple[int, int]], first: int = 0) -> list[tuple[int, i
 
 @flax.struct.dataclass
 class PackedSequences:
-    """Token sequences as trees: a prompt once, followed by each of its completions, all trees flat
-    behind one another. What all prompts open with may stand once before them.
+    """Packed training sequences in which completions of one prompt share the prompt's tokens.
 
-    Products with weights see the flat tokens; attention sees a grid of one tree a row, the longest
-    first. Its queries are taken column by column, each from as many rows as trees reach it. Unused
-    places of any array hold 0, but for `branch_ids`.
+    A prompt and its completions are a tree, and each completion is a branch of it. The trees stand
+    flat behind one another, so that products with weights see every token once. For the prompt
+    [5, 6, 7] with the completions [8, 9, EOS] and [4, EOS]:
+
+        tokens      5 6 7 8 9 4    an EOS is predicted by the token before it, and never read
+        positions   0 1 2 3 4 3    every branch goes on from its prompt
+        branch_ids  0 0 0 1 1 2    4 attends to 5 6 7 and itself, not to 8 9
+
+    Attention sees a grid with one tree a row, the longest first. The grid is cut into tiles from
+    left to right, each only as high as trees reach, so that little of it is padding. With a second
+    tree [5, 3] and the tiles ((2, 4), (1, 4)):
+
+        row 0       5 6 7 8 | 9 4 . .    of the second tile, row 0 alone is computed
+        row 1       5 3 . . |
+        query_index 0 1 2 3 8 9 4 5      in the order of `tokens`: a tile's rows follow one another
+
+    A prefix that all prompts share may stand once, before all trees. It is a tile of its own, and
+    every row of the grid begins with it. Unused entries hold 0, and -1 in `branch_ids`.
 
     Attributes:
-        tokens: int32[..., N], an opening's h tokens the first.
-        positions: int32[..., N], rotary positions; prompts go on from the opening's, every branch
-            from its prompt's.
-        grid: int32[..., R, L], the flat place of each cell's token; the opening's stand before
-            every tree's.
-        branch: int32[..., R, L], 0 in a prompt and its opening, 1, 2, ... in its completions, -1
-            where a cell is empty.
-        cell: int32[..., N], the place of each token among the queries: column after column, each in
-            row-major order.
-        columns: (rows, width) of each; an opening is one of its own, (1, h).
+        tokens: int32[..., N], the shared prefix's h tokens the first.
+        positions: int32[..., N], rotary positions. A prompt goes on from the shared prefix.
+        token_index: int32[..., R, L], for each entry of the grid its token's index in `tokens`.
+        branch_ids: int32[..., R, L], 0 in the shared prefix and the prompt, 1, 2, ... in its
+            completions, -1 where the grid is empty.
+        query_index: int32[..., N], for each token its index among the queries: tile after tile,
+            within a tile row after row.
+        tiles: (rows, width) of each; static. That of a shared prefix is (1, h).
     """
 
     tokens: jax.Array
@@ -47,7 +69,12 @@ class PackedSequences:
 
 @flax.struct.dataclass
 class Batch:
-    """Rows as a loss sees them; a row may repeat another.
+    """Training rows as a loss sees them; a row may repeat another.
+
+    Two rows with the completions [8, 9, EOS] and [4, EOS], T = 4:
+
+        completion_mask  1 1 1 0    logprobs of the same shape are 0 where the mask is
+                         1 1 0 0
 
     Attributes:
         completion_mask: bool[..., B, T], every completion token (EOS included when it was
@@ -57,7 +84,7 @@ class Batch:
         weight: float32[..., B, T], token-level confidence, or an example's weight.
         advantage: float32[..., B], of the completion.
         label: int32[..., B], +1 win (or real), -1 lose (or synthetic), 0 padding row; a method may
-            use further kinds.
+            use other numbers.
         ref_logprobs: float32[..., B, J, T], log-probabilities under each reference adapter; filled
             in by local training.
         old_logprobs: float32[..., B, T], under the adapter that the phase started from; filled in
@@ -75,14 +102,19 @@ class Batch:
 
 @flax.struct.dataclass
 class Block:
-    """Rows that go through the model together, each distinct one once. Leading axes [C, S, K] for a
-    round's local training.
+    """Training rows that go through the model together, each distinct one once.
+
+    The example of `PackedSequences`, with EOS = 2; row 2 repeats row 0:
+
+        source[0]  2 3 4 2 5    the token at 2, which is 7, predicts 8, and also 4
+        target     8 9 2 4 2
+        start      0 3 0        row 0 is scored at 0 1 2, row 1 at 3 4, row 2 as row 0
 
     Attributes:
         packs: the tokens; one pack, or one for each of a method's `num_packs`.
-        source: for each pack int32[..., M], the flat places whose states predict the scored
-            completion tokens.
-        target: int32[..., M], those completion tokens.
+        source: for each pack int32[..., M], the indices in `tokens` whose hidden states predict the
+            scored completion tokens.
+        target: int32[..., M], the scored completion tokens.
         start: int32[..., B], where each row's completion begins in `target`.
         rows: the rows.
         micro: int32[...], the micro-batch that the rows belong to.

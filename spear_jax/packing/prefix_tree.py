@@ -1,4 +1,8 @@
-"""Trees of tokens -> flat packs, and prompts as packs that generation reads."""
+"""Prefix trees: prompts with their completions behind them, and how they fill a pack's arrays.
+
+`packing.arrays.PackedSequences` shows a pack. Training packs prompts with completions (`blocks`);
+generation packs prompts alone (`pack_prompts`).
+"""
 
 import bisect
 import itertools
@@ -13,11 +17,17 @@ from spear_jax.packing.shape_buckets import BlockShape, split_tiles
 
 
 class PackBuilder:
-    """One pack under construction."""
+    """A pack under construction: its trees, and how much more it can hold.
+
+    Attributes:
+        left: tokens that are still free.
+        free: for each tile, the trees that may still reach into it.
+        trees: the trees of each prompt; several where one would have become longer than the tiles.
+    """
 
     def __init__(self, shape: BlockShape):
         self.shared_prefix = shape.shared_prefix
-        self.free = [rows for rows, _ in shape.tiles]  # trees that may yet reach each column
+        self.free = [rows for rows, _ in shape.tiles]
         self.ends = [end for *_, end in spans(shape.tiles)]
         self.left = shape.tokens - len(shape.shared_prefix)
         self.trees: dict[tuple[int, ...], list[PrefixTree]] = {}
@@ -25,10 +35,12 @@ class PackBuilder:
     def place(
         self, prompt: tuple[int, ...], completion: Sequence[int]
     ) -> "tuple[PrefixTree, int] | None":
-        """The tree and branch that a completion joins; None where there is no room. Its last token
-        is never read.
+        """Adds a completion under its prompt, to the prompt's tree or as a new one.
 
-        Raises: ValueError for a prompt that does not go on from the opening.
+        Its last token takes no place, since nothing is predicted from it.
+
+        Returns: the tree and the number of the branch, from 0; None where the pack is too full.
+        Raises: ValueError for a prompt that does not go on from the shared prefix.
         """
         read, shared = len(completion) - 1, len(self.shared_prefix)
         for tree in self.trees.get(prompt, ()):
@@ -36,7 +48,7 @@ class PackBuilder:
                 return tree, tree.add(completion)
         if prompt[:shared] != self.shared_prefix or len(prompt) == shared:
             raise ValueError(
-                f"the prompt {prompt} does not go on from the opening {self.shared_prefix}"
+                f"the prompt {prompt} does not go on from the shared prefix {self.shared_prefix}"
             )
         tree = PrefixTree(prompt[shared:])
         if not self._take(0, tree.length + read):
@@ -45,7 +57,10 @@ class PackBuilder:
         return tree, tree.add(completion)
 
     def _take(self, length: int, longer: int) -> bool:
-        """Takes the room for a tree (0: a new one) that grows; False where there is not as much."""
+        """Takes tokens and tiles for a tree that grows; False, and nothing taken, where they lack.
+
+        Args: length, longer: the tree's tokens before and after; a new tree has 0 before.
+        """
         reached = bisect.bisect_left(self.ends, length) + 1 if length else 0
         tiles = range(reached, bisect.bisect_left(self.ends, longer) + 1)
         if (
@@ -61,14 +76,21 @@ class PackBuilder:
 
 
 class PrefixTree:
-    """A prompt without its opening, with completions behind it."""
+    """A prompt without its shared prefix, with completions behind it.
+
+    The prompt [5, 6, 7] with the completions [8, 9, EOS] and [4, EOS]:
+
+        places    0 1 2 3 4 5      starts  [3, 5]
+        tokens    5 6 7 8 9 4      length  6
+    """
 
     def __init__(self, prompt: tuple[int, ...]):
         self.prompt, self.length = prompt, len(prompt)
         self.branches: list[Sequence[int]] = []
-        self.starts: list[int] = []  # of each branch, relative to the tree
+        self.starts: list[int] = []  # of each branch, from the tree's first token
 
     def add(self, completion: Sequence[int]) -> int:
+        """Appends a completion; returns the number of its branch, from 0."""
         self.branches.append(completion)
         self.starts.append(self.length)
         self.length += len(completion) - 1
@@ -76,59 +98,66 @@ class PrefixTree:
 
 
 def fill(builder: PackBuilder, shape: BlockShape) -> tuple[PackedSequences, dict[int, int]]:
-    """The arrays of a pack, and the flat place where each tree (by id) begins."""
+    """Lays a builder's trees out as numpy arrays, the longest first.
+
+    Returns: the pack; {id(tree): the index in `tokens` where the tree begins}.
+    """
     shared = len(shape.shared_prefix)
-    tokens, positions, query_index = (np.zeros(shape.tokens, np.int32) for _ in range(3))
     size = shape.tiles[0][0], shared + sum(width for _, width in shape.tiles)
     pack = PackedSequences(
-        tokens,
-        positions,
-        np.zeros(size, np.int32),
-        np.full(size, -1, np.int32),
-        query_index,
-        _tiles(shape),
+        tokens=np.zeros(shape.tokens, np.int32),
+        positions=np.zeros(shape.tokens, np.int32),
+        token_index=np.zeros(size, np.int32),
+        branch_ids=np.full(size, -1, np.int32),
+        query_index=np.zeros(shape.tokens, np.int32),
+        tiles=_tiles(shape),
     )
     trees = sorted(
         (tree for trees in builder.trees.values() for tree in trees), key=lambda tree: -tree.length
     )
-    base, at = {}, shared if trees else 0
-    tokens[:at], positions[:at], query_index[:at] = (
-        shape.shared_prefix[:at],
-        np.arange(at),
-        np.arange(at),
-    )
+    begins, at = {}, shared if trees else 0
+    pack.tokens[:at] = shape.shared_prefix[:at]
+    pack.positions[:at] = pack.query_index[:at] = np.arange(at)
     for row, tree in enumerate(trees):
-        token_index, branch_ids = pack.token_index[row], pack.branch_ids[row]
-        begin = len(tree.prompt)
-        base[id(tree)] = at
-        tokens[at : at + begin] = tree.prompt
-        positions[at : at + tree.length] = shared + np.arange(tree.length)
-        branch_ids[: shared + begin] = 0
-        for number, (completion, start) in enumerate(
-            zip(tree.branches, tree.starts, strict=True), 1
-        ):
-            read = len(completion) - 1
-            tokens[at + start : at + start + read] = completion[:-1]
-            positions[at + start : at + start + read] = shared + begin + np.arange(read)
-            branch_ids[shared + start : shared + start + read] = number
-        token_index[:shared] = np.arange(shared)
-        token_index[shared : shared + tree.length] = np.arange(at, at + tree.length)
+        begins[id(tree)] = at
+        _fill_tree(pack, row, tree, at, shared)
         at += tree.length
     before = 0
     for rows, begin, end in spans(pack.tiles):
         own = pack.branch_ids[:rows, begin:end] >= 0
-        query_index[pack.token_index[:rows, begin:end][own]] = before + np.flatnonzero(own)
+        pack.query_index[pack.token_index[:rows, begin:end][own]] = before + np.flatnonzero(own)
         before += own.size
-    return pack, base
+    return pack, begins
+
+
+def _fill_tree(pack: PackedSequences, row: int, tree: PrefixTree, at: int, shared: int) -> None:
+    """Writes a tree into a row of the grid and into the flat tokens from `at` on.
+
+    Args: shared: h, the tokens of the shared prefix.
+    """
+    prompt, end = len(tree.prompt), at + tree.length
+    pack.tokens[at : at + prompt] = tree.prompt
+    pack.positions[at : at + prompt] = shared + np.arange(prompt)
+    pack.branch_ids[row, : shared + prompt] = 0
+    for number, (completion, start) in enumerate(zip(tree.branches, tree.starts, strict=True), 1):
+        read = len(completion) - 1
+        pack.tokens[at + start : at + start + read] = completion[:-1]
+        pack.positions[at + start : at + start + read] = shared + prompt + np.arange(read)
+        pack.branch_ids[row, shared + start : shared + start + read] = number
+    pack.token_index[row, :shared] = np.arange(shared)
+    pack.token_index[row, shared : shared + tree.length] = np.arange(at, end)
 
 
 def _tiles(shape: BlockShape) -> tuple[tuple[int, int], ...]:
-    """The shape's tiles, behind that of the shared prefix."""
+    """Lists the tiles of a pack: the shared prefix's, where there is one, and the shape's."""
     return ((1, len(shape.shared_prefix)),) * bool(shape.shared_prefix) + shape.tiles
 
 
 def real_tokens(pack: PackedSequences) -> int:
-    """How many of a pack's tokens (numpy arrays, any leading axes) are not padding."""
+    """Counts a pack's tokens that are no padding.
+
+    Args: pack: numpy arrays with any leading axes.
+    """
     return sum(
         int((pack.branch_ids[..., :rows, begin:end] >= 0).sum())
         for rows, begin, end in spans(pack.tiles)
@@ -136,7 +165,7 @@ def real_tokens(pack: PackedSequences) -> int:
 
 
 def fits(block: Block, shape: BlockShape) -> bool:
-    """Whether `shrink` would lose nothing of a block (numpy arrays)."""
+    """Says whether `shrink` to a shape would lose nothing of a block (numpy arrays)."""
     for pack in block.packs:
         if real_tokens(pack) > shape.tokens:
             return False
@@ -150,7 +179,11 @@ def fits(block: Block, shape: BlockShape) -> bool:
 
 
 def shrink(block: Block, shape: BlockShape) -> Block:
-    """A block's arrays cut to a smaller room that it fits; what is behind is padding."""
+    """Cuts a block's arrays to a smaller shape that it fits; only padding is lost.
+
+    A tile that loses rows moves the queries of the tiles behind it forward: from tiles ((4, 8),
+    (2, 8)) to ((2, 8), (1, 8)) query 32, the first of the second tile, becomes query 16.
+    """
     tiles, rows = _tiles(shape), shape.tiles[0][0]
 
     def cut(pack: PackedSequences) -> PackedSequences:
@@ -159,7 +192,7 @@ def shrink(block: Block, shape: BlockShape) -> Block:
         for (most, width), (kept, _) in zip(pack.tiles, tiles, strict=True):
             shift = jnp.where(
                 query_index >= before, gone, shift
-            )  # queries of this column, and for now of those behind it
+            )  # the queries of this tile, and for now of those behind it
             before, gone = before + most * width, gone + (most - kept) * width
         return PackedSequences(
             tokens=pack.tokens[: shape.tokens],
@@ -178,16 +211,15 @@ def shrink(block: Block, shape: BlockShape) -> Block:
 
 
 def one_sequence(tokens: Sequence[int]) -> PackedSequences:
-    """A pack of nothing but one sequence."""
+    """Packs a single sequence without padding, as one tree without branches."""
     places = np.arange(len(tokens), dtype=np.int32)
-    token_index = places[None]
     return PackedSequences(
-        np.array(tokens, np.int32),
-        places,
-        token_index,
-        np.zeros_like(token_index),
-        places,
-        ((1, len(tokens)),),
+        tokens=np.array(tokens, np.int32),
+        positions=places,
+        token_index=places[None],
+        branch_ids=np.zeros_like(places[None]),
+        query_index=places,
+        tiles=((1, len(tokens)),),
     )
 
 
@@ -198,29 +230,36 @@ def pack_prompts(
     shape: BlockShape,
     shared_prefix: int = 0,
 ) -> tuple[PackedSequences, np.ndarray, np.ndarray]:
-    """Prompts of groups that share nothing with one another; within a group equal prompts are read
-    once.
+    """Packs the prompts that generation reads; within a group, equal prompts are read once.
+
+    Groups share nothing with one another: each has a pack of its own. The group [[5, 6, 7], [9],
+    [9]] with rows = 3 and P = 4 has the pack 5 6 7 9, and
+
+        index  . 0 1 2    mask  0 1 1 1
+               . . . 3          0 0 0 1
+               . . . 3          0 0 0 1
 
     Args:
         groups: G lists of at most `rows` prompts.
         width: P; no prompt is longer.
-        opening: h tokens that all prompts begin with and that are not in the pack.
-    Returns: a pack with leading axis G; int32[G, rows, P], the flat place of each prompt's tokens
-        behind h places for the opening, left-padded; bool[G, rows, P].
+        shape: the pack's sizes.
+        shared_prefix: h, the number of tokens that all prompts begin with and that were read
+            before. They are not in the pack, and `index` has 0, ..., h - 1 for them.
+    Returns: a pack with leading axis G; int32[G, rows, P], the index in the pack of each prompt's
+        tokens, left-padded, counted from h on; bool[G, rows, P].
+    Raises: ValueError for prompts that the shape does not hold.
     """
-    packs, index, mask = (
-        [],
-        np.zeros((len(groups), rows, width), np.int32),
-        np.zeros((len(groups), rows, width), bool),
-    )
+    packs: list[PackedSequences] = []
+    index = np.zeros((len(groups), rows, width), np.int32)
+    mask = np.zeros((len(groups), rows, width), bool)
     for group, prompts in enumerate(groups):
         builder = PackBuilder(shape)
         for prompt in sorted({tuple(p[shared_prefix:]) for p in prompts}, key=len, reverse=True):
             if builder.place(prompt, (0,)) is None:
                 raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {shape}")
-        pack, base = fill(builder, shape)
+        pack, begins = fill(builder, shape)
         for row, prompt in enumerate(prompts):
-            begin = base[id(builder.trees[tuple(prompt[shared_prefix:])][0])]
+            begin = begins[id(builder.trees[tuple(prompt[shared_prefix:])][0])]
             index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
             index[group, row, width - len(prompt) :][:shared_prefix] = np.arange(shared_prefix)
             mask[group, row, width - len(prompt) :] = True
@@ -229,10 +268,16 @@ def pack_prompts(
 
 
 def prompt_shape(groups: Sequence[Sequence[list[int]]], width: int, dealt: int = 1) -> BlockShape:
-    """A room that holds every group's prompts, and as many others of their kind: the spread of a
-    sum is added to the sum. It holds any single prompt of at most `width` tokens.
+    """Chooses the shape for packs of these prompts, and of others that are drawn as they were.
 
-    Args: dealt: so many groups share what was drawn together, and with it the spread of its sum.
+    The longest sum of lengths is taken, and 1.5 times the spread of such a sum is added. Any single
+    prompt of at most `width` tokens fits.
+
+    Args:
+        groups: G lists of prompts.
+        width: P; no prompt is longer.
+        dealt: so many groups were dealt from prompts that were drawn together; they share the
+            spread of the sum.
     """
     lengths = _distinct(groups)
     total, widths = max(1, *map(len, lengths)), split_tiles(width)
@@ -253,7 +298,7 @@ def prompt_shape(groups: Sequence[Sequence[list[int]]], width: int, dealt: int =
 
 
 def holds_prompts(shape: BlockShape, groups: Sequence[Sequence[list[int]]]) -> bool:
-    """Whether `pack_prompts` finds room for all of them."""
+    """Says whether `pack_prompts` can pack all of these prompts into a shape."""
     tiles = spans(shape.tiles)
     longest = tiles[-1][-1]
     for own in _distinct(groups):
@@ -265,5 +310,5 @@ def holds_prompts(shape: BlockShape, groups: Sequence[Sequence[list[int]]]) -> b
 
 
 def _distinct(groups) -> list[list[int]]:
-    """The lengths of each group's distinct prompts."""
+    """Lists the lengths of each group's distinct prompts."""
     return [[len(prompt) for prompt in {tuple(p) for p in prompts}] for prompts in groups]

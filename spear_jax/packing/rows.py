@@ -10,14 +10,14 @@ from spear_jax.packing.arrays import Batch
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRow:
-    """One training row; host only.
+    """A completion under a prompt, with what a loss needs to know of it; host only.
 
     Attributes:
         prompt: token ids the completion is scored under.
         completion: the sampled token ids, EOS included when it was generated.
         loss_mask: bool[len(completion)], the positions that a loss may use.
         weight: the trace's confidence, or the example's weight.
-        label: +1 win (or real), -1 lose (or synthetic); a method may use further kinds.
+        label: +1 win (or real), -1 lose (or synthetic); a method may use other numbers.
         advantage: of the completion.
     """
 
@@ -33,11 +33,12 @@ RowGroup = tuple[TrainingRow, ...]  # rows that a loss needs together
 
 
 def batch(rows: Sequence[TrainingRow | None], length: int) -> Batch:
-    """Rows as numpy arrays [B, T]; a None row is all padding (label 0). No completion is longer
-    than `length`.
+    """Lays rows out as numpy arrays [B, T]; a None row is all padding (label 0).
+
+    Args: length: T; no completion is longer.
     """
     size = len(rows)
-    found = Batch(
+    arrays = Batch(
         completion_mask=np.zeros((size, length), bool),
         loss_mask=np.zeros((size, length), bool),
         weight=np.zeros((size, length), np.float32),
@@ -47,34 +48,37 @@ def batch(rows: Sequence[TrainingRow | None], length: int) -> Batch:
     for index, row in enumerate(rows):
         if row is not None:
             end = len(row.completion)
-            found.completion_mask[index, :end] = True
-            found.loss_mask[index, :end] = row.loss_mask
-            found.weight[index] = row.weight
-            found.advantage[index] = row.advantage
-            found.label[index] = row.label
-    return found
+            arrays.completion_mask[index, :end] = True
+            arrays.loss_mask[index, :end] = row.loss_mask
+            arrays.weight[index] = row.weight
+            arrays.advantage[index] = row.advantage
+            arrays.label[index] = row.label
+    return arrays
 
 
 def prompts(steps: Iterable[Iterable[Iterable[RowGroup]]]) -> list[list[int]]:
-    """The prompts of all rows of some optimiser steps' micro-batches; a list that rows share stands
-    once.
+    """Lists the prompts of all rows; a list that several rows hold stands once.
+
+    Args: steps: optimiser steps, each its micro-batches, each its groups.
     """
     rows = (row for step in steps for micro in step for group in micro for row in group)
     return list({id(row.prompt): row.prompt for row in rows}.values())
 
 
 def groups_of(rows: Sequence[TrainingRow | None], rows_per_group: int) -> list[RowGroup]:
-    """A micro-batch's items: row i of each of `rows_per_group` equal blocks; None rows make
-    none.
+    """Groups a micro-batch's rows: row i of each of its `rows_per_group` equal parts.
+
+    With rows_per_group = 2, the rows [w0, w1, l0, l1] are the groups (w0, l0) and (w1, l1). A group
+    with a None row is left out.
     """
     size = len(rows) // rows_per_group
-    parts = [rows[kind * size : (kind + 1) * size] for kind in range(rows_per_group)]
+    parts = [rows[part * size : (part + 1) * size] for part in range(rows_per_group)]
     return [group for group in zip(*parts, strict=True) if None not in group]
 
 
 def draw(pool: list, count: int, rng: np.random.Generator) -> list:
-    """`count` members of a pool: without replacement where it is large enough, else with. An empty
-    pool gives Nones.
+    """Draws `count` members of a pool: without replacement where the pool is large enough, else
+    with. An empty pool gives Nones.
 
     Source: the shared federated shell of the published SPEAR code (independent for every
         micro-step).

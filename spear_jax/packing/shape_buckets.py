@@ -1,5 +1,7 @@
-"""The padded sizes of what goes through a model: how they are rounded, and which of them a run has
-opened.
+"""Shape buckets: the few padded sizes that a run compiles programs for.
+
+JAX compiles a program for every shape of its arguments. Sizes are therefore rounded up, and a run
+keeps to the sizes that it has opened.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-COLUMN, COLUMNS = 64, 6  # tokens of a column where that makes few enough; columns at most
+TILE_WIDTH, MAX_TILES = 64, 6  # a tile is wider where the longest tree needs more tiles than that
 
 # how versions up to 0.10 named the fields of a saved shape
 _RENAMED = {
@@ -25,15 +27,19 @@ _RENAMED = {
 class BlockShape:
     """The sizes of a block; hashable.
 
+    Of pairs (rows_per_group = 2) with groups = 3, rows 0 and 3 are the first pair, 1 and 4 the
+    second. With num_packs = 2 row 0 stands in pack 0 and row 3 in pack 1; with num_packs = 1 both
+    stand in pack 0.
+
     Attributes:
         tokens: N of each pack.
-        columns: (R, W) of each column of a pack's attention grid: so many trees may reach so far.
+        tiles: (rows, width) of each tile of a pack's attention grid, without a shared prefix's.
         scored: M.
-        items: row i and row i + items, i + 2 items, ... are one item's.
-        kinds: rows of an item.
-        trunks: packs; kind k stands in pack k % trunks.
+        groups: the most groups that a block holds. Rows i, i + groups, i + 2 groups, ... are one.
+        rows_per_group: rows of a group; B = groups * rows_per_group.
+        num_packs: packs. A group's row k stands in pack k % num_packs.
         length: T.
-        opening: h token ids with which every prompt begins, and which a pack holds once.
+        shared_prefix: h token ids with which every prompt begins, and which a pack holds once.
     """
 
     tokens: int
@@ -47,27 +53,37 @@ class BlockShape:
 
 
 def size_bucket(size: int, finest: int = 16) -> int:
-    """`size` rounded up so that at most an eighth of the result is padding: a few sizes an octave,
-    multiples of `finest`.
+    """Rounds a size up to one of a few: 100 to 112, 1000 to 1024, 5000 to 5120.
+
+    At most an eighth of the result is padding, but for sizes below 8 `finest`.
+
+    Args: finest: every result is a multiple of it.
     """
     step = max(finest, 1 << max(0, size.bit_length() - 4))
     return -(-size // step) * step
 
 
 def split_tiles(longest: int) -> list[int]:
-    """The widths of the columns of trees of up to `longest` tokens: at most COLUMNS, as each is
-    compiled.
+    """Cuts trees of up to `longest` tokens into tiles: 130 tokens into widths [64, 64, 8].
+
+    The tiles are few, MAX_TILES at most, because each adds its own attention to the program.
     """
     up = lambda n: -(-n // 8) * 8
-    width = max(COLUMN, up(-(-longest // COLUMNS)))
+    width = max(TILE_WIDTH, up(-(-longest // MAX_TILES)))
     full = (longest - 1) // width
     return [width] * full + [up(longest - full * width)]
 
 
 class ShapeBuckets:
-    """The padded sizes that a run has opened. A batch takes an open one that holds it with little
-    waste; once frozen any that holds it, so that nothing compiles any more. Part of what a run must
-    remember (`save`, `load`).
+    """The padded sizes that a run has opened so far.
+
+    A batch takes an open size that holds it with little waste, or opens a new one. Once the sizes
+    are frozen it takes any that holds it, so that nothing compiles any more. A run saves its sizes
+    with each checkpoint, because padding decides how sums are rounded.
+
+        shapes.fit("prompts", (8, 100))    (8, 100), opened
+        shapes.fit("prompts", (8, 95))     (8, 100), 5 % more than needed
+        shapes.fit("prompts", (4, 50))     (4, 50), opened; once frozen it would have been (8, 100)
     """
 
     WASTE = 1.15  # how much dearer than wanted an open shape may be before freezing
@@ -78,7 +94,7 @@ class ShapeBuckets:
         self._block_shapes: dict[str, BlockShape] = {}
 
     def freeze(self) -> None:
-        """Prefers open shapes from now on, however wasteful."""
+        """Prefers open sizes from now on, however wasteful."""
         self.frozen = True
 
     def fit(
@@ -87,11 +103,13 @@ class ShapeBuckets:
         wanted: tuple[int, ...],
         cost: Callable[[tuple[int, ...]], float] | None = None,
     ) -> tuple[int, ...]:
-        """The cheapest open shape of this name that holds what is wanted, or `wanted` itself,
-        opened.
+        """Returns the cheapest open shape of a name that holds what is wanted; else opens `wanted`.
 
-        Args: cost: of a shape, infinite where it would not do; None: its product where it is as
-            large as `wanted` in every size.
+        Args:
+            name: shapes of one name can replace each other.
+            wanted: the sizes that are needed.
+            cost: of a shape, infinite where it does not hold what is wanted. None: the product of
+                its sizes, where each is as large as wanted.
         """
 
         def product(shape: tuple[int, ...]) -> float:
@@ -99,16 +117,16 @@ class ShapeBuckets:
             return float(np.prod(shape, dtype=float)) if large else np.inf
 
         cost = cost or product
-        found = self._open.setdefault(name, set())
+        opened = self._open.setdefault(name, set())
         limit = sys.float_info.max if self.frozen else self.WASTE * cost(wanted)
-        costs = {shape: cost(shape) for shape in found}
-        fitting = [shape for shape in found if costs[shape] <= limit]
+        costs = {shape: cost(shape) for shape in opened}
+        fitting = [shape for shape in opened if costs[shape] <= limit]
         best = min(fitting, key=lambda s: (costs[s], s), default=wanted)
-        found.add(best)
+        opened.add(best)
         return best
 
     def opened(self, name: str) -> list[tuple[int, ...]]:
-        """The open shapes of this name."""
+        """Lists the open shapes of a name."""
         return sorted(self._open.get(name, ()))
 
     def open(self, name: str, shape: tuple[int, ...]) -> None:
@@ -116,17 +134,17 @@ class ShapeBuckets:
         self._open.setdefault(name, set()).add(shape)
 
     def shape(self, name: str, choose: Callable[[], BlockShape]) -> BlockShape:
-        """The room of this name, chosen once."""
+        """Returns the block shape of a name, which is chosen once."""
         if name not in self._block_shapes:
             self._block_shapes[name] = choose()
         return self._block_shapes[name]
 
     def save(self) -> dict[str, Any]:
-        """What `load` needs, as JSON."""
+        """Returns what `load` needs, as JSON."""
         return {
             "frozen": self.frozen,
-            "open": {name: sorted(map(list, found)) for name, found in self._open.items()},
-            "rooms": {
+            "open": {name: sorted(map(list, opened)) for name, opened in self._open.items()},
+            "rooms": {  # the key of versions up to 0.10, which stands in their checkpoints
                 name: dataclasses.asdict(shape) for name, shape in self._block_shapes.items()
             },
         }
@@ -135,7 +153,7 @@ class ShapeBuckets:
         """Restores what `save` gave."""
         self.frozen = saved["frozen"]
         self._open = {
-            name: {tuple(shape) for shape in found} for name, found in saved["open"].items()
+            name: {tuple(shape) for shape in opened} for name, opened in saved["open"].items()
         }
         named = {
             name: {_RENAMED.get(field, field): value for field, value in shape.items()}

@@ -1,0 +1,1 @@
+"""From prompts to graded text: prompts, generation with continuous batching, scoring of tokens."""

@@ -1,5 +1,5 @@
 """Runs taken out through the commands, and read by transformers, PEFT and lm-eval as
-docs/interchange.md says.
+docs/guides/interchange.md says.
 
 The readers need torch, peft and lm_eval; the real model needs $SPEAR_SMOLLM2 (a folder made by
 `python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`) and real data.
@@ -26,7 +26,7 @@ from spear_jax.models.decoder import logits
 
 TINY_AND_SMOLLM2 = ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)]
 ROOT = pathlib.Path(__file__).parents[2]
-GUIDE = (ROOT / "docs/interchange.md").read_text()
+GUIDE = (ROOT / "docs/guides/interchange.md").read_text()
 SIZE = {
     "rounds": 1,
     "federation.num_clients": 2,
@@ -63,11 +63,11 @@ def train(folder, config, settings):
         line
         for block in blocks("bash")
         for line in block.splitlines()
-        if "spear_jax.export" in line
+        if line.startswith("spear-jax export ")
     ]
     assert len(exports) == 2
     for line in exports:
-        python(folder, *shlex.split(line)[1:])
+        python(folder, "-m", "spear_jax.export", *shlex.split(line)[2:])
     return TrainedCohort(folder)
 
 

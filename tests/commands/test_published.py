@@ -292,7 +292,7 @@ def test_numbers_without_a_point_are_numbers_although_yaml_reads_them_as_text(tm
 
 
 def test_the_guide_has_the_table_as_the_code_has_it():
-    assert yaml_config.table() in (ROOT / "docs/from-published-code.md").read_text()
+    assert yaml_config.table() in (ROOT / "docs/guides/from-published-code.md").read_text()
 
 
 def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):

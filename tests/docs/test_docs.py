@@ -14,7 +14,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from pages import PAGES, ROOT, blocks, checked_commands
+from pages import PAGES, ROOT, anchors, blocks, checked_commands, scripts
 from processes import environment
 
 import spear_jax
@@ -32,9 +32,8 @@ CONFIGURED = ("train", "benchmark")  # what is left of their arguments is a conf
 OUTSIDE = tuple(
     "git cd pip jupyter pytest source . tensorboard ruff gcloud export lm_eval vllm".split()
 )
-PUBLISHED = re.compile(
-    r"(?<=from_yaml\.py:)[\w.]+\.yaml"
-)  # files of the published code, which are not here
+# Files of the published code, which are not here.
+PUBLISHED = re.compile(r"(?:(?<=from_yaml:)|(?<=from_yaml\.py:))[\w.]+\.yaml")
 
 
 class Parsed(Exception):
@@ -68,7 +67,10 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
     """`python -m spear_jax.NAME ARGV`: flags, config file, fields and values are ones that it
     takes.
     """
-    module = importlib.import_module(f"spear_jax.{name}")
+    folder = (pathlib.Path(spear_jax.__file__).parent / name).is_dir()
+    module = importlib.import_module(
+        f"spear_jax.{name}.__main__" if folder else f"spear_jax.{name}"
+    )
     found = read_arguments(monkeypatch, module.main, argv)
     if any(
         "..." in arg for arg in argv
@@ -88,6 +90,15 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
                 check_config(config)
     else:
         assert not [arg for arg in found.rest if not arg.startswith("--config")], found.rest
+
+
+def check_sweep(monkeypatch, name: str, argv: list[str], folder: pathlib.Path) -> None:
+    """A sweep's arguments; with --dry-run it makes and checks every cell's config."""
+    main = importlib.import_module(name).main
+    assert read_arguments(monkeypatch, main, argv).given.workdir
+    if "--dry-run" in argv and not any("..." in arg for arg in argv):
+        moved = [re.sub("^--workdir=", f"--workdir={folder}/", arg) for arg in argv]
+        assert main(moved)["cells"] > 1
 
 
 def check_launch(file: str, argv: list[str], folder: pathlib.Path) -> None:
@@ -120,25 +131,18 @@ def test_a_command_is_one_that_its_program_takes(monkeypatch, tmp_path, where, w
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "published.yaml").write_text("fl: {rounds: 50, clients_per_round: 3}\n")
     words = [PUBLISHED.sub(str(tmp_path / "published.yaml"), word) for word in words]
-    if words[:2] == ["python", "-m"] and words[2].startswith("spear_jax."):
+    if words[:3] == ["python", "-m", "spear_jax.sweep"]:
+        check_sweep(monkeypatch, "spear_jax.sweep", words[3:], tmp_path)
+    elif words[:2] == ["python", "-m"] and words[2].startswith("spear_jax."):
         check_program(monkeypatch, words[2].removeprefix("spear_jax."), words[3:])
     elif words[0] == "python" and words[1].startswith("launch/"):
-        main = importlib.import_module(words[1].removesuffix(".py").replace("/", ".")).main
-        assert read_arguments(monkeypatch, main, words[2:]).given.workdir
-        if "--dry-run" in words and not any(
-            "..." in word for word in words
-        ):  # it makes and checks every cell's config
-            assert (
-                main([re.sub("^--workdir=", f"--workdir={tmp_path}/", word) for word in words[2:]])[
-                    "cells"
-                ]
-                > 1
-            )
+        module = words[1].removesuffix(".py").replace("/", ".")
+        check_sweep(monkeypatch, module, words[2:], tmp_path)
     elif words[0] in ("bash", "sbatch"):
         file = next(word for word in words[1:] if not word.startswith("-"))
         check_launch(file, words[words.index(file) + 1 :], tmp_path)
     elif words[:2] == ["python", "-m"]:
-        assert words[2] in ("pytest", "pdoc", "venv", "pip"), words
+        assert words[2] in ("pytest", "sphinx", "venv", "pip"), words
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), words
     else:
@@ -168,10 +172,18 @@ def test_one_version_is_told_everywhere():
 def test_local_links_lead_somewhere():
     missing = []
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if not re.match(r"\w+:", target) and not (page.parent / target).exists():
-                missing.append(f"{page.name}: {target}")
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+            if re.match(r"\w+:", target):
+                continue
+            there = page.parent / target if target else page
+            if not there.exists() or (anchor and anchor not in anchors(there)):
+                missing.append(f"{page.name}: {target}#{anchor}")
     assert not missing
+
+
+def test_the_readme_can_be_read_in_one_go():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
 
 
 RUNNABLE = [page for page in PAGES if any(block.mark == "run" for block in blocks(page))]
@@ -182,33 +194,40 @@ def test_a_guide_works_as_it_is_written(page, tmp_path):
     """The page's files are put into a folder of their own, and its blocks marked `run` are run
     there.
     """
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    shim = tmp_path / "bin" / "python"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    shim.chmod(0o755)
-    env = environment() | {"PATH": f"{shim.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    programs = {
+        "python": f'exec "{sys.executable}" "$@"',
+        "spear-jax": f'name=$1; shift; exec "{sys.executable}" -m "spear_jax.$name" "$@"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, line in programs.items():
+        shim = tmp_path / "bin" / name
+        shim.write_text(f"#!/bin/sh\n{line}\n")
+        shim.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    env = environment() | {"PATH": path, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     for block in blocks(page):
         if block.file:
             (tmp_path / block.file).write_text(block.text)
-        if block.mark == "run":
-            script = f"set -euo pipefail\n{block.text}"
-            done = subprocess.run(
-                ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
-            )
-            assert done.returncode == 0, f"{block.where}: {done.stderr[-3000:]}"
+    for where, language, text in scripts(page):
+        command = ["python", "-c", text]
+        if language == "bash":
+            command = ["bash", "-c", f"set -euo pipefail\n{text}"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{where}: {done.stderr[-3000:]}"
     assert list((tmp_path / "runs").glob("*/summary.json"))
 
 
 def test_the_guides_that_bring_code_are_run():
-    assert {"add-a-dataset", "add-a-feedback-provider", "add-a-method"} <= {
-        page.stem for page in RUNNABLE
-    }
+    code = {
+        "add-a-dataset", "add-a-feedback-provider", "add-a-method", "add-a-reducer",
+        "configs", "python-api", "quickstart", "resume",
+    }  # fmt: skip
+    assert code <= {page.stem for page in RUNNABLE}
 
 
 # Every metric is explained
 
-METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+METRICS = (ROOT / "docs" / "guides" / "metrics.md").read_text(encoding="utf-8")
 DOCUMENTED = {name for name in re.findall(r"`([\w/]+)`", METRICS) if "/" in name}
 UNGRADED = {"eval/nll"}  # of tasks that nothing grades; tests/test_responses.py runs them
 
@@ -262,11 +281,20 @@ def test_every_metric_that_is_explained_is_written(written):
     assert not DOCUMENTED - names - general - UNGRADED
 
 
+def test_a_method_page_names_the_metrics_of_the_method(written):
+    common = set.intersection(*written.values())
+    for method, names in written.items():
+        page = (ROOT / "docs" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+        told = set(re.findall(r"^\| `(\w+/\w+)` \| [^|]+ \|$", page, re.M))
+        own = {name for name in names - common if name.startswith(("train/", f"{method}/"))}
+        assert told == own, method
+
+
 # The paper's settings, and the reference
 
 
 def test_the_papers_settings_are_those_of_the_configs():
-    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "reproduce.md").read_text(encoding="utf-8")
     rows = {
         cells[0]: cells[1:]
         for cells in re.findall(r"^\| (\w+) " + r"\| ([\d.]+) " * 8 + r"\|$", text, re.M)
@@ -281,21 +309,6 @@ def test_the_papers_settings_are_those_of_the_configs():
         )  # fmt: skip
         assert tuple(map(float, cells)) == tuple(map(float, there))
         assert fed.num_clients == 50
-
-
-def test_the_reference_is_built_from_the_docstrings_without_a_warning(tmp_path):
-    pytest.importorskip("pdoc", reason="the reference needs pdoc (pip install -e .[test])")
-    command = next(
-        words for _, words in checked_commands() if words[:3] == ["python", "-m", "pdoc"]
-    )
-    command = [sys.executable, *command[1:]]
-    command[command.index("--output-directory") + 1] = str(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
-    assert (
-        "The one door between text and tokens"
-        in (tmp_path / "spear_jax" / "actor.html").read_text()
-    )
 
 
 def test_own_code_that_is_missing_is_a_mistake_of_one_line():

@@ -1,5 +1,5 @@
-"""Packing: every row is found again in its block, shared parts stand once, sizes hold, and little
-is padding.
+"""Packing: every row stands in its block, shared parts stand once, sizes hold, and little is
+padding.
 """
 
 import dataclasses
@@ -38,9 +38,7 @@ def make_row(rng, prompt=None, label=1):
 
 
 def make_steps(seed=0, steps=6, rows=12, prompts=5, shared_prefix=()):
-    """Steps of single-row items, drawn with repetition from few prompts that open with the same
-    tokens.
-    """
+    """Steps of single-row groups, drawn with repetition from few prompts with a shared prefix."""
     rng = np.random.default_rng(seed)
     asked = [[*shared_prefix, *make_row(rng).prompt] for _ in range(prompts)]
     pool = [
@@ -50,30 +48,25 @@ def make_steps(seed=0, steps=6, rows=12, prompts=5, shared_prefix=()):
     return [[[(pool[i],) for i in rng.integers(len(pool), size=rows)]] for _ in range(steps)]
 
 
-def read_back(block, slot, pack=0):
-    """(prompt, completion) of a row, walked over the pack as attention sees it."""
-    pack, length = block.packs[pack], int(block.rows.completion_mask[slot].sum())
-    first = int(block.start[slot])
-    source = block.source[pack][first : first + length]
+def read_back(block, row, number=0):
+    """(prompt, completion) of a row, walked over a pack as attention sees it."""
+    pack, length = block.packs[number], int(block.rows.completion_mask[row].sum())
+    start = int(block.start[row])
+    source = block.source[number][start : start + length]
     seen = []
     for rows, begin, end in spans(pack.tiles):
-        for places, rows_per_group in zip(
+        for index, branch in zip(
             pack.token_index[:rows, :end], pack.branch_ids[:rows, :end], strict=True
         ):
-            where = [
-                i for i in range(begin, end) if rows_per_group[i] >= 0 and places[i] == source[-1]
-            ]
+            where = [i for i in range(begin, end) if branch[i] >= 0 and index[i] == source[-1]]
             if where:
-                own = [
-                    i
-                    for i in range(where[0] + 1)
-                    if rows_per_group[i] == 0 or rows_per_group[i] == rows_per_group[where[0]]
-                ]
-                seen = [int(places[i]) for i in own]
+                last = where[0]
+                own = [i for i in range(last + 1) if branch[i] in (0, branch[last])]
+                seen = [int(index[i]) for i in own]
     tokens = [int(pack.tokens[i]) for i in seen]
     assert [int(pack.positions[i]) for i in seen] == list(range(len(seen)))
     assert seen[-length:] == list(source)
-    return tokens[: len(tokens) - length + 1], block.target[first : first + length].tolist()
+    return tokens[: len(tokens) - length + 1], block.target[start : start + length].tolist()
 
 
 PREFIX = list(range(300, 317))
@@ -81,8 +74,8 @@ PREFIX = list(range(300, 317))
 
 @pytest.fixture(params=[64, 8])
 def tiles(request, monkeypatch):
-    """Attention grids of one column, and of several."""
-    monkeypatch.setattr(shape_buckets, "COLUMN", request.param)
+    """Attention grids of one tile, and of several."""
+    monkeypatch.setattr(shape_buckets, "TILE_WIDTH", request.param)
 
 
 @pytest.mark.parametrize("shared_prefix", [[], PREFIX])
@@ -95,11 +88,11 @@ def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(
         steps, 1, 1, P + len(shared_prefix), T, limit, shared_prefix=shared_prefix
     )
     for step in steps:
-        found = []
+        packed = []
         for block in pack_step(step, shape):
             for slot in np.flatnonzero(block.rows.label):
                 mask = block.rows.completion_mask[slot]
-                found.append(
+                packed.append(
                     (*read_back(block, slot), block.rows.loss_mask[slot][mask].tolist(), block.rows.weight[slot, 0],
                      int(block.rows.label[slot]), float(block.rows.advantage[slot]))
                 )  # fmt: skip
@@ -107,7 +100,7 @@ def test_every_row_stands_in_a_block_with_its_prompt_and_what_the_loss_needs(
             (r.prompt, r.completion, r.loss_mask.tolist(), np.float32(r.weight), r.label, 0.5)
             for (r,) in step[0]
         ]
-        assert sorted(map(repr, found)) == sorted(map(repr, wanted))
+        assert sorted(map(repr, packed)) == sorted(map(repr, wanted))
 
 
 def test_a_prompt_and_a_repeated_row_are_read_once():
@@ -142,27 +135,27 @@ def test_what_all_prompts_open_with_is_read_once_a_block():
     empty = stack_blocks([[]], shape, 1)[0]
     assert real_tokens(empty.packs[0]) == 0
     for other in (PREFIX, [5, *PREFIX]):  # nothing behind it; something before it
-        with pytest.raises(ValueError, match="does not go on from the opening"):
+        with pytest.raises(ValueError, match="does not go on from the shared prefix"):
             pack_step([[(dataclasses.replace(rows[0], prompt=other),)]], shape)
 
 
-def test_an_items_rows_stay_together_each_kind_in_its_trunk():
+def test_a_groups_rows_stay_together_each_in_its_pack():
     rng = np.random.default_rng(2)
-    items = []
+    pairs = []
     for _ in range(7):
         student = make_row(rng)
-        items.append((student, dataclasses.replace(student, prompt=make_row(rng).prompt, label=-1)))
-    shape = choose_block_shape([[items]], 2, 2, P, T, 60)
-    blocks = pack_step([items], shape)
+        pairs.append((student, dataclasses.replace(student, prompt=make_row(rng).prompt, label=-1)))
+    shape = choose_block_shape([[pairs]], 2, 2, P, T, 60)
+    blocks = pack_step([pairs], shape)
     assert len(blocks) > 1
-    pairs = []
+    packed = []
     for block in blocks:
         label = block.rows.label.reshape(2, -1)
-        for item in np.flatnonzero(label[0]):
-            assert label[1, item] == -1
-            pairs.append((read_back(block, item, 0), read_back(block, item + shape.groups, 1)))
-    wanted = [((a.prompt, a.completion), (b.prompt, b.completion)) for a, b in items]
-    assert sorted(map(repr, pairs)) == sorted(map(repr, wanted))
+        for slot in np.flatnonzero(label[0]):
+            assert label[1, slot] == -1
+            packed.append((read_back(block, slot, 0), read_back(block, slot + shape.groups, 1)))
+    wanted = [((a.prompt, a.completion), (b.prompt, b.completion)) for a, b in pairs]
+    assert sorted(map(repr, packed)) == sorted(map(repr, wanted))
 
 
 def test_micro_batches_never_share_a_block_and_padding_rows_are_dropped():
@@ -175,7 +168,7 @@ def test_micro_batches_never_share_a_block_and_padding_rows_are_dropped():
 
 
 @pytest.mark.parametrize("shared_prefix", [[], PREFIX])
-def test_a_block_cut_to_a_smaller_room_still_holds_every_row(shared_prefix, tiles):
+def test_a_block_cut_to_a_smaller_shape_still_holds_every_row(shared_prefix, tiles):
     steps = make_steps(shared_prefix=shared_prefix)
     shape = choose_block_shape(
         steps, 1, 1, P + len(shared_prefix), T, 120, shared_prefix=shared_prefix
@@ -188,7 +181,7 @@ def test_a_block_cut_to_a_smaller_room_still_holds_every_row(shared_prefix, tile
             continue
         cut = shrink(block, small)
         (pack,) = cut.packs
-        cells = np.concatenate(
+        index = np.concatenate(
             [
                 pack.token_index[:rows, begin:end].reshape(-1)
                 for rows, begin, end in spans(pack.tiles)
@@ -200,16 +193,16 @@ def test_a_block_cut_to_a_smaller_room_still_holds_every_row(shared_prefix, tile
             and len(pack.token_index) == small.tiles[0][0]
         )
         real = real_tokens(pack)
-        assert cells[np.asarray(pack.query_index[:real])].tolist() == list(
+        assert index[np.asarray(pack.query_index[:real])].tolist() == list(
             range(real)
-        )  # each token's cell holds that token
+        )  # each token's query is that token's
         for slot in np.flatnonzero(block.rows.label):
             assert read_back(cut, slot) == read_back(block, slot)
         kept += 1
     assert kept
 
 
-def test_columns_cover_the_longest_tree_and_few_trees_reach_the_last():
+def test_tiles_cover_the_longest_tree_and_few_trees_reach_the_last():
     # 64 wide while six of them are enough: 130 = 64 + 64 + 2, up to 8; 1,000 / 6 = 166.7, up to
     # 168, and 1,000 - 5 * 168 = 160
     assert (
@@ -223,7 +216,7 @@ def test_columns_cover_the_longest_tree_and_few_trees_reach_the_last():
     assert prompt_shape(groups, 130).tiles == ((4, 64), (3, 64), (2, 8))
 
 
-def test_items_of_any_later_step_find_room():
+def test_groups_of_any_later_step_fit():
     shape = choose_block_shape(make_steps(4, rows=3), 1, 1, P, T, 40)
     rng = np.random.default_rng(5)
     longest = TrainingRow(
@@ -238,7 +231,7 @@ def test_items_of_any_later_step_find_room():
     assert shapes == {True}
 
 
-def test_an_item_larger_than_promised_is_refused():
+def test_a_group_larger_than_promised_is_refused():
     shape = choose_block_shape(make_steps(), 1, 1, P, T, 40)
     with pytest.raises(ValueError, match="exceeds"):
         pack_step([[(TrainingRow([5] * 500, [1, 2], np.ones(2, bool), 1.0, 1),)]], shape)
@@ -256,8 +249,8 @@ def test_padding_of_training_stays_under_fifteen_percent_of_the_tokens():
         ]
 
         def answers(prompts, label, rng=rng):
-            found = [(p, rng.integers(3, 999, rng.integers(8, 33)).tolist()) for p in prompts]
-            return [TrainingRow(p, c, np.ones(len(c), bool), 1.0, label) for p, c in found]
+            rows = [(p, rng.integers(3, 999, rng.integers(8, 33)).tolist()) for p in prompts]
+            return [TrainingRow(p, c, np.ones(len(c), bool), 1.0, label) for p, c in rows]
 
         wins, loses = answers(prompts[:10], 1), answers(prompts[4:], -1)
         steps = [[[(row,) for row in draw(wins, 8, rng) + draw(loses, 8, rng)]] for _ in range(24)]
@@ -268,7 +261,7 @@ def test_padding_of_training_stays_under_fifteen_percent_of_the_tokens():
     assert np.mean(shares) < 0.15 and max(shares) < 0.25
 
 
-def test_prompts_are_packed_once_each_and_found_from_the_right():
+def test_prompts_are_packed_once_each_and_indexed_from_the_right():
     rng = np.random.default_rng(6)
     prompts = [make_row(rng).prompt for _ in range(5)]
     groups = [[prompts[0], prompts[1], prompts[0]], [prompts[2], prompts[3], prompts[4]]]
@@ -306,5 +299,6 @@ def test_shapes_are_reused_where_they_hold_and_come_back_from_a_checkpoint():
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 1000, 5000])
 def test_a_size_is_rounded_up_by_an_eighth_at_most(size):
-    found = shape_buckets.size_bucket(size)
-    assert size <= found and (found < size + 16 or found - size <= found / 8) and found % 16 == 0
+    rounded = shape_buckets.size_bucket(size)
+    assert size <= rounded and rounded % 16 == 0
+    assert rounded < size + 16 or rounded - size <= rounded / 8

@@ -1,0 +1,1 @@
+"""Weights, tokenizers and adapters in the file formats of others."""
