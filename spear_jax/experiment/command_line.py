@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from spear_jax.core.errors import UserError, nearest, unknown
 from spear_jax.experiment import presets
-from spear_jax.experiment.config import flatten, import_own
+from spear_jax.experiment.config import RENAMED, flatten, import_own
 
 FIELDS = "Config fields are --config.NAME=VALUE."
 MODULE = "python -m spear_jax."  # how examples are written; shown as the user started the command
@@ -181,6 +181,8 @@ def apply_overrides(
             raise UserError(f"unknown argument {arg!r}; run with --help for the flags. {FIELDS}")
         if "=" not in arg:
             raise UserError(f"{arg!r} has no value; write it as --config.{name}=VALUE.")
+        if name in RENAMED:
+            raise UserError(f"config field {name!r} is now {RENAMED[name]!r}; write that.")
         if name not in fields:
             raise unknown("config field", name, fields)
     values, argv = flags.FlagValues(), ["spear_jax", *overrides]

@@ -10,15 +10,17 @@ defects included, where it has one), cpu (real questions and a small real model 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.algorithms.base import EMBEDDED
+from spear_jax.algorithms.base import EMBEDDED, Algorithm
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment.config import default_config, set_preset
 from spear_jax.experiment.published import yaml_config
+from spear_jax.tasks import TASKS
+from spear_jax.tasks.base import Task
 
 # name -> (model, dtype)
 MODELS = {
@@ -72,6 +74,60 @@ def quickstart(arg: str = "") -> ml_collections.ConfigDict:
     if task not in EMBEDDED:
         raise unknown("embedded task", task, EMBEDDED)
     return method_config("spear", ",".join([task, "tiny", *variants]))
+
+
+def preset(
+    method: str | type[Algorithm] = "spear",
+    task: str | Task = "facts",
+    model: str = "tiny",
+    variants: Sequence[str] = (),
+) -> ml_collections.ConfigDict:
+    """Returns the config of a method for a task and a model.
+
+    ```
+    preset("spear", task="facts", model="tiny", variants=["small"])
+    preset("dpo", task="arc_challenge", model="qwen2.5-1.5b")      # the paper's sizes
+    preset("spear", task="mcqa", model="Qwen/Qwen2.5-0.5B")        # the defaults of every field
+    ```
+
+    Args:
+        method: a name of ALGORITHMS, or a class of your own, which then gets its config group.
+        task: a name of TASKS, or a task of your own, to be passed to `Run` as well.
+        model: a name of MODELS, a Hugging Face folder, a Hub id, or a .gguf file.
+        variants: "reference", and "small" (embedded tasks) or "cpu" (the paper's).
+    Raises: UserError for an unknown name, and for variants without preset sizes.
+    """
+    name = method if isinstance(method, str) else register(method)
+    if name not in ALGORITHMS:
+        raise unknown("algorithm", name, ALGORITHMS)
+    task_name = task if isinstance(task, str) else task.name
+    sized = task_name in (*EMBEDDED, *PAPER) and model in MODELS
+    if sized or task_name in EMBEDDED:
+        return method_config(name, ",".join([task_name, model, *variants]))
+    if isinstance(task, str) and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if variants:
+        raise UserError(
+            f"variants {list(variants)} belong to preset sizes, which task {task_name!r} with "
+            f"model {model!r} has not; leave them out and set the config's fields."
+        )
+    config = default_config()
+    config.task, config.algorithm.name = task_name, name
+    config.model, config.dtype = MODELS.get(model, (model, config.dtype))
+    _recommend(config, task_name)
+    return config
+
+
+def register(method: type[Algorithm]) -> str:
+    """Makes a method of your own known by its name, and returns the name."""
+    known = ALGORITHMS.get(method.name, method)
+    if known.__module__.startswith("spear_jax.") and known is not method:
+        raise UserError(
+            f"method {method.name!r} has the name of one of ours; give {method.__name__}.name "
+            "another one."
+        )
+    ALGORITHMS[method.name] = method
+    return method.name
 
 
 def method_config(method: str, arg: str) -> ml_collections.ConfigDict:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, checked_commands, scripts
 from processes import environment
+from spear_jax.experiment.loop import one_round
 
 import spear_jax
 from spear_jax.algorithms import ALGORITHMS
@@ -23,7 +24,6 @@ from spear_jax.core.compilation import Compiles
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, presets
 from spear_jax.experiment.config import check_config
-from spear_jax.experiment.loop import one_round
 from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated.round_metrics import BudgetUsed
 
