@@ -44,16 +44,16 @@ def work(
     once a block.
     """
     micros = [
-        [[groups_of(m, algorithm.rows_per_group) for m in step] for step in client]
+        [[groups_of(m, algorithm.layout.rows_per_group) for m in step] for step in client]
         for client in cohort
     ]
     steps = [step for client in micros for step in client]
-    if normalize == "global" and not algorithm.micro:
+    if normalize == "global" and not algorithm.scoring.per_micro_batch:
         steps = [[sum(step, [])] for step in steps]
     shape = choose_block_shape(
         steps,
-        algorithm.rows_per_group,
-        algorithm.num_packs,
+        algorithm.layout.rows_per_group,
+        algorithm.layout.num_packs,
         prompt,
         length,
         limit,

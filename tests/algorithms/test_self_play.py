@@ -338,7 +338,7 @@ class Items:
 
 
 def groups_of(algorithm, seed=0, pad=(3, 7, 8)):
-    rng, rows_per_group = np.random.default_rng(seed), algorithm.rows_per_group
+    rng, rows_per_group = np.random.default_rng(seed), algorithm.layout.rows_per_group
     valid = ~np.isin(np.arange(N), pad)
     mask = (np.arange(T) < rng.integers(1, T + 1, (N, rows_per_group, 1))) & valid[:, None, None]
     mask[0, 0] = False  # an empty response that is not padding
@@ -357,7 +357,7 @@ def rows(x, chosen):
 
 def batch_of(algorithm, items, chosen):
     mask = rows(items.mask, chosen)
-    label = jnp.where(jnp.arange(algorithm.rows_per_group) > 0, -1, 1) * items.valid[:, None]
+    label = jnp.where(jnp.arange(algorithm.layout.rows_per_group) > 0, -1, 1) * items.valid[:, None]
     players = len(algorithm.references(algorithm.init_state({"a": np.zeros(1)}, 1, 1), {}))
     return Batch(
         completion_mask=mask,
@@ -376,7 +376,7 @@ def step(algorithm, batch_size, normalize, items, loss_scalars):
         lambda *x: jnp.stack(x), *[batch_of(algorithm, items, part) for part in parts]
     )
     logprobs = jnp.stack([rows(items.logprobs, part) for part in parts])
-    scored = jax.lax.stop_gradient(logprobs) if algorithm.two_pass else None
+    scored = jax.lax.stop_gradient(logprobs) if algorithm.scoring.two_pass else None
     counts = jax.vmap(lambda b, x: algorithm.denominators(b, x, loss_scalars))(batches, scored)
     if normalize == "global":
         counts = jax.tree.map(lambda x: jnp.broadcast_to(x.sum(0), x.shape), counts)
@@ -653,7 +653,7 @@ def test_a_micro_batch_is_blocks_of_gold_then_synthetic_responses_to_the_same_pr
             len(client) == 2 and len(client[0]) == 4 for client in got.rows
         )
         for micro in (micro for client in got.rows for step in client for micro in step):
-            assert len(micro) == 4 * algorithm.rows_per_group
+            assert len(micro) == 4 * algorithm.layout.rows_per_group
             for i, row in enumerate(micro):
                 index = micro[i % 4].completion[1]
                 assert (
@@ -836,7 +836,7 @@ GOOD = [FakeExample("a", "yes")]
 @pytest.mark.parametrize("method", METHODS)
 def test_examples_without_a_gold_response_are_refused_by_name(method):
     algorithm = build(method)
-    assert algorithm.gold == "responses" and not algorithm.dropout
+    assert algorithm.gold == "responses" and not algorithm.scoring.dropout
     algorithm.check(FakeTask(), GOOD, "none")
     with pytest.raises(
         UserError, match="trains on gold responses, but task 'fake' has none for example 'b'"
@@ -906,7 +906,7 @@ def assert_latest_opponent(state):
 
 
 def round_after(built, state):
-    return rounds.run_round(built, state, BudgetUsed())
+    return rounds.run_round(built.federation, state, BudgetUsed())
 
 
 # r = 0 everywhere at the start of an iteration: SPIN and TPAW have log(1 + 1); IRIS 0 - 0; SPACE
@@ -942,7 +942,7 @@ def test_the_first_step_of_an_iteration_has_the_loss_of_equal_policies_and_moves
 def test_a_tspin_round_scores_no_reference_and_its_next_one_still_knows_the_first_responses():
     built = experiment_of("tspin")
     state = built.initial_state()
-    assert built.algorithm.references(state.algorithm_state, state.lora) == ()
+    assert built.federation.algorithm.references(state.algorithm_state, state.lora) == ()
     state, first, _ = round_after(built, state)
     proto = state.algorithm_state["tokens"][state.algorithm_state["iteration"][:, 0] == 0, 0]
     assert len(proto) == 12 and first["tspin/real_length"] > 0 and first["train/grad_norm"] > 0
@@ -970,7 +970,7 @@ def test_a_second_round_of_an_iteration_is_answered_by_the_stored_opponent():
         for t, _, _ in traces
     ]
     scored = {
-        name: built.worker.score(built.worker.merge(lora), rows)
+        name: built.federation.worker.score(built.federation.worker.policy(lora), rows)
         for name, lora in (("old", start.lora), ("new", state.lora))
     }
     told = np.concatenate([trace.first.logprobs for trace, _, _ in traces])

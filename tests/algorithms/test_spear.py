@@ -34,9 +34,9 @@ def build(task="facts", **changes):
 def collect(built, round=1):
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
-    policy = built.worker.merge(state.lora)
-    return built.algorithm.collect(
-        built.worker, policy, built.cohort(round), state.algorithm_state, key, 0
+    policy = built.federation.worker.policy(state.lora)
+    return built.federation.algorithm.collect(
+        built.federation.worker, policy, built.federation.cohort(round), state.algorithm_state, key, 0
     )
 
 
@@ -52,9 +52,9 @@ def rows_of(got, slot):
 
 def test_every_trace_asks_a_client_about_its_own_example(facts):
     built, got = facts
-    cohort = built.cohort(1)
+    cohort = built.federation.cohort(1)
     own = {
-        c: {built.worker.examples[i].id for i in part}
+        c: {built.federation.worker.examples[i].id for i in part}
         for c, part in zip(cohort.clients, cohort.indices, strict=True)
     }
     assert len(got.traces) == 36
@@ -95,7 +95,7 @@ def test_lose_rows_touch_only_the_answers_letter_and_win_rows_every_token(facts)
         if row.label > 0:
             assert row.loss_mask.all()
         else:
-            text = built.worker.renderer.decode(
+            text = built.federation.worker.renderer.decode(
                 [t for t, m in zip(row.completion, row.loss_mask, strict=True) if m]
             )
             assert text.strip() in ("A", "B", "C", "D", "")
@@ -122,7 +122,7 @@ def test_recorded_loses_say_which_tokens_unlikelihood_may_touch(facts):
 
 def test_unlikelihood_is_held_to_the_answer_as_the_task_says_always_or_never(facts):
     built, got = facts
-    worker = built.worker
+    worker = built.federation.worker
     trace = next(trace for trace, _, _ in got.traces if not trace.first.correct)
     wrong = trace.example.labels[1 - trace.example.gold if trace.example.gold < 2 else 0]
     ids = worker.renderer.tokenizer.encode(f" {wrong}\nAnswer", add_special_tokens=False)
@@ -130,9 +130,9 @@ def test_unlikelihood_is_held_to_the_answer_as_the_task_says_always_or_never(fac
     longer = dataclasses.replace(trace, attempts=[first])
     unlikelihood_mask = {}
     for asked in ("auto", "always", "never"):
-        settings = dataclasses.replace(built.algorithm.settings, answer_only=asked)
+        settings = dataclasses.replace(built.federation.algorithm.settings, answer_only=asked)
         unlikelihood_mask[asked] = (
-            dataclasses.replace(built.algorithm, settings=settings)
+            dataclasses.replace(built.federation.algorithm, settings=settings)
             ._lose_row(worker, longer, ())
             .loss_mask
         )
@@ -145,7 +145,7 @@ def test_unlikelihood_is_held_to_the_answer_as_the_task_says_always_or_never(fac
 
 def test_weights_are_wins_and_the_cap_holds(facts):
     built, got = facts
-    for slot, client in enumerate(built.cohort(1).clients):
+    for slot, client in enumerate(built.federation.cohort(1).clients):
         traces = [(t, role) for t, role, _ in got.traces if t.client == client]
         wins = sum(t.last.correct for t, _ in traces)
         assert got.weight[slot] == wins and got.active[slot] == (wins > 0)
@@ -157,8 +157,8 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
     built, got = facts
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    policy = built.worker.merge(state.lora)
-    cohort = built.cohort(1)
+    policy = built.federation.worker.policy(state.lora)
+    cohort = built.federation.cohort(1)
     for slot in range(3):
         alone = dataclasses.replace(
             cohort,
@@ -166,7 +166,7 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
             indices=cohort.indices[slot : slot + 1],
             rngs=lambda s, name, slot=slot: cohort.rngs(slot, name),
         )
-        one = built.algorithm.collect(built.worker, policy, alone, {}, key, 0)
+        one = built.federation.algorithm.collect(built.federation.worker, policy, alone, {}, key, 0)
         together = [t for t, _, _ in got.traces if t.client == cohort.clients[slot]]
         for (left, _, _), right in zip(one.traces, together, strict=True):
             assert left.example.id == right.example.id
@@ -175,16 +175,16 @@ def test_rollouts_of_a_round_batched_together_equal_rollouts_client_by_client(fa
 
 def test_clients_without_wins_weigh_nothing_and_as_published_their_rollouts(facts):
     built, got = facts
-    cohort = built.cohort(1)
+    cohort = built.federation.cohort(1)
     losing = [
         dataclasses.replace(t, attempts=[dataclasses.replace(a, correct=False) for a in t.attempts])
         for t, _, _ in got.traces
     ]
     asks = [(t.client, 0, 0) for t in losing]
     for setting, weight in (("zero", 0.0), ("rollouts", 12.0)):
-        settings = dataclasses.replace(built.algorithm.settings, skip_weight=setting)
-        algorithm = dataclasses.replace(built.algorithm, settings=settings)
-        empty = algorithm.pools(built.worker, cohort, FeedbackRollout(losing, asks, {}))
+        settings = dataclasses.replace(built.federation.algorithm.settings, skip_weight=setting)
+        algorithm = dataclasses.replace(built.federation.algorithm, settings=settings)
+        empty = algorithm.pools(built.federation.worker, cohort, FeedbackRollout(losing, asks, {}))
         assert empty.weight.tolist() == [weight] * 3 and not empty.active.any()
         assert all(row is None for step in empty.rows[0] for micro in step for row in micro)
 
@@ -194,7 +194,7 @@ def test_a_client_with_fewer_examples_than_asked_uses_all_it_has():
         **{"rollout.examples": 10_000, "data.train_limit": 120, "federation.min_examples": 2}
     )
     got = collect(built)
-    assert len(got.traces) == sum(len(part) for part in built.cohort(1).indices)
+    assert len(got.traces) == sum(len(part) for part in built.federation.cohort(1).indices)
 
 
 def test_published_retokenisation_closes_every_completion_with_eos():
@@ -221,16 +221,16 @@ def test_published_retokenisation_closes_every_completion_with_eos():
 def test_a_text_that_encodes_to_more_tokens_than_were_sampled_still_fits(facts):
     built, got = facts
     attempt = dataclasses.replace(got.traces[0][0].first, text="\ufffd\ufffd zq\ufffdzq\ufffd")
-    room = built.worker.first.max_new_tokens
+    room = built.federation.worker.first.max_new_tokens
     assert len(built.model.tokenizer.encode(attempt.text.strip(), add_special_tokens=False)) > room
-    ids = completion_ids(built.worker, attempt, retokenise=True)
+    ids = completion_ids(built.federation.worker, attempt, retokenise=True)
     assert len(ids) == room + 1 and ids[-1] == built.model.eos_ids[0]
 
 
 def test_reasoned_loses_keep_a_tail_window_without_protected_ids():
     built = build("reasoned")
     got = collect(built)
-    protected = set(protected_ids(built.worker, math_ops=False))
+    protected = set(protected_ids(built.federation.worker, math_ops=False))
     marker = built.model.tokenizer.encode(" Answer:", add_special_tokens=False)
     assert set(marker) <= protected
     loses = [row for slot in range(3) for row in rows_of(got, slot) if row.label < 0]
@@ -250,8 +250,8 @@ def test_strict_format_trains_on_rewrites_that_are_right_and_well_formed():
     built = build(**{"spear.strict_format": True})
     # every right first answer is declared ill-formed once, so that the branch runs
     seen = set()
-    original = built.worker.task.well_formed
-    built.worker.task.well_formed = lambda text, example: (
+    original = built.federation.worker.task.well_formed
+    built.federation.worker.task.well_formed = lambda text, example: (
         original(text, example) if example.id in seen else bool(seen.add(example.id))
     )
     got = collect(built)

@@ -110,7 +110,7 @@ def step(
     batches = [packed(rows, index) for index in micros]
     own = [algorithm.denominators(batch, None, {}) for batch in batches]
     counts = [jax.tree.map(lambda *each: sum(each), *own)] * len(own)
-    if algorithm.micro:
+    if algorithm.scoring.per_micro_batch:
         counts = [jax.tree.map(lambda x: len(own) * x, one) for one in own]
 
     def objective(logprobs):

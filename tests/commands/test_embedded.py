@@ -80,27 +80,27 @@ def test_the_model_is_an_ordinary_small_hugging_face_folder():
 def accuracy(built, examples, prompts):
     evaluator = built.evaluator
     evaluator.examples, evaluator.prompts = examples, prompts
-    return evaluator(built.model.base).value
+    return evaluator(Policy(built.model.base)).value
 
 
 def test_the_model_answers_about_old_traders_but_not_about_new_ones(built):
-    task = built.worker.task
+    task = built.federation.worker.task
     examples = task.generate("test")
     for names, low, high in ((world.OLD_TRADERS, 0.7, 1.0), (world.NEW_TRADERS, 0.15, 0.36)):
         asked = [e for e in examples if any(name in e.question for name in names)]
-        prompts = [built.worker.renderer.prompt(task, e) for e in asked]
+        prompts = [built.federation.worker.renderer.prompt(task, e) for e in asked]
         assert low <= accuracy(built, asked, prompts) <= high
 
 
 def test_the_model_uses_a_hint_in_a_revision_prompt(built):
-    task, oracle = built.worker.task, built.worker.feedback
+    task, oracle = built.federation.worker.task, built.federation.worker.feedback
     asked = [
         e for e in task.generate("test") if any(name in e.question for name in world.NEW_TRADERS)
     ][:200]
     wrong = [e.labels[(e.gold + 1) % 4] for e in asked]
     said = [oracle([Request(e, w, 1)])[0] for e, w in zip(asked, wrong, strict=True)]
     prompts = [
-        built.worker.renderer.revision(task, e, w, s)
+        built.federation.worker.renderer.revision(task, e, w, s)
         for e, w, s in zip(asked, wrong, said, strict=True)
     ]
     assert accuracy(built, asked, prompts) > 0.9

@@ -91,7 +91,7 @@ class TrainedCohort:
         return tokens, mask
 
     def logits(self, lora, tokens, mask):
-        return np.asarray(logits(self.built.decoder, lora, self.built.model.base, tokens, mask))[
+        return np.asarray(logits(self.built.federation.decoder, lora, self.built.model.base, tokens, mask))[
             mask
         ]
 

@@ -21,7 +21,7 @@ from spear_jax import report as report_command
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line
-from spear_jax.experiment.config import check_config, default_config, flatten
+from spear_jax.experiment.config import parse, default_config, flatten
 from spear_jax.experiment.presets import method_config
 from spear_jax.experiment.published import yaml_config
 from spear_jax.experiment.published.keys import KEYS
@@ -145,7 +145,7 @@ def loaded(text, folder, variant=""):
 def test_a_file_of_every_method_and_dataset_is_a_valid_config(method, dataset, variant, tmp_path):
     for model, name in MODELS.items():
         config = yaml_config.from_argument(written(tmp_path, method, dataset, model) + variant)
-        check_config(config)
+        parse(config)
         assert (config.algorithm.name, config.task, config.model, config.seed) == (
             method,
             dataset,
@@ -318,7 +318,7 @@ def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):
         ]
     )
     built = builder.build(config, jax.devices()[:1])
-    assert [len(part) for part in built.parts] and sum(map(len, built.parts)) == 60
+    assert [len(part) for part in built.federation.clients] and sum(map(len, built.federation.clients)) == 60
 
 
 # --- runs ---

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, checked_commands, scripts
 from processes import environment
-from spear_jax.experiment.loop import one_round
+from spear_jax.experiment.run import one_round
 
 import spear_jax
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.compilation import Compiles
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, presets
-from spear_jax.experiment.config import check_config
+from spear_jax.experiment.config import parse
 from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated.round_metrics import BudgetUsed
 
@@ -77,7 +77,7 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
     ):  # an ellipsis for the reader to fill in: the flags are all there is to check
         return
     if name in CONFIGURED and any(arg.startswith("--config=") for arg in found.rest):
-        check_config(command_line.read_config(found.rest))
+        parse(command_line.read_config(found.rest))
     elif name == "compare":
         entries = module.read_entries(
             found.given,
@@ -87,7 +87,7 @@ def check_program(monkeypatch, name: str, argv: list[str]) -> None:
         )
         for entry in entries:
             for config in entry.configs.values():
-                check_config(config)
+                parse(config)
     else:
         assert not [arg for arg in found.rest if not arg.startswith("--config")], found.rest
 

@@ -32,7 +32,7 @@ def test_one_forward_equals_full_continuations_and_plain_logits(built):
     for index in (0, 20, 36):
         ids = jnp.array([evaluator.prompts[index]])
         row = jax.nn.log_softmax(
-            logits(built.decoder, None, base, ids, jnp.ones(ids.shape, bool))[0, -1]
+            logits(built.federation.decoder, None, base, ids, jnp.ones(ids.shape, bool))[0, -1]
         )
         np.testing.assert_allclose(one[index], [row[labels[x][0]] for x in "ABCD"], atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_labels_of_several_tokens_are_scored_whole(built):
     prompt = evaluator.prompts[5]
     tokens = jnp.array([prompt + ids["Zz"]])
     rows = jax.nn.log_softmax(
-        logits(built.decoder, None, built.model.base, tokens, jnp.ones(tokens.shape, bool))[0]
+        logits(built.federation.decoder, None, built.model.base, tokens, jnp.ones(tokens.shape, bool))[0]
     )
     want = sum(float(rows[len(prompt) - 1 + i, token]) for i, token in enumerate(ids["Zz"]))
     assert scores[5, 3] == pytest.approx(want, abs=1e-3)
@@ -77,7 +77,7 @@ def test_greedy_generation_agrees_with_likelihood_where_the_answer_is_a_letter(b
 
 def test_adapter_beside_the_base_scores_like_the_merged_one(built):
     lora = jax.tree.map(lambda x: x + 0.03, built.initial_state().lora)
-    merged = merge_lora(built.model.base, lora, built.decoder.lora)
+    merged = merge_lora(built.model.base, lora, built.federation.decoder.lora)
     beside = built.evaluator.choice_scores(built.model.base, lora)
     np.testing.assert_allclose(beside, built.evaluator.choice_scores(merged), atol=2e-3)
 
@@ -92,7 +92,7 @@ def test_what_questions_open_with_is_read_once_and_changes_no_score(built):
         evaluator = dataclasses.replace(
             built.evaluator,
             prompts=prompts,
-            sampler=Sampler(built.decoder, shared_prefixes=shared_prefixes),
+            sampler=Sampler(built.federation.decoder, shared_prefixes=shared_prefixes),
         )
         *_, blocks, places = evaluator._blocks("x", [evaluator._row(i, [1]) for i in range(37)])
         read = sum(real_tokens(block.packs[0]) for block in blocks)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from processes import environment
 from run_sizes import SMALL
-from spear_jax.experiment.loop import is_due, one_round
+from spear_jax.experiment.run import is_due, one_round
 
 from configs import quickstart
 from spear_jax import evaluate as evaluate_command
@@ -376,20 +376,20 @@ def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not
     for once in (True, False):
         built = builder.build(config)
         asked = [
-            built.worker.renderer.prompt(built.worker.task, example)
-            for example in built.worker.examples
+            built.federation.worker.renderer.prompt(built.federation.worker.task, example)
+            for example in built.federation.worker.examples
         ]
-        shared_prefix = built.worker.sampler.shared_prefixes[-1] * once
+        shared_prefix = built.federation.worker.sampler.shared_prefixes[-1] * once
         assert len(shared_prefix) >= 16 * once and all(
             prompt[: len(shared_prefix)] == shared_prefix for prompt in asked
         )
-        built.worker.sampler.shared_prefixes = [shared_prefix] * once
-        state, metrics, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
+        built.federation.worker.sampler.shared_prefixes = [shared_prefix] * once
+        state, metrics, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
         assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
         results.append(
             (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told])
         )
-        rooms = built.worker.sampler.shapes.save()["rooms"]
+        rooms = built.federation.worker.sampler.shapes.save()["rooms"]
         assert rooms and all(room["opening"] == tuple(shared_prefix) for room in rooms.values())
     (one, said), (other, plainly) = results
     assert said == plainly
@@ -408,8 +408,8 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
     for devices in (jax.devices()[:1], jax.devices()):
         built = builder.build(config, devices)
         state = built.initial_state()
-        state = state.replace(lora=built.on_devices(state.lora))
-        state, metrics, told = rounds.run_round(built, state, BudgetUsed())
+        state = state.replace(lora=built.federation.on_devices(state.lora))
+        state, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
         results.append(
             (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics)
         )

@@ -128,7 +128,7 @@ def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_
     for cohort_chunk in (cohort_training.CHUNK_BYTES, 1):
         monkeypatch.setattr(cohort_training, "CHUNK_BYTES", cohort_chunk)
         built = builder.build(config, jax.devices()[:1])
-        state, metrics, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
+        state, metrics, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
         assert metrics["grpo/mixed_groups"] > 0
         results.append(
             (state.lora, [trace.first.completion for trace, _, _ in told], metrics["train/loss"])

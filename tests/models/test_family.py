@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from spear_jax.experiment.loop import evaluate
+from spear_jax.experiment.run import evaluate
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core import pytrees
@@ -19,7 +19,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.rng import path_key
 from spear_jax.experiment import builder, loop, presets, run_folder
 from spear_jax.experiment.checkpoint import restore
-from spear_jax.experiment.config import check_config
+from spear_jax.experiment.config import parse
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
@@ -73,7 +73,7 @@ def flat(tree):
 )  # fmt: skip
 def test_every_method_has_a_valid_config_for_every_task_and_model(method, arg):
     config = importlib.import_module(f"configs.{method}").get_config(arg)
-    check_config(config)
+    parse(config)
     assert config.algorithm.name == method
 
 
@@ -83,8 +83,8 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
         built = build(method)
         state = built.initial_state()
         key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-        got = built.algorithm.collect(
-            built.worker, built.worker.merge(state.lora), built.cohort(1), {}, key, 0
+        got = built.federation.algorithm.collect(
+            built.federation.worker, built.federation.worker.policy(state.lora), built.federation.cohort(1), {}, key, 0
         )
         wins[method] = [[a.completion for a in trace.attempts] for trace, _, _ in got.traces]
         if method != "dpo":
@@ -95,7 +95,7 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
 
 def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
     built = build("grpo")
-    worker, base, start = built.worker, built.model.base, built.initial_state().lora
+    worker, base, start = built.federation.worker, built.model.base, built.initial_state().lora
     own = [jax.tree.map(lambda x, c=c: x + 0.1 * c, moved(start)) for c in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *own)
     asks = [(client, index, 0) for index in range(6) for client in (7, 8, 9)]
@@ -103,7 +103,7 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
     together = worker.answer(Policy(base, stacked, {7: 0, 8: 1, 9: 2}), asks, key)
     for slot, client in enumerate((7, 8, 9)):
         mine = [ask for ask in asks if ask[0] == client]
-        alone = worker.answer(Policy(merge(base, own[slot], built.decoder.lora)), mine, key)
+        alone = worker.answer(Policy(merge(base, own[slot], built.federation.decoder.lora)), mine, key)
         there = [trace for trace in together if trace.client == client]
         for a, b in zip(there, alone, strict=True):
             assert a.first.completion == b.first.completion
@@ -115,26 +115,26 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
     built = build("grpo", **{"train.steps": 3, "train.learning_rate": 0.05, "train.learning_rate_min": 0.05})
     state = built.initial_state()
     start = jax.tree.map(np.array, state.lora)
-    state = state.replace(lora=built.on_devices(state.lora))
+    state = state.replace(lora=built.federation.on_devices(state.lora))
     seen = []
-    collect = type(built.algorithm).collect
+    collect = type(built.federation.algorithm).collect
 
     def spy(self, worker, policy, cohort, memory, key, phase):
         seen.append(jax.tree.map(np.asarray, policy.lora))
         return collect(self, worker, policy, cohort, memory, key, phase)
 
-    monkeypatch.setattr(type(built.algorithm), "collect", spy)
-    state, metrics, told = rounds.run_round(built, state, BudgetUsed())
+    monkeypatch.setattr(type(built.federation.algorithm), "collect", spy)
+    state, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
     assert len(seen) == 3
     jax.tree.map(
-        np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.on_devices(start))
+        np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.federation.on_devices(start))
     )
-    assert len(told) == 3 * 3 * 2 * built.algorithm.settings.group
+    assert len(told) == 3 * 3 * 2 * built.federation.algorithm.settings.group
     b1, b2 = (np.asarray(tree["q"]["b"]) for tree in seen[1:])
     assert b1.shape[1] == 3 and not np.allclose(b1[:, 0], b1[:, 1]) and not np.allclose(b1, b2)
     # the average of the three clients, weighted by their data, is the new global adapter: the last
     # step moved it further
-    sizes = np.array([len(part) for part in built.cohort(1).indices], float)
+    sizes = np.array([len(part) for part in built.federation.cohort(1).indices], float)
     before = np.tensordot(sizes / sizes.sum(), b2.swapaxes(0, 1), axes=1)
     assert not np.allclose(before, np.asarray(state.lora["q"]["b"]))
 
@@ -149,12 +149,12 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
         "train.batch_size": 8,
     }
     built = build("grpo", **changes)
-    assert built.algorithm.phases == 2
+    assert built.federation.algorithm.phases == 2
     state = built.initial_state()
     state, metrics, told = rounds.run_round(
-        built, state.replace(lora=built.on_devices(moved(state.lora))), BudgetUsed()
+        built, state.replace(lora=built.federation.on_devices(moved(state.lora))), BudgetUsed()
     )
-    assert len(told) == 2 * 3 * 8 * built.algorithm.settings.group
+    assert len(told) == 2 * 3 * 8 * built.federation.algorithm.settings.group
     assert metrics["grpo/clip_fraction"] > 0  # the second update is off-policy
 
 
@@ -189,7 +189,7 @@ def test_the_memory_has_a_constant_size():
     state = built.initial_state()
     shapes = jax.tree.map(np.shape, state.algorithm_state)
     for _ in range(2):
-        state, _, _ = rounds.run_round(built, state, BudgetUsed())
+        state, _, _ = rounds.run_round(built.federation, state, BudgetUsed())
     assert jax.tree.map(np.shape, state.algorithm_state) == shapes
 
 
@@ -205,9 +205,9 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
     )
     state = built.initial_state()
     assert jax.tree.leaves(state.lora)[0].shape[0] == 2
-    after, metrics, told = rounds.run_round(built, state, BudgetUsed())
+    after, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
     assert metrics["round/clients"] == 2 and len({t.client for t, _, _ in told}) in (0, 2)
-    cohort = built.cohort(1)
+    cohort = built.federation.cohort(1)
     first = cohort.clients[0]
     alone = dataclasses.replace(cohort, clients=[first], indices=cohort.indices[:1])
     own = jax.tree.map(lambda x: x[first], (state.lora, state.algorithm_state))
@@ -226,7 +226,7 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
 
 def test_a_run_with_one_client_is_centralised_and_holds_all_data():
     built = build("spear", **{"federation.num_clients": 1, "federation.clients_per_round": 1})
-    assert len(built.parts) == 1 and len(built.parts[0]) == len(built.worker.examples)
+    assert len(built.federation.clients) == 1 and len(built.federation.clients[0]) == len(built.federation.worker.examples)
 
 
 def test_a_token_budget_ends_the_run_and_the_lines_add_up(tmp_path):
@@ -313,7 +313,7 @@ def test_methods_that_learn_from_responses_run_on_any_file_of_pairs(method, tmp_
     before = evaluate(built, state)
     for _ in range(3):
         state, metrics, _ = rounds.run_round(
-            built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed()
+            built, state.replace(lora=built.federation.on_devices(state.lora)), BudgetUsed()
         )
     after = evaluate(built, state)
     assert after["eval/nll"] < before["eval/nll"]
@@ -336,7 +336,7 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
     found = []
     for _ in range(3):
         state, metrics, _ = rounds.run_round(
-            built, state.replace(lora=built.on_devices(state.lora)), BudgetUsed()
+            built, state.replace(lora=built.federation.on_devices(state.lora)), BudgetUsed()
         )
         found.append(metrics["dpo/margin"])
     assert found[-1] > 0 and metrics["rollout/tokens"] == 0
@@ -349,8 +349,8 @@ def test_east_keeps_undecided_questions_and_its_weights_average_to_one(method, c
     built = build(method, **changes, **{"rollout.examples": 24})
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    got = built.algorithm.collect(
-        built.worker, built.worker.merge(state.lora), built.cohort(1), {}, key, 0
+    got = built.federation.algorithm.collect(
+        built.federation.worker, built.federation.worker.policy(state.lora), built.federation.cohort(1), {}, key, 0
     )
     by_question = {}
     for trace, _, _ in got.traces:

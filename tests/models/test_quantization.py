@@ -86,9 +86,9 @@ def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, s
     wide.model.base["layers"].update(jax.tree.map(jnp.asarray, widen(layers)))
     found = []
     for built in (small, wide):
-        state, _, told = rounds.run_round(built, built.initial_state(), BudgetUsed())
+        state, _, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
         policy = built.policies(state.lora)[0]
-        right = built.evaluator(policy.base, policy.lora).correct
+        right = built.evaluator(policy).correct
         found.append((state.lora, [[a.completion for a in t.attempts] for t, _, _ in told], right))
     assert found[0][1:] == found[1][1:]
     for a, b in zip(jax.tree.leaves(found[0][0]), jax.tree.leaves(found[1][0]), strict=True):
@@ -101,10 +101,10 @@ def test_a_quantised_base_on_many_devices_says_the_same():
     said = []
     for count in (1, 8):
         built = build(count, **{"quantize": "int8", "devices.model": 2 if count > 1 else 1})
-        policy = built.worker.merge(built.initial_state().lora)
+        policy = built.federation.worker.policy(built.initial_state().lora)
         keys = np.zeros((6, 2), np.uint32)
-        prompts = [p for p in built.worker.prompts if p][:6]
-        done = built.worker.sampler.generate(
+        prompts = [p for p in built.federation.worker.data.prompts if p][:6]
+        done = built.federation.worker.sampler.generate(
             policy.lora, policy.base, prompts, keys, built.evaluator.sampling
         )
         said.append([completion.tokens for completion in done])
