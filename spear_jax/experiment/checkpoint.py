@@ -2,6 +2,7 @@
 line.
 """
 
+import logging
 import pathlib
 import shutil
 import sys
@@ -40,6 +41,7 @@ class Checkpoints:
     def __init__(
         self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False
     ):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax remarks on every save
         if not read_only:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.read_only = folder.resolve(), read_only

@@ -155,7 +155,8 @@ class Run:
         return int(self.state.round)
 
     def __iter__(self) -> Iterator[Round]:
-        if not self._over():
+        ended_before = self._over()
+        if not ended_before:
             release_after_compiling()
             self._begin()
             blocked, compiles = 0.0, Compiles()
@@ -166,7 +167,11 @@ class Run:
                 for callback in self.callbacks:
                     callback.on_round_end(self, round)
                 yield round
-        self._end()
+        self.close()
+        if is_main_process():
+            summary = finish(self.workdir, self.quiet)
+            for callback in () if ended_before else self.callbacks:
+                callback.on_train_end(self, summary)
 
     def train(self) -> dict[str, Any]:
         """Runs all rounds that are left. Returns the summary, as in summary.json."""
@@ -316,13 +321,6 @@ class Run:
             budget.seconds and used.seconds >= budget.seconds
         )
         return self._stopped or bool(reached) or self.finished_rounds >= self.settings.rounds
-
-    def _end(self) -> None:
-        self.close()
-        if is_main_process():
-            summary = finish(self.workdir, self.quiet)
-            for callback in self.callbacks:
-                callback.on_train_end(self, summary)
 
     def _state_of(self, round: int | None) -> ServerState:
         if round is None or round == self.finished_rounds:

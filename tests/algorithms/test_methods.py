@@ -359,11 +359,15 @@ def test_accumulation_changes_nothing_with_denominators_of_the_whole_step(
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_without_rows_trains_nothing(model, lora, name):
     algorithm = make(name, 2, 1, {})
-    shape = choose_block_shape([], algorithm.layout.rows_per_group, algorithm.layout.num_packs, P, T, 64)
+    shape = choose_block_shape(
+        [], algorithm.layout.rows_per_group, algorithm.layout.num_packs, P, T, 64
+    )
     shape = dataclasses.replace(shape, items=2)
     block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), stack_blocks([[]], shape, 1)[0])
     number = len(algorithm.references(algorithm.init_state(lora, 4, T), lora))
-    batch = block.rows.replace(ref_logprobs=jnp.zeros((2 * algorithm.layout.rows_per_group, number, T)))
+    batch = block.rows.replace(
+        ref_logprobs=jnp.zeros((2 * algorithm.layout.rows_per_group, number, T))
+    )
     numbers = NUMBERS.get(name, {})
     scorer = TokenLogprobs(make_decoder(model), model.base, 64)
 

@@ -36,7 +36,12 @@ def collect(built, round=1):
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, round)
     policy = built.federation.worker.policy(state.lora)
     return built.federation.algorithm.collect(
-        built.federation.worker, policy, built.federation.cohort(round), state.algorithm_state, key, 0
+        built.federation.worker,
+        policy,
+        built.federation.cohort(round),
+        state.algorithm_state,
+        key,
+        0,
     )
 
 

@@ -157,7 +157,12 @@ def test_overrides_reach_a_config_with_their_types():
             "--config.record_traces=False",
         ],
     )
-    assert (config.rounds, config.train.learning_rate, config.lora.targets, config.record_traces) == (
+    assert (
+        config.rounds,
+        config.train.learning_rate,
+        config.lora.targets,
+        config.record_traces,
+    ) == (
         3,
         1.0,
         ("q", "v"),

@@ -91,9 +91,9 @@ class TrainedCohort:
         return tokens, mask
 
     def logits(self, lora, tokens, mask):
-        return np.asarray(logits(self.built.federation.decoder, lora, self.built.model.base, tokens, mask))[
-            mask
-        ]
+        return np.asarray(
+            logits(self.built.federation.decoder, lora, self.built.model.base, tokens, mask)
+        )[mask]
 
 
 @pytest.fixture(scope="module")

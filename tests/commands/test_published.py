@@ -318,7 +318,9 @@ def test_a_published_file_builds_with_a_model_and_data_from_disk(tmp_path):
         ]
     )
     built = builder.build(config, jax.devices()[:1])
-    assert [len(part) for part in built.federation.clients] and sum(map(len, built.federation.clients)) == 60
+    assert [len(part) for part in built.federation.clients] and sum(
+        map(len, built.federation.clients)
+    ) == 60
 
 
 # --- runs ---

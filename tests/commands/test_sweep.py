@@ -86,7 +86,9 @@ def fake(monkeypatch):
 
 
 def test_a_grid_is_split_at_commas_outside_brackets():
-    found = sweep.read_grid(["lora.rank=4,16", "lora.targets=('q','v'),('q',)", "train.learning_rate=1e-3"])
+    found = sweep.read_grid(
+        ["lora.rank=4,16", "lora.targets=('q','v'),('q',)", "train.learning_rate=1e-3"]
+    )
     assert found == {
         "lora.rank": ["4", "16"],
         "lora.targets": ["('q','v')", "('q',)"],
@@ -104,7 +106,10 @@ def test_a_grid_is_split_at_commas_outside_brackets():
 def test_a_setting_has_its_fields_in_label_config_and_command():
     points = [{"lora.targets": "('q','v')", "train.learning_rate": "1e-2"}]
     (made,) = sweep.make_settings("spear:facts,tiny", points, ["--config.rounds=3"], [0, 5])
-    assert made.label == "lora.targets=_q_v_,train.learning_rate=0.01" and list(made.configs) == [0, 5]
+    assert made.label == "lora.targets=_q_v_,train.learning_rate=0.01" and list(made.configs) == [
+        0,
+        5,
+    ]
     config = made.configs[5]
     assert (tuple(config.lora.targets), config.train.learning_rate, config.rounds, config.seed) == (
         ("q", "v"),

@@ -127,7 +127,11 @@ def test_overrides_reach_the_config():
             "--config.train.learning_rate=0.5",
         ]
     )
-    assert (config.task, config.federation.num_clients, config.train.learning_rate) == ("reasoned", 5, 0.5)
+    assert (config.task, config.federation.num_clients, config.train.learning_rate) == (
+        "reasoned",
+        5,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize("task", ["arc_challenge", "hellaswag", "math_mcqa", "strategy_qa"])
@@ -208,7 +212,10 @@ def test_a_prompt_over_the_limit_names_its_example():
 def test_cohorts_depend_on_seed_and_round_alone_and_their_streams_do_not_collide():
     built = builder.build(embedded(**{"federation.clients_per_round": 4}), jax.devices()[:1])
     assert built.federation.cohort(3).clients == built.federation.cohort(3).clients
-    assert any(built.federation.cohort(r).clients != built.federation.cohort(1).clients for r in range(2, 8))
+    assert any(
+        built.federation.cohort(r).clients != built.federation.cohort(1).clients
+        for r in range(2, 8)
+    )
 
     def first_draw(b, round, client):
         cohort = b.cohort(round)

@@ -50,7 +50,9 @@ def test_labels_of_several_tokens_are_scored_whole(built):
     prompt = evaluator.prompts[5]
     tokens = jnp.array([prompt + ids["Zz"]])
     rows = jax.nn.log_softmax(
-        logits(built.federation.decoder, None, built.model.base, tokens, jnp.ones(tokens.shape, bool))[0]
+        logits(
+            built.federation.decoder, None, built.model.base, tokens, jnp.ones(tokens.shape, bool)
+        )[0]
     )
     want = sum(float(rows[len(prompt) - 1 + i, token]) for i, token in enumerate(ids["Zz"]))
     assert scores[5, 3] == pytest.approx(want, abs=1e-3)

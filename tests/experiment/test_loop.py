@@ -384,7 +384,9 @@ def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not
             prompt[: len(shared_prefix)] == shared_prefix for prompt in asked
         )
         built.federation.worker.sampler.shared_prefixes = [shared_prefix] * once
-        state, metrics, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
+        state, metrics, told = rounds.run_round(
+            built.federation, built.initial_state(), BudgetUsed()
+        )
         assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
         results.append(
             (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told])

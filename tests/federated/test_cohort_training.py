@@ -122,13 +122,20 @@ def test_portions_are_whole_chunks_of_bounded_size_that_cover_the_cohort(
 def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_one(monkeypatch):
     config = grpo.get_config("facts,tiny,small")
     config.update_from_flattened_dict(
-        SMALL | {"federation.clients_per_round": 3, "train.steps": 2, "rollout.max_concurrent_sequences": 8}
+        SMALL
+        | {
+            "federation.clients_per_round": 3,
+            "train.steps": 2,
+            "rollout.max_concurrent_sequences": 8,
+        }
     )
     results = []
     for cohort_chunk in (cohort_training.CHUNK_BYTES, 1):
         monkeypatch.setattr(cohort_training, "CHUNK_BYTES", cohort_chunk)
         built = builder.build(config, jax.devices()[:1])
-        state, metrics, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
+        state, metrics, told = rounds.run_round(
+            built.federation, built.initial_state(), BudgetUsed()
+        )
         assert metrics["grpo/mixed_groups"] > 0
         results.append(
             (state.lora, [trace.first.completion for trace, _, _ in told], metrics["train/loss"])

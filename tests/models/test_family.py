@@ -84,7 +84,12 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
         state = built.initial_state()
         key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
         got = built.federation.algorithm.collect(
-            built.federation.worker, built.federation.worker.policy(state.lora), built.federation.cohort(1), {}, key, 0
+            built.federation.worker,
+            built.federation.worker.policy(state.lora),
+            built.federation.cohort(1),
+            {},
+            key,
+            0,
         )
         wins[method] = [[a.completion for a in trace.attempts] for trace, _, _ in got.traces]
         if method != "dpo":
@@ -103,7 +108,9 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
     together = worker.answer(Policy(base, stacked, {7: 0, 8: 1, 9: 2}), asks, key)
     for slot, client in enumerate((7, 8, 9)):
         mine = [ask for ask in asks if ask[0] == client]
-        alone = worker.answer(Policy(merge(base, own[slot], built.federation.decoder.lora)), mine, key)
+        alone = worker.answer(
+            Policy(merge(base, own[slot], built.federation.decoder.lora)), mine, key
+        )
         there = [trace for trace in together if trace.client == client]
         for a, b in zip(there, alone, strict=True):
             assert a.first.completion == b.first.completion
@@ -112,7 +119,9 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
 
 
 def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monkeypatch):
-    built = build("grpo", **{"train.steps": 3, "train.learning_rate": 0.05, "train.learning_rate_min": 0.05})
+    built = build(
+        "grpo", **{"train.steps": 3, "train.learning_rate": 0.05, "train.learning_rate_min": 0.05}
+    )
     state = built.initial_state()
     start = jax.tree.map(np.array, state.lora)
     state = state.replace(lora=built.federation.on_devices(state.lora))
@@ -127,7 +136,9 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
     state, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
     assert len(seen) == 3
     jax.tree.map(
-        np.testing.assert_array_equal, seen[0], jax.tree.map(np.asarray, built.federation.on_devices(start))
+        np.testing.assert_array_equal,
+        seen[0],
+        jax.tree.map(np.asarray, built.federation.on_devices(start)),
     )
     assert len(told) == 3 * 3 * 2 * built.federation.algorithm.settings.group
     b1, b2 = (np.asarray(tree["q"]["b"]) for tree in seen[1:])
@@ -226,7 +237,9 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
 
 def test_a_run_with_one_client_is_centralised_and_holds_all_data():
     built = build("spear", **{"federation.num_clients": 1, "federation.clients_per_round": 1})
-    assert len(built.federation.clients) == 1 and len(built.federation.clients[0]) == len(built.federation.worker.examples)
+    assert len(built.federation.clients) == 1 and len(built.federation.clients[0]) == len(
+        built.federation.worker.examples
+    )
 
 
 def test_a_token_budget_ends_the_run_and_the_lines_add_up(tmp_path):
@@ -350,7 +363,12 @@ def test_east_keeps_undecided_questions_and_its_weights_average_to_one(method, c
     state = built.initial_state()
     key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
     got = built.federation.algorithm.collect(
-        built.federation.worker, built.federation.worker.policy(state.lora), built.federation.cohort(1), {}, key, 0
+        built.federation.worker,
+        built.federation.worker.policy(state.lora),
+        built.federation.cohort(1),
+        {},
+        key,
+        0,
     )
     by_question = {}
     for trace, _, _ in got.traces:

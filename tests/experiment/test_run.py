@@ -1,0 +1,256 @@
+"""The run as an object: rounds, callbacks, resume, own parts, and run folders of version 0.10."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import spear_jax as sj
+from spear_jax.algorithms import ALGORITHMS
+from spear_jax.experiment.run_folder import read_run_config
+from spear_jax.federated.aggregation.reducers import CoordinateMedian
+from spear_jax.models.io.peft import load_adapter
+from spear_jax.tasks.facts import Facts
+
+FOLDER_0_10 = pathlib.Path(__file__).parents[1] / "fixtures" / "run_0_10"
+SMALL = {
+    "rounds": 3,
+    "federation.num_clients": 3,
+    "federation.clients_per_round": 3,
+    "rollout.examples": 6,
+    "rollout.max_concurrent_sequences": 16,
+    "train.steps": 1,
+    "train.batch_size": 4,
+    "eval.limit": 40,
+    "eval.rows": 40,
+    "eval.every": 2,
+    "lora.rank": 2,
+}
+
+
+def small(method="spear", **changes):
+    config = sj.preset(method, task="facts", model="tiny", variants=["small"])
+    config.update_from_flattened_dict(SMALL | changes)
+    return config
+
+
+def open_run(config, folder, **parts):
+    return sj.Run(config, folder, quiet=True, devices=jax.devices()[:1], **parts)
+
+
+class Recorder(sj.Callback):
+    """Writes down what it is told, and stops the run after a round."""
+
+    def __init__(self, last=99):
+        self.events, self.last = [], last
+
+    def on_train_begin(self, run):
+        self.events.append("begin")
+
+    def on_evaluate(self, run, accuracy, round_number):
+        self.events.append(("evaluate", round_number, accuracy.count))
+
+    def on_round_end(self, run, round):
+        self.events.append(("round", round.number))
+        if round.number == self.last:
+            run.stop()
+
+    def on_train_end(self, run, summary):
+        self.events.append(("end", summary["rounds"]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that stopped after two rounds and went on, and what its callbacks were told."""
+    folder, first, second = tmp_path_factory.mktemp("run"), Recorder(last=2), Recorder()
+    begun = [round.number for round in open_run(small(), folder, callbacks=[first])]
+    run = open_run(small(), folder, callbacks=[second])
+    rounds = list(run)
+    return folder, begun, rounds, run, first.events, second.events
+
+
+def test_a_run_gives_its_rounds_and_goes_on_where_it_stopped(trained):
+    folder, begun, rounds, run, *_ = trained
+    assert begun == [1, 2] and [round.number for round in rounds] == [3]
+    assert run.finished_rounds == 3 and list(run) == []
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert rounds[0].metrics == lines[3] and rounds[0].accuracy == lines[3]["eval/accuracy"]
+    assert len(rounds[0].traces) == 18 and {x.role for x in rounds[0].traces} <= {
+        "win", "lose", "unused",
+    }  # fmt: skip
+
+
+def test_callbacks_hear_of_every_round_and_evaluation(trained):
+    *_, first, second = trained
+    assert first == [
+        "begin", ("evaluate", 0, 40), ("evaluate", 1, 40), ("round", 1), ("evaluate", 2, 40),
+        ("round", 2), ("end", 2),
+    ]  # fmt: skip
+    assert second == ["begin", ("evaluate", 3, 40), ("round", 3), ("end", 3)]
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits_as_one_that_was_not(trained, tmp_path):
+    *_, run, _, _ = trained
+    whole = open_run(small(), tmp_path / "whole")
+    assert whole.train()["rounds"] == 3
+    jax.tree.map(np.testing.assert_array_equal, whole.state.lora, run.state.lora)
+
+
+def test_evaluate_measures_the_newest_and_saved_rounds(trained):
+    folder, _, rounds, run, *_ = trained
+    assert run.evaluate().accuracy == rounds[0].accuracy
+    again = sj.load_run(folder, quiet=True, devices=jax.devices()[:1])
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert again.evaluate(2).accuracy == lines[2]["eval/accuracy"]
+    low, high = again.evaluate(2).interval
+    assert low < again.evaluate(2).accuracy < high
+    with pytest.raises(sj.UserError, match="no checkpoint of round 7"):
+        again.evaluate(7)
+
+
+def test_export_writes_the_adapter_as_peft_reads_it(trained, tmp_path):
+    *_, run, _, _ = trained
+    folder = run.export(tmp_path / "adapter")
+    tree, settings = load_adapter(str(folder), run.experiment.model.config)
+    assert settings.rank == 2
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(same, tree, jax.tree.map(np.asarray, run.state.lora))
+    with pytest.raises(sj.UserError, match="not an empty folder"):
+        run.export(tmp_path / "adapter")
+
+
+def test_load_run_wants_a_run_folder(tmp_path):
+    with pytest.raises(sj.UserError, match="no run folder"):
+        sj.load_run(tmp_path / "nothing")
+
+
+# Own parts
+
+
+def test_a_reducer_of_ones_own_is_passed_as_an_object(tmp_path):
+    class Quarter(CoordinateMedian):
+        """A quarter of the median's way."""
+
+        def finish(self, state, start):
+            update, mass = super().finish(state, start)
+            return jax.tree.map(lambda x: x / 4, update), mass
+
+    config = small(rounds=1)
+    whole = open_run(config, tmp_path / "whole", reducer=CoordinateMedian())
+    quarter = open_run(config, tmp_path / "quarter", reducer=Quarter())
+    start = jax.tree.map(np.asarray, whole.state.lora)
+    for run in (whole, quarter):
+        run.train()
+    moved = lambda run: jax.tree.map(lambda x, old: np.asarray(x) - old, run.state.lora, start)
+    near = lambda a, b: np.testing.assert_allclose(a / 4, b, rtol=1e-4, atol=1e-8)
+    jax.tree.map(near, moved(whole), moved(quarter))
+    assert read_run_config(tmp_path / "quarter").federation.reducer == "Quarter"
+    with pytest.raises(sj.UserError, match="unknown reducer.*'Quarter'"):
+        sj.load_run(tmp_path / "quarter")
+
+
+def test_a_server_optimizer_of_optax_sees_the_pseudo_gradient(tmp_path):
+    """SGD of rate 1 on the negative update is plain averaging."""
+    plain, sgd = (
+        open_run(small(rounds=1), tmp_path / name, **parts)
+        for name, parts in (("plain", {}), ("sgd", {"server_optimizer": optax.sgd(1.0)}))
+    )
+    for run in (plain, sgd):
+        run.train()
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    jax.tree.map(same, plain.state.lora, sgd.state.lora)
+
+
+def test_a_client_transform_changes_updates_before_they_are_reduced(tmp_path):
+    half = lambda update: jax.tree.map(lambda x: x / 2, update)
+    whole = open_run(small(rounds=1), tmp_path / "whole")
+    halved = open_run(small(rounds=1), tmp_path / "half", transforms=[half])
+    start = jax.tree.map(np.asarray, whole.state.lora)
+    for run in (whole, halved):
+        run.train()
+    moved = lambda run: jax.tree.map(lambda x, old: np.asarray(x) - old, run.state.lora, start)
+    near = lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-4, atol=1e-7)
+    jax.tree.map(near, moved(whole), moved(halved))
+
+
+class Terse(sj.Feedback):
+    """Says the same of every answer."""
+
+    def __call__(self, requests):
+        return ["Try again."] * len(requests)
+
+
+def test_feedback_and_task_are_passed_as_objects(tmp_path):
+    task = Facts()
+    run = open_run(small(rounds=1), tmp_path, task=task, feedback=Terse(task))
+    (round,) = list(run)
+    said = {attempt.feedback for record in round.traces for attempt in record.trace.attempts[1:]}
+    assert said == {"Try again."}
+    assert read_run_config(tmp_path).rollout.feedback == "Terse"
+
+
+def test_a_method_of_ones_own_gets_a_config_group(tmp_path):
+    spear = ALGORITHMS["spear"]
+
+    class Mine(spear):
+        name = "mine"
+
+    try:
+        config = sj.preset(Mine, task="facts", model="tiny", variants=["small"])
+        config.update_from_flattened_dict(SMALL | {"rounds": 1, "mine.lose_weight": 0.0})
+        (round,) = list(open_run(config, tmp_path))
+        assert round.metrics["rollout/first_accuracy"] >= 0
+        assert open_run(config, tmp_path).settings.method.lose_weight == 0.0
+    finally:
+        del ALGORITHMS["mine"]
+
+    class Thief(spear):
+        name = "dpo"
+
+    with pytest.raises(sj.UserError, match="the name of one of ours"):
+        sj.preset(Thief)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"method": "speer"}, "Did you mean 'spear'"),
+        ({"task": "factz"}, "Did you mean 'facts'"),
+        ({"task": "mcqa", "variants": ["small"]}, "leave them out"),
+        ({"task": "facts", "model": "qwen2.5-1.5b"}, "only the embedded model lacks"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_a_user_error(arguments, words):
+    with pytest.raises(sj.UserError, match=words):
+        sj.preset(**arguments)
+
+
+def test_a_preset_without_sizes_has_the_defaults_and_what_the_method_recommends():
+    config = sj.preset("spin", task="mcqa", model="models/mine")
+    assert (config.task, config.model, config.rounds) == ("mcqa", "models/mine", 10)
+    assert config.rollout.temperature == 1.0 and config.algorithm.name == "spin"
+
+
+# Run folders of 0.10
+
+
+def test_a_run_folder_of_0_10_goes_on(tmp_path):
+    """Its field names, its checkpoint and its shapes: round 3 is as 0.10 would have had it."""
+    folder = tmp_path / "run"
+    shutil.copytree(FOLDER_0_10, folder)
+    wanted = json.loads((folder / "round_3.json").read_text())
+    assert "rate" in json.loads((folder / "config.json").read_text())["train"]
+    run = sj.load_run(folder, quiet=True, devices=jax.devices()[:1])
+    assert run.finished_rounds == 2 and run.settings.train.learning_rate == 0.01
+    assert run.settings.train.max_grad_norm == 0.5
+    (round,) = list(run)
+    assert round.number == 3
+    for name in ("train/loss", "train/grad_norm", "round/update_norm", "round/rate"):
+        assert round.metrics[name] == pytest.approx(wanted[name], rel=2e-3), name
+    for name in ("rollout/tokens", "rollout/wins", "budget/tokens", "round/bytes_up"):
+        assert round.metrics[name] == wanted[name], name
