@@ -11,6 +11,7 @@ import pytest
 from spear_jax.experiment import builder, presets
 from spear_jax.feedback.base import Request
 from spear_jax.feedback.registry import get_feedback
+from spear_jax.rollout.policy import Policy
 from spear_jax.tasks import facts, get_task, reasoned, world
 
 

@@ -21,7 +21,7 @@ from spear_jax import report as report_command
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line
-from spear_jax.experiment.config import parse, default_config, flatten
+from spear_jax.experiment.config import default_config, flatten, parse
 from spear_jax.experiment.presets import method_config
 from spear_jax.experiment.published import yaml_config
 from spear_jax.experiment.published.keys import KEYS

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from pages import PAGES, ROOT, anchors, blocks, checked_commands, scripts
 from processes import environment
-from spear_jax.experiment.run import one_round
 
 import spear_jax
 from spear_jax.algorithms import ALGORITHMS
@@ -24,6 +23,7 @@ from spear_jax.core.compilation import Compiles
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, presets
 from spear_jax.experiment.config import parse
+from spear_jax.experiment.run import one_round
 from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated.round_metrics import BudgetUsed
 
@@ -247,7 +247,8 @@ def written_metrics(method: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(cohort_training, "_train", trace_alone)
     config = presets.method_config(method, "facts,tiny,small")
     small = {
-        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4, "rollout.max_concurrent_sequences": 32,
+        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4,
+        "rollout.max_concurrent_sequences": 32,
         "train.steps": 2, "train.batch_size": 4, "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
     }  # fmt: skip
     config.update_from_flattened_dict(small)

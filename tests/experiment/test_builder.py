@@ -11,7 +11,7 @@ from configs import quickstart, spear
 from spear_jax.algorithms.spear import Spear
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, run_folder
-from spear_jax.experiment.config import parse, default_config, flatten, set_preset
+from spear_jax.experiment.config import default_config, flatten, parse, set_preset
 from spear_jax.models import cost_model
 from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora

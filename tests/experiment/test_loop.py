@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from processes import environment
 from run_sizes import SMALL
-from spear_jax.experiment.run import is_due, one_round
 
 from configs import quickstart
 from spear_jax import evaluate as evaluate_command
@@ -28,6 +27,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.pytrees import digest
 from spear_jax.experiment import builder, evaluator, run_folder
 from spear_jax.experiment.checkpoint import Checkpoints, restore
+from spear_jax.experiment.run import is_due, one_round
 from spear_jax.federated import cohort_training
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
