@@ -26,7 +26,7 @@ class BlockBuilder:
 
     def __init__(self, shape: BlockShape, micro: int):
         self.shape, self.micro = shape, micro
-        self.num_packs = [PackBuilder(shape) for _ in range(shape.num_packs)]
+        self.packs = [PackBuilder(shape) for _ in range(shape.num_packs)]
         self.scored = 0
         self.known: dict[tuple, list[int]] = {}  # item -> where its completions begin in `target`
         self.places: list[
@@ -53,7 +53,7 @@ class BlockBuilder:
             found = []
             if start + len(rows[0].completion) > self.shape.scored:
                 return None
-            for pack, row in zip(self.num_packs, rows, strict=True):
+            for pack, row in zip(self.packs, rows, strict=True):
                 at = pack.place(tuple(row.prompt), row.completion)
                 if at is None:
                     return None
@@ -66,7 +66,7 @@ class BlockBuilder:
     def build(self) -> Block:
         """The finished numpy arrays."""
         shape = self.shape
-        packs, bases = zip(*(fill(pack, shape) for pack in self.num_packs), strict=True)
+        packs, bases = zip(*(fill(pack, shape) for pack in self.packs), strict=True)
         source = [np.zeros(shape.scored, np.int32) for _ in packs]
         target = np.zeros(shape.scored, np.int32)
         for start, found in self.places:
@@ -128,7 +128,7 @@ def pack_rows(
         sizes = {prompt: _tokens(family, shape) for prompt, family in families.items()}
         opened: list[BlockBuilder] = []
         for prompt in sorted(families, key=lambda p: -sizes[p]):
-            fits = (b for b in opened if min(t.left for t in b.num_packs) >= sizes[prompt])
+            fits = (b for b in opened if min(t.left for t in b.packs) >= sizes[prompt])
             block = next(fits, None)
             for key, group in sorted(families[prompt], key=lambda pair: pair[0]):
                 if block is None or not block.add(key, group):
@@ -231,7 +231,7 @@ def choose_block_shape(
         return min(1 + max(counts, default=0) * 5 // 4, most_groups * of_item)
 
     reaching = [
-        [10**6 - pack.free[c] for block in found for pack in block.num_packs]
+        [10**6 - pack.free[c] for block in found for pack in block.packs]
         for c in range(len(tiles))
     ]
     return dataclasses.replace(
@@ -251,7 +251,7 @@ def choose_small(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShap
     """
     keys = Keys()
     blocks = [block for step in steps for block in pack_rows(step, shape, keys)]
-    tokens = [shape.tokens - min(t.left for t in block.num_packs) for block in blocks]
+    tokens = [shape.tokens - min(t.left for t in block.packs) for block in blocks]
     sizes = sorted({-(-n // 16) * 16 for n in tokens})
     saved = [sum(n <= size for n in tokens) * (shape.tokens - size) for size in sizes]
     if not saved or max(saved) * 20 < shape.tokens * len(blocks):
@@ -261,7 +261,7 @@ def choose_small(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShap
 
     def rows(tile: int) -> int:
         most = shape.tiles[tile][0]
-        return max(1, *(most - t.free[tile] for block in fitting for t in block.num_packs))
+        return max(1, *(most - t.free[tile] for block in fitting for t in block.packs))
 
     scored = min(shape.scored, -(-max(block.scored for block in fitting) // 16) * 16)
     tiles = tuple((rows(tile), width) for tile, (_, width) in enumerate(shape.tiles))
@@ -271,7 +271,7 @@ def choose_small(steps: Sequence[Sequence[Sequence[RowGroup]]], shape: BlockShap
 def _read(step, keys: Keys, shape: BlockShape) -> int:
     """Distinct tokens of a step."""
     plans = pack_rows(step, dataclasses.replace(shape, tokens=10**9), keys)
-    return max((10**9 - min(t.left for t in b.num_packs) for b in plans), default=1)
+    return max((10**9 - min(t.left for t in b.packs) for b in plans), default=1)
 
 
 def most_blocks(

@@ -214,13 +214,13 @@ def pack_prompts(
         np.zeros((len(groups), rows, width), bool),
     )
     for group, prompts in enumerate(groups):
-        pack = PackBuilder(shape)
+        builder = PackBuilder(shape)
         for prompt in sorted({tuple(p[shared_prefix:]) for p in prompts}, key=len, reverse=True):
-            if pack.place(prompt, (0,)) is None:
+            if builder.place(prompt, (0,)) is None:
                 raise ValueError(f"a prompt of {len(prompt)} tokens exceeds {shape}")
-        pack, base = fill(pack, shape)
+        pack, base = fill(builder, shape)
         for row, prompt in enumerate(prompts):
-            begin = base[id(pack.trees[tuple(prompt[shared_prefix:])][0])]
+            begin = base[id(builder.trees[tuple(prompt[shared_prefix:])][0])]
             index[group, row, width - len(prompt) :] = begin + np.arange(len(prompt))
             index[group, row, width - len(prompt) :][:shared_prefix] = np.arange(shared_prefix)
             mask[group, row, width - len(prompt) :] = True

@@ -233,7 +233,7 @@ class ContinuousBatch:
             [[prompts[i] for i in own] for own in batch],
             self.plan.batch,
             self.plan.width,
-            self.plan.shape,
+            self.plan.pack_shape,
             self.length,
         )
         numbers = np.full((len(batch), self.plan.batch), -1)

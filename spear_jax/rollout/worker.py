@@ -92,8 +92,8 @@ class RolloutWorker:
         """
         pending = [i for i, trace in enumerate(traces) if not trace.last.correct]
         for number in range(1, (self.num_revisions if limit is None else limit) + 1):
-            requests = [Request(traces[i].example, traces[i].last.text, number) for i in pending]
-            said = dict(zip(pending, self.feedback(requests), strict=True))
+            answers = [Request(traces[i].example, traces[i].last.text, number) for i in pending]
+            said = dict(zip(pending, self.feedback(answers), strict=True))
             pending = [i for i in pending if said[i] is not None]
             if not pending:
                 return
