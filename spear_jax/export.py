@@ -12,6 +12,7 @@ from spear_jax.experiment.checkpoint import restore
 from spear_jax.models.io.huggingface import save_model
 from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import merge_lora
+from spear_jax.models.params import Adapter
 
 EXAMPLES = """
     python -m spear_jax.export --workdir=runs/arc --out=adapters/arc
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     return {"out": str(out), "round": int(state.round), "merged": args.merge}
 
 
-def _chosen(built: builder.Experiment, lora: dict, client: int | None) -> dict:
+def _chosen(built: builder.Experiment, lora: Adapter, client: int | None) -> Adapter:
     """The global adapter, or one client's of a local-only run."""
     if built.server.rule != "local":
         if client is not None:

@@ -41,6 +41,7 @@ from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
+from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import choose_block_shape, choose_small
 from spear_jax.packing.rows import prompts
 from spear_jax.packing.shape_buckets import BlockShape
@@ -81,7 +82,7 @@ class Experiment:
     server: ServerConfig
     prompt_length: int
     completion_length: int
-    adapter: dict | None
+    adapter: Adapter | None
 
     def initial_state(self) -> ServerState:
         """The server before round 1."""
@@ -97,7 +98,7 @@ class Experiment:
             kept = jax.tree.map(lambda x: np.broadcast_to(x, (copies, *np.shape(x))).copy(), kept)
         return init_server(self.server, lora, kept, key)
 
-    def policies(self, lora: dict) -> list[Policy]:
+    def policies(self, lora: Adapter) -> list[Policy]:
         """What to evaluate: the global policy, or under `local` every client's."""
         count = len(self.parts) if self.server.rule == "local" else 0
         own = [jax.tree.map(lambda x, c=c: x[c], lora) for c in range(count)] or [lora]
@@ -335,7 +336,7 @@ def _sampling(config: ml_collections.ConfigDict, model: LoadedModel) -> tuple[Sa
     """How first answers, revisions and greedy evaluations are drawn."""
     rollout = config.rollout
     tokens, read = cost_model.generation_tokens(
-        model.config, model.base["embed"].dtype.itemsize, rollout.cache_mb
+        model.config, model.base.embed.dtype.itemsize, rollout.cache_mb
     )
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,

@@ -22,7 +22,9 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import to_host
 from spear_jax.core.records import wilson
 from spear_jax.core.types import Example
-from spear_jax.models.decoder import Decoder, head_weight
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.arrays import Block
 from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
@@ -111,7 +113,7 @@ class Evaluator:
                 f"Set --config.eval.method=auto, which is {self.task.scoring!r} here."
             )
 
-    def __call__(self, policy: dict, lora: dict | None = None) -> Accuracy:
+    def __call__(self, policy: DecoderParams, lora: Adapter | None = None) -> Accuracy:
         """Accuracy of a policy (adapter merged), or of a base with an adapter beside it."""
         if self.method == "likelihood":
             return self._likelihood(policy, lora)
@@ -150,7 +152,7 @@ class Evaluator:
             int(hit.sum()), len(hit), self.method, -float(logprobs.sum(dtype=float)) / len(hit)
         )
 
-    def choice_scores(self, policy: dict, lora: dict | None = None) -> np.ndarray:
+    def choice_scores(self, policy: DecoderParams, lora: Adapter | None = None) -> np.ndarray:
         """float32[N, options]: log p(label | prompt), −inf where a question has fewer options."""
         labels = sorted({label for example in self.examples for label in example.labels})
         ids = {label: self.renderer.continuation(label) for label in labels}
@@ -238,9 +240,7 @@ def _last_scores(decoder, lora, base, blocks, candidates, shared_prefix=None):
         hidden = TokenLogprobs(decoder, base, 0, shared_prefix=shared_prefix).states(lora, block)[
             block.start
         ]
-        logits = jnp.einsum(
-            "bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32
-        )
+        logits = head_logits(hidden, head_weight(base))
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
     return pytrees.vmap_or_single(one)(blocks, candidates)

@@ -231,8 +231,7 @@ def choose_block_shape(
         return min(1 + max(counts, default=0) * 5 // 4, most_groups * of_item)
 
     reaching = [
-        [10**6 - pack.free[c] for block in found for pack in block.packs]
-        for c in range(len(tiles))
+        [10**6 - pack.free[c] for block in found for pack in block.packs] for c in range(len(tiles))
     ]
     return dataclasses.replace(
         wide,

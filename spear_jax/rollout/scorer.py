@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.core import pytrees
-from spear_jax.models.decoder import Decoder, head_weight
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.models.token_logprobs import TokenLogprobs, block_positions, over_chunks, unpack_rows
 from spear_jax.packing.arrays import Block
 from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
@@ -51,7 +53,7 @@ def _score_rows(decoder, chunk, lora, base, blocks):
 
 
 def score_rows(
-    decoder: Decoder, chunk: int, lora: dict | None, base: dict, block: Block
+    decoder: Decoder, chunk: int, lora: Adapter | None, base: DecoderParams, block: Block
 ) -> jax.Array:
     """float32[B, T]: log-probabilities of rows under a frozen policy."""
     return unpack_rows(block, TokenLogprobs(decoder, base, chunk).logprobs(lora, block))
@@ -68,7 +70,7 @@ def _token_scores(decoder, chunk, lora, base, blocks, shared_prefix=None):
     chunk = block_positions(chunk, head.shape[0])
 
     def score(states, target):
-        logits = jnp.einsum("md,vd->mv", states, head, preferred_element_type=jnp.float32)
+        logits = head_logits(states, head)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         return picked - jax.nn.logsumexp(logits, axis=-1), (
             jnp.argmax(logits, axis=-1) == target
