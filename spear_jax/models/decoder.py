@@ -111,7 +111,7 @@ def packed_states(
     Returns: [N, D] in the base's dtype; every layer's KeyValues [h + N, kv heads, K], the shared
         prefix first (stacked where the base's layers are).
     """
-    read = 0 if shared_prefix is None else jax.tree.leaves(shared_prefix)[0].shape[-3]
+    read = prefix_length(shared_prefix)
     branch_ids = jnp.pad(pack.branch_ids, ((0, 0), (read, 0)))
     visible = tuple(
         seen_in_tree(branch_ids[:rows, : read + end], end - begin)
@@ -119,6 +119,11 @@ def packed_states(
     )
     layout = _Layout(pack.positions + read, visible, pack)
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, shared_prefix=shared_prefix)
+
+
+def prefix_length(shared_prefix: LayerKeyValues | None) -> int:
+    """Returns h, the tokens of a prefilled shared prefix; 0 for None."""
+    return 0 if shared_prefix is None else jax.tree.leaves(shared_prefix)[0].shape[-3]
 
 
 def hidden_states(

@@ -1,4 +1,4 @@
-"""Low-rank adapters: their static settings, initialisation, merging, and how they fit a model.
+"""Low-rank adapters (LoRA): settings, initialisation and merging.
 
 Source: LoRA (arXiv 2106.09685), with PEFT's conventions: y = W x + (alpha / rank) B A dropout(x).
 """
@@ -23,10 +23,10 @@ class LoraConfig:
 
     Attributes:
         rank: R.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability of dropping an input feature of the low-rank branch while training.
-        targets: which projections of a layer carry an adapter.
-        last_layers: adapters sit in the last n layers; 0 means all.
+        alpha: the update A B is scaled by alpha / rank.
+        dropout: probability of dropping an input feature of x A while training.
+        targets: the projections of a layer that carry an adapter, of TARGETS.
+        last_layers: how many of the last layers carry adapters; 0 means all.
     """
 
     rank: int
@@ -59,12 +59,12 @@ def check_lora(lora: LoraConfig, model: ModelConfig) -> None:
 
 
 def lora_layers(lora: LoraConfig, model: ModelConfig) -> int:
-    """How many layers, counted from the last, carry adapters."""
+    """Returns L', how many layers, counted from the last, carry adapters."""
     return lora.last_layers or model.layers
 
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(input width, output width) of each projection of a layer."""
+    """Returns (input width, output width) of each projection of a layer, by name."""
     d, f, h, n, k = model.width, model.mlp_width, model.heads, model.kv_heads, model.head_width
     return {
         "q": (d, h * k),

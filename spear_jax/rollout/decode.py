@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from spear_jax.core import pytrees
-from spear_jax.models.decoder import Decoder, LayerKeyValues, decode_step, packed_states
+from spear_jax.models.decoder import (
+    Decoder,
+    LayerKeyValues,
+    decode_step,
+    packed_states,
+    prefix_length,
+)
 from spear_jax.models.lm_head import head_logits, head_weight
 from spear_jax.models.params import Adapter, DecoderParams, KeyValues
 from spear_jax.packing.arrays import PackedSequences
@@ -125,7 +131,7 @@ def prefill(
     def one(lora, pack, last, places, shared_prefix, slots, cache):
         hidden, layers = packed_states(decoder, lora, base, pack, shared_prefix=shared_prefix)
         if shared_prefix is not None:
-            last = last - jax.tree.leaves(shared_prefix)[0].shape[-3]
+            last = last - prefix_length(shared_prefix)
         if base.stacked:
             pairs = zip(layers.keys, layers.values, strict=True)
             layers = tuple(KeyValues(*pair) for pair in pairs)
