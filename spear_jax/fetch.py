@@ -236,7 +236,7 @@ def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _fits_float16(files: ModelFiles) -> bool:
-    names = (name for place in places(files.config) for name in place.names)
+    names = (name for place in places(files.config) for name in place.tensors)
     with np.errstate(over="ignore"):
         return all(_exact(files.tensors.read(name)) for name in names)
 

@@ -29,6 +29,7 @@ from spear_jax.models.config import ModelConfig, parse_config
 from spear_jax.models.decoder import Decoder, logits
 from spear_jax.models.io.huggingface import load_model, save_model
 from spear_jax.models.lora import LoraConfig, projection_shapes
+from spear_jax.models.params import DecoderParams, LayerParams
 from spear_jax.tasks import facts, reasoned, world
 from spear_jax.tasks.base import Task
 
@@ -146,8 +147,8 @@ def build_tokenizer(
     return tokenizer
 
 
-def init_base(key: jax.Array, model: ModelConfig) -> dict:
-    """Random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual
+def init_base(key: jax.Array, model: ModelConfig) -> DecoderParams:
+    """Draws random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual
     stream shrunk by sqrt(2 L).
 
     Embeddings of deviation 0.3 keep a token's identity above what the first layers add to it, and a
@@ -164,7 +165,7 @@ def init_base(key: jax.Array, model: ModelConfig) -> dict:
             jax.random.fold_in(key, index), (model.layers, inputs, outputs)
         )
     embed = 0.3 * jax.random.normal(jax.random.fold_in(key, 99), (model.vocab_size, model.width))
-    return {"embed": embed, "layers": layers, "norm": jnp.full(model.width, 0.2)}
+    return DecoderParams(embed=embed, layers=LayerParams(**layers), norm=jnp.full(model.width, 0.2))
 
 
 class Group:
@@ -223,7 +224,9 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
     return copying, tasks
 
 
-def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, tasks: dict) -> dict:
+def train(
+    config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, tasks: dict
+) -> DecoderParams:
     """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every`
     steps. Returns the base.
     """
@@ -267,7 +270,7 @@ def train(config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, ta
     return base
 
 
-def logprobs(decoder: Decoder, base: dict, batch: tuple) -> jax.Array:
+def logprobs(decoder: Decoder, base: DecoderParams, batch: tuple) -> jax.Array:
     """float32[B, T - 1]: log p of each completion token, 0 elsewhere; over full logits, which a
     small vocabulary allows.
     """
@@ -277,7 +280,7 @@ def logprobs(decoder: Decoder, base: dict, batch: tuple) -> jax.Array:
     return jnp.where(scored[:, 1:], picked, 0.0)
 
 
-def accuracy(score, base: dict, group: Group, size: int = 128) -> float:
+def accuracy(score, base: DecoderParams, group: Group, size: int = 128) -> float:
     """The fraction of rows whose trained tokens have more than half of the probability."""
     batch = group.batch(size)
     return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())

@@ -37,7 +37,7 @@ from spear_jax.algorithms.base import (
 )
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean, TraceRecord
-from spear_jax.models.decoder import head_weight
+from spear_jax.models.lm_head import head_logits, head_weight
 from spear_jax.models.token_logprobs import TokenLogprobs, map_positions
 from spear_jax.packing.arrays import Batch, Block
 from spear_jax.packing.rows import TrainingRow, draw
@@ -161,10 +161,7 @@ def _comparison(settings: OpsdSettings) -> Callable:
 
     def compare(student, fixed, head):
         teacher, target = fixed
-        mine, theirs = (
-            jnp.einsum("md,vd->mv", x, head, preferred_element_type=jnp.float32)
-            for x in (student, teacher)
-        )
+        mine, theirs = (head_logits(x, head) for x in (student, teacher))
         return divergence(mine, theirs, target, settings)
 
     return compare

@@ -32,6 +32,7 @@ from spear_jax.models.decoder import Decoder
 from spear_jax.models.io.safetensors import SafetensorsFolder
 from spear_jax.models.io.tensor_map import DTYPES, MODULES, fill, places
 from spear_jax.models.lora import TARGETS, LoraConfig, lora_layers, projection_shapes
+from spear_jax.models.params import Adapter, LowRank
 from spear_jax.packing import rows as rows_module
 from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
 from spear_jax.packing.rows import RowGroup
@@ -74,7 +75,7 @@ class RandomTensors:
     where = "random weights"
 
     def __init__(self, config: ModelConfig):
-        self._shapes = {name: place.shape for place in places(config) for name in place.names}
+        self._shapes = {name: place.shape for place in places(config) for name in place.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -187,7 +188,7 @@ class System:
         scores = evaluator.choice_scores(Policy(self.base, self.lora))
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
-    def train(self, rows: list[list[list[Row]]]) -> tuple[dict, jax.Array, Measured]:
+    def train(self, rows: list[list[list[Row]]]) -> tuple[Adapter, jax.Array, Measured]:
         """Every client's optimiser steps; rows: [C][S] lists.
 
         Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of
@@ -254,14 +255,14 @@ class System:
 
 
 @jax.jit
-def _weighted_sum(adapters: list[dict], weight: jax.Array) -> dict:
+def _weighted_sum(adapters: list[Adapter], weight: jax.Array) -> Adapter:
     """Σ w θ, which `train_cohort` accumulates as clients finish."""
     return jax.tree.map(
         lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters
     )
 
 
-def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
+def random_adapter(config: ModelConfig, lora: LoraConfig) -> Adapter:
     """The adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
 
     def stack(target: str, side: str, shape: tuple[int, int]) -> np.ndarray:
@@ -272,13 +273,14 @@ def random_adapter(config: ModelConfig, lora: LoraConfig) -> dict:
         return np.stack([random_tensor(name, shape).T for name in names])
 
     shapes = projection_shapes(config)
-    return {
-        target: {
-            "a": stack(target, "A", (lora.rank, shapes[target][0])),
-            "b": stack(target, "B", (shapes[target][1], lora.rank)),
-        }
+    pairs = {
+        target: LowRank(
+            a=stack(target, "A", (lora.rank, shapes[target][0])),
+            b=stack(target, "B", (shapes[target][1], lora.rank)),
+        )
         for target in lora.targets
     }
+    return Adapter(**pairs)
 
 
 def sampling_config(preset: Preset, rows: int) -> SamplingConfig:

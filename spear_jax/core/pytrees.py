@@ -1,5 +1,6 @@
 """Small functions over pytrees, and the one place where random streams get their names."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,35 @@ def vmap_or_single(function: Callable, in_axes: Any = 0) -> Callable:
         return jax.tree.map(lambda x: x[None], function(*map(only, args, axes)))
 
     return run
+
+
+def to_dicts(tree: Any) -> Any:
+    """Turns every dataclass of a tree into a dict of its fields; a field that is None is left out.
+
+    Checkpoints hold dicts, so that neither their digest nor their files depend on a class.
+
+        Adapter(q=LowRank(a, b))  ->  {"q": {"a": a, "b": b}}
+    """
+
+    def fields(node: Any) -> Any:
+        if not dataclasses.is_dataclass(node):
+            return node
+        values = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+        return {name: to_dicts(value) for name, value in values.items() if value is not None}
+
+    return jax.tree.map(fields, tree, is_leaf=dataclasses.is_dataclass)
+
+
+def from_dicts(dicts: Any, like: Any) -> Any:
+    """Turns the dicts of `to_dicts` back into dataclasses, where `like` has them."""
+
+    def fields(like: Any, node: Any) -> Any:
+        if not dataclasses.is_dataclass(like):
+            return node
+        values = {name: from_dicts(value, getattr(like, name)) for name, value in node.items()}
+        return dataclasses.replace(like, **values)
+
+    return jax.tree.map(fields, like, dicts, is_leaf=dataclasses.is_dataclass)
 
 
 def digest(tree: Any) -> str:

@@ -7,7 +7,6 @@ sampler and scorer, worker, federation, experiment. Nothing is patched in afterw
 import dataclasses
 import functools
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +46,7 @@ from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
+from spear_jax.models.params import Adapter
 from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout.policy import Policy, as_policy
 from spear_jax.rollout.prompts import PromptRenderer
@@ -76,7 +76,7 @@ class Experiment:
     federation: Federation
     evaluator: Evaluator
     shapes: ShapeBuckets
-    adapter: Any
+    adapter: Adapter | None
 
     def initial_state(self) -> ServerState:
         """Returns the server before round 1."""
@@ -95,7 +95,7 @@ class Experiment:
             state = broadcast_to_clients(state, copies)
         return init_server(federation.aggregation, adapter, state, key)
 
-    def policies(self, adapter: Any) -> list[Policy]:
+    def policies(self, adapter: Adapter) -> list[Policy]:
         """Returns what to evaluate: the global policy, or in local-only runs every client's."""
         federation = self.federation
         count = len(federation.clients) if federation.local_only else 0
@@ -234,7 +234,7 @@ def sampling_configs(
     """Returns how first answers, revisions and greedy evaluations are sampled."""
     rollout = settings.rollout
     tokens, read = cost_model.generation_tokens(
-        model.config, model.base["embed"].dtype.itemsize, rollout.kv_cache_mb
+        model.config, model.base.embed.dtype.itemsize, rollout.kv_cache_mb
     )
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
@@ -295,7 +295,7 @@ def build_evaluator(
     )
 
 
-def starting_adapter(settings: Settings, decoder: Decoder) -> Any:
+def starting_adapter(settings: Settings, decoder: Decoder) -> Adapter | None:
     """Loads the adapter of lora.init_from; None where it is empty.
 
     Raises: UserError where the adapter differs from the config's own settings.

@@ -142,11 +142,11 @@ class Checkpoints:
             return None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         if pytrees.digest(found.state) != found.meta["digest"]:
             return None, {}, "its content does not match its digest"
-        return (
-            ServerState(**{name: found.state[key] for key, name in TREE.items()}),
-            found.meta,
-            None,
-        )
+        fields = {
+            name: pytrees.from_dicts(found.state[key], getattr(like, name))
+            for key, name in TREE.items()
+        }
+        return ServerState(**fields), found.meta, None
 
     def _set_aside(self, step: int) -> None:
         target = self.folder / f"{step}.corrupt"
@@ -187,4 +187,6 @@ def restore(
 
 
 def _as_tree(state: ServerState) -> dict[str, Any]:
-    return jax.tree.map(np.asarray, {key: getattr(state, name) for key, name in TREE.items()})
+    """Turns a state into the tree that is saved: plain dicts of numpy arrays."""
+    named = {key: getattr(state, name) for key, name in TREE.items()}
+    return jax.tree.map(np.asarray, pytrees.to_dicts(named))

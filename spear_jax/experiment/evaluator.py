@@ -20,7 +20,7 @@ from spear_jax.core import pytrees
 from spear_jax.core.errors import UserError
 from spear_jax.core.records import wilson
 from spear_jax.core.types import Example, Progress, no_progress
-from spear_jax.models.decoder import head_weight
+from spear_jax.models.lm_head import head_logits, head_weight
 from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
@@ -228,9 +228,7 @@ def _score_candidates(decoder, lora, base, blocks, candidates, shared_prefix=Non
     def one(block, candidates):
         model = TokenLogprobs(decoder, base, 0, shared_prefix=shared_prefix)
         hidden = model.states(lora, block)[block.start]
-        logits = jnp.einsum(
-            "bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32
-        )
+        logits = head_logits(hidden, head_weight(base))
         return jnp.take_along_axis(jax.nn.log_softmax(logits), candidates, axis=-1)
 
     return pytrees.vmap_or_single(one)(blocks, candidates)

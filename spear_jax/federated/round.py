@@ -14,12 +14,13 @@ from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.federated import cohort_training
 from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate
-from spear_jax.federated.aggregation.reducers import Adapter, Reducer
+from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import Broadcast
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
 from spear_jax.federated.state import ClientState, ServerState
 from spear_jax.models import cost_model
+from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import Keys, most_blocks, pack_rows
 from spear_jax.packing.rows import groups_of
 from spear_jax.rollout.policy import Policy

@@ -1,5 +1,5 @@
-"""Who sees whom in a packed tree, and grouped-query attention: by XLA everywhere, by cuDNN's flash
-attention on request.
+"""The attention mask of packed sequences, and grouped-query attention: XLA's everywhere, cuDNN's
+flash attention on request.
 """
 
 import math
@@ -10,14 +10,21 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spear_jax.core.errors import UserError
 
-KEPT = "product"  # the name of what the backward pass keeps under the decoder's remat "attention"
+KEPT = "product"  # names activations that the backward pass keeps under remat "attention"
 MASKED = -1e30  # finite, so that a row without any visible key stays free of NaN
 KERNELS = ("xla", "cudnn")
 
 
 def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
-    """bool[R, L, S] of the branches int32[R, S] of trees' keys: each of the last `cells` (L) sees
-    its prompt, what stands before that, and its own branch, up to itself.
+    """Makes the attention mask bool[R, L, S] of the last L tokens of each row.
+
+    A token attends to its prompt, to a shared prefix before it, and to its own branch, up to
+    itself.
+
+        branch  0 0 1 1 2        a prompt of two tokens, completions of two and of one
+        last    1 1 0 0 1        the mask's last line: branch 2 does not see branch 1
+
+    Args: branch: int32[R, S], 0 for prompts, 1, 2, ... for completions, -1 for padding; cells: L.
     """
     before = branch.shape[1] - cells
     same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, before:, None])
@@ -48,7 +55,7 @@ def attend(q, keys, values, visible, kernel="xla"):
 
     Args:
         q: [R, L, H, K].
-        keys, values: [at least R, N, at least S, K]; what is more is not read.
+        keys, values: [at least R, N, at least S, K]; the rest is not read.
         visible: bool[R, L, S].
         kernel: one of KERNELS. A single query, as when decoding, is always XLA's.
     Returns: [R, L, H, K].
@@ -61,8 +68,9 @@ def attend(q, keys, values, visible, kernel="xla"):
 
 
 def library(q, keys, values, visible, implementation):
-    """`attend` by `jax.nn.dot_product_attention`; implementation: "xla" or "cudnn", which never
-    holds a head's scores.
+    """Computes `attend` by `jax.nn.dot_product_attention`.
+
+    Args: implementation: "xla", or "cudnn", which never holds a head's scores.
     """
     keys, values = (jnp.swapaxes(x, 1, 2) for x in (keys, values))
     return jax.nn.dot_product_attention(
@@ -76,7 +84,9 @@ def _own_gradient(q, keys, values, visible):
 
 
 def _forward(q, keys, values, visible):
-    """Mixed values, and what the backward pass reads: of the softmax a row's logarithm alone."""
+    """Computes mixed values and the residuals of the backward pass; of the softmax these hold only
+    each row's log-sum.
+    """
     raw = _scores(q, keys, visible)
     most = raw.max(axis=-1, keepdims=True)
     weight = jnp.exp(raw - most)
@@ -90,7 +100,8 @@ def _forward(q, keys, values, visible):
 
 
 def _backward(held, change):
-    """Gradients from weights computed again: with P = softmax(S), dS = P (dP - rowsum(dO O)).
+    """Computes the gradients from weights computed again: with P = softmax(S),
+    dS = P (dP - rowsum(dO O)).
 
     Source: FlashAttention-2 (arXiv 2307.08691), section 3.1.2.
     """
@@ -110,7 +121,7 @@ _own_gradient.defvjp(_forward, _backward)
 
 
 def _scores(q, keys, visible):
-    """float32[R, N, group * L, S], masked."""
+    """Computes masked scores, float32[R, N, group * L, S]."""
     q = _heads_first(q / math.sqrt(q.shape[-1]), keys)
     raw = jnp.einsum("rnlk,rnsk->rnls", q, keys, preferred_element_type=jnp.float32)
     r, n, rows, length = raw.shape
@@ -119,8 +130,8 @@ def _scores(q, keys, visible):
 
 
 def _heads_first(x, keys):
-    """[R, L, H, K] -> [R, N, group * L, K]: the heads of a group under one another, so that there
-    is one product a key head, its operands contiguous.
+    """Stacks the heads of a group: [R, L, H, K] -> [R, N, group * L, K]. There is then one product
+    a key head, with contiguous operands.
     """
     r, length, h, width = x.shape
     n = keys.shape[1]
@@ -130,7 +141,7 @@ def _heads_first(x, keys):
 
 
 def _heads_last(x, q):
-    """Back to q's [R, L, H, K]."""
+    """Undoes `_heads_first`: back to q's [R, L, H, K]."""
     r, length, h, width = q.shape
     return jnp.transpose(x.reshape(r, -1, h // x.shape[1], length, width), (0, 3, 1, 2, 4)).reshape(
         q.shape

@@ -1,4 +1,4 @@
-"""Low-rank adapters: their static settings, initialisation, merging, and how they fit a model.
+"""Low-rank adapters (LoRA): settings, initialisation and merging.
 
 Source: LoRA (arXiv 2106.09685), with PEFT's conventions: y = W x + (alpha / rank) B A dropout(x).
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.models.config import ModelConfig
+from spear_jax.models.params import Adapter, DecoderParams, LayerParams, LowRank
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -22,10 +23,10 @@ class LoraConfig:
 
     Attributes:
         rank: R.
-        alpha: the update is scaled by alpha / rank.
-        dropout: probability of dropping an input feature of the low-rank branch while training.
-        targets: which projections of a layer carry an adapter.
-        last_layers: adapters sit in the last n layers; 0 means all.
+        alpha: the update A B is scaled by alpha / rank.
+        dropout: probability of dropping an input feature of x A while training.
+        targets: the projections of a layer that carry an adapter, of TARGETS.
+        last_layers: how many of the last layers carry adapters; 0 means all.
     """
 
     rank: int
@@ -58,12 +59,12 @@ def check_lora(lora: LoraConfig, model: ModelConfig) -> None:
 
 
 def lora_layers(lora: LoraConfig, model: ModelConfig) -> int:
-    """How many layers, counted from the last, carry adapters."""
+    """Returns L', how many layers, counted from the last, carry adapters."""
     return lora.last_layers or model.layers
 
 
 def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(input width, output width) of each projection of a layer."""
+    """Returns (input width, output width) of each projection of a layer, by name."""
     d, f, h, n, k = model.width, model.mlp_width, model.heads, model.kv_heads, model.head_width
     return {
         "q": (d, h * k),
@@ -78,49 +79,46 @@ def projection_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 def init_lora(
     key: jax.Array, lora: LoraConfig, model: ModelConfig, dtype: Any = jnp.float32
-) -> dict:
-    """A new adapter: A uniform in ±1/sqrt(inputs) (Kaiming with a = sqrt 5, as PEFT), B zero.
+) -> Adapter:
+    """Draws a new adapter: A uniform in ±1/sqrt(inputs) (Kaiming with a = sqrt 5, as PEFT), B zero.
 
-    Returns: {target: {"a": dtype[L', in, R], "b": dtype[L', R, out]}}, L' the layers that carry
-        adapters.
+    Returns: a LowRank for each of `lora.targets`, a: dtype[L', in, R], b: dtype[L', R, out].
     """
     shapes, layers = projection_shapes(model), lora_layers(lora, model)
-    tree = {}
+    pairs = {}
     for index, target in enumerate(TARGETS):
         if target in lora.targets:
             inputs, outputs = shapes[target]
             bound = 1.0 / math.sqrt(inputs)
             a_key = jax.random.fold_in(key, index)
             a = jax.random.uniform(a_key, (layers, inputs, lora.rank), dtype, -bound, bound)
-            tree[target] = {"a": a, "b": jnp.zeros((layers, lora.rank, outputs), dtype)}
-    return tree
+            pairs[target] = LowRank(a, jnp.zeros((layers, lora.rank, outputs), dtype))
+    return Adapter(**pairs)
 
 
-def merge_lora(base: dict, lora_tree: dict, lora: LoraConfig) -> dict:
-    """The base with the adapter added into its weights; untouched tensors are shared, not copied.
+def merge_lora(base: DecoderParams, adapter: Adapter, lora: LoraConfig) -> DecoderParams:
+    """Adds an adapter into the base's weights; the other tensors are shared, not copied.
 
-    Args:
-        base: decoder parameters, weights [L, in, out].
-        lora_tree: as from `init_lora`.
-    Returns: a base tree; W + scale * A B on the layers that carry adapters (float32 product, cast
-        to W's dtype).
+    Args: base: with stacked layers.
+    Returns: a base with W + scale * A B in the layers that carry adapters (the product in float32,
+        cast to W's dtype).
     """
-    count = jax.tree.leaves(lora_tree)[0].shape[0]
-    adapted = {target: base["layers"][target][-count:] for target in lora_tree}
-    merged = jax.vmap(lambda weights, pairs: merge_layer(weights, pairs, lora))(adapted, lora_tree)
-    layers = {
-        target: base["layers"][target].at[-count:].set(weight) for target, weight in merged.items()
+    count, weights = adapter.num_layers, base.layers.by_name()
+    merged = {
+        target: weights[target].at[-count:].set(_add(weights[target][-count:], pair, lora))
+        for target, pair in adapter.by_name().items()
     }
-    return {**base, "layers": base["layers"] | layers}
+    return base.replace(layers=base.layers.replace(**merged))
 
 
-def merge_layer(weights: dict, pairs: dict, lora: LoraConfig) -> dict:
-    """One layer of `merge_lora`: weights [in, out], pairs {target: {"a": [in, R], "b": [R,
-    out]}}.
-    """
+def merge_layer(weights: LayerParams, adapter: Adapter, lora: LoraConfig) -> LayerParams:
+    """Adds one layer's part of an adapter (`Adapter.layer`) into the layer's weights."""
+    own = weights.by_name()
+    merged = {target: _add(own[target], pair, lora) for target, pair in adapter.by_name().items()}
+    return weights.replace(**merged)
 
-    def add(weight, pair):
-        delta = jnp.matmul(pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST) * lora.scale
-        return weight + delta.astype(weight.dtype)
 
-    return weights | {target: add(weights[target], pair) for target, pair in pairs.items()}
+def _add(weight: jax.Array, pair: LowRank, lora: LoraConfig) -> jax.Array:
+    """W + scale * A B, with any leading axes."""
+    delta = jnp.matmul(pair.a, pair.b, precision=jax.lax.Precision.HIGHEST) * lora.scale
+    return weight + delta.astype(weight.dtype)

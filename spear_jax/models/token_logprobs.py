@@ -1,5 +1,7 @@
-"""Log-probabilities of completion tokens without a [B, T, V] array: the one fused operation behind
-every objective.
+"""Log-probabilities of completion tokens without an array of all logits; every loss starts here.
+
+Logits are computed for a chunk of positions at a time. A position's gradient is taken beside its
+log-probability, so that memory is chunk * V and no logits are kept for the backward pass.
 """
 
 import dataclasses
@@ -10,50 +12,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spear_jax.models.decoder import Decoder, head_weight, packed_states
+from spear_jax.models.decoder import Decoder, LayerKeyValues, packed_states
+from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.packing.arrays import Block
 
-LOGITS = (
-    1 << 26
-)  # floats of one block of logits, where nothing else is asked for: 256 MB, whatever the vocabulary
+# float32 logits of one chunk where no chunk is asked for: 256 MB, whatever the vocabulary
+LOGITS = 1 << 26
 
 
 def block_positions(chunk: int, vocab: int) -> int:
-    """Positions of one LM-head block: `chunk`, or where that is 0 as many as LOGITS allows."""
+    """Returns the positions of one chunk: `chunk`, or where that is 0 as many as LOGITS allows."""
     return chunk or max(1, LOGITS // vocab)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """A model that scores completions; made inside a jitted function.
+    """Scorer of completion tokens under a base and an adapter; made inside a jitted function.
 
     Attributes:
         decoder: static settings.
         base: decoder parameters (never differentiated).
-        chunk: positions per LM-head block, 0 for as many as take LOGITS; memory is chunk * V
-            instead of M * V.
+        chunk: positions of one chunk of logits, 0 for as many as LOGITS allows.
         dropout_key: turns LoRA dropout on.
-        opening: keys and values of what stands before every tree, as for `packed_states`.
+        shared_prefix: keys and values of the tokens before every sequence, as for `packed_states`.
     """
 
     decoder: Decoder
-    base: dict
+    base: DecoderParams
     chunk: int
     dropout_key: jax.Array | None = None
-    shared_prefix: Any = None
+    shared_prefix: LayerKeyValues | None = None
 
-    def logprobs(self, lora: dict | None, block: Block, temperature: float = 1.0) -> jax.Array:
-        """log p(token | everything before it) of each scored token, of logits divided by the temperature.
+    def logprobs(self, lora: Adapter | None, block: Block, temperature: float = 1.0) -> jax.Array:
+        """Computes log p(token | everything before it) of each scored token.
 
-        Returns: float32[M].
+        Args: temperature: divides the logits.
+        Returns: float32[M], nats.
         """
         return token_logprobs(
             self.states(lora, block) / temperature, head_weight(self.base), block.target, self.chunk
         )
 
-    def states(self, lora: dict | None, block: Block, pack: int = 0) -> jax.Array:
-        """[M, D]: the states from which each scored token is predicted, in one of the block's
-        packs.
+    def states(self, lora: Adapter | None, block: Block, pack: int = 0) -> jax.Array:
+        """Computes the hidden states [M, D] that predict each scored token.
+
+        Args: pack: which of the block's packs.
         """
         hidden, _ = packed_states(
             self.decoder, lora, self.base, block.packs[pack], self.dropout_key, self.shared_prefix
@@ -62,8 +66,11 @@ class TokenLogprobs:
 
 
 def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
-    """Values of scored tokens as rows: [M] -> [B, T], 0 at padding; the gradient of rows that
-    repeat each other adds up.
+    """Lays values of scored tokens [M] out as rows [B, T], 0 at padding.
+
+    Rows that repeat each other read the same values, so that their gradients add up.
+
+        values [.1 .2 .3], start [0 0 2], lengths [2 2 1]  ->  [[.1 .2] [.1 .2] [.3 0]]
     """
     index = block.start[:, None] + jnp.arange(block.rows.completion_mask.shape[1])
     return jnp.where(
@@ -72,21 +79,21 @@ def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
 
 
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """log softmax(hidden head^T)[target], a chunk of positions at a time; differentiable in
-    `hidden` alone.
+    """Computes log softmax(hidden head^T)[target], a chunk of positions at a time; differentiable
+    in `hidden` alone.
 
     Args:
         hidden: [M, D].
         head: [V, D].
         targets: int32[M].
-    Returns: float32[M].
+    Returns: float32[M], nats.
     """
     return map_positions(_logprob, hidden, (targets,), head, chunk)
 
 
 def _logprob(hidden, fixed, head):
     (target,) = fixed
-    logits = jnp.einsum("md,vd->mv", hidden, head, preferred_element_type=jnp.float32)
+    logits = head_logits(hidden, head)
     picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
@@ -95,12 +102,11 @@ def _logprob(hidden, fixed, head):
 def map_positions(
     block: Callable, hidden: jax.Array, fixed: Any, head: jax.Array, chunk: int
 ) -> jax.Array:
-    """block(hidden, fixed, head) -> float32[chunk], one number a position, over a chunk of
+    """Computes block(hidden, fixed, head) -> float32[chunk], one number a position, over a chunk of
     positions at a time.
 
-    A position's number depends on that position alone, so its gradient in `hidden` is found next to
-    it, while its logits are at hand: the backward pass is one multiplication, nothing is
-    recomputed, and no logits are kept.
+    A position's number depends on that position alone. Its gradient in `hidden` is therefore
+    computed next to it, while its logits are at hand: the backward pass is one multiplication.
 
     Args:
         block: a hashable function; the same object in every call with the same meaning, or programs
@@ -108,7 +114,7 @@ def map_positions(
         hidden: [M, D]; the only argument that is differentiated.
         fixed: a tree of [M, ...].
         head: [V, D].
-        chunk: positions at a time, at most; 0 for as many as take LOGITS.
+        chunk: positions at a time, at most; 0 for as many as LOGITS allows.
     Returns: float32[M].
     """
     return over_chunks(
@@ -132,8 +138,8 @@ map_positions.defvjp(_forward, _backward)
 
 
 def over_chunks(function: Callable, arrays: tuple, chunk: int) -> Any:
-    """function(*arrays) over chunks of equal size of arrays [M, ...], as few as `chunk` positions
-    each allow.
+    """Maps a function over arrays [M, ...] in chunks of equal size, as few as `chunk` positions
+    each allow; the last one is padded.
     """
     count = jax.tree.leaves(arrays)[0].shape[0]
     blocks = -(-count // chunk)
@@ -145,5 +151,5 @@ def over_chunks(function: Callable, arrays: tuple, chunk: int) -> Any:
 
     if blocks == 1:
         return function(*arrays)
-    found = jax.lax.map(lambda xs: function(*xs), jax.tree.map(split, arrays))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], found)
+    results = jax.lax.map(lambda xs: function(*xs), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], results)

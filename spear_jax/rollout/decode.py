@@ -1,182 +1,250 @@
-"""Decoding as pure functions of a state: slots in which completions grow, a KV cache, and prompts
-that are read into them.
+"""Prefill and decode as pure functions of a state: a KV cache, and completions that grow in slots.
 
-A row's cache is a ring of P + T columns. Every row writes the same column in a step, wherever its
-prompt stands, so that a prompt may be read while others are being completed: it is laid to end
-where the ring is.
+A slot's cache is a ring of P + T columns. In a step all slots write the same column `at`. A prompt
+that is prefilled while other slots decode is laid so that it ends just before `at`, whatever its
+length. P = 3, T = 2, at = 4; slot 0 has decoded one token (x) behind the prompt abc, and the prompt
+de has just been prefilled into slot 1:
+
+    column      0 1 2 3 4        next step: both write column 4, then 0, 1, ...
+    slot 0      a b c x .        cache_mask 1 1 1 1 0
+    slot 1      . . d e .        cache_mask 0 0 1 1 0
 """
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from spear_jax.core import pytrees
-from spear_jax.models.decoder import Decoder, decode_step, head_weight, packed_states
+from spear_jax.models.decoder import (
+    Decoder,
+    LayerKeyValues,
+    decode_step,
+    packed_states,
+    prefix_length,
+)
+from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.params import Adapter, DecoderParams, KeyValues
 from spear_jax.packing.arrays import PackedSequences
 from spear_jax.rollout.token_sampling import SamplingConfig, sample_token
 
-# Turns in which a part's rows get their keys and values: in one, XLA would spread those of all
-# layers before it wrote the first.
+# A prefill writes its rows' keys and values in so many turns. In a single one, XLA would gather
+# those of all layers before it wrote the first.
 TURNS = 4
+
+
+@flax.struct.dataclass
+class GrowingCompletions:
+    """Completions that grow, one a slot, padded to T tokens.
+
+    Fields stand in alphabetical order, as in models/params.py.
+
+    Attributes:
+        keys: [B] random keys, or uint32[B, 2] their data between programs.
+        live: bool[B], whether the completion goes on; False for a free slot, too.
+        logprobs: float32[B, T], untempered log-probabilities in nats.
+        step: int32[B], tokens drawn so far.
+        tokens: int32[B, T].
+    """
+
+    keys: jax.Array
+    live: jax.Array
+    logprobs: jax.Array
+    step: jax.Array
+    tokens: jax.Array
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Everything that generation carries from step to step, B slots.
+
+    Attributes:
+        cache: each layer's KeyValues [B, N, P + T, K].
+        cache_mask: bool[B, P + T], columns that hold real tokens of the slot's sequence.
+        completions: the slots' completions.
+    """
+
+    cache: tuple[KeyValues, ...]
+    cache_mask: jax.Array
+    completions: GrowingCompletions
 
 
 def init_decode_state(
     decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype
-) -> dict:
-    """A decoding state of free slots, laid on devices as `live` bool[B] is: a dict of arrays with
-    leading axis B, caches a pair [B, N, P + T, K] a layer. Args: width: P.
+) -> DecodeState:
+    """Makes a state of free slots, laid on devices as `live` bool[B] is.
+
+    Args: width: P; dtype: of the cache.
     """
-    model, rows, room = decoder.config, live.shape[0], config.max_new_tokens
+    model, rows, length = decoder.config, live.shape[0], config.max_new_tokens
     zeros = functools.partial(jnp.zeros, device=live.sharding)
-    query_index = rows, model.kv_heads, width + room, model.head_width
-    return {
-        "cache": tuple(
-            (zeros(query_index, dtype), zeros(query_index, dtype)) for _ in range(model.layers)
+    shape = rows, model.kv_heads, width + length, model.head_width
+    return DecodeState(
+        cache=tuple(
+            KeyValues(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(model.layers)
         ),
-        "cache_mask": zeros((rows, width + room), bool),
-        "tokens": zeros((rows, room), jnp.int32),
-        "logprobs": zeros((rows, room), jnp.float32),
-        "step": zeros(rows, jnp.int32),
-        "live": zeros(rows, bool),
-        "keys": zeros((rows, 2), jnp.uint32),
-    }
+        cache_mask=zeros((rows, width + length), bool),
+        completions=GrowingCompletions(
+            tokens=zeros((rows, length), jnp.int32),
+            logprobs=zeros((rows, length), jnp.float32),
+            step=zeros(rows, jnp.int32),
+            live=zeros(rows, bool),
+            keys=zeros((rows, 2), jnp.uint32),
+        ),
+    )
 
 
 def prefill(
     decoder: Decoder,
     config: SamplingConfig,
-    lora,
-    base,
-    state,
-    shared_prefix,
+    lora: Adapter | None,
+    base: DecoderParams,
+    state: DecodeState,
+    shared_prefix: LayerKeyValues | None,
     pack: PackedSequences,
-    index,
-    mask,
-    keys,
-    live,
-    slots,
-    at,
-):
-    """Reads prompts into free slots of a decoding state and draws their first tokens.
+    index: jax.Array,
+    mask: jax.Array,
+    keys: jax.Array,
+    live: jax.Array,
+    slots: jax.Array,
+    at: jax.Array,
+) -> DecodeState:
+    """Prefills prompts into free slots and draws their first tokens.
+
+    The state's B slots are G equal groups: slot s of group g is row g * B / G + s.
 
     Args:
-        lora: None, one adapter ([L, in, R]), or one for each group stacked behind the layer axis
-            ([L, G, in, R]).
-        opening: None, or as from `prefill_shared_prefix`.
-        pack, index, mask: of r prompts of each of G groups, as from `packs.pack_prompts`. The
-            groups' slots are equal shares of the state's.
-        keys: [G * r]; live: bool[G * r], false for padding rows.
-        slots: int32[G, r], places in each group's share; padding rows have one behind its end.
+        lora: None, one adapter, or a grouped one (an adapter for each of the G groups).
+        shared_prefix: None, or as from `prefill_shared_prefix`.
+        pack, index, mask: r prompts of each group, as from `prefix_tree.pack_prompts`.
+        keys: [G * r]; live: bool[G * r], False for padding rows.
+        slots: int32[G, r], slots within each group; padding rows have one behind its last.
         at: int32[], the ring's next column.
     Returns: the state.
     """
-    (groups, taken, width), room = index.shape, config.max_new_tokens
+    (groups, taken, width), length = index.shape, config.max_new_tokens
     share = -(-taken // TURNS)
-    ring = lambda x: jnp.roll(jnp.pad(x, ((0, 0), (0, 0), (0, room))), at - width, axis=2)
-    apart = lambda x: x.reshape(groups, -1, *x.shape[1:])
+    ring = lambda x: jnp.roll(jnp.pad(x, ((0, 0), (0, 0), (0, length))), at - width, axis=2)
+    by_group = lambda x: x.reshape(groups, -1, *x.shape[1:])
 
     def one(lora, pack, last, places, shared_prefix, slots, cache):
         hidden, layers = packed_states(decoder, lora, base, pack, shared_prefix=shared_prefix)
         if shared_prefix is not None:
-            last = last - jax.tree.leaves(shared_prefix)[0].shape[-3]
-        if not isinstance(base["layers"], tuple):
-            layers = tuple(zip(*layers, strict=True))
+            last = last - prefix_length(shared_prefix)
+        if base.stacked:
+            pairs = zip(layers.keys, layers.values, strict=True)
+            layers = tuple(KeyValues(*pair) for pair in pairs)
 
         def write(turn, cache):
-            # a slice that would pass the end begins earlier, and what is put twice is put alike
+            # a slice that would pass the end begins earlier; rows are then written twice, alike
             to, source = (
                 jax.lax.dynamic_slice_in_dim(x, turn * share, share) for x in (slots, places)
             )
             return jax.tree.map(
-                lambda old, new: old.at[to].set(_spread(new, source), mode="drop"), cache, layers
+                lambda old, new: old.at[to].set(_to_cache(new, source), mode="drop"), cache, layers
             )
 
         return hidden[last], jax.lax.fori_loop(0, -(-taken // share), write, cache)
 
-    own = (1, 0) if _own(lora) else (None, None)
+    own = (1, 0) if _grouped(lora) else (None, None)
     run = pytrees.vmap_or_single(one, in_axes=(own[0], 0, 0, 0, own[1], 0, 0))
-    cache = jax.tree.map(apart, state["cache"])
+    cache = jax.tree.map(by_group, state.cache)
     hidden, cache = run(lora, pack, index[:, :, -1], ring(index), shared_prefix, slots, cache)
     rows = live.shape[0]
-    drawn = {
-        "tokens": jnp.full((rows, room), config.pad_id, jnp.int32),
-        "logprobs": jnp.zeros((rows, room), jnp.float32),
-        "step": jnp.zeros(rows, jnp.int32),
-        "live": live,
-        "keys": keys,
-    }
-    drawn = append_token(config, drawn, _head(base, hidden.reshape(rows, -1)))
-    drawn = jax.tree.map(apart, drawn | {"keys": jax.random.key_data(keys)}) | {
-        "cache_mask": ring(mask)
-    }
+    begun = GrowingCompletions(
+        tokens=jnp.full((rows, length), config.pad_id, jnp.int32),
+        logprobs=jnp.zeros((rows, length), jnp.float32),
+        step=jnp.zeros(rows, jnp.int32),
+        live=live,
+        keys=keys,
+    )
+    begun = append_token(config, begun, head_logits(hidden.reshape(rows, -1), head_weight(base)))
+    begun = jax.tree.map(by_group, begun.replace(keys=jax.random.key_data(keys)))
+    begun_mask = ring(mask)
     put = pytrees.vmap_or_single(lambda old, new, at: old.at[at].set(new, mode="drop"))
-    written = {name: put(apart(state[name]), new, slots) for name, new in drawn.items()} | {
-        "cache": cache
-    }
+    write = lambda old, new: put(by_group(old), new, slots)
+    completions = jax.tree.map(write, state.completions, begun)
+    written = DecodeState(cache, write(state.cache_mask, begun_mask), completions)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
-def _own(lora) -> bool:
+def _grouped(lora: Adapter | None) -> bool:
     """Whether each group has an adapter of its own."""
-    return lora is not None and jax.tree.leaves(lora)[0].ndim == 4
+    return lora is not None and lora.grouped
 
 
-def _spread(flat: jax.Array, index: jax.Array) -> jax.Array:
-    """Keys or values of packed tokens [N_tokens, N, K] -> [rows, N, columns, K]."""
+def _to_cache(flat: jax.Array, index: jax.Array) -> jax.Array:
+    """Gathers keys or values of packed tokens [tokens, N, K] into [rows, N, columns, K].
+
+    Args: index: int32[rows, columns], the packed token of each column.
+    """
     return jnp.swapaxes(flat[index], 1, 2)
 
 
-def prefill_shared_prefix(decoder: Decoder, lora, base, pack: PackedSequences):
-    """Keys and values of the tokens that all prompts open with, as `packed_states` gives them; with
-    a leading axis G where each of G groups has its own adapter. Args: pack: of that one
-    sequence.
+def prefill_shared_prefix(
+    decoder: Decoder, lora: Adapter | None, base: DecoderParams, pack: PackedSequences
+) -> LayerKeyValues:
+    """Computes keys and values of the tokens that all prompts begin with.
+
+    Args: lora: as for `prefill`; pack: of the prefix, as one sequence.
+    Returns: as `packed_states`; with a leading axis G where `lora` is grouped.
     """
     one = lambda lora: packed_states(decoder, lora, base, pack)[1]
-    return pytrees.vmap_or_single(one, in_axes=1)(lora) if _own(lora) else one(lora)
+    return pytrees.vmap_or_single(one, in_axes=1)(lora) if _grouped(lora) else one(lora)
 
 
-def decode_until(decoder: Decoder, config: SamplingConfig, lora, base, state, at, enough):
-    """Decodes from the ring's column `at` on, until no group has more than its `enough` int32[G] of
-    live rows. Returns the state and the next column.
+def decode_until(
+    decoder: Decoder,
+    config: SamplingConfig,
+    lora: Adapter | None,
+    base: DecoderParams,
+    state: DecodeState,
+    at: jax.Array,
+    enough: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    """Decodes until no group has more live slots than its number of `enough`.
+
+    Args: at: int32[], the ring's next column; enough: int32[G].
+    Returns: the state; the ring's next column.
     """
-    tiles = state["cache_mask"].shape[1]
+    columns = state.cache_mask.shape[1]
 
     def going(carry):
-        live = carry[0]["live"].reshape(enough.shape[0], -1)
+        live = carry[0].completions.live.reshape(enough.shape[0], -1)
         return (live.sum(1) > enough).any()
 
     def body(carry):
         state, at = carry
-        token = jnp.take_along_axis(
-            state["tokens"], jnp.maximum(state["step"] - 1, 0)[:, None], axis=1
-        )[:, 0]
+        grown = state.completions
+        token = jnp.take_along_axis(grown.tokens, jnp.maximum(grown.step - 1, 0)[:, None], axis=1)[
+            :, 0
+        ]
         new = jnp.ones((token.shape[0], 1), bool)
-        seen = jax.lax.dynamic_update_slice_in_dim(state["cache_mask"], new, at, axis=1)
-        hidden, cache = decode_step(decoder, lora, base, token, state["cache"], seen, at)
-        state = {**state, "cache": cache, "cache_mask": seen}
-        return append_token(config, state, _head(base, hidden)), (at + 1) % tiles
+        seen = jax.lax.dynamic_update_slice_in_dim(state.cache_mask, new, at, axis=1)
+        hidden, cache = decode_step(decoder, lora, base, token, state.cache, seen, at)
+        grown = append_token(config, grown, head_logits(hidden, head_weight(base)))
+        return DecodeState(cache, seen, grown), (at + 1) % columns
 
     return jax.lax.while_loop(going, body, (state, at))
 
 
-def _head(base, hidden):
-    return jnp.einsum("bd,vd->bv", hidden, head_weight(base), preferred_element_type=jnp.float32)
+def append_token(
+    config: SamplingConfig, completions: GrowingCompletions, logits: jax.Array
+) -> GrowingCompletions:
+    """Draws a token a slot, writes it where the slot is live, and ends the slots that drew an EOS
+    or are full.
 
-
-def append_token(config, state, logits):
-    """Draws a token for each row, writes it where the row is live, and ends the rows that drew an
-    EOS or are full.
+    Args: logits: float32[B, V].
     """
-    token, logprob = sample_token(logits, state["keys"], state["step"], config)
-    room = config.max_new_tokens
-    here = (jnp.arange(room) == state["step"][:, None]) & state["live"][:, None]
-    step = state["step"] + state["live"]
-    ended = jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32)) | (step >= room)
-    return {
-        **state,
-        "tokens": jnp.where(here, token[:, None], state["tokens"]),
-        "logprobs": jnp.where(here, logprob[:, None], state["logprobs"]),
-        "step": step,
-        "live": state["live"] & ~ended,
-    }
+    token, logprob = sample_token(logits, completions.keys, completions.step, config)
+    length, live = config.max_new_tokens, completions.live
+    here = (jnp.arange(length) == completions.step[:, None]) & live[:, None]
+    step = completions.step + live
+    ended = jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32)) | (step >= length)
+    return completions.replace(
+        tokens=jnp.where(here, token[:, None], completions.tokens),
+        logprobs=jnp.where(here, logprob[:, None], completions.logprobs),
+        step=step,
+        live=live & ~ended,
+    )

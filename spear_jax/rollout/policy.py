@@ -1,32 +1,33 @@
-"""Policies: the weights that answer."""
+"""Policies: the weights that generate."""
 
 import dataclasses
 
 from spear_jax.models.decoder import merge
 from spear_jax.models.lora import LoraConfig
+from spear_jax.models.params import Adapter, DecoderParams
 
 
 @dataclasses.dataclass
 class Policy:
-    """Weights that answer: one adapter for everybody, merged into the base or beside it, or every
-    client's own beside it.
+    """Weights that generate: a base, and beside it one adapter for all clients or one for each.
 
     Attributes:
-        base: decoder parameters.
-        lora: None where merged; else an adapter, or several stacked behind the layer axis, leaves
-            [L, C, ...].
-        slots: {client: its place on the stacked axis}.
+        base: decoder parameters; with a merged adapter where `lora` is None.
+        lora: an adapter, or several stacked behind the layer axis, leaves [L', C, ...].
+        slots: {client: its place on the axis C}.
     """
 
-    base: dict
-    lora: dict | None = None
+    base: DecoderParams
+    lora: Adapter | None = None
     slots: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-def as_policy(base: dict, lora: dict, settings: LoraConfig, quantize: str) -> Policy:
-    """The adapter beside the base; merged into a copy of it where a copy is needed anyhow: decoding
-    reads weights layer by layer, which a CPU has as views of the stacked ones (`devices.layer_of`),
-    and nothing is added to quantised ones.
+def as_policy(base: DecoderParams, lora: Adapter, settings: LoraConfig, quantize: str) -> Policy:
+    """Makes the policy of one adapter: merged into a copy of the base, or beside it.
+
+    Decoding reads weights layer by layer, which needs a copy of the stacked ones on a GPU or TPU;
+    on a CPU the layers are views of them (`mesh.layer_of`), so that the adapter stays beside the
+    base. It also does where the base is quantised.
     """
-    merged = quantize == "none" and next(iter(base["embed"].devices())).platform != "cpu"
+    merged = quantize == "none" and next(iter(base.embed.devices())).platform != "cpu"
     return Policy(merge(base, lora, settings)) if merged else Policy(base, lora)

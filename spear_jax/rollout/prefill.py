@@ -1,9 +1,11 @@
-"""Which prompts generation reads together: their number, their padded sizes, and who stands with
-whom.
+"""Plans prefill: how many slots there are, and which prompts are prefilled together.
 
 Completions grow in slots, G groups of equally many: a group for each device, or for each client
-where every client answers with its own adapter. Prompts are read part by part into slots that are
-free, so that what one pass holds does not grow with the slots.
+where every client generates with its own adapter. Prompts are prefilled in batches into free slots,
+so that the memory of one forward pass does not grow with the slots. G = 2 groups of 4 slots, 2 of
+each group at a time:
+
+    batches = [[[0, 1], [4, 5]], [[2, 3], [6]]]     # prompts 0, 1 (group 0) and 4, 5 (group 1) first
 """
 
 import dataclasses
@@ -16,7 +18,8 @@ from spear_jax.packing.shape_buckets import BlockShape, ShapeBuckets, size_bucke
 from spear_jax.rollout.token_sampling import SamplingConfig
 
 PrefillBatch = list[list[int]]  # prompt numbers of each group
-# the fewest that fill all slots where prompts wait for them: a part waits until so many are free
+# The fewest batches that fill all slots, where more prompts wait than slots: a batch waits until
+# its slots are free, and a larger one would wait longer.
 PASSES = 3
 
 
@@ -26,9 +29,9 @@ class PrefillPlan:
 
     Attributes:
         rows: slots of each group.
-        batch: r, slots of each group whose prompts are read together.
-        width: P.
-        pack_shape: the padded sizes of a batch's pack.
+        batch: r, prompts of each group that are prefilled together.
+        width: P, the padded length of a prompt.
+        pack_shape: the padded sizes of a batch's packed prompts.
     """
 
     rows: int
@@ -37,6 +40,7 @@ class PrefillPlan:
     pack_shape: BlockShape
 
     def shape(self) -> tuple[int, ...]:
+        """Returns the sizes as numbers, as `ShapeBuckets` keeps them."""
         return (
             self.rows,
             self.batch,
@@ -46,14 +50,15 @@ class PrefillPlan:
         )
 
     def cells(self, batches: int, new: int) -> int:
-        """Of each group: cache places that this many parts take, tokens read and queries of their
-        grids. Args: new: tokens to generate.
+        """Estimates a group's cost: columns of the cache, and tokens and queries of the prefills.
+
+        Args: batches: prefills; new: T, tokens to generate.
         """
         read = self.pack_shape.tokens + sum(rows * width for rows, width in self.pack_shape.tiles)
         return max(self.rows, batches * self.batch) * (self.width + new) + batches * read
 
     def of_shape(self, shape: tuple[int, ...]) -> "PrefillPlan":
-        """The plan of another shape."""
+        """Makes the plan of other sizes, as from `shape`."""
         tiles = tuple(zip(shape[4::2], shape[5::2], strict=True))
         return PrefillPlan(
             *shape[:3], dataclasses.replace(self.pack_shape, tokens=shape[3], tiles=tiles)
@@ -61,8 +66,8 @@ class PrefillPlan:
 
 
 def length_bucket(length: int, step: int = 16) -> int:
-    """The padded length for `length` tokens: multiples of `step`, coarser as they grow, at most a
-    third of it padding.
+    """Rounds a length up to a bucket: multiples of `step`, coarser as they grow, at most a third of
+    it padding. 1 to 16 -> 16, 17 -> 32, 65 -> 80, 129 -> 160 with the usual step.
     """
     size = step
     while size < length:
@@ -71,8 +76,8 @@ def length_bucket(length: int, step: int = 16) -> int:
 
 
 def fewer_rows(rows: int) -> list[int]:
-    """The row counts to which slots may shrink: theirs divided by 4, 16, ... while at least 4
-    remain.
+    """Lists the slots that a compaction may leave: a quarter, a sixteenth, ... while at least 4
+    remain. 64 -> [16, 4].
     """
     return [] if rows // 4 < 4 else [rows // 4, *fewer_rows(rows // 4)]
 
@@ -85,16 +90,17 @@ def plan_prefill(
     shapes: ShapeBuckets,
     shared_prefix: int = 0,
 ) -> tuple[PrefillPlan, list[PrefillBatch]]:
-    """The sizes for these prompts, and the parts in which they are read.
+    """Plans the sizes for these prompts, and the batches in which they are prefilled.
 
     Args:
         groups: numbers of the prompts of each of G groups.
         devices: how many the groups are split over.
-        opening: h tokens that all prompts begin with, and that are read once for all.
+        shapes: the shape buckets; an open shape is taken where one fits.
+        shared_prefix: h, the tokens that all prompts begin with, and that are prefilled once.
     """
     prompts = [prompt[shared_prefix:] for prompt in prompts]
-    # tight while sizes are being opened anyhow; a prompt that exceeds them all later opens a size
-    # with room to spare
+    # Tight while shapes are being opened. A longer prompt that comes later opens a coarser one, so
+    # that few programs compile.
     longest = max(map(len, prompts)) + shared_prefix
     width = length_bucket(longest) if shapes.frozen else size_bucket(longest)
     wanted = _smallest(config, groups, prompts, devices, shared_prefix, width)
@@ -115,8 +121,10 @@ def plan_prefill(
 
 
 def _smallest(config, groups, prompts, devices, shared_prefix, width) -> PrefillPlan:
-    """As many slots as rows and tokens allow, but no more than it takes to fill them equally often,
-    and parts as large as a pass allows. Args: prompts: without their opening.
+    """Plans as many slots as the limits allow, but no more than it takes to fill them equally
+    often, and prefill batches as large as a pass allows.
+
+    Args: prompts: without the shared prefix; width: P.
     """
     lengths = [len(prompts[i]) for group in groups for i in group]
     largest = max(map(len, groups))
@@ -126,10 +134,8 @@ def _smallest(config, groups, prompts, devices, shared_prefix, width) -> Prefill
     finest = max(1, most // 8)
     rows = min(most, -(-largest // times // finest) * finest)
     passes = -(-sum(lengths) // (config.read_tokens * times * devices))
-    if (
-        times > 1
-        # equal parts that fill all slots, where there are such: completions of one length end together
-    ):
+    if times > 1:
+        # equal batches that fill all slots, where there are: completions of one length end together
         least = max(passes, PASSES)
         passes = next((n for n in range(least, 2 * least) if rows % n == 0), min(rows, least))
     batch = -(-rows // passes) if times == 1 else rows // passes
@@ -142,7 +148,7 @@ def _smallest(config, groups, prompts, devices, shared_prefix, width) -> Prefill
 
 
 def _deal(plan: PrefillPlan, groups, prompts) -> list[PrefillBatch] | None:
-    """As few parts as the plan allows; None where not even single prompts fit."""
+    """Deals prompts to as few batches as the plan allows; None where not even single ones fit."""
     largest = max(map(len, groups))
     count = -(-largest // plan.batch)
     while True:
@@ -159,14 +165,13 @@ def _deal(plan: PrefillPlan, groups, prompts) -> list[PrefillBatch] | None:
 
 
 def _shares(group: Sequence[int], prompts, count: int, most: int) -> list[list[int]]:
-    """A group's prompts dealt to `count` parts of at most `most` rows and about equally many
-    tokens; equal prompts, which are read once, stay together.
+    """Deals a group's prompts to `count` batches of at most `most` prompts and about equally many
+    tokens; equal prompts, which are prefilled once, stay together.
     """
     order = sorted(group, key=lambda i: (-len(prompts[i]), prompts[i]))
     batches: list[list[int]] = [[] for _ in range(count)]
-    least = [
-        (0, 0, batch) for batch in range(count)
-    ]  # a heap of (tokens, rows, part) that have room
+    # a heap of (tokens, prompts, batch) of the batches that are not full
+    least = [(0, 0, batch) for batch in range(count)]
     for prompt, same in itertools.groupby(order, key=lambda i: prompts[i]):
         rows = list(same)
         while rows:

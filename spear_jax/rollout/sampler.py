@@ -1,13 +1,14 @@
-"""Generation with a KV cache: prompts of all clients together, each row with its own key, its slot
-taken over when it ends.
+"""Text generation with continuous batching.
 
-Prompts are read as flat packs, equal ones once, and so is what all of them open with; `batches`
-says which together. Decoding (`decoding`) runs until enough slots are free for the next prompts.
-When none wait any longer, the rows that still generate are compacted into fewer slots. A row's
-tokens depend on its prompt and its key, never on its neighbours.
+All clients' prompts share one batch. When a sequence ends, the next prompt is prefilled into its
+slot. A sequence depends only on its own prompt and random key, so batching never changes the text.
 
-Rows stand in equal groups: one for each device, or where every client answers with its own adapter
-one for each client.
+Prompts are prefilled as packed sequences: equal prompts once, and a prefix that all of them share
+once (`prefill` plans which go together). Decoding (`decode`) runs until enough slots are free for
+the next prefill. When no prompt waits, the live sequences move into fewer slots.
+
+Slots form equal groups: one for each device, or one for each client where every client generates
+with its own adapter.
 """
 
 import collections
@@ -21,7 +22,8 @@ import numpy as np
 
 from spear_jax.core.malloc import release_free_memory
 from spear_jax.core.mesh import to_host
-from spear_jax.models.decoder import Decoder, unstack
+from spear_jax.models.decoder import Decoder, LayerKeyValues, unstack
+from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.packing.prefix_tree import one_sequence, pack_prompts
 from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout import decode
@@ -31,7 +33,9 @@ from spear_jax.rollout.token_sampling import SamplingConfig
 
 @dataclasses.dataclass
 class Completion:
-    """Sampled ids (EOS included when generated) and their untempered log-probabilities in nats."""
+    """A finished completion: token ids (a generated EOS included) and their untempered
+    log-probabilities in nats.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -52,29 +56,30 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _decode_until(decoder, config, lora, base, state, at, enough):
-    state = {**state, "keys": jax.random.wrap_key_data(state["keys"])}
+    with_keys = lambda state, keys: state.replace(completions=state.completions.replace(keys=keys))
+    state = with_keys(state, jax.random.wrap_key_data(state.completions.keys))
     state, at = decode.decode_until(decoder, config, lora, base, state, at, enough)
-    return {**state, "keys": jax.random.key_data(state["keys"])}, at
+    return with_keys(state, jax.random.key_data(state.completions.keys)), at
 
 
 @jax.jit
 def _take(state, rows):
-    """The given rows of a decoding state."""
+    """Takes the given slots of a decode state."""
     return jax.tree.map(lambda x: x[rows], state)
 
 
 class Sampler:
-    """Runs generation on the host's side: packs, slots, compaction.
+    """Generator of completions: the host's side of continuous batching.
 
     Args:
         decoder: the model's static settings.
         place: puts an array with a leading axis that `devices` divides on the devices (identity on
             one device).
         spread: puts a whole array on each device.
-        shapes: the open shapes, which a resumed run must have again: padding decides the last bits
-            of a logit.
-        openings: what prompts may open with. Prompts that all do have the longest such opening read
-            once.
+        shapes: the shape buckets. A resumed run must have the same ones: padding decides the last
+            bits of a logit.
+        shared_prefixes: token ids that prompts may begin with. The longest one that all prompts of
+            a call share is prefilled once.
     """
 
     def __init__(
@@ -92,8 +97,8 @@ class Sampler:
 
     def generate(
         self,
-        lora: dict | None,
-        base: dict,
+        lora: Adapter | None,
+        base: DecoderParams,
         prompts: list[list[int]],
         keys: np.ndarray,
         config: SamplingConfig,
@@ -103,21 +108,18 @@ class Sampler:
         """Completes every prompt.
 
         Args:
-            lora: None where an adapter is merged into `base`; else an adapter ([L, in, R]), or
-                several ([L, C, in, R]), which may wait on the host: as many are on the devices as
-                `max_rows` rows need.
+            lora: None where an adapter is merged into `base`; else one adapter, or C of them
+                stacked behind the layer axis. Stacked ones may wait on the host: as many are on the
+                devices as `max_rows` slots need.
             prompts: token ids, each non-empty.
             keys: uint32[N, 2] key data, one key a prompt.
             finished: called with a prompt's number and its completion, while the device goes on
                 with others.
-            owners: int32[N], each prompt's adapter where `lora` holds several.
+            owners: int32[N], the number of each prompt's adapter where `lora` holds several.
         Returns: one Completion a prompt, in their order.
         """
         done: dict[int, Completion] = {}
-        bases = (
-            base,
-            unstack(base),
-        )  # prompts are read by a scan over layers, where they are stacked
+        bases = (base, unstack(base))  # for prefill, which scans stacked layers, and for decode
         shared_prefix = self.shared_prefix(prompts)
         for adapters, groups in self._groups(prompts, config.max_rows, lora, owners):
             # groups of clients need not fill the devices evenly; they are then on all of them
@@ -136,8 +138,8 @@ class Sampler:
         return [done[number] for number in range(len(prompts))]
 
     def shared_prefix(self, prompts: Sequence[list[int]]) -> list[int]:
-        """What these prompts all open with, of `shared_prefixes`; none of them is nothing but
-        that.
+        """Finds the longest of `shared_prefixes` that all prompts begin with, [] for none; every
+        prompt goes on behind it.
         """
         begins = lambda shared_prefix: all(
             len(p) > len(shared_prefix) and p[: len(shared_prefix)] == shared_prefix
@@ -145,8 +147,10 @@ class Sampler:
         )
         return next(filter(begins, self.shared_prefixes), [])
 
-    def prefill_shared_prefix(self, lora: dict | None, base: dict, tokens: list[int]):
-        """`prefill_shared_prefix` of these tokens; None where there are none."""
+    def prefill_shared_prefix(
+        self, lora: Adapter | None, base: DecoderParams, tokens: list[int]
+    ) -> LayerKeyValues | None:
+        """Computes keys and values of a shared prefix; None where it is empty."""
         if not tokens:
             return None
         return _prefill_shared_prefix(
@@ -155,8 +159,8 @@ class Sampler:
 
     def _groups(
         self, prompts, max_rows, lora, owners
-    ) -> Iterator[tuple[dict | None, list[list[int]]]]:
-        """(adapters, groups of prompt numbers)."""
+    ) -> Iterator[tuple[Adapter | None, list[list[int]]]]:
+        """Yields (adapters, groups of prompt numbers): what shares the slots at one time."""
         if owners is None:
             order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i]))
             yield lora, [order[device :: self.devices] for device in range(self.devices)]
@@ -165,11 +169,10 @@ class Sampler:
         own = [
             [i for i, owner in enumerate(owners) if owner == client] for client in range(clients)
         ]
-        together = min(
-            clients, max(1, max_rows // max(map(len, own)))
-        )  # no more adapters than rows can use
+        # no more adapters than slots can use
+        together = min(clients, max(1, max_rows // max(map(len, own))))
         for first in range(0, clients, together):
-            # the last clients fill up with clients that are there already, so that one shape serves
+            # the last group is filled up with earlier clients, so that one shape serves all
             chosen = np.arange(first, first + together) % clients
             adapters = (
                 lora if together == clients else jax.tree.map(lambda x, c=chosen: x[:, c], lora)
@@ -179,12 +182,13 @@ class Sampler:
 
 
 class ContinuousBatch:
-    """A decoding state and what stands in it.
+    """Slots on the devices, and the prompts whose completions grow in them.
 
     Attributes:
-        owner: int[G, slots], the number of the prompt that a slot completes, or -1.
-        at: the ring's next column.
-        state: as from `decoding.init_decode_state`; None until the first prompts are read.
+        owner: int[G, slots], the number of the prompt that a slot completes, -1 for a free slot:
+            [[4, -1], [0, 2]] completes prompt 4 in group 0, prompts 0 and 2 in group 1.
+        at: the cache ring's next column.
+        state: the DecodeState; None until the first prefill.
     """
 
     def __init__(
@@ -200,7 +204,7 @@ class ContinuousBatch:
     ):
         self.decoder, self.shapes, self.place = sampler.decoder, sampler.shapes, place
         self.lora, self.bases, self.config, self.plan = lora, bases, config, plan
-        self.dtype = bases[0]["embed"].dtype
+        self.dtype = bases[0].embed.dtype
         self.owner, self.at, self.state = np.full((groups, plan.rows), -1), np.int32(0), None
         self.length, self.shared_prefix = (
             len(shared_prefix),
@@ -210,7 +214,7 @@ class ContinuousBatch:
     def run(
         self, batches: list[PrefillBatch], prompts: list[list[int]], keys: np.ndarray
     ) -> Iterator[dict[int, Completion]]:
-        """Completes all prompts; yields those that have finished, while the device goes on."""
+        """Completes all prompts; yields those that have finished while the device goes on."""
         waiting, finished = collections.deque(batches), {}
         while waiting or (self.owner >= 0).any():
             while waiting and all((self.owner < 0).sum(1) >= [len(own) for own in waiting[0]]):
@@ -228,7 +232,7 @@ class ContinuousBatch:
         yield finished
 
     def _prefill(self, batch: PrefillBatch, prompts, keys) -> None:
-        """Reads a part's prompts into free slots."""
+        """Prefills a batch of prompts into free slots."""
         packed = pack_prompts(
             [[prompts[i] for i in own] for own in batch],
             self.plan.batch,
@@ -246,52 +250,57 @@ class ContinuousBatch:
         row_keys = np.where(numbers[:, None] >= 0, keys[numbers], 0)
         inputs = jax.tree.map(self.place, (*packed, row_keys, numbers >= 0, slots))
         if self.state is None:
-            self.state = self._begin(inputs)
-        self.state = _prefill(*self._of(0), self.state, self.shared_prefix, *inputs, self.at)
+            self.state = self._init_state(inputs)
+        self.state = _prefill(*self._model(0), self.state, self.shared_prefix, *inputs, self.at)
 
-    def _begin(self, inputs: tuple):
-        """A state of free slots. What reads and what decodes is compiled before it is there:
-        compiling takes memory, too, and many keys and values would lie there meanwhile. What that
-        leaves, and what an earlier state was, is given back.
+    def _init_state(self, inputs: tuple) -> decode.DecodeState:
+        """Compiles prefill and decode, and then allocates a state of free slots.
+
+        In this order the compiler's memory and the KV cache are never held at once.
         """
         free = self.place(np.zeros(self.owner.size, bool))
-        blank = functools.partial(
+        init = functools.partial(
             decode.init_decode_state, self.decoder, self.config, self.plan.width, free, self.dtype
         )
         like = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        shapes = jax.eval_shape(blank)
-        begun = jax.tree.map(functools.partial(like, free.sharding), shapes)
-        read = _prefill.lower(*self._of(0), begun, self.shared_prefix, *inputs, self.at).compile()
+        shapes = jax.eval_shape(init)
+        before = jax.tree.map(functools.partial(like, free.sharding), shapes)
+        lowered = _prefill.lower(*self._model(0), before, self.shared_prefix, *inputs, self.at)
+        compiled = lowered.compile()
         if self.config.max_new_tokens > 1:
-            after = jax.tree.map(like, read.output_shardings, shapes)
-            _decode_until.lower(*self._of(1), after, self.at, self._enough(0)).compile()
+            after = jax.tree.map(like, compiled.output_shardings, shapes)
+            _decode_until.lower(*self._model(1), after, self.at, self._enough(0)).compile()
         release_free_memory()
-        return blank()
+        return init()
 
-    def _of(self, base: int) -> tuple:
-        """The arguments that reading (0) and decoding (1) begin with."""
+    def _model(self, base: int) -> tuple:
+        """The first arguments of `_prefill` (base 0) and `_decode_until` (base 1)."""
         return self.decoder, self.config, self.lora, self.bases[base]
 
     def _enough(self, rows: int | list[int]) -> np.ndarray:
+        """int32[G], the live slots of each group at which decoding stops."""
         return np.broadcast_to(np.asarray(rows, np.int32), len(self.owner))
 
     def _decode_until(self, enough: int | list[int]) -> None:
-        """Decodes until no group has more than `enough` rows that go on; returns before that is
-        done.
+        """Starts decoding until no group has more than `enough` live slots; does not wait for the
+        device.
         """
         if self.config.max_new_tokens > 1:
             self.state, self.at = _decode_until(
-                *self._of(1), self.state, self.at, self._enough(enough)
+                *self._model(1), self.state, self.at, self._enough(enough)
             )
 
     def _harvest(self) -> dict[int, Completion]:
-        """Waits for the device; frees the slots of finished rows and returns their completions."""
-        live, step, at = to_host((self.state["live"], self.state["step"], self.at))
+        """Waits for the device, frees the slots of finished sequences, and returns their
+        completions.
+        """
+        grown = self.state.completions
+        live, step, at = to_host((grown.live, grown.step, self.at))
         self.at = np.int32(at)
         over = (self.owner >= 0).reshape(-1) & ~live
         if not over.any():
             return {}
-        tokens, logprobs = to_host((self.state["tokens"], self.state["logprobs"]))
+        tokens, logprobs = to_host((grown.tokens, grown.logprobs))
         rows = [(row, step[row]) for row in np.flatnonzero(over)]
         numbers = self.owner.reshape(-1)[over].tolist()
         self.owner[over.reshape(self.owner.shape)] = -1
@@ -301,10 +310,11 @@ class ContinuousBatch:
         }
 
     def _shrinking(self) -> str:
+        """The key under which `shapes` keeps this batch's compactions, as (slots, fewer slots)."""
         return f"compact {len(self.owner)} {self.plan.width} {self.config!r}"
 
     def _fewer(self) -> list[int]:
-        """Slots of each group that a compaction may leave."""
+        """Lists the slots of a group that a compaction may leave."""
         now = self.owner.shape[1]
         if self.shapes.frozen:
             return [
@@ -313,7 +323,7 @@ class ContinuousBatch:
         return fewer_rows(now)
 
     def _compact(self, fewer: list[int]) -> None:
-        """Drops free slots where the rest of every group fits into fewer."""
+        """Moves live sequences into fewer slots where those of every group fit."""
         taken, now = (self.owner >= 0).sum(1).max(), self.owner.shape[1]
         rows = min((rows for rows in fewer if rows >= taken), default=now)
         if not taken or rows == now:

@@ -15,7 +15,8 @@ import numpy as np
 
 from spear_jax.core import pytrees
 from spear_jax.core.mesh import to_host
-from spear_jax.models.decoder import Decoder, head_weight
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lm_head import head_logits, head_weight
 from spear_jax.models.token_logprobs import (
     TokenLogprobs,
     block_positions,
@@ -150,7 +151,7 @@ def _score_tokens(decoder, chunk, lora, base, blocks, shared_prefix=None):
     chunk = block_positions(chunk, head.shape[0])
 
     def score(states, target):
-        logits = jnp.einsum("md,vd->mv", states, head, preferred_element_type=jnp.float32)
+        logits = head_logits(states, head)
         picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         likeliest = jnp.argmax(logits, axis=-1) == target
         return picked - jax.nn.logsumexp(logits, axis=-1), likeliest.astype(jnp.float32)

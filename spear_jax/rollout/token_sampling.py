@@ -1,6 +1,4 @@
-"""Drawing tokens from logits: temperature, top-k, top-p, and the inverse of the distribution
-function.
-"""
+"""Draws tokens from logits: temperature, top-k, top-p, and inverse-CDF sampling."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,23 +6,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-RUN = 256  # tokens of a run of `inverse_cdf_sample`
+RUN = 256  # tokens of one run of `inverse_cdf_sample`
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How to draw tokens; static.
+    """Static settings of generation.
 
     Attributes:
         max_new_tokens: completions are cut there.
         temperature: 0 is greedy.
         top_k: keep the k most likely tokens (0: all), applied after temperature.
         top_p: then keep the smallest set of most likely tokens with at least this mass.
-        eos_ids: generation of a row stops at any of them; the EOS is part of the completion.
+        eos_ids: a completion ends with any of them; the EOS is part of it.
         pad_id: fills unused positions.
-        max_rows: rows that generate at once, on all devices.
-        max_tokens: places for prompts and completions in their cache, on each device.
-        read_tokens: prompt tokens that one pass reads on a device.
+        max_rows: slots, on all devices together.
+        max_tokens: columns of the KV cache over all slots of a device.
+        read_tokens: prompt tokens of one prefill on a device.
     """
 
     max_new_tokens: int
@@ -39,11 +37,11 @@ class SamplingConfig:
 
 
 def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Which tokens survive top-k and then top-p, without sorting.
+    """Marks the tokens that survive top-k and then top-p, without sorting.
 
-    The k-th largest value, and the smallest value inside the nucleus, are found by bisection over
-    the bit patterns of positive floats, which are ordered as the floats are: exact after 31
-    halvings.
+    Both thresholds (the k-th largest probability, and the smallest one inside the nucleus) are
+    found by bisection over the bit patterns of positive floats. Bit patterns are ordered as the
+    floats are, so that 31 halvings are exact.
 
     Args: logits float32[B, V], already divided by the temperature.
     Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one
@@ -63,8 +61,8 @@ def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """float32[B, 1]: the largest τ for which the set {p >= τ} is enough (the set of τ = 0 always
-    counts as enough).
+    """Finds float32[B, 1], the largest τ for which the set {p >= τ} is enough; the set of τ = 0
+    always counts as enough.
     """
     low = jnp.zeros(probs.shape[0], jnp.int32)
     high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[0], 2.0, jnp.float32), jnp.int32)
@@ -82,7 +80,7 @@ def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array
 def sample_token(
     logits: jax.Array, keys: jax.Array, step: jax.Array, config: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """One token a row.
+    """Draws one token a row.
 
     Args: logits float32[B, V]; keys [B]; step int32[B], folded into each row's key.
     Returns: token int32[B]; its untempered log-probability float32[B].
@@ -100,10 +98,12 @@ def sample_token(
 
 
 def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first token whose running sum of shares exceeds uniform x their sum: one random number a
-    row instead of one a token.
+    """Draws the first token whose running sum of shares exceeds uniform x their sum.
 
-    The running sum is taken over runs of RUN tokens, then inside the run that was hit.
+    That takes one random number a row instead of one a token. The running sum is taken over runs of
+    RUN tokens first, and then inside the run that was hit.
+
+        share [1 0 2 1], uniform 0.5: sums 1 1 3 4, target 2  ->  token 2
 
     Args: share float32[B, V], not negative, some positive; uniform float32[B] in [0, 1).
     Returns: int32[B]; never a token without a share.
@@ -118,12 +118,11 @@ def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
 
 
 def _first_above(ends: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where each row of rising sums [B, N] first exceeds its target, and by how much the target
-    exceeds the sum before.
+    """Finds where each row of rising sums [B, N] first exceeds its target, and by how much the
+    target exceeds the sum before.
     """
-    target = jnp.minimum(
-        target, jnp.nextafter(ends[:, -1], 0.0)
-    )  # rounding must not push it past the end
+    # rounding must not push the target past the end
+    target = jnp.minimum(target, jnp.nextafter(ends[:, -1], 0.0))
     place = jnp.argmax(ends > target[:, None], axis=-1)
     before = jnp.take_along_axis(ends, jnp.maximum(place - 1, 0)[:, None], axis=-1)[:, 0]
     return place, target - jnp.where(place > 0, before, 0.0)

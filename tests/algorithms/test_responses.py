@@ -569,7 +569,7 @@ def test_likelihood_of_a_model_that_knows_nothing_is_uniform(random_model):
     # All embeddings 0: every logit is 0, so each token costs log V nats, and the arg-max is id 0,
     # which is EOS here. Six responses end in it; the seventh, of 49 letters, was cut at 40 tokens.
     evaluator, base = random_model
-    found = evaluator(base | {"embed": jnp.zeros_like(base["embed"])})
+    found = evaluator(base.replace(embed=jnp.zeros_like(base.embed)))
     assert found.nll == pytest.approx(np.log(evaluator.decoder.config.vocab_size), rel=1e-6)
     assert (found.correct, found.count) == (6, sum(n * n + 1 for n in range(1, 7)) + 40)
 

@@ -513,7 +513,7 @@ def test_a_published_adapter_is_a_peft_folder_with_the_same_numbers(tmp_path):
         theirs = states[number][
             "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
         ].numpy()
-        np.testing.assert_array_equal(np.asarray(tree["down"]["b"][1]).T, theirs)
+        np.testing.assert_array_equal(np.asarray(tree.down.b[1]).T, theirs)
     config = default_config()
     config.update_from_flattened_dict(
         {

@@ -48,7 +48,7 @@ def test_each_device_holds_its_part_of_a_split_base():
     whole = load_model(str(builder.TINY), "float32").base
     parts = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-        parts[path[-1].key] = leaf.addressable_shards[0].data.size / leaf.size
+        parts[path[-1].name] = leaf.addressable_shards[0].data.size / leaf.size
     for name in ("q", "k", "v", "o", "gate", "up", "down", "embed"):
         assert parts[name] == 0.5, name
     assert parts["norm"] == parts["attn_norm"] == 1.0

@@ -328,7 +328,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
         counted.append(compiles.take()["compile/programs"])
     assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
     assert counted[2:] == [0, 0, 0]  # not the least operation
-    embed = built.model.base["embed"]
+    embed = built.model.base.embed
     copies = [
         x
         for x in jax.live_arrays()
@@ -424,6 +424,6 @@ def test_a_round_on_eight_devices_equals_the_round_on_one():
         np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, eight)
     ]
     assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
-    for target in one:
-        a, b = np.asarray(eight[target]["b"]), np.asarray(one[target]["b"])
+    for target, pair in one.by_name().items():
+        a, b = np.asarray(eight.by_name()[target].b), np.asarray(pair.b)
         assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)

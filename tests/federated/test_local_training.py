@@ -55,7 +55,7 @@ def run(
     train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
-    base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].key, x), model.base)
+    base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].name, x), model.base)
     shared = replicate(
         local_training.Broadcast(lora, {}, references, loss_scalars or {}, jnp.float32(1e-2)), mesh
     ).replace(base=base)
@@ -242,7 +242,7 @@ def test_active_denominator_is_exact_under_accumulation(model, lora, cohort):
     twice = run(model, lora, cohort, algorithm=spear(**settings), limit=1)
     close(twice[0], once[0])
     masked = run(model, lora, cohort, algorithm=spear(margin=0.004))
-    assert not np.allclose(masked[0]["q"]["b"], twice[0]["q"]["b"], atol=1e-7)
+    assert not np.allclose(masked[0].q.b, twice[0].q.b, atol=1e-7)
 
 
 @pytest.mark.parametrize("limit", [1, 10_000])
@@ -293,7 +293,7 @@ def test_clients_that_do_not_train_contribute_the_global_adapter(model, lora, co
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(model, lora, cohort):
-    broken = {**model.base, "norm": model.base["norm"] * jnp.nan}
+    broken = model.base.replace(norm=model.base.norm * jnp.nan)
     weight = np.zeros(C, np.float32)
     weight[0] = 1.0
     total, _, means = run(dataclasses.replace(model, base=broken), lora, cohort, weight=weight)

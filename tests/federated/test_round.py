@@ -45,7 +45,9 @@ def test_the_weighted_mean_of_single_clients_is_the_cohorts_round(method):
         lambda *x: np.average(np.stack(x), axis=0, weights=weights), *(u.update for u in updates)
     )
     moved = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.lora, state.lora)
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)  # Adam divides by small numbers
+    near = lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=2e-3, atol=2e-5
+    )  # Adam divides by small numbers
     jax.tree.map(near, moved, mean)
     assert max(float(np.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-4
     counts = jax.tree.map(lambda *x: sum(x), *(u.counts for u in updates))

@@ -141,13 +141,13 @@ def test_grpo_samples_again_at_every_step_with_what_the_clients_have_become(monk
         jax.tree.map(np.asarray, built.federation.on_devices(start)),
     )
     assert len(told) == 3 * 3 * 2 * built.federation.algorithm.settings.group
-    b1, b2 = (np.asarray(tree["q"]["b"]) for tree in seen[1:])
+    b1, b2 = (np.asarray(tree.q.b) for tree in seen[1:])
     assert b1.shape[1] == 3 and not np.allclose(b1[:, 0], b1[:, 1]) and not np.allclose(b1, b2)
     # the average of the three clients, weighted by their data, is the new global adapter: the last
     # step moved it further
     sizes = np.array([len(part) for part in built.federation.cohort(1).indices], float)
     before = np.tensordot(sizes / sizes.sum(), b2.swapaxes(0, 1), axes=1)
-    assert not np.allclose(before, np.asarray(state.lora["q"]["b"]))
+    assert not np.allclose(before, np.asarray(state.lora.q.b))
 
 
 def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():

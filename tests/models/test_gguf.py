@@ -39,14 +39,12 @@ def test_quantised_gguf_holds_the_decoded_values(kind, tmp_path):
     want = load_file(FIXTURES / "qwen2" / "model.safetensors")
     got = load_model(write_gguf(tmp_path / "m.gguf", "qwen2", kind), "float32")
     for place in places(got.config):
-        leaf = (
-            got.base["layers"][place.path[1]] if len(place.path) == 2 else got.base[place.path[0]]
-        )
-        for i, name in enumerate(place.names):
+        leaf = place.leaf(got.base)
+        for i, name in enumerate(place.tensors):
             tensor = want[name]
             if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
                 tensor = gguf.quants.dequantize(gguf.quants.quantize(tensor, kind), kind)
-            row = leaf[i] if len(place.path) == 2 else leaf
+            row = leaf[i] if place.of_layer else leaf
             np.testing.assert_array_equal(row, tensor.T if place.transposed else tensor)
 
 

@@ -20,13 +20,13 @@ from spear_jax.models.config import parse_config
 from spear_jax.models.decoder import (
     Decoder,
     decode_step,
-    head_weight,
     logits,
     packed_states,
     unstack,
 )
 from spear_jax.models.io.huggingface import end_ids, load_model, save_model
-from spear_jax.models.io.tensor_map import places
+from spear_jax.models.io.tensor_map import build_params
+from spear_jax.models.lm_head import head_logits, head_weight
 from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.packing.arrays import spans
 from spear_jax.packing.prefix_tree import pack_prompts, prompt_shape
@@ -100,10 +100,11 @@ def test_prefill_and_decode_steps_equal_the_full_forward(family):
     pack, index, _ = pack_prompts(prompts, len(tokens), 5, prompt_shape(prompts, 5))
     pack = jax.tree.map(lambda x: x[0], pack)
     hidden, cache = packed_states(decoder, None, base, pack)
-    padded = lambda x: jnp.pad(decode._spread(x, index[0]), ((0, 0), (0, 0), (0, shape), (0, 0)))
+    padded = lambda x: jnp.pad(decode._to_cache(x, index[0]), ((0, 0), (0, 0), (0, shape), (0, 0)))
     hidden, cache = hidden[index[0, :, -1]], jax.tree.map(padded, cache)
     for step in range(5, tokens.shape[1] + 1):
-        np.testing.assert_allclose(hidden @ head_weight(base).T, full[:, step - 1], atol=1e-4)
+        got = head_logits(hidden, head_weight(base))
+        np.testing.assert_allclose(got, full[:, step - 1], atol=1e-4)
         if step < tokens.shape[1]:
             seen = jnp.asarray(mask & (np.arange(mask.shape[1]) <= step))
             hidden, cache = decode_step(
@@ -218,10 +219,8 @@ def test_program_does_not_grow_with_depth():
             "num_hidden_layers": layers
         }
         config = parse_config(raw)
-        base = {"layers": {}}
-        for place in places(config):
-            target = base["layers"] if place.path[0] == "layers" else base
-            target[place.path[-1]] = jax.ShapeDtypeStruct(place.leaf_shape, jnp.float32)
+        make = lambda place: jax.ShapeDtypeStruct(place.leaf_shape, jnp.float32)
+        base = build_params(config, make)
         lora = LoraConfig(
             rank=2, alpha=2.0, dropout=0.1, targets=("q", "down"), last_layers=layers // 2
         )
@@ -242,11 +241,9 @@ def test_stored_precisions_convert_exactly_or_round_to_nearest(folder, stored):
     for dtype in ("float32", "bfloat16"):
         base = load_model(folder, dtype).base
         want = disk["model.layers.1.mlp.up_proj.weight"].T.astype(dtype)
-        assert base["layers"]["up"].dtype == dtype
-        np.testing.assert_array_equal(base["layers"]["up"][1], want)
-        np.testing.assert_array_equal(
-            base["embed"], disk["model.embed_tokens.weight"].astype(dtype)
-        )
+        assert base.layers.up.dtype == dtype
+        np.testing.assert_array_equal(base.layers.up[1], want)
+        np.testing.assert_array_equal(base.embed, disk["model.embed_tokens.weight"].astype(dtype))
 
 
 def test_shards_give_the_same_tree_as_one_file(folder):
@@ -298,7 +295,7 @@ def test_known_buffers_and_tied_copies_are_let_through(folder):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
 
     retensor(folder, change)
-    assert "head" not in load_model(folder, "float32").base
+    assert load_model(folder, "float32").base.head is None
 
 
 def test_end_ids_are_the_union_with_the_tokenizers_first(folder):

@@ -3,7 +3,6 @@
 import importlib.util
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from spear_jax.experiment import builder
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.io import quantize_weights
+from spear_jax.models.io.huggingface import save_model
 from spear_jax.models.io.tensor_map import on_default_device
 from spear_jax.models.quantization import widen
 
@@ -72,18 +72,19 @@ def build(count=1, **changes):
 
 
 @pytest.mark.parametrize("kind, share", [("int8", 0.30), ("nf4", 0.35)])
-def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, share):
+def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, share, tmp_path):
     """Against the same run on a float32 base with the quantised numbers in it: same text, same
     adapter.
     """
     small = build(**{"quantize": kind, "lora.dropout": 0.0})
-    wide = build(**{"lora.dropout": 0.0})
-    layers = small.model.base["layers"]
-    held = lambda tree: sum(
-        x.nbytes for name in ("q", "gate", "down") for x in jax.tree.leaves(tree[name])
-    )
-    assert held(layers) <= share * held(wide.model.base["layers"])
-    wide.model.base["layers"].update(jax.tree.map(jnp.asarray, widen(layers)))
+    model = small.model
+    widened = model.base.replace(layers=widen(model.base.layers))
+    args = (model.raw_config, model.tokenizer, model.generation_config)
+    save_model(tmp_path / "wide", widened, *args)
+    wide = build(**{"model": str(tmp_path / "wide"), "lora.dropout": 0.0})
+    projections = lambda layers: jax.tree.leaves((layers.q, layers.gate, layers.down))
+    held = lambda base: sum(x.nbytes for x in projections(base.layers))
+    assert held(model.base) <= share * held(wide.model.base)
     found = []
     for built in (small, wide):
         state, _, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
@@ -109,8 +110,8 @@ def test_a_quantised_base_on_many_devices_says_the_same():
         )
         said.append([completion.tokens for completion in done])
     assert said[0] == said[1]
-    half = to_host(built.model.base["layers"]["q"].qvalue)
-    assert built.model.base["layers"]["q"].qvalue.addressable_shards[0].data.size * 2 == half.size
+    split = built.model.base.layers.q.qvalue
+    assert split.addressable_shards[0].data.size * 2 == to_host(split).size
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch):

@@ -179,7 +179,7 @@ def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
     free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
     stops = tuple({c.tokens[1] for c in free[:14]})  # most rows stop at once
     rows = []
-    watch(monkeypatch, "_advance", lambda *a: rows.append(a[4]["live"].shape[0]))
+    watch(monkeypatch, "_advance", lambda *a: rows.append(a[4].completions.live.shape[0]))
     Sampler(decoder).generate(
         None, model.base, prompts, keys, settings(max_new_tokens=24, eos_ids=stops)
     )
@@ -206,8 +206,8 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(
     going, rows = [], []
 
     def read(*args):
-        going.append(int(args[4]["live"].sum()))
-        rows.append(args[4]["live"].shape[0])
+        going.append(int(args[4].completions.live.sum()))
+        rows.append(args[4].completions.live.shape[0])
 
     watch(monkeypatch, "_read", read)
     few = Sampler(decoder).generate(

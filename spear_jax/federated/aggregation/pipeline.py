@@ -10,9 +10,10 @@ import optax
 
 from spear_jax.core import pytrees
 from spear_jax.core.errors import unknown
-from spear_jax.federated.aggregation.reducers import REDUCERS, Adapter, Mean, Reducer
+from spear_jax.federated.aggregation.reducers import REDUCERS, Mean, Reducer
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.state import ServerState
+from spear_jax.models.params import Adapter
 
 # One client's update θ_k − θ to what it sends; pure, inside the device program, leaves as they are.
 ClientTransform = Callable[[Adapter], Adapter]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Adapter = Any  # a pytree of float32 arrays
+from spear_jax.models.params import Adapter
 
 
 class Reducer(abc.ABC):

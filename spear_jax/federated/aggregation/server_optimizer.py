@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spear_jax.federated.aggregation.reducers import Adapter
+from spear_jax.models.params import Adapter
 
 # `last` and `local` are plain averaging with η 1: of the last client alone, of each client alone.
 RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "last", "local")

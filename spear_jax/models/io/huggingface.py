@@ -1,7 +1,6 @@
-"""Models in and out: a Hugging Face folder, a Hub id or a .gguf file to a base tree, and a base
-tree to a folder.
+"""Loads a model from a Hugging Face folder, a Hub id or a .gguf file, and saves one as a folder.
 
-Weights never pass through torch; host memory holds at most one stacked leaf beside the tree.
+Weights never pass through torch. Host memory holds at most one stacked leaf beside the parameters.
 
 Source: Hugging Face's folder layout.
 """
@@ -28,6 +27,7 @@ from spear_jax.models.io.tensor_map import (
     on_default_device,
     to_numpy,
 )
+from spear_jax.models.params import DecoderParams
 
 HUB_FILES = (
     "*.json",
@@ -37,9 +37,7 @@ HUB_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
-HUB_TIMEOUT = (
-    5.0  # seconds to wait for the Hub's first answer before saying that it cannot be reached
-)
+HUB_TIMEOUT = 5.0  # seconds to wait for the Hub's first answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class LoadedModel:
 
     Attributes:
         config: static shape.
-        base: decoder parameters, laid out as in decoder.py.
+        base: decoder parameters, layers stacked.
         raw_config: config.json as it was (made from metadata for a GGUF); kept for export.
         source: the local folder or .gguf file that the weights came from.
         tokenizer: a transformers fast tokenizer.
@@ -59,7 +57,7 @@ class LoadedModel:
     """
 
     config: ModelConfig
-    base: dict
+    base: DecoderParams
     raw_config: dict[str, Any]
     source: pathlib.Path
     tokenizer: Any
@@ -70,8 +68,8 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk whose names, shapes and ids were checked; fields as in LoadedModel, the
-    tensors still unread.
+    """A model on disk with checked names, shapes and ids; fields as in LoadedModel, the tensors
+    still unread.
     """
 
     config: ModelConfig
@@ -93,9 +91,8 @@ def load_model(
         source: a Hugging Face model folder, a path ending in .gguf, or a Hub id such as
             "Qwen/Qwen2.5-1.5B-Instruct".
         dtype: "float32" or "bfloat16"; whatever precision the files hold is converted to it.
-        place: puts a leaf of the base where it belongs; as for `fill`.
-    Raises: UserError, before anything compiles, for every way in which the files cannot make this
-        model.
+        place: puts a leaf of the base on its devices; as for `fill`.
+    Raises: UserError, before anything compiles, where the files do not make a supported model.
     """
     check_dtype(dtype)
     files = open_model(source)
@@ -109,7 +106,9 @@ def load_model(
 
 
 def open_model(source: str | os.PathLike) -> ModelFiles:
-    """Everything `load_model` checks, without reading a weight; arguments and errors as there."""
+    """Opens and checks a model's files without reading a weight; arguments and errors as for
+    `load_model`.
+    """
     source = os.fspath(source)
     if source.endswith(".gguf"):
         path = pathlib.Path(source).expanduser()
@@ -126,8 +125,9 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
 
 
 def find_folder(source: str) -> pathlib.Path:
-    """The local folder of `source`: itself, or a snapshot of the Hub model of that id. Raises
-    UserError.
+    """Returns the local folder of `source`: itself, or a snapshot of the Hub model of that id.
+
+    Raises: UserError where there is neither.
     """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
@@ -146,9 +146,10 @@ def find_folder(source: str) -> pathlib.Path:
 
 
 def download(repo: str) -> pathlib.Path:
-    """Takes a model's JSON, safetensors and tokenizer files from the Hub into its cache, or finds
-    them there.
+    """Downloads a model's JSON, safetensors and tokenizer files into the Hub's cache, where they
+    are not there yet.
 
+    Returns: the snapshot's folder.
     Raises: UserError where the Hub is out of reach or does not give the model out.
     """
     from huggingface_hub import constants, snapshot_download
@@ -164,9 +165,7 @@ def download(repo: str) -> pathlib.Path:
         raise UserError(
             f"the Hub knows no model {repo!r} (or it is private); check the id."
         ) from error
-    except (
-        Exception
-    ) as error:  # the network library's, the Hub's and the disk's errors have no common type
+    except Exception as error:  # the network's, the Hub's and the disk's have no common type
         why = f"the Hub cannot be reached ({str(error).splitlines()[0]})"
         if constants.HF_HUB_OFFLINE:
             why = f"asking the Hub is off (--offline or HF_HUB_OFFLINE; the cache is {constants.HF_HUB_CACHE})"
@@ -180,7 +179,7 @@ def download(repo: str) -> pathlib.Path:
 
 
 def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
-    """generation_config.json, or None; raises UserError where it is not JSON."""
+    """Reads generation_config.json; None without one, UserError where it is not JSON."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
@@ -193,9 +192,7 @@ def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
-    """The folder's tokenizer through transformers; raises UserError where there is none or it
-    cannot be read.
-    """
+    """Reads the folder's tokenizer with transformers; UserError where it is missing or damaged."""
     if (
         not (folder / "tokenizer.json").is_file()
         and not (folder / "tokenizer_config.json").is_file()
@@ -220,9 +217,10 @@ def end_ids(
     tokenizer: Any,
     where: str,
 ) -> tuple[tuple[int, ...], int]:
-    """(eos_ids, pad_id): the EOS ids of tokenizer, config.json and generation_config.json, in that
-    order, once each.
+    """Collects the ids that end a generation, and the padding id.
 
+    Returns: (eos_ids, pad_id); eos_ids are those of the tokenizer, config.json and
+        generation_config.json, in that order, once each.
     Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
     """
     if tokenizer.eos_token_id is None:
@@ -248,7 +246,7 @@ def end_ids(
 
 def save_model(
     folder: str | os.PathLike,
-    base: dict,
+    base: DecoderParams,
     raw_config: dict[str, Any],
     tokenizer: Any,
     generation_config: dict[str, Any] | None = None,
@@ -259,9 +257,8 @@ def save_model(
     config.json is written last: a folder that has one is whole.
 
     Args:
-        base, raw_config, tokenizer, generation_config: as in `LoadedModel`; of any source, GGUF
-        included. shard_bytes: weight files hold about this much each; host memory holds one of
-        them.
+        base, raw_config, tokenizer, generation_config: as in `LoadedModel`, of any source.
+        shard_bytes: size of one weight file, about; host memory holds one of them.
     Returns: the folder.
     """
     folder = pathlib.Path(folder)
@@ -278,7 +275,7 @@ def save_model(
         for key, value in raw_config.items()
         if key not in ("torch_dtype", "quantization_config")
     }
-    _write_json(folder / "config.json", {**kept, "dtype": base["embed"].dtype.name})
+    _write_json(folder / "config.json", {**kept, "dtype": base.embed.dtype.name})
     return folder
 
 
@@ -286,14 +283,15 @@ def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     raw = json.loads(file.read_text())
-    if (
-        raw.get("tokenizer_class") == "TokenizersBackend"
-    ):  # transformers 5's name, which transformers 4 does not know
+    # transformers 5's name, which transformers 4 does not know
+    if raw.get("tokenizer_class") == "TokenizersBackend":
         _write_json(file, {**raw, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _save_weights(folder: pathlib.Path, config: ModelConfig, base: dict, shard_bytes: int) -> None:
-    width = base["embed"].dtype.itemsize
+def _save_weights(
+    folder: pathlib.Path, config: ModelConfig, base: DecoderParams, shard_bytes: int
+) -> None:
+    width = base.embed.dtype.itemsize
     shards: list[list] = [[]]
     filled = 0
     for entry in emit(config, base):

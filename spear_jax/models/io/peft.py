@@ -1,13 +1,14 @@
-"""Adapters as PEFT folders: adapter_config.json and adapter_model.safetensors.
+"""PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
 
-Source: PEFT's LoRA checkpoint format; A is stored [R, in] and B [out, R], ours are [in, R] and [R,
-out], stacked.
+Source: PEFT's LoRA checkpoint format. A file holds A [R, in] and B [out, R] of each layer; an
+`Adapter` holds [L', in, R] and [L', R, out].
 """
 
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,12 +21,13 @@ from spear_jax.models.config import ModelConfig
 from spear_jax.models.io.safetensors import write_safetensors
 from spear_jax.models.io.tensor_map import MODULES
 from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, projection_shapes
+from spear_jax.models.params import Adapter, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGET_OF = {module: target for target, module in MODULES.items()}
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
-# What changes the arithmetic of an adapter in a way that we do not compute; each must be absent or
-# falsy.
+# Settings that change an adapter's arithmetic in a way that is not computed here; each must be
+# absent or falsy.
 _UNSUPPORTED = (
     "use_rslora",
     "use_dora",
@@ -44,23 +46,21 @@ _UNSUPPORTED = (
     "monteclora_config",
     "use_bdlora",
 )
-_PLAIN_INITS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # the other schemes change the base weights
+# the other schemes change the base's weights, too
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
-    folder: str | os.PathLike, lora_tree: dict, lora: LoraConfig, model: ModelConfig, base_name: str
+    folder: str | os.PathLike,
+    adapter: Adapter,
+    lora: LoraConfig,
+    model: ModelConfig,
+    base_name: str,
 ) -> pathlib.Path:
     """Writes an adapter folder that PEFT loads.
 
     Args:
-        lora_tree: {target: {"a": [L', in, R], "b": [L', R, out]}}, written in its own dtype.
+        adapter: written in its own dtype.
         base_name: the folder or Hub id of the base model, for `base_model_name_or_path`.
     Returns: the folder.
     Raises: UserError where the settings do not fit the model.
@@ -70,11 +70,12 @@ def save_adapter(
     count = lora_layers(lora, model)
     numbers = range(model.layers - count, model.layers)
     tensors = {}
-    for target, pair in lora_tree.items():
-        for side, stack in (("A", np.asarray(pair["a"])), ("B", np.asarray(pair["b"]))):
+    pairs = adapter.by_name()
+    for target, pair in pairs.items():
+        for side, stack in (("A", np.asarray(pair.a)), ("B", np.asarray(pair.b))):
             for number, matrix in zip(numbers, stack, strict=True):
                 tensors[_key(number, target, side)] = np.ascontiguousarray(matrix.T)
-    modules = [MODULES[target].split(".")[1] for target in TARGETS if target in lora_tree]
+    modules = [MODULES[target].split(".")[1] for target in TARGETS if target in pairs]
     layers = list(numbers) if lora.last_layers else None
     return write_adapter(
         folder, tensors, lora.rank, lora.alpha, lora.dropout, modules, base_name, layers
@@ -91,7 +92,7 @@ def write_adapter(
     base_name: str,
     layers: list[int] | None = None,
 ) -> pathlib.Path:
-    """Writes tensors that bear PEFT's names as an adapter folder.
+    """Writes tensors under PEFT's names as an adapter folder.
 
     Args:
         modules: `target_modules`; layers: `layers_to_transform`, None for wherever `modules` match.
@@ -123,20 +124,20 @@ def write_adapter(
     return folder
 
 
-def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, LoraConfig]:
+def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[Adapter, LoraConfig]:
     """Reads a PEFT LoRA folder.
 
-    Which projections and layers carry an adapter is read off the tensors, which are the truth of
-    any spelling of `target_modules` (names, paths, patterns, "all-linear").
+    The tensors say which projections and layers carry an adapter, however `target_modules` is
+    spelled (names, paths, patterns, "all-linear").
 
-    Returns: the float32 tree, as from `init_lora`, and its settings.
+    Returns: the adapter in float32, and its settings.
     Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not
         fit the model.
     """
     folder = pathlib.Path(folder)
     raw = _read_config(folder)
     tensors = _read_tensors(folder)
-    found: dict[str, set[int]] = {}
+    layers_of: dict[str, set[int]] = {}  # target -> numbers of the layers that carry it
     for name in tensors:
         match = _KEY.fullmatch(name)
         if match is None or match[2] not in _TARGET_OF:
@@ -145,22 +146,22 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
                 f"adapters on "
                 f"{', '.join(MODULES.values())} are supported."
             )
-        found.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
-    if not found:
+        layers_of.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
+    if not layers_of:
         raise UserError(f"{folder / WEIGHTS} holds no LoRA tensors; export the adapter again.")
-    last_layers = _last_layers(folder, found, model)
+    last_layers = _last_layers(folder, layers_of, model)
     lora = LoraConfig(
         rank=int(raw["r"]),
         alpha=float(raw["lora_alpha"]),
         dropout=float(raw.get("lora_dropout", 0.0)),
-        targets=tuple(target for target in TARGETS if target in found),
+        targets=tuple(target for target in TARGETS if target in layers_of),
         last_layers=last_layers,
     )
     check_lora(lora, model)
-    _check_named_targets(folder, raw, found)
+    _check_named_targets(folder, raw, layers_of.keys())
     shapes = projection_shapes(model)
     numbers = range(model.layers - lora_layers(lora, model), model.layers)
-    tree = {}
+    pairs = {}
     for target in lora.targets:
         inputs, outputs = shapes[target]
         sides = {"A": (lora.rank, inputs), "B": (outputs, lora.rank)}
@@ -168,8 +169,8 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[dict, L
             side: [_take(folder, tensors, _key(i, target, side), shape) for i in numbers]
             for side, shape in sides.items()
         }
-        tree[target] = {"a": _stack(pair["A"]), "b": _stack(pair["B"])}
-    return tree, lora
+        pairs[target] = LowRank(_stack(pair["A"]), _stack(pair["B"]))
+    return Adapter(**pairs), lora
 
 
 def _key(number: int, target: str, side: str) -> str:
@@ -230,9 +231,11 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelConfig) -> int:
-    """0 for all layers, else how many of the last ones; raises UserError for any other set."""
-    numbers = set().union(*found.values())
+def _last_layers(folder: pathlib.Path, layers_of: dict[str, set[int]], model: ModelConfig) -> int:
+    """Returns 0 for all layers, else how many of the last ones; raises UserError for any other
+    set.
+    """
+    numbers = set().union(*layers_of.values())
     count = len(numbers)
     if max(numbers) >= model.layers:
         raise UserError(
@@ -245,7 +248,7 @@ def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelC
             f"layers, or the last n, "
             "are supported."
         )
-    for target, own in found.items():
+    for target, own in layers_of.items():
         if own != numbers:
             raise UserError(
                 f"{str(folder)!r} has no {MODULES[target]} adapter in layer "
@@ -255,13 +258,9 @@ def _last_layers(folder: pathlib.Path, found: dict[str, set[int]], model: ModelC
     return 0 if count == model.layers else count
 
 
-def _check_named_targets(
-    folder: pathlib.Path, raw: dict[str, Any], found: dict[str, set[int]]
-) -> None:
-    """A target that the config lists but no tensor belongs to means a damaged or foreign
-    adapter.
-    """
-    held = {MODULES[target].split(".")[1] for target in found}
+def _check_named_targets(folder: pathlib.Path, raw: dict[str, Any], targets: Iterable[str]) -> None:
+    """Raises UserError where the config lists a target that no tensor belongs to."""
+    held = {MODULES[target].split(".")[1] for target in targets}
     named = raw.get("target_modules")
     for name in named if isinstance(named, list) else []:
         if name.split(".")[-1] not in held:

@@ -11,13 +11,14 @@ from spear_jax.core.errors import UserError
 from spear_jax.models.io.tensor_map import Placer
 from spear_jax.models.lora import TARGETS
 
-TILE = 64
+TILE = 64  # inputs that share a scale in NF4
 
 
 def quantiser(kind: str, place: Placer) -> Placer:
-    """A placer that quantises projections on this host's CPU before it puts their parts down;
-    "none" is `place` itself.
+    """Makes a placer that quantises projections on this host's CPU, and then puts their parts on
+    the devices with `place`.
 
+    Args: kind: one of quantization.KINDS; "none" gives `place` itself.
     Raises: UserError where qwix is missing.
     """
     if kind == "none":

@@ -1,9 +1,13 @@
-"""Where each Hugging Face tensor lives in the base tree, and the one loop that fills the tree from
-any source.
+"""Maps Hugging Face tensors to decoder parameters, for every source and both ways.
 
-A projection is [out, in] in a file and [in, out] in the tree, stacked over layers. Sources
-(safetensors folders, GGUF files) speak Hugging Face names; names and shapes are checked against the
-config before anything is read.
+A projection is [out, in] in a file and [in, out] in `DecoderParams`, stacked over layers:
+
+    model.layers.0.self_attn.q_proj.weight [out, in]  ->  base.layers.q[0] [in, out]
+    model.layers.1.self_attn.q_proj.weight [out, in]  ->  base.layers.q[1] [in, out]
+    model.embed_tokens.weight [V, D]                  ->  base.embed [V, D]
+
+Safetensors folders and GGUF files both speak Hugging Face names. Names and shapes are checked
+against the config before anything is read.
 
 Source: tensor names as in transformers' Llama, Qwen2 and Qwen3.
 """
@@ -11,7 +15,7 @@ Source: tensor names as in transformers' Llama, Qwen2 and Qwen3.
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -20,6 +24,7 @@ import numpy as np
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import projection_shapes
+from spear_jax.models.params import DecoderParams, LayerParams
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MODULES = {
@@ -31,59 +36,65 @@ MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-_BUFFERS = (
-    "rotary_emb.inv_freq",
-    ".attn.bias",
-    ".masked_bias",
-)  # old checkpoints save these; nothing reads them
+# old checkpoints save these; nothing reads them
+_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One leaf of the base tree and the Hugging Face tensors that make it.
+    """One leaf of the decoder parameters and the Hugging Face tensors that make it.
 
     Attributes:
-        path: keys into the base tree, ("layers", "q") or ("embed",).
-        names: Hugging Face names: one per layer, or just one.
+        name: the field, of LayerParams ("q") or of DecoderParams ("embed").
+        of_layer: whether it is a field of LayerParams.
+        tensors: Hugging Face names, one a layer, or just one.
         shape: of one tensor, as Hugging Face stores it.
-        transposed: the tree holds the transpose.
+        transposed: the leaf holds the transpose.
     """
 
-    path: tuple[str, ...]
-    names: tuple[str, ...]
+    name: str
+    of_layer: bool
+    tensors: tuple[str, ...]
     shape: tuple[int, ...]
     transposed: bool = False
 
     @property
     def leaf_shape(self) -> tuple[int, ...]:
-        """Shape of the leaf in the tree."""
+        """Shape of the leaf, [L, ...] where layers are stacked."""
         shape = self.shape[::-1] if self.transposed else self.shape
-        return (len(self.names), *shape) if self.path[0] == "layers" else shape
+        return (len(self.tensors), *shape) if self.of_layer else shape
+
+    def leaf(self, base: DecoderParams) -> jax.Array:
+        """Returns this leaf of a base with stacked layers."""
+        return (base.layers if self.of_layer else base).by_name()[self.name]
 
 
 class TensorSource(Protocol):
-    """Something that tensors are read from, one at a time, under their Hugging Face names."""
+    """A folder or file whose tensors are read one at a time, under their Hugging Face names."""
 
     where: str  # named in messages
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor there is, with its shape in Hugging Face's orientation."""
+        """Returns every tensor's name, with its shape in Hugging Face's orientation."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in the precision that it is stored in (float32 where it was quantised)."""
+        """Reads one tensor, in its stored precision (float32 where it was quantised)."""
 
 
 def places(config: ModelConfig) -> list[Place]:
-    """The whole base tree of a config, leaf by leaf."""
+    """Lists every leaf of a config's decoder parameters."""
+
+    def whole(leaf: str, tensor: str, shape: tuple[int, ...]) -> Place:
+        return Place(leaf, False, (tensor,), shape)
 
     def stacked(leaf: str, suffix: str, shape: tuple[int, ...], transposed: bool = False) -> Place:
-        names = tuple(f"model.layers.{i}.{suffix}" for i in range(config.layers))
-        return Place(("layers", leaf), names, shape, transposed)
+        tensors = tuple(f"model.layers.{i}.{suffix}" for i in range(config.layers))
+        return Place(leaf, True, tensors, shape, transposed)
 
-    table = [Place(("embed",), ("model.embed_tokens.weight",), (config.vocab_size, config.width))]
-    table.append(Place(("norm",), ("model.norm.weight",), (config.width,)))
+    table = [whole("embed", "model.embed_tokens.weight", (config.vocab_size, config.width))]
+    table.append(whole("norm", "model.norm.weight", (config.width,)))
     if not config.tied:
-        table.append(Place(("head",), ("lm_head.weight",), (config.vocab_size, config.width)))
+        table.append(whole("head", "lm_head.weight", (config.vocab_size, config.width)))
     table.append(stacked("attn_norm", "input_layernorm.weight", (config.width,)))
     table.append(stacked("mlp_norm", "post_attention_layernorm.weight", (config.width,)))
     for leaf, (inputs, outputs) in projection_shapes(config).items():
@@ -100,17 +111,25 @@ Placer = Callable[[str, np.ndarray], jax.Array]
 
 
 def on_default_device(name: str, leaf: np.ndarray) -> jax.Array:
-    """The usual placer: everything on JAX's first device."""
+    """Puts a leaf on JAX's first device: the usual placer."""
     del name
     return jax.device_put(leaf)
 
 
+def build_params(config: ModelConfig, make: Callable[[Place], Any]) -> DecoderParams:
+    """Builds a config's decoder parameters, stacked, with make(place) as each leaf."""
+    leaves = {place: make(place) for place in places(config)}
+    layers = {place.name: leaf for place, leaf in leaves.items() if place.of_layer}
+    others = {place.name: leaf for place, leaf in leaves.items() if not place.of_layer}
+    return DecoderParams(layers=LayerParams(**layers), **others)
+
+
 def fill(
     config: ModelConfig, source: TensorSource, dtype: str, place_leaf: Placer = on_default_device
-) -> dict:
-    """The base tree, read tensor by tensor and put on its devices leaf by leaf.
+) -> DecoderParams:
+    """Reads decoder parameters tensor by tensor and puts them on their devices leaf by leaf.
 
-    Host memory beyond the tree itself: one stacked leaf and one tensor.
+    Host memory beyond the parameters themselves: one stacked leaf and one tensor.
 
     Args:
         dtype: "float32" or "bfloat16"; every leaf gets it, rounded to nearest even.
@@ -120,16 +139,15 @@ def fill(
     """
     check_dtype(dtype)
     check_tensors(config, source)  # reads headers only
-    base: dict = {"layers": {}}
-    for place in places(config):
+
+    def read(place: Place) -> Any:
         leaf = np.empty(place.leaf_shape, DTYPES[dtype])
-        rows = leaf if place.path[0] == "layers" else [leaf]
-        for row, name in zip(rows, place.names, strict=True):
+        for row, name in zip(leaf if place.of_layer else [leaf], place.tensors, strict=True):
             tensor = source.read(name)
             row[...] = tensor.T if place.transposed else tensor
-        node = base["layers"] if place.path[0] == "layers" else base
-        node[place.path[-1]] = place_leaf(place.path[-1], leaf)
-    return base
+        return place_leaf(place.name, leaf)
+
+    return build_params(config, read)
 
 
 def check_dtype(dtype: str) -> None:
@@ -142,11 +160,11 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     """Raises UserError where a source lacks, misshapes, or adds tensors to what the config calls
     for.
     """
-    found = source.shapes()
-    wanted = {name: place.shape for place in places(config) for name in place.names}
+    shapes = source.shapes()
+    wanted = {name: place.shape for place in places(config) for name in place.tensors}
     for name, shape in wanted.items():
-        if name not in found:
-            near = difflib.get_close_matches(name, found.keys() - wanted.keys(), n=1)
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes.keys() - wanted.keys(), n=1)
             near_text = f" The nearest unused name is {near[0]!r}." if near else ""
             raise UserError(
                 f"{source.where} has no tensor {name!r}, which its config ({config.family}, "
@@ -154,13 +172,13 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
                 f"tied={config.tied}) calls for.{near_text} Check config.json, or fetch the "
                 f"model again."
             )
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise UserError(
-                f"{source.where}: tensor {name!r} has shape {list(found[name])}, but its config "
+                f"{source.where}: tensor {name!r} has shape {list(shapes[name])}, but its config "
                 f"calls for "
                 f"{list(shape)}. Check config.json, or fetch the model again."
             )
-    spare = [name for name in found.keys() - wanted.keys() if not _ignorable(name, config)]
+    spare = [name for name in shapes.keys() - wanted.keys() if not _ignorable(name, config)]
     if spare:
         raise UserError(
             f"{source.where} has {len(spare)} tensors that a {config.family} model with "
@@ -172,30 +190,24 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:
-    """Buffers of old checkpoints, and the copy of the embedding that some tied models carry."""
+    """Whether a tensor may be there unread: old buffers, and the embedding's copy of tied models."""
     return name.endswith(_BUFFERS) or (config.tied and name == "lm_head.weight")
 
 
 def emit(
-    config: ModelConfig, base: dict
+    config: ModelConfig, base: DecoderParams
 ) -> Iterator[tuple[str, tuple[int, ...], jax.Array, int | None]]:
-    """Walks the tree as (Hugging Face name, its shape there, leaf, layer or None); `to_numpy` reads
-    one of them.
+    """Yields (Hugging Face name, its shape there, leaf, layer or None) of every tensor; `to_numpy`
+    reads one of them.
     """
     for place in places(config):
-        node = base["layers"] if place.path[0] == "layers" else base
-        for index, name in enumerate(place.names):
-            yield (
-                name,
-                place.shape,
-                node[place.path[-1]],
-                index if place.path[0] == "layers" else None,
-            )
+        for index, name in enumerate(place.tensors):
+            yield name, place.shape, place.leaf(base), index if place.of_layer else None
 
 
 def to_numpy(leaf: jax.Array, index: int | None, shape: tuple[int, ...]) -> np.ndarray:
-    """One tensor of a leaf on the host, contiguous, in Hugging Face's orientation (a layer's matrix
-    transposed).
+    """Copies one tensor of a leaf to the host, contiguous, in Hugging Face's orientation (a layer's
+    matrix transposed).
     """
     tensor = np.asarray(leaf if index is None else leaf[index])
     tensor = tensor.T if index is not None and tensor.ndim == 2 else tensor
