@@ -1,9 +1,8 @@
-"""A cohort's local training, portion by portion, so that what a device holds does not grow with the
-cohort.
+"""Trains a cohort in chunks of clients, so that device memory does not grow with the cohort.
 
-A portion is the rows of some clients: made into arrays while the device trains the portion before
-it, forgotten when it is trained. What stays of it is its share of the weighted sum, its metrics,
-and where a method goes on with them its clients' states, which then wait on the host.
+While the device trains one chunk, the host packs the next. A trained chunk leaves the reducer's
+state and its metrics behind. Where a method goes on with its clients, their states wait on the
+host.
 """
 
 import dataclasses
@@ -24,13 +23,13 @@ from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
+from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import BlockBuilder, stack_blocks
 from spear_jax.packing.prefix_tree import real_tokens
 from spear_jax.packing.shape_buckets import BlockShape
 
-CHUNK_BYTES = (
-    1 << 24
-)  # bytes of rows that go to a device together, where more clients have rows than train at once
+# Bytes of rows that go to a device together, where more clients have rows than train at once.
+CHUNK_BYTES = 1 << 24
 
 _train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
 
@@ -57,29 +56,28 @@ class Rows:
     small: BlockShape | None
 
     def bytes_per_client(self) -> int:
-        """Of one client's arrays."""
+        """Returns the bytes of one client's arrays."""
         block = BlockBuilder(self.shape, 0).build()
         return len(self.blocks[0]) * self.depth * sum(x.nbytes for x in jax.tree.leaves(block))
 
     def arrays(self, begin: int, size: int) -> local_training.LocalBatches:
-        """Numpy arrays [size, S, ...] of the clients from `begin` on, empty behind the last."""
+        """Returns numpy arrays [size, S, ...] of the clients from `begin` on, empty behind the
+        last.
+        """
         steps = len(self.blocks[0])
         own = [step for client in self.blocks[begin : begin + size] for step in client]
-        closed = [[block.build() for block in step] for step in own] + [[]] * (
-            size * steps - len(own)
-        )
-        batches = local_training.LocalBatches(
-            *stack_blocks(closed, self.shape, self.depth, self.small), self.small
-        )
+        built = [[block.build() for block in step] for step in own]
+        built += [[]] * (size * steps - len(own))
+        stacked = stack_blocks(built, self.shape, self.depth, self.small)
+        batches = local_training.LocalBatches(*stacked, self.small)
         return jax.tree.map(lambda x: x.reshape(size, steps, *x.shape[1:]), batches)
 
     def read(self, batches: local_training.LocalBatches) -> int:
-        """Tokens that go through the model for these arrays, padding included."""
+        """Returns the tokens that go through the model for these arrays, padding included."""
         used = np.arange(self.depth) < batches.count[..., None]
-        large = int((used & ~batches.fits).sum()) * self.shape.tokens
-        return self.shape.num_packs * (
-            large + int((used & batches.fits).sum()) * (self.small or self.shape).tokens
-        )
+        large, small = (int((used & fits).sum()) for fits in (~batches.fits, batches.fits))
+        tokens = large * self.shape.tokens + small * (self.small or self.shape).tokens
+        return self.shape.num_packs * tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,29 +161,32 @@ def train(
 
 
 def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:
-    """Clients of a portion: whole chunks of those that train together on every device, and equal
-    portions, of at most PORTION bytes where that is more than one chunk. Args: each: bytes of a
-    client's rows.
+    """Returns the clients of a cohort chunk.
+
+    Chunks are equal, whole multiples of the clients that train together on all devices, and of at
+    most CHUNK_BYTES where that is more than one multiple. For example, 10 clients of 6 MB, one at a
+    time on one device: 16 MB hold 2, so 5 chunks of 2.
+
+    Args: each: bytes of a client's rows.
     """
-    chunk = at_once * devices
-    most = max(1, CHUNK_BYTES // (each * chunk)) * chunk
-    cohort_chunks = -(-cohort // most)
-    return local_training.padded_clients(-(-cohort // cohort_chunks), at_once, devices)
+    together = at_once * devices
+    most = max(1, CHUNK_BYTES // (each * together)) * together
+    chunks = -(-cohort // most)
+    return local_training.padded_clients(-(-cohort // chunks), at_once, devices)
 
 
-def stacked(states: list[ClientState], cohort: int) -> dict:
-    """The clients' adapters as generation takes them, leaves [L, C, ...]; on the host where the
-    states are.
+def stacked(states: list[ClientState], cohort: int) -> Adapter:
+    """Returns the clients' adapters as generation takes them, leaves [L', C, ...]; on the host
+    where the states are.
     """
     if len(states) == 1:
         return _layers_first(states[0].lora)
-    return jax.tree.map(
-        lambda *x: np.swapaxes(np.concatenate(x)[:cohort], 0, 1), *(one.lora for one in states)
-    )
+    join = lambda *x: np.swapaxes(np.concatenate(x)[:cohort], 0, 1)
+    return jax.tree.map(join, *(one.lora for one in states))
 
 
 @jax.jit
-def _layers_first(lora: dict) -> dict:
+def _layers_first(lora: Adapter) -> Adapter:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lora)
 
 

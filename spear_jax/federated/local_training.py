@@ -1,10 +1,9 @@
-"""Local training: one client's optimiser steps as a pure function, mapped over the cohort and
-summed as it goes.
+"""Trains clients: one client's optimiser steps as a pure function, mapped over a cohort.
 
-Clients run `clients_at_once` at a time (vmap) inside a scan over chunks, on every device of the
-mesh's `clients` axis. The weighted sum of their adapters is accumulated chunk by chunk, so memory
-does not grow with the cohort unless a method asks for every client's own adapter between its
-phases. The base is an argument shared by all of them.
+Every device of the mesh's `clients` axis scans over its clients, `clients_at_once` at a time
+(vmap). The reducer adds each chunk to its state, so memory does not grow with the cohort. It grows
+where a method or a reducer needs every client's own adapter. All clients share the base, which is
+an argument.
 """
 
 import dataclasses
@@ -27,6 +26,7 @@ from spear_jax.core.types import Mean
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.state import ClientState
 from spear_jax.models.decoder import Decoder
+from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
 from spear_jax.packing.arrays import Block
 from spear_jax.packing.prefix_tree import shrink
@@ -65,13 +65,18 @@ class LocalConfig:
 
 @flax.struct.dataclass
 class LocalBatches:
-    """What a client trains on. Leading axes [C, S] for a round.
+    """The packed sequences of local steps. Leading axes [C, S] for a round.
+
+    A step takes as many blocks as its tokens need. Of K = 3 blocks and count = 2:
+
+        blocks   [a, b, empty]      the loop runs over a and b
+        fits     [False, True, ..]  b is cut to the small shape before it goes through the model
 
     Attributes:
         blocks: leading axis K; those behind `count` are empty.
         count: int32, blocks of the step.
-        fits: bool, leading axis K: which blocks go through the model in the small shape.
-        small: that shape, of the blocks that fit it; None: all blocks as they are.
+        fits: bool, leading axis K: the blocks that the small shape holds.
+        small: that shape; None: all blocks go through the model as they are.
     """
 
     blocks: Block
@@ -82,26 +87,28 @@ class LocalBatches:
 
 @flax.struct.dataclass
 class Broadcast:
-    """What all clients of a round have in common; replicated over devices.
+    """The part of a round that all clients share; replicated over devices.
 
     Attributes:
         start: the global adapter.
         base: decoder parameters.
         references: the method's J frozen adapters.
-        numbers: {name: array}, what its loss needs besides the batch.
+        loss_scalars: {name: array}, numbers that the loss needs besides the batch.
         rate: float32[], the round's learning rate.
     """
 
-    start: dict
-    base: dict
-    references: tuple[dict, ...]
-    loss_scalars: dict
+    start: Adapter
+    base: DecoderParams
+    references: tuple[Adapter, ...]
+    loss_scalars: dict[str, jax.Array]
     rate: jax.Array
 
 
 def optimiser(config: LocalConfig) -> optax.GradientTransformation:
-    """Clipped AdamW of rate 1: the round's rate multiplies the finished update, decay included, so
-    that it can change between rounds without compiling.
+    """Returns clipped AdamW of learning rate 1.
+
+    The round's rate multiplies the finished update, decay included, so that it can change between
+    rounds without compiling.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
@@ -118,11 +125,10 @@ def local_update(
     batches: LocalBatches,
     key: jax.Array,
 ) -> tuple[ClientState, dict[str, Mean]]:
-    """A client's phase: S AdamW steps, each over as many blocks as it takes.
+    """Trains one client for a phase: S AdamW steps, each over as many blocks as it takes.
 
-    A step is three loops over its blocks: what stays fixed while the client trains is scored
-    (references, and where the denominators need them the log-probabilities themselves), the
-    denominators are summed, and gradients are added up.
+    A step loops over its blocks three times. It scores the frozen policies (and the policy itself
+    where the denominators need that), sums the denominators, and adds up gradients.
 
     Args:
         client: its adapter and moments at the phase's start.
@@ -151,41 +157,18 @@ def local_update(
         sums, denominators = loss_denominators(
             algorithm, config.normalize, blocks, held, loss_scalars
         )
-
-        def gradient(k):
-            block, at, count, fits = jax.tree.map(
-                lambda x: x[k], (blocks, keys, denominators, batches.fits)
-            )
-
-            def of(block):
-                loss = lambda lora: algorithm.loss(
-                    block.rows, unpack_rows(block, forward(lora, block, at)), count, loss_scalars
-                )
-                return jax.value_and_grad(loss, has_aux=True)(lora)
-
-            if batches.small is None:
-                return of(block)
-            return jax.lax.cond(fits, lambda: of(shrink(block, batches.small)), lambda: of(block))
-
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
-        add = lambda k, found: jax.tree.map(jnp.add, found, gradient(k))
-        (loss, means), grads = jax.lax.fori_loop(0, batches.count, add, zero)
+        (loss, means), grads = _sum_gradients(
+            algorithm, forward, lora, batches, (blocks, keys, denominators), loss_scalars
+        )
         extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(
             lora, broadcast.start
         )
         grads = jax.tree.map(jnp.add, grads, extra_grads)
-        norm = pytrees.global_norm(grads)
-        finite = jnp.isfinite(norm)
-        updates, moved = optimiser(config).update(
-            pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads)), opt_state, lora
-        )
-        stepped = optax.apply_updates(lora, jax.tree.map(lambda u: broadcast.rate * u, updates))
-        lora, opt_state = pytrees.where(finite, (stepped, moved), (lora, opt_state))
-        one = jnp.float32(1)
+        (lora, opt_state), norm, finite = _apply(config, broadcast.rate, lora, opt_state, grads)
         means |= {
             "loss": Mean(jnp.where(finite, loss + extra, 0.0), finite.astype(jnp.float32)),
             "grad_norm": Mean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
-            "skipped_steps": Mean(1.0 - finite, one),
+            "skipped_steps": Mean(1.0 - finite, jnp.float32(1)),
         }
         return (lora, opt_state, dict(algorithm.update_loss_scalars(loss_scalars, sums))), means
 
@@ -196,11 +179,49 @@ def local_update(
     return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
 
 
+def _sum_gradients(algorithm, forward, lora, batches, per_block, loss_scalars):
+    """A step's (loss, metrics) and gradient, summed over its blocks.
+
+    Args: per_block: blocks, dropout keys and denominators, each with a leading axis K.
+    """
+
+    def gradient(k):
+        block, at, count, fits = jax.tree.map(lambda x: x[k], (*per_block, batches.fits))
+
+        def of(block):
+            loss = lambda lora: algorithm.loss(
+                block.rows, unpack_rows(block, forward(lora, block, at)), count, loss_scalars
+            )
+            return jax.value_and_grad(loss, has_aux=True)(lora)
+
+        if batches.small is None:
+            return of(block)
+        return jax.lax.cond(fits, lambda: of(shrink(block, batches.small)), lambda: of(block))
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, 0))
+    add = lambda k, summed: jax.tree.map(jnp.add, summed, gradient(k))
+    return jax.lax.fori_loop(0, batches.count, add, zero)
+
+
+def _apply(config, rate, lora, opt_state, grads):
+    """One AdamW step, left out where the gradient is not finite.
+
+    Returns: (adapter, moments); the gradient's norm; whether it was finite.
+    """
+    norm = pytrees.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    safe = pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads))
+    updates, moved = optimiser(config).update(safe, opt_state, lora)
+    stepped = optax.apply_updates(lora, jax.tree.map(lambda u: rate * u, updates))
+    return pytrees.where(finite, (stepped, moved), (lora, opt_state)), norm, finite
+
+
 def score_frozen(
     algorithm, scorer, forward, references, start, lora, batches, keys
 ) -> tuple[Block, jax.Array | None]:
-    """The blocks with what stays fixed while the client trains, and where `two_pass` the rows'
-    log-probabilities [K, B, T].
+    """Fills in the log-probabilities of frozen policies: references and the phase's start.
+
+    Returns: the blocks; where `Scoring.two_pass` the policy's own log-probabilities [K, B, T].
     """
     scoring = algorithm.scoring
     score = lambda adapter: lambda block, at: scorer.logprobs(adapter, block, scoring.temperature)
@@ -219,18 +240,20 @@ def score_frozen(
     blocks, rows = batches.blocks, batches.blocks.rows
     size, length = rows.completion_mask.shape[1:]
     empty = jnp.zeros((keys.shape[0], size, len(passes), length), jnp.float32)
-    found = jax.lax.fori_loop(0, batches.count, fill, empty)  # [K, B, passes, T]
-    held = found[:, :, -1] if scoring.two_pass else None
+    scores = jax.lax.fori_loop(0, batches.count, fill, empty)  # [K, B, passes, T]
+    held = scores[:, :, -1] if scoring.two_pass else None
     if scoring.old_logprobs:
-        rows = rows.replace(old_logprobs=found[:, :, len(passes) - 1 - scoring.two_pass])
+        rows = rows.replace(old_logprobs=scores[:, :, len(passes) - 1 - scoring.two_pass])
     if references and scoring.ref_logprobs:
-        rows = rows.replace(ref_logprobs=found[:, :, : len(references)])
+        rows = rows.replace(ref_logprobs=scores[:, :, : len(references)])
     return blocks.replace(rows=rows), held
 
 
 def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
-    """The step's denominators, and what each block [K] divides by: those, or the number of
-    micro-batches times its own's ("micro": a mean of means).
+    """Sums the step's denominators.
+
+    Returns: their sums; and for each block [K] the number that it divides by. That is the sum, or
+    under "micro" (a mean of means) the sum of its micro-batch times the number of micro-batches.
     """
     if held is None:
         denominators = jax.vmap(lambda rows: algorithm.denominators(rows, None, loss_scalars))(
@@ -291,40 +314,10 @@ def train_cohort(
     Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
         metrics, each (total, count) float32[C]; the clients' states where kept.
     """
-    reducer = aggregation.reducer
-    collects = reducer.collects and not keep
-
-    def device(broadcast, carried, *per_client):
-        def one(client, batches, key):
-            if client is None:
-                client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
-            key = jax.random.wrap_key_data(key)
-            new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key)
-            return client.lora, new, means
-
-        def chunk(reduced, xs):
-            carried, (batches, keys, weight, active) = xs
-            mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
-            old, new, means = mapped(carried, batches, keys)
-            shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
-            e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
-            blend = lambda a, b: e * a + (1.0 - e) * b
-            ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
-            if aggregation.transforms and not keep:
-                ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
-            lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
-            if not reducer.collects:
-                reduced = reducer.add(reduced, lora, weight)
-            means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
-            states = new.replace(lora=lora) if keep else None
-            return reduced, (means, states, (lora, weight) if collects else None)
-
-        split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
-        zero = () if reducer.collects else reducer.init(broadcast.start)
-        reduced, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
-        means, states, adapters = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
-        return jax.tree.map(lambda x: x[None], reduced), means, states, adapters
-
+    collects = aggregation.reducer.collects and not keep
+    device = functools.partial(
+        _train_on_device, algorithm, decoder, config, aggregation, keep, collects
+    )
     if mesh.shape[MODEL] > 1:
         # the loop over blocks then holds collectives, which all devices must come to equally often
         count = jnp.broadcast_to(batches.count.max(0), batches.count.shape)
@@ -343,10 +336,50 @@ def train_cohort(
         return adapters, means, states
     whole = NamedSharding(mesh, Spec())
     constrain = lambda x: jax.lax.with_sharding_constraint(x, whole)
-    return jax.tree.map(constrain, reducer.merge(reduced)), means, states
+    return jax.tree.map(constrain, aggregation.reducer.merge(reduced)), means, states
+
+
+def _train_on_device(
+    algorithm, decoder, config, aggregation, keep, collects, broadcast, carried, *per_client
+):
+    """One device's clients, `clients_at_once` at a time; arguments as for `train_cohort`.
+
+    Returns: the reducer's state with a leading axis of 1, metrics, kept states, adapters.
+    """
+    reducer = aggregation.reducer
+
+    def one(client, batches, key):
+        if client is None:
+            client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
+        key = jax.random.wrap_key_data(key)
+        new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key)
+        return client.lora, new, means
+
+    def chunk(reduced, xs):
+        carried, (batches, keys, weight, active) = xs
+        mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
+        old, new, means = mapped(carried, batches, keys)
+        shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
+        e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
+        blend = lambda a, b: e * a + (1.0 - e) * b
+        ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
+        if aggregation.transforms and not keep:
+            ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
+        lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
+        if not reducer.collects:
+            reduced = reducer.add(reduced, lora, weight)
+        means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
+        states = new.replace(lora=lora) if keep else None
+        return reduced, (means, states, (lora, weight) if collects else None)
+
+    split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
+    zero = () if reducer.collects else reducer.init(broadcast.start)
+    reduced, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
+    means, states, adapters = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
+    return jax.tree.map(lambda x: x[None], reduced), means, states, adapters
 
 
 def padded_clients(clients: int, at_once: int, devices: int) -> int:
-    """C rounded up to whole chunks on every device."""
+    """Returns C rounded up to whole chunks on every device."""
     block = at_once * devices
     return -(-clients // block) * block
