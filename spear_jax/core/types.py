@@ -1,10 +1,14 @@
-"""The nouns of the project: what travels between host and device, and the letters of its shapes.
+"""The nouns of the project, and the letters of its shapes.
 
-Dimension key
-    C clients · S local steps · A micro-batches · K blocks · B rows · J reference adapters · P
-    prompt tokens · T completion tokens N packed tokens · R packed trees · L cells of a tree
-    (elsewhere: layers) · M scored tokens V vocabulary · D model width · H heads · N key/value heads
-    · K head width (of a decoder) · F mlp width · R rank · L layers
+Dimension key, each letter once:
+
+    federated    C clients · S local steps · A micro-batches · K blocks
+    rows         B rows · J reference adapters · P prompt tokens · T completion tokens
+    packed       N packed tokens · X prefix trees · Y tokens of a tree · Z keys that a query may see
+                 M scored tokens · h shared-prefix tokens
+    model        V vocabulary · D width · F MLP width · L layers (L' with adapters) · H heads
+                 U key/value heads · E head width · R adapter rank
+    generation   G groups of sequences
 """
 
 import dataclasses
@@ -18,13 +22,13 @@ import numpy as np
 
 @dataclasses.dataclass
 class Cohort:
-    """This round's clients.
+    """The clients of a round.
 
     Attributes:
         round: 1-based.
         clients: client ids.
         indices: for each client, the positions of its examples in the training set.
-        rngs: for each client, the host's random generator of this round, by purpose.
+        rngs: (slot, purpose) -> the host's random generator of that client in this round.
     """
 
     round: int
@@ -72,7 +76,7 @@ class Attempt:
         text: the decoded completion without special tokens.
         correct: the oracle's verdict.
         feedback: what the user said of the attempt before this one; "" for a first answer.
-        touched: where this is a lose whose sampled ids are trained on: whether unlikelihood may
+        unlikelihood_mask: of a lose whose sampled ids are trained on: whether unlikelihood may
             touch each token.
     """
 
@@ -87,8 +91,8 @@ class Attempt:
 
 @dataclasses.dataclass
 class Trace:
-    """A client's conversation about one example: a first answer, then revisions until right or out
-    of attempts.
+    """A client's attempts at one example: a first answer, then revisions until one is right or the
+    attempts are used up.
     """
 
     client: int

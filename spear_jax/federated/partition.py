@@ -32,7 +32,7 @@ def partition(
     goes to one client at most.
 
     Args:
-        labels: int[N], the gold option of each example.
+        labels: int[examples], the gold option of each example.
         num_clients: how many clients.
         scheme: "dirichlet" (each label's examples in Dirichlet(alpha) shares), "iid" (equal sizes,
             at random), "by_label" (each client sees `labels_per_client` labels, equal shares of
@@ -201,7 +201,7 @@ def split_table(
 
     Args:
         parts: the indices of each client.
-        labels: int[N], gold options.
+        labels: int[examples], gold options.
         label_names: the name of each label value, from 0.
     """
     labels = np.asarray(labels)

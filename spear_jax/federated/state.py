@@ -5,6 +5,8 @@ from typing import Any
 import flax.struct
 import jax
 
+from spear_jax.models.params import Adapter
+
 
 @flax.struct.dataclass
 class ClientState:
@@ -15,7 +17,7 @@ class ClientState:
         opt_state: its optimiser's moments.
     """
 
-    lora: Any
+    lora: Adapter
     opt_state: Any
 
 
@@ -26,12 +28,13 @@ class ServerState:
     Attributes:
         lora: the global adapter.
         opt_state: server moments (empty for plain averaging).
-        memory: what an algorithm keeps between rounds, numpy arrays (empty for SPEAR).
+        algorithm_state: arrays that a method keeps between rounds, on the host (empty for SPEAR).
+            Its server part and its clients' part are told apart by `Algorithm.client_state`.
         round: int32[], rounds finished.
         key: uint32 key data of the run's root key.
     """
 
-    lora: Any
+    lora: Adapter
     opt_state: Any
     algorithm_state: Any
     round: jax.Array

@@ -16,7 +16,7 @@ KERNELS = ("xla", "cudnn")
 
 
 def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
-    """Makes the attention mask bool[R, L, S] of the last L tokens of each row.
+    """Makes the attention mask bool[X, Y, Z] of the last Y tokens of each row.
 
     A token attends to its prompt, to a shared prefix before it, and to its own branch, up to
     itself.
@@ -24,7 +24,7 @@ def seen_in_tree(branch: jax.Array, cells: int) -> jax.Array:
         branch  0 0 1 1 2        a prompt of two tokens, completions of two and of one
         last    1 1 0 0 1        the mask's last line: branch 2 does not see branch 1
 
-    Args: branch: int32[R, S], 0 for prompts, 1, 2, ... for completions, -1 for padding; cells: L.
+    Args: branch: int32[X, Z], 0 for prompts, 1, 2, ... for completions, -1 for padding; cells: Y.
     """
     before = branch.shape[1] - cells
     same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, before:, None])
@@ -54,11 +54,11 @@ def attend(q, keys, values, visible, kernel="xla"):
     """Grouped-query softmax attention, softmax in float32.
 
     Args:
-        q: [R, L, H, K].
-        keys, values: [at least R, N, at least S, K]; the rest is not read.
-        visible: bool[R, L, S].
+        q: [X, Y, H, E].
+        keys, values: [at least X, U, at least Z, E]; the rest is not read.
+        visible: bool[X, Y, Z].
         kernel: one of KERNELS. A single query, as when decoding, is always XLA's.
-    Returns: [R, L, H, K].
+    Returns: [X, Y, H, E].
     """
     rows, length, seen = visible.shape
     keys, values = keys[:rows, :, :seen], values[:rows, :, :seen]
@@ -121,7 +121,7 @@ _own_gradient.defvjp(_forward, _backward)
 
 
 def _scores(q, keys, visible):
-    """Computes masked scores, float32[R, N, group * L, S]."""
+    """Computes masked scores, float32[X, U, group * Y, Z]."""
     q = _heads_first(q / math.sqrt(q.shape[-1]), keys)
     raw = jnp.einsum("rnlk,rnsk->rnls", q, keys, preferred_element_type=jnp.float32)
     r, n, rows, length = raw.shape
@@ -130,7 +130,7 @@ def _scores(q, keys, visible):
 
 
 def _heads_first(x, keys):
-    """Stacks the heads of a group: [R, L, H, K] -> [R, N, group * L, K]. There is then one product
+    """Stacks the heads of a group: [X, Y, H, E] -> [X, U, group * Y, E]. There is then one product
     a key head, with contiguous operands.
     """
     r, length, h, width = x.shape
@@ -141,7 +141,7 @@ def _heads_first(x, keys):
 
 
 def _heads_last(x, q):
-    """Undoes `_heads_first`: back to q's [R, L, H, K]."""
+    """Undoes `_heads_first`: back to q's [X, Y, H, E]."""
     r, length, h, width = q.shape
     return jnp.transpose(x.reshape(r, -1, h // x.shape[1], length, width), (0, 3, 1, 2, 4)).reshape(
         q.shape

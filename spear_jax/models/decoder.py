@@ -56,7 +56,7 @@ class _Layout:
 
     Attributes:
         positions: int32, shaped like the tokens.
-        visible: of each tile of queries bool[rows, width, S]: query (r, l) attends to key s.
+        visible: of each tile of queries bool[rows, width, Z]: query (r, l) attends to key s.
         pack: None where tokens are padded sequences [B, T]; else it maps flat tokens [N] to the
             tiles of attention and back.
     """
@@ -75,7 +75,7 @@ class _Layout:
         ]
 
     def to_keys(self, x: jax.Array) -> jax.Array:
-        """Gathers flat x [h + N, ...] into rows [R, h + L, ...]; the first h are a shared prefix
+        """Gathers flat x [h + N, ...] into rows [X, h + Y, ...]; the first h are a shared prefix
         that was prefilled before the pack, and that every row has in front.
         """
         if self.pack is None:
@@ -108,7 +108,7 @@ def packed_states(
         dropout_key: turns LoRA dropout on.
         shared_prefix: the keys and values that this function returned for h tokens which stand
             before every sequence; `pack` does not hold them.
-    Returns: [N, D] in the base's dtype; every layer's KeyValues [h + N, kv heads, K], the shared
+    Returns: [N, D] in the base's dtype; every layer's KeyValues [h + N, U, E], the shared
         prefix first (stacked where the base's layers are).
     """
     read = prefix_length(shared_prefix)
@@ -164,8 +164,8 @@ def decode_step(
     Args:
         base: with unstacked layers (`unstack`).
         token: int32[B].
-        cache: KeyValues [B, N, S, K] of each layer.
-        cache_mask: bool[B, S], the columns that hold real tokens, the new one included; their
+        cache: KeyValues [B, U, Z, E] of each layer.
+        cache_mask: bool[B, Z], the columns that hold real tokens, the new one included; their
             number gives its position.
         at: int32[], the new token's column.
     Returns: hidden states [B, D]; the cache.
@@ -387,14 +387,14 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotation(config: ModelConfig, positions: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """Computes cos and sin of the rotary angles, each [..., 1, K] for positions [...]."""
+    """Computes cos and sin of the rotary angles, each [..., 1, E] for positions [...]."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     angles = jnp.concatenate([angles, angles], axis=-1)[..., None, :]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Computes float32[K/2], radians per position; Llama-3 scaling slows the long wavelengths."""
+    """Computes float32[E/2], radians per position; Llama-3 scaling slows the long wavelengths."""
     inverse = 1.0 / config.rope_theta ** (
         np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
     )
@@ -411,7 +411,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def _rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [..., heads, K]; feature i is paired with i + K/2, as Hugging Face stores them."""
+    """Rotates x [..., H, E]; feature i is paired with i + E/2, as Hugging Face stores them."""
     cos, sin = rotation
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

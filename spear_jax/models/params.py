@@ -35,10 +35,10 @@ class LayerParams(ParamsByName):
 
     Attributes:
         attn_norm, mlp_norm: [D].
-        q: [D, H * K]; k, v: [D, N * K]; o: [H * K, D].
+        q: [D, H * E]; k, v: [D, U * E]; o: [H * E, D].
         gate, up: [D, F]; down: [F, D].
-        q_bias: [H * K]; k_bias, v_bias: [N * K]; o_bias: [D]; None where the family has none.
-        q_norm, k_norm: [K]; Qwen3's, None elsewhere.
+        q_bias: [H * E]; k_bias, v_bias: [U * E]; o_bias: [D]; None where the family has none.
+        q_norm, k_norm: [E]; Qwen3's, None elsewhere.
     """
 
     attn_norm: jax.Array
@@ -134,7 +134,7 @@ class KeyValues:
     """Attention's keys and values of one layer (or of all, behind a leading axis L).
 
     Attributes:
-        keys, values: [tokens, N, K] of packed tokens; [B, N, S, K] in a cache of S columns.
+        keys, values: [N, U, E] of packed tokens; [B, U, Z, E] in a cache of Z columns.
     """
 
     keys: jax.Array

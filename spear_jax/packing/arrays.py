@@ -51,8 +51,8 @@ class PackedSequences:
     Attributes:
         tokens: int32[..., N], the shared prefix's h tokens the first.
         positions: int32[..., N], rotary positions. A prompt goes on from the shared prefix.
-        token_index: int32[..., R, L], for each entry of the grid its token's index in `tokens`.
-        branch_ids: int32[..., R, L], 0 in the shared prefix and the prompt, 1, 2, ... in its
+        token_index: int32[..., X, Y], for each entry of the grid its token's index in `tokens`.
+        branch_ids: int32[..., X, Y], 0 in the shared prefix and the prompt, 1, 2, ... in its
             completions, -1 where the grid is empty.
         query_index: int32[..., N], for each token its index among the queries: tile after tile,
             within a tile row after row.

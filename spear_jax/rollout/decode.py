@@ -60,7 +60,7 @@ class DecodeState:
     """Everything that generation carries from step to step, B slots.
 
     Attributes:
-        cache: each layer's KeyValues [B, N, P + T, K].
+        cache: each layer's KeyValues [B, U, P + T, E].
         cache_mask: bool[B, P + T], columns that hold real tokens of the slot's sequence.
         completions: the slots' completions.
     """
@@ -175,7 +175,7 @@ def _grouped(lora: Adapter | None) -> bool:
 
 
 def _to_cache(flat: jax.Array, index: jax.Array) -> jax.Array:
-    """Gathers keys or values of packed tokens [tokens, N, K] into [rows, N, columns, K].
+    """Gathers keys or values of packed tokens [N, U, E] into [rows, U, columns, E].
 
     Args: index: int32[rows, columns], the packed token of each column.
     """

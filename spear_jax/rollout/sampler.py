@@ -112,10 +112,10 @@ class Sampler:
                 stacked behind the layer axis. Stacked ones may wait on the host: as many are on the
                 devices as `max_rows` slots need.
             prompts: token ids, each non-empty.
-            keys: uint32[N, 2] key data, one key a prompt.
+            keys: uint32[prompts, 2] key data, one key a prompt.
             finished: called with a prompt's number and its completion, while the device goes on
                 with others.
-            owners: int32[N], the number of each prompt's adapter where `lora` holds several.
+            owners: int32[prompts], the number of each prompt's adapter where `lora` holds several.
         Returns: one Completion a prompt, in their order.
         """
         done: dict[int, Completion] = {}

@@ -186,7 +186,7 @@ class RolloutWorker:
 
 
 def row_keys(key: jax.Array, requests: list[RolloutRequest], attempt: int) -> np.ndarray:
-    """uint32[N, 2] key data, each row's key at the path (rollout, client, example, sample and
+    """uint32[requests, 2] key data, each row's key at the path (rollout, client, example, sample and
     attempt) below the round's.
     """
     # so many at a time, that the number of pending rows does not cause a compilation
