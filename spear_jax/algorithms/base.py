@@ -15,6 +15,7 @@ import numpy as np
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Cohort, Example, Mean, Trace, TraceRecord
+from spear_jax.models.params import Adapter
 from spear_jax.models.token_logprobs import TokenLogprobs
 from spear_jax.packing.arrays import Batch, Block
 from spear_jax.packing.rows import TrainingRow
@@ -214,7 +215,7 @@ class Algorithm(abc.ABC):
         Args: feedback: the provider's name (rollout.feedback).
         """
 
-    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         """The server's memory before round 1: a pytree of numpy arrays, of a size that never
         changes.
 
@@ -225,7 +226,7 @@ class Algorithm(abc.ABC):
         """
         return {}
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         """J frozen adapters that the loss compares with (the same number in every round).
 
         Args: start: the adapter that this round starts from.
@@ -252,7 +253,7 @@ class Algorithm(abc.ABC):
         """
 
     def forward(
-        self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]
+        self, scorer: TokenLogprobs, lora: Adapter, block: Block, references: tuple[Adapter, ...]
     ) -> jax.Array:
         """float32[M], differentiable in `lora`: what `denominators` and `loss` take, spread over rows, as
         `logprobs`.
@@ -293,7 +294,7 @@ class Algorithm(abc.ABC):
         return loss_scalars
 
     def end_round(
-        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+        self, algorithm_state: dict, lora: Adapter, metrics: Mapping[str, float], round: int
     ) -> dict:
         """The memory after aggregation.
 

@@ -36,6 +36,7 @@ from spear_jax.algorithms.base import (
 from spear_jax.algorithms.feedback_rollout import rollout_with_feedback, win_row
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean, Trace, TraceRecord
+from spear_jax.models.params import Adapter
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -86,7 +87,7 @@ class Dpo(Algorithm):
         else:
             needs_verdicts(self.name, task)
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         return (start,)
 
     def collect(

@@ -33,6 +33,7 @@ from spear_jax.algorithms.self_play import SelfPlay, real_row, reward_metrics
 from spear_jax.core.errors import UserError
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Example, Mean, Trace
+from spear_jax.models.params import Adapter
 from spear_jax.packing.arrays import Batch
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
@@ -201,7 +202,7 @@ class Iris(SelfPlay):
                 f"--config.iris.clip={EXPONENT / steepest:g} or lower."
             )
 
-    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
 
     def measure(
@@ -282,7 +283,7 @@ class Iris(SelfPlay):
         return loss, metrics
 
     def end_round(
-        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+        self, algorithm_state: dict, lora: Adapter, metrics: Mapping[str, float], round: int
     ) -> dict:
         for side in ("real", "synthetic"):
             share = metrics[f"{self.name}/{side}_ess"]

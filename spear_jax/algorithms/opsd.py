@@ -38,6 +38,7 @@ from spear_jax.algorithms.base import (
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.params import Adapter
 from spear_jax.models.token_logprobs import TokenLogprobs, map_positions
 from spear_jax.packing.arrays import Batch, Block
 from spear_jax.packing.rows import TrainingRow, draw
@@ -84,17 +85,17 @@ class Opsd(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
 
-    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return (
             {}
             if self.settings.teacher == "dynamic"
             else {"teacher": jax.tree.map(np.asarray, lora)}
         )
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         return () if self.settings.teacher == "dynamic" else (algorithm_state["teacher"],)
 
-    def end_round(self, algorithm_state: dict, lora: dict, metrics, round: int) -> dict:
+    def end_round(self, algorithm_state: dict, lora: Adapter, metrics, round: int) -> dict:
         if self.settings.teacher != "ema":
             return algorithm_state
         d = self.settings.ema_decay
@@ -128,7 +129,7 @@ class Opsd(Algorithm):
         )
 
     def forward(
-        self, scorer: TokenLogprobs, lora: dict, block: Block, references: tuple[dict, ...]
+        self, scorer: TokenLogprobs, lora: Adapter, block: Block, references: tuple[Adapter, ...]
     ) -> jax.Array:
         """float32[M]: the divergence at every completion token."""
         informed = references[0] if references else jax.lax.stop_gradient(lora)

@@ -39,6 +39,7 @@ from spear_jax.algorithms.base import (
 )
 from spear_jax.core.settings import number, one_of
 from spear_jax.core.types import Attempt, Cohort, Mean, Trace, TraceRecord
+from spear_jax.models.params import Adapter
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -94,7 +95,7 @@ class RltfSd(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_feedback(self.name, task, feedback)
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         return (start,) if self.settings.kl_weight else ()
 
     def collect(

@@ -37,6 +37,7 @@ from spear_jax.algorithms.base import (
     schedule,
 )
 from spear_jax.core.types import Cohort, Example, Mean, Trace, TraceRecord
+from spear_jax.models.params import Adapter
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
@@ -121,7 +122,7 @@ class SelfPlay(Algorithm, abc.ABC):
 
     # Memory
 
-    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         shape = (examples, self.kept, self.samples)
         return {
             "opponents": jax.tree.map(
@@ -133,11 +134,11 @@ class SelfPlay(Algorithm, abc.ABC):
             "iteration": np.full(shape[:2], -1, np.int32),
         }
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         return tuple(opponent(algorithm_state, player) for player in range(self.players))
 
     def end_round(
-        self, algorithm_state: dict, lora: dict, metrics: Mapping[str, float], round: int
+        self, algorithm_state: dict, lora: Adapter, metrics: Mapping[str, float], round: int
     ) -> dict:
         """At the end of an iteration the new adapter becomes the first opponent, and the last one
         is forgotten.

@@ -26,6 +26,7 @@ from spear_jax.algorithms.base import RowLayout
 from spear_jax.algorithms.self_play import RowGroup, SelfPlay, real_row, reward_metrics
 from spear_jax.core.settings import number, positive
 from spear_jax.core.types import Mean
+from spear_jax.models.params import Adapter
 from spear_jax.packing.arrays import Batch
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.worker import RolloutWorker
@@ -66,12 +67,12 @@ class Tspin(SelfPlay):
     def kept(self) -> int:
         return 2
 
-    def init_state(self, lora: dict, examples: int, length: int) -> dict:
+    def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {
             "initial": jax.tree.map(np.array, lora)
         }
 
-    def references(self, algorithm_state: dict, start: dict) -> tuple[dict, ...]:
+    def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
         return ()
 
     def place(self, when: int) -> int:

@@ -51,8 +51,8 @@ def release_after_compiling() -> None:
     parameters, for 0.1 s.
     """
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: (
-            release_free_memory() if event == _EVENT and seconds > LONG else None
+        lambda event, duration_secs, **_: (
+            release_free_memory() if event == _EVENT and duration_secs > LONG else None
         )
     )
 

@@ -123,7 +123,7 @@ def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
 
     def place(name: str, leaf: Any) -> jax.Array:
         axis = _SPLIT.get(name)
-        spec = [None] * leaf.ndim
+        spec: list[str | None] = [None] * leaf.ndim
         if axis is not None and leaf.shape[axis] % mesh.shape[MODEL] == 0:
             spec[axis] = MODEL
         return _put(leaf, NamedSharding(mesh, Spec(*spec)))

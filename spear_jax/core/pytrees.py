@@ -62,7 +62,7 @@ def from_dicts(dicts: Any, like: Any) -> Any:
     """Turns the dicts of `to_dicts` back into dataclasses, where `like` has them."""
 
     def fields(like: Any, node: Any) -> Any:
-        if not dataclasses.is_dataclass(like):
+        if isinstance(like, type) or not dataclasses.is_dataclass(like):
             return node
         values = {name: from_dicts(value, getattr(like, name)) for name, value in node.items()}
         return dataclasses.replace(like, **values)

@@ -77,9 +77,9 @@ def as_dict(settings: Any) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory()
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def parse(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -101,7 +101,7 @@ def parse(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         path = _path(prefix, name)
         if name not in values:
             raise UserError(f"the config has no {path}; start from spear_jax's default_config.")
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             parsed[name] = parse(field.type, values[name], path)
         else:
             parsed[name] = _checked(field, values[name], path)
@@ -114,7 +114,7 @@ def _path(prefix: str, name: str) -> str:
 
 def _checked(field: dataclasses.Field, value: Any, path: str) -> Any:
     """The value in its field's type; raises UserError where type, range or choice is wrong."""
-    kind = typing.get_origin(field.type) or field.type
+    kind: Any = typing.get_origin(field.type) or field.type
     if kind is Any:
         return value
     value = _as_kind(kind, value, path)

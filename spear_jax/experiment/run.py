@@ -131,8 +131,8 @@ class Run:
         self.workdir = self._open_folder(str(workdir), resume)
         self._checkpoints: Checkpoints | None = None
         self.state: ServerState = self.experiment.initial_state()
-        self.line: dict[str, Any] | None = None  # the newest line of metrics.jsonl
-        self._logger: RunLogger | NullLogger | None = None
+        self.line: dict[str, Any] = {}  # the newest line of metrics.jsonl; {} before the first
+        self._logger: RunLogger | NullLogger = NullLogger()
         self._stopped = False
         self._restore()
 
@@ -220,9 +220,8 @@ class Run:
     def close(self) -> None:
         """Waits for checkpoints and closes the logs; the run can still be iterated."""
         self.bars.close()
-        if self._logger is not None:
-            self._logger.close()
-            self._logger = None
+        self._logger.close()
+        self._logger = NullLogger()
         if self._checkpoints is not None:
             self._checkpoints.close()
             self._checkpoints = None
@@ -256,13 +255,13 @@ class Run:
         # host
         on_devices = self.experiment.federation.on_devices
         kept = self.state.algorithm_state
-        placed = on_devices(self.state.replace(algorithm_state={}))
+        placed = on_devices(dataclasses.replace(self.state, algorithm_state={}))
         self.state = placed.replace(algorithm_state=kept)
 
     def _begin(self) -> None:
         """Opens the logs; evaluates the base model where nothing has run yet."""
-        fresh = self.line is None
-        if self._logger is None:
+        fresh = not self.line
+        if isinstance(self._logger, NullLogger):
             self._logger = self._open_logger()
         self.bars.begin(self.settings.rounds, self.finished_rounds)
         if not fresh and is_main_process() and not self.quiet:
@@ -277,9 +276,9 @@ class Run:
     def _open_logger(self) -> RunLogger | NullLogger:
         if not is_main_process():
             return NullLogger()
-        resumed = None if self.line is None else self.finished_rounds
+        resumed = self.finished_rounds if self.line else None
         wandb = WandbLogger(self.workdir, self.config) if self.settings.wandb else None
-        return RunLogger(self.workdir, resumed, self.line, wandb)
+        return RunLogger(self.workdir, resumed, self.line or None, wandb)
 
     def _round(self, blocked: float, compiles: Compiles) -> Round:
         """Runs a round and its evaluation, and logs both.
@@ -316,7 +315,7 @@ class Run:
 
     def _over(self) -> bool:
         """Whether the run is done: stopped, all its rounds, or its budget reached."""
-        budget, used = self.settings.budget, BudgetUsed.read(self.line or {})
+        budget, used = self.settings.budget, BudgetUsed.read(self.line)
         reached = (budget.tokens and used.tokens >= budget.tokens) or (
             budget.seconds and used.seconds >= budget.seconds
         )

@@ -4,6 +4,8 @@ The server's state then holds all clients': `lora` and `algorithm_state` have a 
 the whole population. Nothing is averaged; a round's metrics are sums or means over its clients.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -38,14 +40,16 @@ def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> R
     for client, own in ended.items():
         put = lambda stack, new, client=client: stack.__setitem__(client, new)
         jax.tree.map(put, (lora, kept), (own.lora, own.algorithm_state))
-    after = state.replace(lora=lora, algorithm_state=kept, round=state.round + 1)
+    after = dataclasses.replace(state, lora=lora, algorithm_state=kept, round=state.round + 1)
     return with_budget(RoundResult(after, _joined(lines), traces), used)
 
 
 def of_client(state: ServerState, client: int) -> ServerState:
     """Returns the state of one client's own federation."""
     own = lambda tree: jax.tree.map(lambda x: x[client], tree)
-    return state.replace(lora=own(state.lora), algorithm_state=own(state.algorithm_state))
+    return dataclasses.replace(
+        state, lora=own(state.lora), algorithm_state=own(state.algorithm_state)
+    )
 
 
 def _joined(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -101,7 +101,7 @@ class Broadcast:
     base: DecoderParams
     references: tuple[Adapter, ...]
     loss_scalars: dict[str, jax.Array]
-    rate: jax.Array
+    rate: jax.typing.ArrayLike
 
 
 def optimiser(config: LocalConfig) -> optax.GradientTransformation:

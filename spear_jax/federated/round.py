@@ -129,7 +129,7 @@ def round_of(
         federation, federation.aggregation, start, state.algorithm_state, cohort, root, used
     )
     began = time.perf_counter()
-    before = state.replace(lora=start, algorithm_state={})
+    before = dataclasses.replace(state, lora=start, algorithm_state={})
     state, change = _aggregate(federation.aggregation, before, trained.reduced)
     change = float(change)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
@@ -151,7 +151,7 @@ def round_of(
         trained.algorithm_state, state.lora, metrics, cohort.round
     )
     metrics["time/aggregate"] = time.perf_counter() - began
-    return RoundResult(state.replace(algorithm_state=kept), metrics, trained.traces)
+    return RoundResult(dataclasses.replace(state, algorithm_state=kept), metrics, trained.traces)
 
 
 def client_round(
@@ -232,20 +232,21 @@ def train_clients(
     algorithm, worker = federation.algorithm, federation.worker
     key = path_key(root, ROUND, cohort.round)
     worker.tally.clear()
-    policy: Policy | None = worker.policy(start)
+    # popped, so that merged weights are not held while clients train
+    policies = [worker.policy(start)]
     carried: list[ClientState] | None = None
+    means: dict[str, Mean] = {}
     phases: list[CohortData] = []
     seconds = {"rollout": 0.0, "train": 0.0}
-    means, rate, work = None, 0.0, 0.0
+    rate, work = 0.0, 0.0
     progress = lambda count: worker.progress("train", count, len(cohort.clients))
     for phase in range(algorithm.phases):
         began = time.perf_counter()
         phase_key = path_key(key, PHASE, phase) if phase else key
-        data = algorithm.collect(worker, policy, cohort, algorithm_state, phase_key, phase)
+        data = algorithm.collect(worker, policies.pop(), cohort, algorithm_state, phase_key, phase)
         if data.algorithm_state is not None:
             algorithm_state = data.algorithm_state
         phases.append(data)
-        policy = None  # the merged weights are not needed while training
         if not phase:
             tokens = used.tokens + worker.tally.generated * algorithm.phases
             rate = federation.schedule.learning_rate(cohort.round, tokens, used.seconds)
@@ -271,13 +272,14 @@ def train_clients(
             progress,
         )
         phase_means = sum_over_clients(trained.means)
-        means = phase_means if means is None else jax.tree.map(np.add, means, phase_means)
+        means = jax.tree.map(np.add, means, phase_means) if means else phase_means
         carried = trained.states
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         work += trained.tokens * (passes + 2 * len(references))
-        if keep:
+        if keep and carried is not None:
             slots = {client: slot for slot, client in enumerate(cohort.clients)}
-            policy = Policy(federation.base, cohort_training.stacked(carried, len(slots)), slots)
+            adapters = cohort_training.stacked(carried, len(slots))
+            policies.append(Policy(federation.base, adapters, slots))
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
     return TrainedClients(trained.reduced, algorithm_state, means, phases, rate, work, seconds)

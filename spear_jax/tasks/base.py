@@ -135,7 +135,7 @@ class Task(abc.ABC):
             check_template(key, text)
         self.templates = dataclasses.replace(self.templates, **wording)
         if extract is not None:
-            self.extract = extract  # one extractor for grading, feedback and loss masks alike
+            self.extract = extract  # type: ignore[method-assign, assignment] # one extractor for grading, feedback and loss masks alike
 
     @abc.abstractmethod
     def example(self, row: dict, index: int) -> Example:

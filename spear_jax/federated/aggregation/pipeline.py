@@ -90,4 +90,4 @@ def aggregate(
     moved = jax.tree.map(jnp.add, adapter, step)
     moved, moments = pytrees.where(mass > 0, (moved, moments), (adapter, state.opt_state))
     change = pytrees.global_norm(jax.tree.map(jnp.subtract, moved, adapter))
-    return state.replace(lora=moved, opt_state=moments, round=state.round + 1), change
+    return dataclasses.replace(state, lora=moved, opt_state=moments, round=state.round + 1), change
