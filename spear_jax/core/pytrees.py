@@ -65,7 +65,7 @@ def from_dicts(dicts: Any, like: Any) -> Any:
         if isinstance(like, type) or not dataclasses.is_dataclass(like):
             return node
         values = {name: from_dicts(value, getattr(like, name)) for name, value in node.items()}
-        return dataclasses.replace(like, **values)
+        return dataclasses.replace(like, **values)  # type: ignore[type-var]
 
     return jax.tree.map(fields, like, dicts, is_leaf=dataclasses.is_dataclass)
 
