@@ -133,42 +133,65 @@ def build(
     configs.import_own(config.imports)
     settings = configs.parse(config)
     task = own.task or build_task(settings)
+    feedback = own.feedback or get_feedback(
+        settings.rollout.feedback, task, settings.rollout.hint_words
+    )
+    check_processes(feedback)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
     test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
     clients = split_clients(settings, train_set)
-    used = sorted({int(i) for part in clients for i in part})
     mesh = make_mesh(devices, settings.devices.model)
     model = open_model(settings, mesh)
     algorithm = build_algorithm(settings, model.eos_ids)
     algorithm.check(task, train_set, settings.rollout.feedback)
     decoder = build_decoder(settings, model)
     adapter = starting_adapter(settings, decoder)
-    feedback = own.feedback or get_feedback(
-        settings.rollout.feedback, task, settings.rollout.hint_words
-    )
-    check_processes(feedback)
     evaluator = build_evaluator(settings, task, test_set, model, decoder, mesh, progress)
-    first, revise, _ = sampling_configs(settings, model)
-    data = tokenize(
-        task,
-        evaluator.renderer,
-        feedback,
-        train_set,
-        used,
-        algorithm.gold,
-        algorithm.layout.prompts,
-        first.max_new_tokens,
-        longest_sampled(algorithm, first, revise),
-        settings.data.max_response_tokens,
+    worker = build_worker(
+        settings, algorithm, feedback, evaluator, train_set, clients, model, mesh, progress
     )
-    worker = RolloutWorker(
-        task=task,
+    shapes = evaluator.scorer.shapes
+    federation = build_federation(
+        settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
+    )
+    return Experiment(settings, model, federation, evaluator, shapes, adapter)
+
+
+def build_worker(
+    settings: Settings,
+    algorithm: Algorithm,
+    feedback: Feedback,
+    evaluator: Evaluator,
+    examples: list[Example],
+    clients: list[np.ndarray],
+    model: LoadedModel,
+    mesh: Mesh,
+    progress: Progress,
+) -> RolloutWorker:
+    """Builds the rollout worker: the training set as token ids, with the evaluator's renderer,
+    sampler and scorer.
+    """
+    first, revise, _ = sampling_configs(settings, model)
+    decoder = evaluator.scorer.decoder
+    return RolloutWorker(
+        task=evaluator.task,
         renderer=evaluator.renderer,
         feedback=feedback,
         sampler=evaluator.sampler,
         scorer=evaluator.scorer,
-        examples=train_set,
-        data=data,
+        examples=examples,
+        data=tokenize(
+            evaluator.task,
+            evaluator.renderer,
+            feedback,
+            examples,
+            sorted({int(i) for own in clients for i in own}),
+            algorithm.gold,
+            algorithm.layout.prompts,
+            first.max_new_tokens,
+            longest_sampled(algorithm, first, revise),
+            settings.data.max_response_tokens,
+        ),
         first=first,
         revise=revise,
         num_revisions=settings.rollout.num_revisions,
@@ -177,11 +200,6 @@ def build(
         ),
         progress=progress,
     )
-    shapes = evaluator.scorer.shapes
-    federation = build_federation(
-        settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
-    )
-    return Experiment(settings, model, federation, evaluator, shapes, adapter)
 
 
 def check_processes(feedback: Feedback) -> None:

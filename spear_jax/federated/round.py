@@ -251,20 +251,14 @@ def train_clients(
             tokens = used.tokens + worker.tally.generated * algorithm.phases
             rate = federation.schedule.learning_rate(cohort.round, tokens, used.seconds)
         rolled = time.perf_counter()
-        references = federation.on_devices(algorithm.references(algorithm_state, start))
+        broadcast = make_broadcast(federation, start, algorithm_state, data, rate)
         trained = cohort_training.train(
             algorithm,
             federation.decoder,
             federation.local,
             federation.mesh,
             aggregation,
-            Broadcast(
-                start=start,
-                base=federation.base,
-                references=references,
-                loss_scalars=federation.on_devices(jax.tree.map(np.float32, data.loss_scalars)),
-                rate=np.float32(rate),
-            ),
+            broadcast,
             rows_of(federation, data),
             _members(aggregation.reducer, cohort, data, phase_key),
             keep := phase + 1 < algorithm.phases,
@@ -275,7 +269,7 @@ def train_clients(
         means = jax.tree.map(np.add, means, phase_means) if means else phase_means
         carried = trained.states
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
-        work += trained.tokens * (passes + 2 * len(references))
+        work += trained.tokens * (passes + 2 * len(broadcast.references))
         if keep and carried is not None:
             slots = {client: slot for slot, client in enumerate(cohort.clients)}
             adapters = cohort_training.stacked(carried, len(slots))
@@ -283,6 +277,24 @@ def train_clients(
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
     return TrainedClients(trained.reduced, algorithm_state, means, phases, rate, work, seconds)
+
+
+def make_broadcast(
+    federation: Federation,
+    start: Adapter,
+    algorithm_state: dict,
+    data: CohortData,
+    learning_rate: float,
+) -> Broadcast:
+    """Puts the part of a phase that all clients share on the devices."""
+    references = federation.algorithm.references(algorithm_state, start)
+    return Broadcast(
+        start=start,
+        base=federation.base,
+        references=federation.on_devices(references),
+        loss_scalars=federation.on_devices(jax.tree.map(np.float32, data.loss_scalars)),
+        rate=np.float32(learning_rate),
+    )
 
 
 def _members(
