@@ -196,7 +196,7 @@ def test_a_guide_works_as_it_is_written(page, tmp_path):
     """
     programs = {
         "python": f'exec "{sys.executable}" "$@"',
-        "spear-jax": f'name=$1; shift; exec "{sys.executable}" -m "spear_jax.$name" "$@"',
+        "spear-jax": f'exec "{sys.executable}" -m spear_jax "$@"',
     }
     (tmp_path / "bin").mkdir()
     for name, line in programs.items():
