@@ -249,7 +249,8 @@ def written_metrics(method: str, monkeypatch, folder: pathlib.Path) -> set[str]:
     config = presets.method_config(method, "facts,tiny,small")
     small = {
         "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4,
-        "rollout.max_concurrent_sequences": 32, "train.steps": 2, "train.batch_size": 4, "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
+        "rollout.max_concurrent_sequences": 32, "train.steps": 2, "train.batch_size": 4,
+        "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
     }  # fmt: skip
     config.update_from_flattened_dict(small)
     run = sj.Run(config, folder / method, quiet=True, devices=jax.devices()[:1])
