@@ -253,8 +253,8 @@ def written_metrics(method: str, monkeypatch, folder: pathlib.Path) -> set[str]:
         "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
     }  # fmt: skip
     config.update_from_flattened_dict(small)
-    run = sj.Run(config, folder / method, quiet=True, devices=jax.devices()[:1])
-    return set(next(iter(run)).metrics) - {"round", "time"}
+    with sj.Run(config, folder / method, quiet=True, devices=jax.devices()[:1]) as run:
+        return set(next(iter(run)).metrics) - {"round", "time"}
 
 
 @pytest.fixture(scope="module")
