@@ -44,7 +44,6 @@ from spear_jax.rollout.token_sampling import SamplingConfig
 
 AGGREGATION = Aggregation()
 Measured = dict[str, Any]
-_aggregate = jax.jit(aggregate, static_argnums=0)
 
 
 def build(work: Workload) -> Side:
@@ -220,7 +219,7 @@ class System:
     def aggregation(self) -> Measured:
         weight = np.ones(self.preset.clients, np.float32)
         total = _weighted_sum([self.lora] * self.preset.clients, weight)
-        state, _ = _aggregate(AGGREGATION, self.state, (total, weight.sum()))
+        state, _ = aggregate(AGGREGATION, self.state, (total, weight.sum()))
         jax.block_until_ready(state.lora)
         return {}
 
@@ -234,7 +233,7 @@ class System:
         self.generate(policy, self.work.prompts)
         self.generate(policy, self.work.revisions)
         del policy  # as in a round, the merged weights are not held while training
-        return self.train_and_aggregate(self.preset.clients)
+        return self.train_andaggregate(self.preset.clients)
 
     def cohort(self, size: int) -> Measured:
         """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would
@@ -243,13 +242,13 @@ class System:
         if size != self.cohort_size:
             jax.clear_caches()
         self.cohort_size = size
-        return self.train_and_aggregate(size)
+        return self.train_andaggregate(size)
 
-    def train_and_aggregate(self, size: int) -> Measured:
+    def train_andaggregate(self, size: int) -> Measured:
         """A round's second half for any number of clients, which repeat the workload's."""
         rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
         reduced, measured = self.train(rows)
-        state, _ = _aggregate(AGGREGATION, self.state, reduced)
+        state, _ = aggregate(AGGREGATION, self.state, reduced)
         jax.block_until_ready(state.lora)
         return measured
 

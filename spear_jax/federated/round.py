@@ -30,7 +30,6 @@ LOCAL = purpose("local")
 PHASE = purpose("phase")
 
 NOTHING_USED = BudgetUsed()
-_aggregate = jax.jit(aggregate, static_argnums=0)
 
 
 class RoundResult(NamedTuple):
@@ -130,11 +129,11 @@ def round_of(
     )
     began = time.perf_counter()
     before = dataclasses.replace(state, lora=start, algorithm_state={})
-    state, change = _aggregate(federation.aggregation, before, trained.reduced)
-    change = float(change)
+    state, moved = aggregate(federation.aggregation, before, trained.reduced)
+    change = float(moved)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active, tally = trained.phases[-1].active, federation.worker.tally
-    metrics = {
+    metrics: dict[str, float] = {
         **trained.rollout_metrics(),
         **training_metrics(federation.algorithm.name, trained.means),
         "rollout/tokens": float(tally.generated),

@@ -1,11 +1,13 @@
 """Aggregation, put together: client transforms, a reducer, and a server optimiser."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spear_jax.core import pytrees
@@ -78,16 +80,43 @@ def init_server(
 def aggregate(
     aggregation: Aggregation, state: ServerState, reduced: Any
 ) -> tuple[ServerState, jax.Array]:
-    """Takes one server step.
+    """Finishes the reduction and takes one server step.
 
-    Args: reduced: the reducer's state after the whole cohort. A mass of 0 (nobody trained) leaves
-        adapter and moments as they are.
+    A streaming reducer finishes inside the compiled step. A collecting one finishes before it, on
+    the host, where numpy will do; it is not asked where nobody trained.
+
+    Args: reduced: the reducer's state after the whole cohort.
     Returns: the next state (round + 1); the norm of the adapter's change, float32[].
     """
+    if not aggregation.reducer.collects:
+        return _finish_and_step(aggregation, state, reduced)
+    if not np.any(reduced[1] > 0):  # nobody trained: there is nothing to finish
+        return _compiled_step(aggregation, state, state.lora, 0.0)
+    update, mass = aggregation.reducer.finish(reduced, state.lora)
+    return _compiled_step(aggregation, state, update, mass)
+
+
+def server_step(
+    aggregation: Aggregation, state: ServerState, update: Adapter, mass: jax.typing.ArrayLike
+) -> tuple[ServerState, jax.Array]:
+    """Moves the global adapter along an update.
+
+    Args: mass: float32[], the weight behind the update. Where it is 0 nobody trained, and adapter
+        and moments stay as they are.
+    """
     adapter = state.lora
-    update, mass = aggregation.reducer.finish(reduced, adapter)
     step, moments = aggregation.optimizer.update(update, state.opt_state, adapter)
     moved = jax.tree.map(jnp.add, adapter, step)
-    moved, moments = pytrees.where(mass > 0, (moved, moments), (adapter, state.opt_state))
+    trained = jnp.asarray(mass) > 0
+    moved, moments = pytrees.where(trained, (moved, moments), (adapter, state.opt_state))
     change = pytrees.global_norm(jax.tree.map(jnp.subtract, moved, adapter))
-    return dataclasses.replace(state, lora=moved, opt_state=moments, round=state.round + 1), change
+    after = dataclasses.replace(state, lora=moved, opt_state=moments, round=state.round + 1)
+    return after, change
+
+
+_compiled_step = jax.jit(server_step, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish_and_step(aggregation, state, reduced):
+    return server_step(aggregation, state, *aggregation.reducer.finish(reduced, state.lora))

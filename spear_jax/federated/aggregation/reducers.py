@@ -12,7 +12,7 @@ program, so memory does not grow with the cohort:
     update, mass = reducer.finish(state, start)
 
 A collecting reducer (`collects = True`) gets every client's adapter at the end. Its `finish` takes
-(adapters [C, ...], weight [C]) as the state.
+(adapters [C, ...], weight [C]) as the state and runs on the host, so numpy will do.
 
 Source: FedAvg (arXiv 1602.05629); coordinate-wise median: Yin et al. (arXiv 1803.01498).
 """
