@@ -26,7 +26,7 @@ def spear(batch_size=B, accumulation=A, **changes):
 
 def local_config(**changes):
     defaults = dict(
-        clients_at_once=1, normalize="global", clip=1.0, weight_decay=0.01, anchor_weight=0.0, anchor_gradient=True,
+        clients_at_once=1, normalize="global", max_grad_norm=1.0, weight_decay=0.01, anchor_weight=0.0, anchor_gradient=True,
         prox=0.0, ema_decay=0.0, head_chunk=16,
     )  # fmt: skip
     return LocalConfig(**(defaults | changes))

@@ -12,9 +12,12 @@ from small_cohort import A, B, C, P, S, T, close, local_config, make_decoder, sp
 
 from spear_jax.core.mesh import base_placer, make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
+from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.models.decoder import REMAT
 from spear_jax.models.token_logprobs import LOGITS, TokenLogprobs, token_logprobs
 from spear_jax.packing import shape_buckets
+
+TRAIN = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
 
 
 def merged(cohort):
@@ -52,14 +55,16 @@ def run(
     work = dense.work(
         cohort, algorithm, longest, T, local.normalize, limit, size, small, shared_prefix
     )
-    train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
     arrays = shard_rows((work, pad(keys), pad(weight), pad(active)), mesh)
     place = base_placer(mesh)
     base = jax.tree_util.tree_map_with_path(lambda path, x: place(path[-1].name, x), model.base)
     shared = replicate(
         local_training.Broadcast(lora, {}, references, loss_scalars or {}, jnp.float32(1e-2)), mesh
     ).replace(base=base)
-    return train(algorithm, decoder, local, mesh, False, shared, None, *arrays)[:3]
+    reduced, means, _ = TRAIN(
+        algorithm, decoder, local, mesh, Aggregation(), False, shared, None, *arrays
+    )
+    return *reduced, means
 
 
 @pytest.mark.parametrize("limit", [64, 1000])
@@ -251,7 +256,7 @@ def test_micro_normalisation_is_the_mean_of_micro_batch_means(
     model, lora, cohort, weighting, limit
 ):
     decoder, algorithm = make_decoder(model), spear(confidence_weighting=weighting)
-    local = local_config(normalize="micro", clip=1e9)
+    local = local_config(normalize="micro", max_grad_norm=1e9)
     # as `Spear.pools` gives them: under batch_mean all loses of a micro-batch have their mean
     # confidence
     cohort = [
@@ -420,8 +425,8 @@ def matches(block, slot, row):
 def test_the_base_enters_every_product_unbatched_however_many_clients_run(model, lora, cohort):
     decoder = make_decoder(model)
     shared = local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2))
-    text = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4)).lower(
-        spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), False, shared, None,
+    text = TRAIN.lower(
+        spear(), decoder, local_config(clients_at_once=C), make_mesh(jax.devices()[:1]), Aggregation(), False, shared, None,
         dense.work(cohort, spear(), P, T), np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool),
     ).as_text()  # fmt: skip
     layers, width, vocab = model.config.layers, model.config.width, model.config.vocab_size
