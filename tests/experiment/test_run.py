@@ -1,4 +1,6 @@
-"""The run as an object: rounds, callbacks, resume, own parts, and run folders of version 0.10."""
+"""The run as an object: rounds, callbacks, resume, own parts, run folders of version 0.10, no silent
+recompilation, and rounds that are laid out in different ways.
+"""
 
 import json
 import pathlib
@@ -11,9 +13,17 @@ import pytest
 
 import spear_jax as sj
 from spear_jax.algorithms import ALGORITHMS
+from spear_jax.experiment import builder, evaluator, presets
+from spear_jax.experiment.config import parse
+from spear_jax.experiment.run import is_due
 from spear_jax.experiment.run_folder import read_run_config
+from spear_jax.federated import cohort_training
+from spear_jax.federated import round as rounds
 from spear_jax.federated.aggregation.reducers import CoordinateMedian
+from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.models.decoder import merge
 from spear_jax.models.io.peft import load_adapter
+from spear_jax.rollout import sampler, scorer
 from spear_jax.tasks.facts import Facts
 
 FOLDER_0_10 = pathlib.Path(__file__).parents[1] / "fixtures" / "run_0_10"
@@ -258,3 +268,98 @@ def test_a_run_folder_of_0_10_goes_on(tmp_path):
         assert round.metrics[name] == pytest.approx(wanted[name], rel=2e-3), name
     for name in ("rollout/tokens", "rollout/wins", "budget/tokens", "round/bytes_up"):
         assert round.metrics[name] == wanted[name], name
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("task", ["facts", "reasoned"])
+def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
+    config = presets.quickstart(task)
+    changes = {"rounds": 5, "federation.clients_per_round": 2, "eval.every": 1}
+    del (sizes := dict(SMALL))["federation.num_clients"]
+    config.update_from_flattened_dict(sizes | changes)
+    programs = (
+        sampler._prefill, sampler._decode_until, sampler._take, cohort_training._train,
+        rounds._aggregate, merge, evaluator._score_candidates, scorer._score_tokens,
+    )  # fmt: skip
+    run, counts, compiled = open_run(config, tmp_path), [], []
+    for round in run:
+        counts.append([program._cache_size() for program in programs])
+        compiled.append(round.metrics["compile/programs"])
+    assert counts[1] == counts[2] == counts[3] == counts[4]
+    assert compiled[2:] == [0, 0, 0]  # not the least operation
+    embed = run.experiment.model.base.embed
+    copies = [
+        x
+        for x in jax.live_arrays()
+        if x.shape == embed.shape and x.dtype == embed.dtype and x is not embed
+    ]
+    assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
+
+
+def test_the_first_rounds_and_every_so_many_are_evaluated():
+    def due(first, every):
+        config = presets.quickstart()
+        config.eval.first_rounds, config.eval.every = first, every
+        return [number for number in range(1, 10) if is_due(parse(config), number)]
+
+    assert due(0, 4) == due(1, 4) == [1, 4, 8]
+    assert due(3, 4) == [1, 2, 3, 4, 8]
+    assert due(0, 100) == [1]
+
+
+# One round, laid out in different ways
+
+
+def first_round(devices, prefix_once=True):
+    """The adapter, completions, metrics and shared prefix of a round whose prompts all begin
+    alike.
+    """
+    config = small(**{"train.steps": 2, "rollout.examples": 8})
+    config.data.templates.question = (
+        "The traders of the market sell one thing each. A friend asks you what. {question}"
+    )
+    built = builder.build(config, devices)
+    worker = built.federation.worker
+    prefix = worker.sampler.shared_prefixes[-1]
+    asked = [worker.renderer.prompt(worker.task, example) for example in worker.examples]
+    assert len(prefix) >= 16 and all(prompt[: len(prefix)] == prefix for prompt in asked)
+    if not prefix_once:
+        worker.sampler.shared_prefixes = prefix = []
+    state, metrics, traces = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
+    assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
+    shapes = worker.sampler.shapes.save()["rooms"].values()
+    assert shapes and all(shape["shared_prefix"] == tuple(prefix) for shape in shapes)
+    said = [[attempt.completion for attempt in record.trace.attempts] for record in traces]
+    return jax.tree.map(np.asarray, state.lora), said, metrics
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return first_round(jax.devices()[:1])
+
+
+def distance(one, other):
+    """||one - other|| / ||one|| over all numbers of two adapters."""
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)]
+    return np.linalg.norm(flat[1] - flat[0]) / np.linalg.norm(flat[0])
+
+
+def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not(on_one_device):
+    adapter, said, _ = on_one_device
+    other, plainly, _ = first_round(jax.devices()[:1], prefix_once=False)
+    assert said == plainly and distance(adapter, other) <= 1e-5
+
+
+def test_a_round_on_eight_devices_equals_the_round_on_one(on_one_device):
+    one, said, metrics = on_one_device
+    eight, said_eight, metrics_eight = first_round(jax.devices())
+    assert said == said_eight and metrics["rollout/wins"] == metrics_eight["rollout/wins"]
+    # The adapter agrees to 1e-5. Its B half starts at zero and is all AdamW's first steps, which
+    # divide each gradient by its own size and so make the last bits of near-zero gradients visible:
+    # there the bound is 1e-3.
+    assert distance(one, eight) <= 1e-5
+    for target, pair in one.by_name().items():
+        a, b = eight.by_name()[target].b, pair.b
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
