@@ -1,4 +1,8 @@
-"""The sizes of a run that tests train whole."""
+"""The sizes of a run that tests train whole. Files that train the same sizes share the compiled
+programs.
+"""
+
+from spear_jax.experiment import presets
 
 SMALL = {
     "rounds": 4,
@@ -14,3 +18,10 @@ SMALL = {
     "federation.server_rate": 0.1,
     "lora.rank": 2,
 }
+
+
+def small(arg="", **changes):
+    """The quickstart config at these sizes."""
+    config = presets.quickstart(arg)
+    config.update_from_flattened_dict(SMALL | changes)
+    return config

@@ -2,6 +2,7 @@
 facts.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -79,9 +80,8 @@ def test_the_model_is_an_ordinary_small_hugging_face_folder():
 
 
 def accuracy(built, examples, prompts):
-    evaluator = built.evaluator
-    evaluator.examples, evaluator.prompts = examples, prompts
-    return evaluator(Policy(built.model.base)).value
+    evaluator = dataclasses.replace(built.evaluator, examples=examples, prompts=prompts)
+    return evaluator(Policy(built.model.base)).accuracy
 
 
 def test_the_model_answers_about_old_traders_but_not_about_new_ones(built):

@@ -217,14 +217,14 @@ def test_cohorts_depend_on_seed_and_round_alone_and_their_streams_do_not_collide
         for r in range(2, 8)
     )
 
-    def first_draw(b, round, client):
-        cohort = b.cohort(round)
+    def first_draw(federation, round, client):
+        cohort = federation.cohort(round)
         cohort.clients[0] = client
         return cohort.rngs(0, "pools").integers(1 << 40)
 
-    assert first_draw(built, 1, 2) != first_draw(built, 2, 1)
+    assert first_draw(built.federation, 1, 2) != first_draw(built.federation, 2, 1)
     published = builder.build(embedded(**{"federation.colliding_streams": True}), jax.devices()[:1])
-    assert first_draw(published, 1, 2) == first_draw(published, 2, 1)
+    assert first_draw(published.federation, 1, 2) == first_draw(published.federation, 2, 1)
 
 
 def test_a_users_mistake_exits_with_two_and_one_line(tmp_path):
@@ -243,7 +243,7 @@ def test_a_users_mistake_exits_with_two_and_one_line(tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr.strip()
-        == "error: rollout.top_p is 2.0; it must lie in (0, 1]. Set --config.rollout.top_p."
+        == "error: rollout.top_p is 2.0; it must be in (0, 1]. Set --config.rollout.top_p."
     )
     assert not (tmp_path / "x").exists()
 

@@ -1,18 +1,19 @@
 """`train --dry-run`: what a run would be, and that it is what the run then is."""
 
+import functools
 import json
 
 import jax
 import pytest
 
-from configs import quickstart
 from spear_jax import train
 from spear_jax.experiment import builder, dry_run
 from spear_jax.experiment.config import default_config, flatten
 from spear_jax.experiment.evaluator import Evaluator
-from spear_jax.experiment.presets import method_config
+from spear_jax.experiment.presets import method_config, quickstart
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.rollout.worker import RolloutWorker
 
 SMALL = {
     "federation.clients_per_round": 2,
@@ -25,10 +26,19 @@ SMALL = {
 FLAGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 
 
-def built(method, **changed):
+def small(method, **changed):
     config = method_config(method, "facts,tiny")
     config.update_from_flattened_dict(SMALL | changed)
-    return builder.build(config, jax.devices()[:1])
+    return config
+
+
+@functools.cache
+def built(method):
+    return builder.build(small(method), jax.devices()[:1])
+
+
+def changed(**fields):
+    return builder.build(small("spear", **fields), jax.devices()[:1])
 
 
 def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_path, capsys):
@@ -49,7 +59,7 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
     )
     assert found["round_bytes_down"] == 2 * found["adapter_bytes"]
     assert found["base_bytes"] == 4 * found["base_parameters"] == 4 * 923_520
-    mine, default = flatten(quickstart.get_config()) | SMALL, flatten(default_config())
+    mine, default = flatten(quickstart()) | SMALL, flatten(default_config())
     assert found["config"] == {
         name: value for name, value in mine.items() if value != default[name]
     }
@@ -57,9 +67,10 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
 
 def test_the_revision_prompt_follows_an_answer_that_is_wrong():
     spear = built("spear")
-    example = spear.worker.examples[int(spear.parts[0][0])]
+    worker = spear.federation.worker
+    example = worker.examples[int(spear.federation.clients[0][0])]
     answer = dry_run.wrong_answer("choice", example)
-    assert answer in example.labels and not spear.worker.task.grade(answer, example)
+    assert answer in example.labels and not worker.task.grade(answer, example)
     told = spear.model.tokenizer.decode(dry_run.revision_prompts(spear, 1)[0])
     assert f"Previous answer: {answer}" in told and example.question in told
 
@@ -71,7 +82,7 @@ def test_a_method_that_revises_nothing_shows_no_revision_prompt(method, capsys):
 
 
 def test_a_large_federation_is_shown_in_part(tmp_path, capsys):
-    many = built("spear", **{"federation.num_clients": 50, "federation.min_examples": 1})
+    many = changed(**{"federation.num_clients": 50, "federation.min_examples": 1})
     dry_run.print_split(many, tmp_path)
     told = capsys.readouterr().out
     assert "client 19 " in told and "client 20 " not in told and "... and 30 more clients" in told
@@ -80,43 +91,40 @@ def test_a_large_federation_is_shown_in_part(tmp_path, capsys):
 @pytest.mark.parametrize(
     "method", ["spear", "feedback_sft", "grpo", "rltf_sd", "opsd", "dpo", "sft"]
 )
-def test_the_work_that_a_method_states_is_what_it_does(method):
+def test_the_work_that_a_method_states_is_what_it_does(method, monkeypatch):
     one = built(method)
-    state = one.initial_state()
-    asked = {"answers": 0, "rows": 0}
-    answer, collect = one.worker.answer, type(one.algorithm).collect
+    federation, state = one.federation, one.initial_state()
+    algorithm, worker, kept = federation.algorithm, federation.worker, state.algorithm_state
+    done, answer = {"answers": 0, "rows": 0}, RolloutWorker.answer
 
-    def counted(policy, asks, key):
-        asked["answers"] += len(asks)
-        return answer(policy, asks, key)
+    def counted(worker, policy, requests, key):
+        done["answers"] += len(requests)
+        return answer(worker, policy, requests, key)
 
-    one.worker.answer = counted
-    cohort, policy, kept = one.cohort(1), one.worker.merge(state.lora), state.algorithm_state
-    for phase in range(one.algorithm.phases):
+    monkeypatch.setattr(RolloutWorker, "answer", counted)
+    cohort, policy = federation.cohort(1), worker.policy(state.lora)
+    for phase in range(algorithm.phases):
         # each phase samples with the round's first policy here: the counts do not depend on what
         # training makes of it
-        got = collect(one.algorithm, one.worker, policy, cohort, kept, jax.random.key(phase), phase)
-        asked["rows"] += sum(
+        data = algorithm.collect(worker, policy, cohort, kept, jax.random.key(phase), phase)
+        done["rows"] += sum(
             row is not None
-            for client in got.rows
+            for client in data.rows
             for step in client
             for micro in step
             for row in micro
         )
-    stated = [one.algorithm.estimate_work(len(own)) for own in cohort.indices]
-    assert asked["answers"] == sum(work.answers for work in stated)
-    assert 0 < asked["rows"] <= sum(work.rows for work in stated)
+    stated = [algorithm.estimate_work(len(own)) for own in cohort.indices]
+    assert done["answers"] == sum(work.answers for work in stated)
+    assert 0 < done["rows"] <= sum(work.rows for work in stated)
     if method != "dpo":  # which has only as many pairs as answers were fixed
-        assert asked["rows"] > 0.4 * sum(work.rows for work in stated)
+        assert done["rows"] > 0.4 * sum(work.rows for work in stated)
 
 
 def test_the_estimates_bound_what_a_round_does():
     one = built("spear")
     found = dry_run.work_of(one)
-    state = one.initial_state()
-    _, metrics, _ = rounds.run_round(
-        one, state.replace(lora=one.on_devices(state.lora)), BudgetUsed()
-    )
+    _, metrics, _ = rounds.run_round(one.federation, one.initial_state(), BudgetUsed())
     assert metrics["rollout/tokens"] <= found["round_generated_tokens"]
     # every answer at full length and none right at once: more than the round does, and not by an
     # order of magnitude
@@ -125,15 +133,15 @@ def test_the_estimates_bound_what_a_round_does():
 
 
 def test_what_depends_on_the_run_is_left_open(tmp_path, capsys):
-    found = dry_run.dry_run(built("spin"), str(tmp_path))
+    found = dry_run.dry_run(built("spin"), small("spin"), str(tmp_path))
     assert found["round_flops"] is None and found["round_answers"] is None
     assert "round_flops: not known before the run" in capsys.readouterr().out
 
 
 def test_memory_for_generation_grows_with_rows_and_length_by_the_cache():
     few, many = (
-        built("spear", **{"rollout.max_concurrent_sequences": 8}),
-        built("spear", **{"rollout.max_concurrent_sequences": 24}),
+        changed(**{"rollout.max_concurrent_sequences": 8}),
+        changed(**{"rollout.max_concurrent_sequences": 24}),
     )
     model = few.model.config
     # keys and values of 16 more rows, float32
@@ -149,7 +157,7 @@ def test_a_dry_run_evaluates_and_generates_nothing(tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("a dry run does not touch the model")
 
-    one = built("spear")
     monkeypatch.setattr(Evaluator, "__call__", never)
-    one.worker.answer = one.worker.revise_until_right = never
-    dry_run.dry_run(one, str(tmp_path))
+    monkeypatch.setattr(RolloutWorker, "answer", never)
+    monkeypatch.setattr(RolloutWorker, "revise_until_right", never)
+    dry_run.dry_run(built("spear"), small("spear"), str(tmp_path))

@@ -95,14 +95,13 @@ PARENT = """import signal
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 import pathlib, sys, time
-from spear_jax import workers
-from spear_jax.errors import UserError
+from spear_jax.experiment import processes
 def work(name, items):
     pathlib.Path(sys.argv[1]).write_text(str(__import__("os").getpid()))
     time.sleep(600)
     yield 0, ""
 if __name__ == "__main__":
-    list(workers.run(work, [("a", {0: None})], 1))
+    list(processes.run(work, [("a", {0: None})], 1))
 """
 
 

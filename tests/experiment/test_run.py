@@ -1,4 +1,6 @@
-"""The run as an object: rounds, callbacks, resume, own parts, and run folders of version 0.10."""
+"""The run as an object: rounds, callbacks, resume, own parts, run folders of version 0.10, and rounds
+that are laid out in different ways.
+"""
 
 import json
 import pathlib
@@ -8,34 +10,21 @@ import jax
 import numpy as np
 import optax
 import pytest
+from run_sizes import SMALL, small
 
 import spear_jax as sj
 from spear_jax.algorithms import ALGORITHMS
+from spear_jax.experiment import builder
+from spear_jax.experiment.config import parse
+from spear_jax.experiment.run import is_due
 from spear_jax.experiment.run_folder import read_run_config
+from spear_jax.federated import round as rounds
 from spear_jax.federated.aggregation.reducers import CoordinateMedian
+from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.io.peft import load_adapter
 from spear_jax.tasks.facts import Facts
 
 FOLDER_0_10 = pathlib.Path(__file__).parents[1] / "fixtures" / "run_0_10"
-SMALL = {
-    "rounds": 3,
-    "federation.num_clients": 3,
-    "federation.clients_per_round": 3,
-    "rollout.examples": 6,
-    "rollout.max_concurrent_sequences": 16,
-    "train.steps": 1,
-    "train.batch_size": 4,
-    "eval.limit": 40,
-    "eval.rows": 40,
-    "eval.every": 2,
-    "lora.rank": 2,
-}
-
-
-def small(method="spear", **changes):
-    config = sj.preset(method, task="facts", model="tiny", variants=["small"])
-    config.update_from_flattened_dict(SMALL | changes)
-    return config
 
 
 def open_run(config, folder, **parts):
@@ -67,8 +56,8 @@ class Recorder(sj.Callback):
 def trained(tmp_path_factory):
     """A run that stopped after two rounds and went on, and what its callbacks were told."""
     folder, first, second = tmp_path_factory.mktemp("run"), Recorder(last=2), Recorder()
-    begun = [round.number for round in open_run(small(), folder, callbacks=[first])]
-    run = open_run(small(), folder, callbacks=[second])
+    begun = [round.number for round in open_run(small(rounds=3), folder, callbacks=[first])]
+    run = open_run(small(rounds=3), folder, callbacks=[second])
     rounds = list(run)
     return folder, begun, rounds, run, first.events, second.events
 
@@ -80,7 +69,7 @@ def test_a_run_gives_its_rounds_and_goes_on_where_it_stopped(trained):
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
     assert rounds[0].metrics == lines[3] and rounds[0].accuracy == lines[3]["eval/accuracy"]
-    assert len(rounds[0].traces) == 18 and {x.role for x in rounds[0].traces} <= {
+    assert len(rounds[0].traces) == 16 and {x.role for x in rounds[0].traces} <= {
         "win", "lose", "unused",
     }  # fmt: skip
 
@@ -96,7 +85,7 @@ def test_callbacks_hear_of_every_round_and_evaluation(trained):
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits_as_one_that_was_not(trained, tmp_path):
     *_, run, _, _ = trained
-    whole = open_run(small(), tmp_path / "whole")
+    whole = open_run(small(rounds=3), tmp_path / "whole")
     assert whole.train()["rounds"] == 3
     jax.tree.map(np.testing.assert_array_equal, whole.state.lora, run.state.lora)
 
@@ -132,6 +121,26 @@ def test_load_run_wants_a_run_folder(tmp_path):
 # Own parts
 
 
+def plain(**changes):
+    """A round of plain averaging."""
+    fields = {"rounds": 1, "federation.aggregation": "fedavg", "federation.server_rate": 1.0}
+    return small(**fields | changes)
+
+
+def moved(run):
+    """What the run's rounds added to the first adapter."""
+    start = run.experiment.initial_state().lora
+    return jax.tree.map(lambda x, old: np.asarray(x) - np.asarray(old), run.state.lora, start)
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """A finished round of plain averaging."""
+    run = open_run(plain(), tmp_path_factory.mktemp("averaged"))
+    run.train()
+    return run
+
+
 def test_a_reducer_of_ones_own_is_passed_as_an_object(tmp_path):
     class Quarter(sj.Reducer):
         """A quarter of the median's way, in numpy."""
@@ -144,13 +153,11 @@ def test_a_reducer_of_ones_own_is_passed_as_an_object(tmp_path):
             median = lambda x, old: (np.median(x[there], axis=0) - np.asarray(old)) / 4
             return jax.tree.map(median, adapters, start), there.sum()
 
-    config = small(rounds=1)
+    config = plain(**{"federation.clients_per_round": 3})
     whole = open_run(config, tmp_path / "whole", reducer=CoordinateMedian())
     quarter = open_run(config, tmp_path / "quarter", reducer=Quarter())
-    start = jax.tree.map(np.asarray, whole.state.lora)
     for run in (whole, quarter):
         run.train()
-    moved = lambda run: jax.tree.map(lambda x, old: np.asarray(x) - old, run.state.lora, start)
     near = lambda a, b: np.testing.assert_allclose(a / 4, b, rtol=1e-4, atol=1e-8)
     jax.tree.map(near, moved(whole), moved(quarter))
     assert read_run_config(tmp_path / "quarter").federation.reducer == "Quarter"
@@ -158,28 +165,20 @@ def test_a_reducer_of_ones_own_is_passed_as_an_object(tmp_path):
         sj.load_run(tmp_path / "quarter")
 
 
-def test_a_server_optimizer_of_optax_sees_the_pseudo_gradient(tmp_path):
+def test_a_server_optimizer_of_optax_sees_the_pseudo_gradient(averaged, tmp_path):
     """SGD of rate 1 on the negative update is plain averaging."""
-    plain, sgd = (
-        open_run(small(rounds=1), tmp_path / name, **parts)
-        for name, parts in (("plain", {}), ("sgd", {"server_optimizer": optax.sgd(1.0)}))
-    )
-    for run in (plain, sgd):
-        run.train()
+    sgd = open_run(plain(), tmp_path, server_optimizer=optax.sgd(1.0))
+    sgd.train()
     same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
-    jax.tree.map(same, plain.state.lora, sgd.state.lora)
+    jax.tree.map(same, averaged.state.lora, sgd.state.lora)
 
 
-def test_a_client_transform_changes_updates_before_they_are_reduced(tmp_path):
+def test_a_client_transform_changes_updates_before_they_are_reduced(averaged, tmp_path):
     half = lambda update: jax.tree.map(lambda x: x / 2, update)
-    whole = open_run(small(rounds=1), tmp_path / "whole")
-    halved = open_run(small(rounds=1), tmp_path / "half", transforms=[half])
-    start = jax.tree.map(np.asarray, whole.state.lora)
-    for run in (whole, halved):
-        run.train()
-    moved = lambda run: jax.tree.map(lambda x, old: np.asarray(x) - old, run.state.lora, start)
+    halved = open_run(plain(), tmp_path, transforms=[half])
+    halved.train()
     near = lambda a, b: np.testing.assert_allclose(a / 2, b, rtol=1e-4, atol=1e-7)
-    jax.tree.map(near, moved(whole), moved(halved))
+    jax.tree.map(near, moved(averaged), moved(halved))
 
 
 class Terse(sj.Feedback):
@@ -191,7 +190,7 @@ class Terse(sj.Feedback):
 
 def test_feedback_and_task_are_passed_as_objects(tmp_path):
     task = Facts()
-    run = open_run(small(rounds=1), tmp_path, task=task, feedback=Terse(task))
+    run = open_run(plain(), tmp_path, task=task, feedback=Terse(task))
     (round,) = list(run)
     said = {attempt.feedback for record in round.traces for attempt in record.trace.attempts[1:]}
     assert said == {"Try again."}
@@ -205,7 +204,7 @@ def test_a_method_of_ones_own_gets_a_config_group(tmp_path):
         name = "mine"
 
     try:
-        config = sj.preset(Mine, task="facts", model="tiny", variants=["small"])
+        config = sj.preset(Mine, task="facts", model="tiny")
         config.update_from_flattened_dict(SMALL | {"rounds": 1, "mine.lose_weight": 0.0})
         (round,) = list(open_run(config, tmp_path))
         assert round.metrics["rollout/first_accuracy"] >= 0
@@ -258,3 +257,69 @@ def test_a_run_folder_of_0_10_goes_on(tmp_path):
         assert round.metrics[name] == pytest.approx(wanted[name], rel=2e-3), name
     for name in ("rollout/tokens", "rollout/wins", "budget/tokens", "round/bytes_up"):
         assert round.metrics[name] == wanted[name], name
+
+
+def test_the_first_rounds_and_every_so_many_are_evaluated():
+    def due(first, every):
+        settings = parse(small(**{"eval.first_rounds": first, "eval.every": every}))
+        return [number for number in range(1, 10) if is_due(settings, number)]
+
+    assert due(0, 4) == due(1, 4) == [1, 4, 8]
+    assert due(3, 4) == [1, 2, 3, 4, 8]
+    assert due(0, 100) == [1]
+
+
+# One round, laid out in different ways
+
+
+def first_round(devices, prefix_once=True):
+    """The adapter, completions, metrics and shared prefix of a round whose prompts all begin
+    alike.
+    """
+    config = plain(**{"federation.clients_per_round": 3})
+    config.data.templates.question = (
+        "The traders of the market sell one thing each. A friend asks you what. {question}"
+    )
+    built = builder.build(config, devices)
+    worker = built.federation.worker
+    prefix = worker.sampler.shared_prefixes[-1]
+    asked = [worker.renderer.prompt(worker.task, example) for example in worker.examples]
+    assert len(prefix) >= 16 and all(prompt[: len(prefix)] == prefix for prompt in asked)
+    if not prefix_once:
+        worker.sampler.shared_prefixes = prefix = []
+    state, metrics, traces = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
+    assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
+    shapes = worker.sampler.shapes.save()["rooms"].values()
+    assert shapes and all(shape["shared_prefix"] == tuple(prefix) for shape in shapes)
+    said = [[attempt.completion for attempt in record.trace.attempts] for record in traces]
+    return jax.tree.map(np.asarray, state.lora), said, metrics
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return first_round(jax.devices()[:1])
+
+
+def distance(one, other):
+    """||one - other|| / ||one|| over all numbers of two adapters."""
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)]
+    return np.linalg.norm(flat[1] - flat[0]) / np.linalg.norm(flat[0])
+
+
+def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not(on_one_device):
+    adapter, said, _ = on_one_device
+    other, plainly, _ = first_round(jax.devices()[:1], prefix_once=False)
+    assert said == plainly and distance(adapter, other) <= 1e-5
+
+
+def test_a_round_on_eight_devices_equals_the_round_on_one(on_one_device):
+    one, said, metrics = on_one_device
+    eight, said_eight, metrics_eight = first_round(jax.devices())
+    assert said == said_eight and metrics["rollout/wins"] == metrics_eight["rollout/wins"]
+    # The adapter agrees to 1e-5. Its B half starts at zero and is all AdamW's first steps, which
+    # divide each gradient by its own size and so make the last bits of near-zero gradients visible:
+    # there the bound is 1e-3.
+    assert distance(one, eight) <= 1e-5
+    for target, pair in one.by_name().items():
+        a, b = eight.by_name()[target].b, pair.b
+        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)

@@ -8,13 +8,14 @@ import pytest
 
 from spear_jax import compare, train
 from spear_jax.core.errors import UserError
-from spear_jax.experiment import loop, wandb_logger
+from spear_jax.experiment import run, wandb_logger
 from spear_jax.experiment.config import default_config
 
+# a method without rollouts: fewer programs to compile
 FLAGS = [
-    "--config=configs/quickstart.py", "--quiet", "--config.federation.clients_per_round=1", "--config.rollout.examples=4",
-    "--config.train.steps=1", "--config.train.batch_size=2", "--config.eval.limit=8", "--config.lora.rank=2",
-    "--config.federation.clients_at_once=1", "--config.record_traces=False", "--config.rounds=2",
+    "--config=sft:facts,tiny,small", "--quiet", "--config.federation.clients_per_round=1",
+    "--config.train.steps=1", "--config.train.batch_size=2", "--config.eval.limit=8",
+    "--config.lora.rank=2", "--config.rounds=2",
 ]  # fmt: skip
 
 
@@ -57,16 +58,15 @@ def records(folder):
 def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(offline, tmp_path):
     workdir = tmp_path / "run"
     flags = [*FLAGS, "--config.wandb=a-project", f"--workdir={workdir}"]
-    one, built_state = loop.one_round, []
+    one_round = run.Run._round
 
-    def stopping(*args):
-        if len(built_state) == 1:
+    def stopping(self, *args):
+        if self.finished_rounds == 1:
             raise KeyboardInterrupt
-        built_state.append(1)
-        return one(*args)
+        return one_round(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "one_round", stopping)
+        patch.setattr(run.Run, "_round", stopping)
         with pytest.raises(KeyboardInterrupt):
             train.main(flags)
     offline.finish()  # as the end of the process would
@@ -86,7 +86,7 @@ def test_a_run_and_its_continuation_are_one_run_with_the_lines_of_metrics_jsonl(
 
 def test_a_missing_package_stops_before_anything_is_built(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_logger.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(train.experiment, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(run, "build", lambda *_: pytest.fail("built"))
     with pytest.raises(UserError, match=r"pip install spear-jax\[wandb\]"):
         train.main([*FLAGS, "--config.wandb=a-project", f"--workdir={tmp_path / 'run'}"])
     with pytest.raises(UserError, match=r"spear-jax\[wandb\]"):

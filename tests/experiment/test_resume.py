@@ -1,5 +1,5 @@
-"""Whole runs of `train` as a user starts them: the run folder, resuming, killing, and no silent
-recompilation.
+"""Whole runs of `train` as a user starts them: the run folder, resuming, killing, and the commands
+that read the folder.
 """
 
 import json
@@ -16,41 +16,40 @@ import pytest
 from processes import environment
 from run_sizes import SMALL
 
-from configs import quickstart
 from spear_jax import evaluate as evaluate_command
 from spear_jax import export as export_command
 from spear_jax import report as report_command
 from spear_jax import score as score_command
+from spear_jax import train as train_command
 from spear_jax.analysis import runs, token_tables
-from spear_jax.core.compilation import Compiles
 from spear_jax.core.errors import UserError
 from spear_jax.core.pytrees import digest
-from spear_jax.experiment import builder, evaluator, run_folder
+from spear_jax.experiment import builder, command_line, presets, run_folder
 from spear_jax.experiment.checkpoint import Checkpoints, restore
-from spear_jax.experiment.run import is_due, one_round
-from spear_jax.federated import cohort_training
-from spear_jax.federated import round as rounds
-from spear_jax.federated.round_metrics import BudgetUsed
-from spear_jax.models.decoder import merge
 from spear_jax.models.io import peft
-from spear_jax.rollout import sampler, scorer
 
 FLAGS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 
 
-def command(workdir, *more):
-    return [
-        sys.executable, "-m", "spear_jax.train", "--config=configs/quickstart.py", f"--workdir={workdir}", "--quiet",
-        *FLAGS, *more,
-    ]  # fmt: skip
+def arguments(workdir):
+    return ["--config=configs/quickstart.py", f"--workdir={workdir}", *FLAGS]
 
 
-def run(workdir, *more):
-    done = subprocess.run(
-        command(workdir, *more), env=environment(), capture_output=True, text=True
-    )
+def command(workdir):
+    return [sys.executable, "-m", "spear_jax.train", *arguments(workdir), "--quiet"]
+
+
+def run(workdir):
+    done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Commands that are called in this process see one device, as those that are started do."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,15 @@ def finished(tmp_path_factory):
     return workdir, done
 
 
-def final_state(workdir):
-    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
+@pytest.fixture(scope="module")
+def built():
+    """The experiment of these runs."""
+    config = presets.quickstart()
+    config.update_from_flattened_dict(SMALL)
+    return builder.build(config, jax.devices()[:1])
+
+
+def final_state(built, workdir):
     state, meta = restore(built, workdir, None)
     assert meta["line"]["round"] == int(state.round)
     return digest((state.lora, state.opt_state)), int(state.round)
@@ -158,31 +164,32 @@ def test_scores_of_what_is_not_there_are_a_users_mistake(finished, tmp_path):
 def test_a_run_from_before_a_field_existed_takes_its_default(finished, tmp_path):
     workdir, _ = finished
     config = json.loads((workdir / "config.json").read_text())
-    del config["imports"], config["train"]["rate"]
+    del config["imports"], config["train"]["learning_rate"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = run_folder.read_run_config(tmp_path)
     assert found.imports == () and found.train.learning_rate == 5e-5 and found.rounds == 4
 
 
-def test_bytes_count_float32_adapters_of_the_clients(finished):
+def test_bytes_count_float32_adapters_of_the_clients(finished, built):
     workdir, _ = finished
-    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves(built.initial_state().lora))
     for line in lines(workdir)[1:]:
         assert line["round/bytes_down"] == 2 * size
         assert line["round/bytes_up"] == (2 - line["round/clients_without_wins"]) * size
 
 
-def test_running_again_repeats_nothing(finished):
+def test_running_again_repeats_nothing(finished, built):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
-    state = final_state(workdir)
-    run(workdir)
-    assert (workdir / "metrics.jsonl").read_text() == before and final_state(workdir) == state
+    state = final_state(built, workdir)
+    train_command.main(arguments(workdir))
+    assert (workdir / "metrics.jsonl").read_text() == before and final_state(
+        built, workdir
+    ) == state
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_path, seed):
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, built, tmp_path, seed):
     whole, _ = finished
     workdir, rng = tmp_path / "killed", random.Random(seed)
     kills = 0
@@ -210,7 +217,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, tmp_pa
         kills += 1
     assert kills
     run(workdir)
-    assert final_state(workdir) == final_state(whole)
+    assert final_state(built, workdir) == final_state(built, whole)
     assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
     drop = lambda line: {
         k: v
@@ -228,35 +235,32 @@ def corrupt(folder):
             file.write_bytes(bytes(data))
 
 
-def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+def test_a_corrupt_newest_checkpoint_falls_back_to_the_one_before(
+    finished, built, tmp_path, capsys
+):
     whole, _ = finished
     workdir = tmp_path / "damaged"
     shutil.copytree(whole, workdir)
     corrupt(workdir / "checkpoints" / "4")
-    done = run(workdir)
-    assert (
-        "checkpoint of round 4 is corrupt" in done.stderr
-        and "going on after round 3" in done.stderr
-    )
-    assert final_state(workdir) == final_state(whole)
+    train_command.main(arguments(workdir))
+    told = capsys.readouterr().err
+    assert "checkpoint of round 4 is corrupt" in told and "going on after round 3" in told
+    assert final_state(built, workdir) == final_state(built, whole)
     assert [line["round"] for line in lines(workdir)] == [0, 1, 2, 3, 4]
 
 
-def test_only_corrupt_checkpoints_are_a_user_error(finished, tmp_path):
+def test_only_corrupt_checkpoints_are_a_user_error(finished, tmp_path, capsys):
     workdir = tmp_path / "ruined"
     shutil.copytree(finished[0], workdir)
     for folder in (workdir / "checkpoints").iterdir():
         corrupt(folder)
-    done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and "no whole checkpoint" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(train_command.main, arguments(workdir))
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and "no whole checkpoint" in told and "Traceback" not in told
 
 
-def test_the_last_and_the_best_rounds_are_kept(tmp_path):
-    built = builder.build(quickstart.get_config(), jax.devices()[:1])
+def test_the_last_and_the_best_rounds_are_kept(built, tmp_path):
     state = built.initial_state()
     checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
     for number, accuracy in enumerate([0.1, 0.9, None, 0.3, None, 0.2]):
@@ -297,10 +301,9 @@ def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
         evaluate_command.main([f"--workdir={workdir}", "--round=77"])
 
 
-def test_the_exported_adapter_is_the_servers(finished, tmp_path):
+def test_the_exported_adapter_is_the_servers(finished, built, tmp_path):
     workdir, _ = finished
     export_command.main([f"--workdir={workdir}", f"--out={tmp_path / 'adapter'}", "--quiet"])
-    built = builder.build(run_folder.read_run_config(workdir), jax.devices()[:1])
     tree, _ = peft.load_adapter(tmp_path / "adapter", built.model.config)
     assert digest(tree) == digest(restore(built, workdir, None)[0].lora)
     raw = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
@@ -309,48 +312,8 @@ def test_the_exported_adapter_is_the_servers(finished, tmp_path):
     )  # "tiny" is no name that PEFT could load
 
 
-@pytest.mark.parametrize("task", ["facts", "reasoned"])
-def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task, tmp_path):
-    config = quickstart.get_config(task)
-    config.update_from_flattened_dict(
-        SMALL | {"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"}
-    )
-    built = builder.build(config, jax.devices()[:1])
-    programs = (
-        sampler._prefill, sampler._decode_until, sampler._take, cohort_training._train, rounds._aggregate, merge,
-        evaluator._last_scores, scorer._token_scores,
-    )  # fmt: skip
-    state = built.initial_state()
-    sizes, counted, compiles = [], [], Compiles()
-    for _ in range(5):
-        state, _, _ = one_round(built, state, 0.0, BudgetUsed())
-        sizes.append([program._cache_size() for program in programs])
-        counted.append(compiles.take()["compile/programs"])
-    assert sizes[1] == sizes[2] == sizes[3] == sizes[4]
-    assert counted[2:] == [0, 0, 0]  # not the least operation
-    embed = built.model.base.embed
-    copies = [
-        x
-        for x in jax.live_arrays()
-        if x.shape == embed.shape and x.dtype == embed.dtype and x is not embed
-    ]
-    assert all(x.unsafe_buffer_pointer() == embed.unsafe_buffer_pointer() for x in copies)
-
-
-def test_the_first_rounds_and_every_so_many_are_evaluated():
-    config = quickstart.get_config()
-    due = lambda first, every: [
-        n
-        for n in range(1, 10)
-        if config.eval.update({"first_rounds": first, "every": every}) or is_due(config, n)
-    ]
-    assert due(0, 4) == due(1, 4) == [1, 4, 8]
-    assert due(3, 4) == [1, 2, 3, 4, 8]
-    assert due(0, 100) == [1]
-
-
 def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
-    config = quickstart.get_config()
+    config = presets.quickstart()
     old = json.loads(json.dumps(config.to_dict()))
     del old["wandb"], old["eval"]["first_rounds"], old["spear"]["answer_only"]
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -362,68 +325,3 @@ def test_a_run_folder_of_before_a_field_existed_has_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     with pytest.raises(UserError, match="federation.rule"):
         run_folder.open_workdir(str(tmp_path), config, "must")
-
-
-def test_a_round_that_reads_what_prompts_open_with_once_equals_one_that_does_not():
-    config = quickstart.get_config()
-    config.update_from_flattened_dict(
-        SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3}
-    )
-    config.data.templates.question = (
-        "The traders of the market sell one thing each. A friend asks you what. {question}"
-    )
-    results = []
-    for once in (True, False):
-        built = builder.build(config)
-        asked = [
-            built.federation.worker.renderer.prompt(built.federation.worker.task, example)
-            for example in built.federation.worker.examples
-        ]
-        shared_prefix = built.federation.worker.sampler.shared_prefixes[-1] * once
-        assert len(shared_prefix) >= 16 * once and all(
-            prompt[: len(shared_prefix)] == shared_prefix for prompt in asked
-        )
-        built.federation.worker.sampler.shared_prefixes = [shared_prefix] * once
-        state, metrics, told = rounds.run_round(
-            built.federation, built.initial_state(), BudgetUsed()
-        )
-        assert metrics["rollout/wins"] > 0 and metrics["rollout/loses"] > 0
-        results.append(
-            (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told])
-        )
-        rooms = built.federation.worker.sampler.shapes.save()["rooms"]
-        assert rooms and all(room["opening"] == tuple(shared_prefix) for room in rooms.values())
-    (one, said), (other, plainly) = results
-    assert said == plainly
-    everything = [
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, other)
-    ]
-    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
-
-
-def test_a_round_on_eight_devices_equals_the_round_on_one():
-    config = quickstart.get_config()
-    config.update_from_flattened_dict(
-        SMALL | {"federation.aggregation": "fedavg", "federation.clients_per_round": 3}
-    )
-    results = []
-    for devices in (jax.devices()[:1], jax.devices()):
-        built = builder.build(config, devices)
-        state = built.initial_state()
-        state = state.replace(lora=built.federation.on_devices(state.lora))
-        state, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
-        results.append(
-            (state.lora, [[a.completion for a in trace.attempts] for trace, _, _ in told], metrics)
-        )
-    (one, said_one, metrics_one), (eight, said_eight, metrics_eight) = results
-    assert said_one == said_eight and metrics_one["rollout/wins"] == metrics_eight["rollout/wins"]
-    # The adapter agrees to 1e-5. Its B half starts at zero and is all AdamW's first steps, which
-    # divide each gradient by its own size and so make the last bits of near-zero gradients visible:
-    # there the bound is 1e-3.
-    everything = [
-        np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (one, eight)
-    ]
-    assert np.linalg.norm(everything[1] - everything[0]) <= 1e-5 * np.linalg.norm(everything[0])
-    for target, pair in one.by_name().items():
-        a, b = np.asarray(eight.by_name()[target].b), np.asarray(pair.b)
-        assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
