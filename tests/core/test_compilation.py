@@ -11,12 +11,12 @@ from spear_jax.core import compilation
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
-from spear_jax import compiles
-compiles.LONG = 0.0
-compiles.keep_programs()
+from spear_jax.core import compilation
+compilation.LONG = 0.0
+compilation.enable_compilation_cache()
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
-counted = compiles.Compiles()
+counted = compilation.Compiles()
 out = jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.eye(8))
 print(json.dumps([len(hits), counted.take()["compile/programs"], float(out)]))
 """

@@ -11,7 +11,7 @@ from processes import environment
 from spear_jax.analysis.runs import load_traces
 from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import base_placer, init_distributed, layer_of, make_mesh, to_host
-from spear_jax.experiment import builder, run_folder
+from spear_jax.experiment import builder, presets, run_folder
 from spear_jax.experiment.checkpoint import restore
 from spear_jax.models.io.huggingface import load_model
 
@@ -111,8 +111,7 @@ def test_two_processes_give_what_one_process_with_two_devices_gives(tmp_path, mo
 
 def test_a_person_is_asked_by_one_process_only(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    from spear_jax.experiment import presets
-
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     config = presets.quickstart()
     config.rollout.feedback = "human"
     with pytest.raises(UserError, match="each of which would ask"):
