@@ -15,6 +15,7 @@ The names below are the public API. They are imported when they are first used, 
 
 import importlib
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ __version__ = "0.11.0"
 
 # transformers is used for tokenizers only, and would remark on every start that PyTorch is absent.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# In a notebook it would also ask for ipywidgets, for bars that it never shows.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 # public name -> the module that defines it
 _PUBLIC = {

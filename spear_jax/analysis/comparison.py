@@ -175,27 +175,18 @@ def plot_grid(folder: Folder, path: Folder) -> None:
 
     Args: path: the figure; saved with the suffixes .png and .svg.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the notebook's
 
     table, kind = grid_table(folder), read_request(folder)["budget"]["kind"]
     styles = {label: line_style(index) for index, label in enumerate(sorted(table["method"]))}
-    figure, (left, right) = plt.subplots(
-        1,
-        2,
-        figsize=(11, 3.6 + 0.3 * len(table)),
-        layout="constrained",
-        gridspec_kw={"width_ratios": (3, 2)},
-    )
+    figure = Figure(figsize=(11, 3.6 + 0.3 * len(table)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _plot_curves(left, folder, table, kind, styles)
     _plot_final(right, folder, table, styles)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for suffix in (".png", ".svg"):
         figure.savefig(pathlib.Path(path).with_suffix(suffix), dpi=150)
-    plt.close(figure)
 
 
 def line_style(index: int) -> dict[str, Any]:

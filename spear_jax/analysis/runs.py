@@ -211,12 +211,10 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
     """Held-out accuracy against the round, with 95 % intervals, and the rollouts' first-answer
     accuracy as a thin line.
     """
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the notebook's
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
     for index, workdir in enumerate(workdirs):
         colour = COLOURS[index % len(COLOURS)]
         table = load_metrics(workdir)
@@ -253,4 +251,3 @@ def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) 
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -101,10 +101,7 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
         x: a column of the lines' rows; numbers, or names at equal distances.
         path: the figure; saved with the suffixes .png and .svg.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the notebook's
 
     # the first cell compiles what the others find in the cache
     lines = [
@@ -114,7 +111,8 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
     whole = pd.concat([line.rows for line in lines])
     places, ticks = _places(whole[x])
     log = pd.api.types.is_numeric_dtype(whole[x]) and _wide(whole[x])
-    figure, grid = plt.subplots(2, 2, figsize=(10, 7.4), layout="constrained")
+    figure = Figure(figsize=(10, 7.4), layout="constrained")
+    grid = figure.subplots(2, 2)
     for axes, (column, (unit, divisor)) in zip(grid.flat, PANELS.items(), strict=True):
         for index, line in enumerate(lines):
             found = np.array([places[value] for value in line.rows[x]])
@@ -155,7 +153,6 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
     figure.suptitle(title, fontsize=10)
     for suffix in (".png", ".svg"):
         figure.savefig(pathlib.Path(path).with_suffix(suffix), dpi=150)
-    plt.close(figure)
 
 
 def _places(values: pd.Series) -> tuple[dict[Any, float], dict[float, str]]:

@@ -26,9 +26,7 @@ def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
         about = {name: trace[name] for name in ("client", "example", "role", "confidence")}
         table = pd.DataFrame({"trace": number, **about, **trace["tokens"]})
         tables.append(
-            table.assign(
-                position=range(len(table)), unlikelihood_mask=table["touched"].astype("boolean")
-            )
+            table.assign(position=range(len(table)), touched=table["touched"].astype("boolean"))
         )
     if not tables:
         raise UserError(
