@@ -353,7 +353,7 @@ def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
 def requests_of(cohort: Cohort, count: int, samples: int = 1) -> list[RolloutRequest]:
     """Returns a cohort's requests: `count` examples of every client, each `samples` times.
 
-    For clients 4 and 7, which drew example 31 and example 8, with 2 samples each:
+    Clients 4 and 7 drew example 31 and example 8. With 2 samples of each:
 
         (4, 31, 0)  (4, 31, 1)  (7, 8, 0)  (7, 8, 1)        (client, example, sample)
     """
@@ -368,11 +368,13 @@ def requests_of(cohort: Cohort, count: int, samples: int = 1) -> list[RolloutReq
 def schedule(
     common: CommonHyperparams, draw: Callable[[], list[TrainingRow | None]]
 ) -> list[list[list[TrainingRow | None]]]:
-    """Draws the [S][A] micro-batches of a client's round, each on its own.
+    """Draws the [S][A] micro-batches of a client's round.
 
-    >>> letters = iter("abcdef")
-    >>> schedule(common, lambda: [next(letters)])      # 2 steps of 3 micro-batches
-    [[['a'], ['b'], ['c']], [['d'], ['e'], ['f']]]
+    Each micro-batch is drawn on its own:
+
+        >>> letters = iter("abcdef")
+        >>> schedule(common, lambda: [next(letters)])      # 2 steps of 3 micro-batches
+        [[['a'], ['b'], ['c']], [['d'], ['e'], ['f']]]
     """
     return [[draw() for _ in range(common.accumulation)] for _ in range(common.steps)]
 

@@ -21,9 +21,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Returns the error for `name`, which is not one of the `known` names of this `kind`.
 
-    >>> raise unknown("task", "gsm8", ["gsm8k", "facts"])
-    Traceback (most recent call last):
-    spear_jax.core.errors.UserError: unknown task 'gsm8'. Did you mean 'gsm8k'? Known: facts, gsm8k.
+    It names the nearest, and all where they are few:
+
+        >>> raise unknown("task", "gsm8", ["gsm8k", "facts"])
+        Traceback (most recent call last):
+        spear_jax.core.errors.UserError: unknown task 'gsm8'. Did you mean 'gsm8k'? Known: facts, gsm8k.
     """
     known = sorted(known)
     guess = nearest(name, known)

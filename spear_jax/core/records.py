@@ -26,8 +26,10 @@ def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
 def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """Returns the 95 % score interval of a fraction p of n.
 
-    >>> [round(x, 3) for x in wilson(0.5, 100)]
-    [0.404, 0.596]
+    Half of a hundred answers were right:
+
+        >>> [round(x, 3) for x in wilson(0.5, 100)]
+        [0.404, 0.596]
     """
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)

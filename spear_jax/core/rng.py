@@ -26,6 +26,8 @@ def path_key(key: jax.Array, *path: int | jax.Array) -> jax.Array:
 def path_rng(seed: int, *path: int) -> np.random.Generator:
     """Returns the host's generator at a path of non-negative integers.
 
-    path_rng(seed, purpose("rollout"), round, client)
+    A path is a purpose, then numbers such as the round and the client:
+
+        path_rng(seed, purpose("rollout"), round, client)
     """
     return np.random.default_rng(np.random.SeedSequence([seed, *path]))
