@@ -122,7 +122,7 @@ class RowLayout:
         k        0 for every w, 1 for every l
 
     Attributes:
-        rows_per_group: K, rows that the loss needs together (2 for a pair).
+        rows_per_group: rows that the loss needs together (2 for a pair).
         num_packs: passes over tokens that `forward` takes. A group's row k is read in pass k %
             num_packs.
         prompts: the prompts that rows may stand under: "task", "revision", "privileged".

@@ -60,8 +60,8 @@ def reward_metrics(real: jax.Array, synthetic: jax.Array, valid: jax.Array) -> d
 
     Args:
         real: float[B].
-        synthetic: float[M, B], of the same groups.
-        valid: bool[1 + M, B].
+        synthetic: float[samples, B], of the same groups.
+        valid: bool[1 + samples, B].
     """
     pairs = valid[:1] & valid[1:]
     return {
@@ -74,25 +74,27 @@ def reward_metrics(real: jax.Array, synthetic: jax.Array, valid: jax.Array) -> d
 class SelfPlay(Algorithm, abc.ABC):
     """Base of the self-play methods: synthetic responses, their store, and the rewards.
 
-    A group is K = 1 + M rows: an example's gold response (k = 0, label +1), then its M synthetic
-    ones (label -1). A micro-batch of B groups holds K parts of B rows. A padding group has K rows
-    of label 0. For B = 2 and M = 1, with the second group padding:
+    A group is an example's gold response (k = 0, label +1) and its synthetic ones (k = 1, 2, ...,
+    label -1). A micro-batch of B groups holds the B rows of k = 0, then those of k = 1, and so on.
+    The rows of a padding group have label 0. For B = 2 and one synthetic response, with the second
+    group padding:
 
         rows    y0 -- y'0 --
         label    1  0  -1  0
         k        0  0   1  1
 
-    The algorithm's state is numpy arrays of constant size. A synthetic set is the M responses to
-    one prompt of one iteration, and the store keeps H sets for each of N examples:
+    The algorithm's state is numpy arrays of constant size. A synthetic set is the `samples`
+    responses to one prompt of one iteration. The store keeps `kept` sets for each training example:
 
-        opponents                    adapters with a leading axis of `players`: π_t, π_{t−1}, ...
-        tokens int32[N, H, M, T]     the responses, right-padded
-        lengths int32[N, H, M]       their lengths
-        correct bool[N, H, M]        whether each was right
-        iteration int32[N, H]        the iteration that a set is of, -1 where there is none
+        opponents                                     adapters with a leading axis of `players`:
+                                                      π_t, π_{t−1}, ...
+        tokens     int32[examples, kept, samples, T]  the responses, right-padded
+        lengths    int32[examples, kept, samples]     their lengths
+        correct    bool[examples, kept, samples]      whether each was right
+        iteration  int32[examples, kept]              the iteration that a set is of, -1 where none is
 
-    With H = 2, the set of iteration t lies at t % H. An example that was drawn in iterations 0, 2
-    and 3:
+    With kept = 2, the set of iteration t lies at t % 2. An example that was drawn in iterations 0,
+    2 and 3:
 
         iteration[i]   2 3          the set of iteration 0 is overwritten
     """
@@ -112,12 +114,12 @@ class SelfPlay(Algorithm, abc.ABC):
 
     @property
     def kept(self) -> int:
-        """Returns H, the synthetic sets that the state keeps for each prompt."""
+        """Returns the number of synthetic sets that the state keeps for each prompt."""
         return 1
 
     @property
     def samples(self) -> int:
-        """Returns M, the synthetic responses to a prompt in an iteration."""
+        """Returns the number of synthetic responses to a prompt in an iteration."""
         return 1
 
     @property
@@ -354,20 +356,22 @@ class SelfPlay(Algorithm, abc.ABC):
     # On device
 
     def split_rows(self, values: jax.Array) -> jax.Array:
-        """Splits the rows of a micro-batch by their place in the group: [..., K B] -> [..., K, B].
+        """Splits the last axis by the rows' place in the group: [..., rows] -> [..., k, B].
 
-        y0 y1 y'0 y'1  ->  [[y0 y1] [y'0 y'1]]
+        Two groups of a real and a synthetic row:
+
+            y0 y1 y'0 y'1  ->  [[y0 y1] [y'0 y'1]]
         """
         return values.reshape(*values.shape[:-1], self.layout.rows_per_group, -1)
 
     def valid(self, batch: Batch) -> jax.Array:
-        """Returns bool[K, B], the rows that hold a response."""
+        """Returns bool[k, B], the rows that hold a response."""
         return self.split_rows(batch.label != 0)
 
     def rewards(self, batch: Batch, logprobs: jax.Array) -> jax.Array:
-        """Returns r against every opponent, float32[J, K, B]."""
+        """Returns r against every opponent, float32[J, k, B]."""
         policy = losses.sequence_sum(logprobs, batch.loss_mask)
-        reference = losses.sequence_sum(batch.ref_logprobs, batch.loss_mask[:, None])  # [K B, J]
+        reference = losses.sequence_sum(batch.ref_logprobs, batch.loss_mask[:, None])  # [rows, J]
         return self.split_rows(log_ratio(policy, reference.T, self.settings.lam))
 
     def denominators(

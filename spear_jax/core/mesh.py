@@ -128,8 +128,8 @@ def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
 
     A large leaf is split over `model` where its size allows. On a mesh [4, 2]:
 
-        q       [L, D, H K]   split over the last axis: [L, D, H K / 2] a device
-        o       [L, H K, D]   split over the middle axis: [L, H K / 2, D] a device
+        q       [L, D, H E]   split over the last axis: [L, D, H E / 2] a device
+        o       [L, H E, D]   split over the middle axis: [L, H E / 2, D] a device
         embed   [V, D]        split over the vocabulary: [V / 2, D] a device
         norms                 whole on every device
     """
