@@ -16,7 +16,7 @@ import pandas as pd
 
 from spear_jax.analysis import runs as run_files
 from spear_jax.analysis.report import page, runs, traces
-from spear_jax.analysis.report.sections import Author
+from spear_jax.analysis.report.sections import SectionWriter
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line
 from spear_jax.experiment.config import default_config, flatten
@@ -36,49 +36,49 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     args = parser.parse_args(argv)
-    found, begun = runs.find_runs(args.workdir)
+    evaluated, begun = runs.find_runs(args.workdir)
     out = pathlib.Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {args.out!r}, which is a file; give a folder.")
     out.mkdir(parents=True, exist_ok=True)
-    author, default = Author(found, begun, out), flatten(default_config())
+    writer, default = SectionWriter(evaluated, begun, out), flatten(default_config())
     names = ", ".join(
         dict.fromkeys(pathlib.Path(workdir).resolve().name for workdir in args.workdir)
     )
-    sections = author.all(default)
+    sections = writer.all(default)
     (out / "report.html").write_text(
-        page.render(f"Report: {names}", summary(found), sections), encoding="utf-8"
+        page.render(f"Report: {names}", summary(evaluated), sections), encoding="utf-8"
     )
-    files = ["report.html", *write_tables(author, out, default), *author.files]
+    files = ["report.html", *write_tables(writer, out, default), *writer.files]
     if not args.quiet:
-        print(author.results.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+        print(writer.results.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
         print(f"page: {out / 'report.html'}")
-    return {"out": str(out), "runs": len(found), "files": files}
+    return {"out": str(out), "runs": len(evaluated), "files": files}
 
 
-def summary(found: list[runs.Run]) -> str:
-    """The page's first sentence."""
-    done, last = sum(run.finished for run in found), max(run.rounds for run in found)
+def summary(evaluated: list[runs.Run]) -> str:
+    """Returns the page's first sentence."""
+    done, last = sum(run.finished for run in evaluated), max(run.rounds for run in evaluated)
     rounds = f"{last} {'round' if last == 1 else 'rounds'}"
-    if len(found) == 1:
+    if len(evaluated) == 1:
         return f"One run, {'finished' if done else 'not finished so far'}; {rounds}."
-    return f"{len(found)} runs, {done} of them finished; up to {rounds}."
+    return f"{len(evaluated)} runs, {done} of them finished; up to {rounds}."
 
 
-def write_tables(author: Author, out: pathlib.Path, default: dict[str, Any]) -> list[str]:
-    """The tables as CSV; returns their names."""
+def write_tables(writer: SectionWriter, out: pathlib.Path, default: dict[str, Any]) -> list[str]:
+    """Writes the tables as CSV; returns their names."""
     tidy = []
-    for run in author.runs:
+    for run in writer.runs:
         table = run.table.melt(id_vars=["round"], var_name="metric").dropna(subset="value")
         tidy.append(table.assign(run=run.name)[["run", "round", "metric", "value"]])
-    between, common = runs.differences(author.runs, default)
-    counts = [traces.client_counts(run).assign(run=run.name) for run in author.runs]
+    between, common = runs.differences(writer.runs, default)
+    counts = [traces.client_counts(run).assign(run=run.name) for run in writer.runs]
     tables = {
         "metrics": pd.concat(tidy, ignore_index=True),
         "summary": pd.json_normalize(
-            [{"run": run.name, **run_files.summarise(run.folder)} for run in author.runs]
+            [{"run": run.name, **run_files.summarise(run.folder)} for run in writer.runs]
         ),
-        "results": author.results,
+        "results": writer.results,
         "differences": between,
         "common": common,
         "clients": pd.concat(counts, ignore_index=True)[["run", *counts[0].columns[:-1]]],

@@ -1,4 +1,4 @@
-"""The methods by name, and how each is built from a config."""
+"""Methods by name."""
 
 from typing import Any
 
@@ -38,8 +38,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {method.name: method for method in METH
 def build_algorithm(settings: Any, eos_ids: tuple[int, ...]) -> Algorithm:
     """Builds the settings' method.
 
-    Args: settings: a parsed experiment (`experiment.config.Settings`); eos_ids: what ends a
-        completion.
+    Args:
+        settings: a parsed experiment (`experiment.config.Settings`).
+        eos_ids: the token ids that end a completion.
     """
     train, rollout = settings.train, settings.rollout
     common = CommonHyperparams(

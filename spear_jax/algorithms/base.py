@@ -1,8 +1,9 @@
-"""What differs between papers, and nothing else: how a round's rows are collected, and the loss on
-their log-probabilities.
+"""The part of a method that differs between papers: its training rows, and its loss.
 
-Rollouts, adapters, reference log-probabilities, optimiser, accumulation, clipping, mapping over
-clients and aggregation are written once, elsewhere.
+A method collects a round's training rows on the host. It computes a loss from their
+log-probabilities on the device. Everything else is written once, elsewhere: rollouts, adapters,
+reference log-probabilities, the optimiser, accumulation, clipping, the mapping over clients, and
+aggregation.
 """
 
 import abc
@@ -36,16 +37,16 @@ FASTER: Mapping[str, object] = {
 
 @dataclasses.dataclass(frozen=True)
 class CommonHyperparams:
-    """The settings that every method shares; static.
+    """Hyper-parameters that every method shares; static.
 
     Attributes:
         examples: prompts that a client draws a round.
         steps: S, optimiser steps of a client's round.
         accumulation: A, micro-batches of an optimiser step.
         batch_size: B of the config: wins, prompts or pairs of a micro-batch, as the method says.
-        max_new_tokens: the longest completion that is sampled.
+        max_new_tokens: the longest completion that is sampled, in tokens.
         temperature: of sampling; 0 is greedy.
-        eos_ids: what ends a completion.
+        eos_ids: the token ids that end a completion.
     """
 
     examples: int
@@ -57,8 +58,8 @@ class CommonHyperparams:
     eos_ids: tuple[int, ...]
 
     @property
-    def items(self) -> int:
-        """What a client's local steps draw in a round: steps x micro-batches x batch size."""
+    def draws(self) -> int:
+        """Returns the draws of a client's round: steps x micro-batches x batch size."""
         return self.steps * self.accumulation * self.batch_size
 
 
@@ -79,17 +80,25 @@ class WorkEstimate:
 
 @dataclasses.dataclass
 class CohortData:
-    """What a method hands to local training; host only, one entry per cohort client in every list.
+    """Training data of a cohort, as a method hands it to local training; host only.
+
+    Every list has one entry per cohort client. Two clients, 1 optimiser step, 2 micro-batches of 2
+    rows; client 0 has three wins, client 1 has none:
+
+        rows     [[[[w0, w2], [w1, w0]]], [[[None, None], [None, None]]]]
+        weight   [3.0, 0.0]
+        active   [True, False]
 
     Attributes:
-        rows: [C][S][A] lists of rows, each of `rows_per_group` equal parts; None is a padding row.
+        rows: [C][S][A] lists of rows. A micro-batch has `rows_per_group` equal parts. None is a
+            padding row.
         weight: float[C], aggregation weights.
-        active: bool[C], clients that train; the others keep the global adapter.
-        traces: what the rollouts said, for recording.
-        metrics: numbers of the round.
-        numbers: what the loss needs besides the batch, equal for all clients (IRIS's order, TPAW's
-            number of players).
-        memory: the server's memory after collecting; None leaves it as it was.
+        active: bool[C], the clients that train. The others keep the global adapter.
+        traces: the rollouts, for recording.
+        metrics: the round's metrics by name.
+        loss_scalars: arrays that the loss needs besides the batch, equal for all clients (IRIS's
+            order, TPAW's number of players).
+        algorithm_state: the method's state after collecting; None leaves it as it was.
     """
 
     rows: list[list[list[list[TrainingRow | None]]]]
@@ -103,13 +112,19 @@ class CohortData:
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """How a method's training rows stand together.
+    """Layout of a method's training rows in a micro-batch.
+
+    Row i of each of `rows_per_group` equal parts of a micro-batch is one group. With 2 rows per
+    group, a micro-batch of 3 pairs is
+
+        rows     w0 w1 w2 l0 l1 l2
+        groups   (w0, l0)  (w1, l1)  (w2, l2)
+        k        0 for every w, 1 for every l
 
     Attributes:
-        rows_per_group: rows that the loss needs together (2 for a pair); row i of each of so many
-            equal parts of a micro-batch is one group.
-        num_packs: passes over tokens that `forward` takes; a group's row k is read in pass
-            k % num_packs.
+        rows_per_group: rows that the loss needs together (2 for a pair).
+        num_packs: passes over tokens that `forward` takes. A group's row k is read in pass k %
+            num_packs.
         prompts: the prompts that rows may stand under: "task", "revision", "privileged".
     """
 
@@ -120,18 +135,19 @@ class RowLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How a method's rows are scored while a client trains.
+    """Options of how a method's rows are scored while a client trains.
 
     Attributes:
-        dropout: LoRA dropout; False wherever the loss holds a ratio of two policies.
+        dropout: LoRA dropout. It is False wherever the loss holds a ratio of two policies.
         temperature: logits are divided by it before log-probabilities are taken.
-        ref_logprobs: the references are scored once, before the local steps, into
+        ref_logprobs: whether the references are scored once, before the local steps, into
             `Batch.ref_logprobs`.
-        old_logprobs: so is the adapter that the phase started from, into `Batch.old_logprobs`.
-        two_pass: `denominators` needs the log-probabilities of the whole optimiser step (a forward
-            pass more).
-        per_micro_batch: every micro-batch has denominators of its own, whatever train.normalize
-            says.
+        old_logprobs: whether the adapter that the phase started from is scored likewise, into
+            `Batch.old_logprobs`.
+        two_pass: whether `denominators` needs the log-probabilities of the whole optimiser step. It
+            costs one forward pass more.
+        per_micro_batch: whether every micro-batch has denominators of its own, whatever
+            train.normalize says.
     """
 
     dropout: bool = True
@@ -143,27 +159,27 @@ class Scoring:
 
     @property
     def extra_passes(self) -> int:
-        """Forward passes of a step beside the one with gradient and the references'."""
+        """Returns the forward passes of a step beside the references' and the one with gradient."""
         return self.two_pass + self.old_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm(abc.ABC):
-    """One method. Frozen and hashable: equal settings are equal methods, and share programs.
+    """One federated method. Methods with equal settings are equal, and share compiled programs.
 
-    A method answers two questions: which rows do a round's rollouts become (`collect`, on the
-    host), and what is the loss on their log-probabilities (`denominators` and `loss`, pure
-    functions of arrays). The rest has defaults.
+    A method answers two questions. Which rows do a round's rollouts become (`collect`, on the
+    host)? What is the loss on their log-probabilities (`denominators` and `loss`, pure functions of
+    arrays)? The rest has defaults.
 
     Class attributes:
-        name: the key in ALGORITHMS, and the config group with its settings.
-        Settings: the frozen dataclass of its own numbers.
-        reference: what preset "reference" sets, by config field, from the method's published code;
-            empty where there is none.
+        name: the key in ALGORITHMS, and the config group of its settings.
+        Settings: the frozen dataclass of its settings.
+        reference: the fields that preset "reference" sets, from the method's published code; empty
+            where there is none.
         client_state: the keys of the algorithm's state that hold clients' own texts. Between real
             devices they stay with their client; the other keys are the server's.
-        layout: how rows stand together; a property where it depends on settings.
-        scoring: how rows are scored; likewise.
+        layout: the layout of rows; a property where it depends on settings.
+        scoring: the scoring of rows; likewise.
     """
 
     settings: Any
@@ -180,32 +196,40 @@ class Algorithm(abc.ABC):
     def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
         """Returns the config fields that the method sets for a task, beyond the task's own.
 
-        Args: task: its name; variant: "" or "small", the embedded tasks at the size of grids.
+        Args:
+            task: its name.
+            variant: "", or "small" for the embedded tasks at the size of grids.
         """
         return {}
 
     @property
     def gold(self) -> str:
-        """The gold text it trains on: "" (none), "responses", or "pairs" (chosen and rejected)."""
+        """Returns the gold text it trains on: "" (none), "responses", or "pairs".
+
+        "pairs" are a chosen and a rejected response to each prompt.
+        """
         return ""
 
     @property
     def sees_gold(self) -> str:
-        """The gold text that enters training in any way, for tables: `gold`, or "teacher" where a
-        frozen teacher reads it.
+        """Returns the gold text that enters training in any way, for tables.
+
+        It is `gold`, or "teacher" where a frozen teacher reads gold text.
         """
         return self.gold or ("teacher" if "privileged" in self.layout.prompts else "")
 
     @property
     def phases(self) -> int:
-        """Collect-and-train cycles of a round; more than one where a method samples again between
-        local steps.
+        """Returns how often a round collects and trains.
+
+        It is more than once where a method samples again between local steps.
         """
         return 1
 
     def estimate_work(self, size: int) -> WorkEstimate | None:
-        """The round's work of a client with `size` examples; None where it depends on what happens
-        in the run.
+        """Returns the round's work of a client with `size` examples.
+
+        It is None where the work depends on what happens in the run.
         """
         return None
 
@@ -216,8 +240,9 @@ class Algorithm(abc.ABC):
         """
 
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
-        """The server's memory before round 1: a pytree of numpy arrays, of a size that never
-        changes.
+        """Returns the algorithm's state before round 1: a pytree of numpy arrays.
+
+        No array ever changes its size.
 
         Args:
             lora: the adapter that round 1 starts from.
@@ -227,7 +252,7 @@ class Algorithm(abc.ABC):
         return {}
 
     def references(self, algorithm_state: dict, start: Adapter) -> tuple[Adapter, ...]:
-        """J frozen adapters that the loss compares with (the same number in every round).
+        """Returns the J frozen adapters that the loss compares with; J is equal in all rounds.
 
         Args: start: the adapter that this round starts from.
         """
@@ -243,11 +268,11 @@ class Algorithm(abc.ABC):
         key: jax.Array,
         phase: int,
     ) -> CohortData:
-        """Rolls out, and turns what was said into rows.
+        """Rolls out, and turns the traces into training rows.
 
         Args:
             policy: the round's global policy; from phase 1 on each client's own.
-            memory: as from `init_state`, `CohortData.algorithm_state` or `end_round`.
+            algorithm_state: as from `init_state`, `CohortData.algorithm_state` or `end_round`.
             key: the phase's key.
             phase: from 0.
         """
@@ -255,8 +280,9 @@ class Algorithm(abc.ABC):
     def forward(
         self, scorer: TokenLogprobs, lora: Adapter, block: Block, references: tuple[Adapter, ...]
     ) -> jax.Array:
-        """float32[M], differentiable in `lora`: what `denominators` and `loss` take, spread over rows, as
-        `logprobs`.
+        """Returns the scores of a block's completion tokens: float32[M], differentiable in `lora`.
+
+        `denominators` and `loss` get them as `logprobs`, spread over rows.
         """
         return scorer.logprobs(lora, block, self.scoring.temperature)
 
@@ -264,8 +290,9 @@ class Algorithm(abc.ABC):
     def denominators(
         self, batch: Batch, logprobs: jax.Array | None, loss_scalars: LossScalars
     ) -> Mapping[str, Any]:
-        """The denominators of some rows, a tree of scalars that are summed over the optimiser step
-        before `loss` divides.
+        """Returns the denominators of some rows, a tree of scalars.
+
+        They are summed over the optimiser step before `loss` divides by them.
 
         Args: logprobs: float32[B, T] without gradient where `scoring.two_pass`, else None.
         """
@@ -278,10 +305,10 @@ class Algorithm(abc.ABC):
         denominators: Mapping[str, Any],
         loss_scalars: LossScalars,
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """Some rows' share of the optimiser step's loss, and metrics as (sum, count).
+        """Returns some rows' share of the optimiser step's loss, and metrics as (sum, count).
 
         Args:
-            batch: whole items in any number, padding rows among them; no leading axes.
+            batch: whole groups in any number, padding rows among them; no leading axes.
             logprobs: float32[B, T], differentiable.
             denominators: summed over the step's rows.
             loss_scalars: `CohortData.loss_scalars`, as `update_loss_scalars` left them.
@@ -290,13 +317,16 @@ class Algorithm(abc.ABC):
     def update_loss_scalars(
         self, loss_scalars: LossScalars, denominators: Mapping[str, Any]
     ) -> LossScalars:
-        """The numbers of the next local step, from this step's denominators (summed over its rows)."""
+        """Returns the loss scalars of the next local step.
+
+        Args: denominators: this step's, summed over its rows.
+        """
         return loss_scalars
 
     def end_round(
         self, algorithm_state: dict, lora: Adapter, metrics: Mapping[str, float], round: int
     ) -> dict:
-        """The memory after aggregation.
+        """Returns the algorithm's state after aggregation.
 
         Args:
             lora: the new global adapter.
@@ -307,8 +337,12 @@ class Algorithm(abc.ABC):
 
 
 def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
-    """The examples that a client asks this round: `count` of its own, without replacement, the same
-    for every method.
+    """Draws the examples that a client asks this round; the same for every method.
+
+    Args:
+        slot: the client's place in the cohort.
+        count: how many; all of the client's where it has fewer.
+    Returns: int[n], without replacement, positions in the training set.
     """
     own = cohort.indices[slot]
     return own[
@@ -317,7 +351,12 @@ def choose(cohort: Cohort, slot: int, count: int) -> np.ndarray:
 
 
 def requests_of(cohort: Cohort, count: int, samples: int = 1) -> list[RolloutRequest]:
-    """Returns what a cohort asks: `count` examples of every client, each `samples` times."""
+    """Returns a cohort's requests: `count` examples of every client, each `samples` times.
+
+    Clients 4 and 7 drew example 31 and example 8. With 2 samples of each:
+
+        (4, 31, 0)  (4, 31, 1)  (7, 8, 0)  (7, 8, 1)        (client, example, sample)
+    """
     return [
         RolloutRequest(client, int(example), sample)
         for slot, client in enumerate(cohort.clients)
@@ -329,19 +368,27 @@ def requests_of(cohort: Cohort, count: int, samples: int = 1) -> list[RolloutReq
 def schedule(
     common: CommonHyperparams, draw: Callable[[], list[TrainingRow | None]]
 ) -> list[list[list[TrainingRow | None]]]:
-    """[S][A] micro-batches, each drawn on its own."""
+    """Draws the [S][A] micro-batches of a client's round.
+
+    Each micro-batch is drawn on its own:
+
+        >>> letters = iter("abcdef")
+        >>> schedule(common, lambda: [next(letters)])      # 2 steps of 3 micro-batches
+        [[['a'], ['b'], ['c']], [['d'], ['e'], ['f']]]
+    """
     return [[draw() for _ in range(common.accumulation)] for _ in range(common.steps)]
 
 
 def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
-    """The round's rollout numbers, by the contract's names; no fractions where nothing was
-    asked.
+    """Returns the round's rollout metrics by name, without fractions where nothing was asked.
+
+    Args: wins, loses: the rows that the round trains on.
     """
-    counts = {"rollout/wins": float(wins), "rollout/loses": float(loses)}
+    used = {"rollout/wins": float(wins), "rollout/loses": float(loses)}
     if not traces:
-        return counts
+        return used
     wrong = [trace for trace in traces if not trace.first.correct]
-    return counts | {
+    return used | {
         "rollout/first_accuracy": 1.0 - len(wrong) / len(traces),
         "rollout/fixed": sum(trace.last.correct for trace in wrong) / max(1, len(wrong)),
     }

@@ -1,15 +1,17 @@
-"""DPO: the policy is moved to prefer one completion over another, measured against the adapter that
-the round started from. Pairs come from feedback (a revision that was right over the first answer
-that was wrong), from a preference dataset, or from EAST's groups of sampled answers.
+"""DPO, direct preference optimisation, against the adapter that the round started from.
+
+The policy learns to prefer one completion over another. Pairs come from one of three sources.
+Feedback gives a right revision and the wrong first answer before it. A preference dataset gives
+pairs of its own. EAST's groups of sampled answers give a right and a wrong one.
 
 Source: DPO (arXiv 2305.18290); hinge: SLiC (arXiv 2305.10425); IPO (arXiv 2310.12036); label
-smoothing: conservative DPO (Mitchell 2023). Sums over tokens, IPO means, as in TRL.
+    smoothing: conservative DPO (Mitchell 2023). Sums over tokens, IPO means, as in TRL.
 
 Departures:
-    1. The reference is the round-start adapter and not the adapter-free base; its log-probabilities
+    1. The reference is the round-start adapter and not the adapter-free base. Its log-probabilities
        are cached once a round.
-    2. Pairs from feedback are SPEAR's fixed items alone (its rollout, prompts and skip rule); what
-       was not fixed, or right at once, has no partner and is left out.
+    2. Pairs from feedback are SPEAR's fixed examples alone (its rollout, prompts and skip rule).
+       Answers that were not fixed, or right at once, have no partner and are left out.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ Pair = tuple[TrainingRow, TrainingRow]
 
 @dataclasses.dataclass(frozen=True)
 class DpoSettings:
-    """The method's own numbers; train.batch_size counts pairs."""
+    """Settings of DPO; train.batch_size counts pairs."""
 
     source: str = one_of("feedback", "data", "east")
     kind: str = one_of("sigmoid", "hinge", "ipo")
@@ -58,7 +60,14 @@ class DpoSettings:
 
 
 class Dpo(Algorithm):
-    """Preference optimisation on pairs; rows 0..B are preferred, B..2B their partners."""
+    """Preference optimisation on pairs.
+
+    Rows 0..B of a micro-batch are preferred, rows B..2B their partners. For B = 2:
+
+        rows    w0 w1 l0 l1
+        label    1  1 -1 -1
+        pairs   (w0, l0)  (w1, l1)
+    """
 
     name = "dpo"
     Settings = DpoSettings
@@ -72,11 +81,11 @@ class Dpo(Algorithm):
     def estimate_work(self, size: int) -> WorkEstimate | None:
         if self.settings.source == "east":
             return None
-        requests = self.settings.source == "feedback"
+        asks = self.settings.source == "feedback"
         return WorkEstimate(
-            min(size, self.common.examples) if requests else 0,
-            2 * self.common.items,
-            revisions=None if requests else 0,
+            min(size, self.common.examples) if asks else 0,
+            2 * self.common.draws,
+            revisions=None if asks else 0,
         )
 
     def check(self, task, examples, feedback) -> None:
@@ -138,12 +147,12 @@ class Dpo(Algorithm):
         return pairs, rollout.traces
 
     def _from_data(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
-        def made(ids: list[int], index: int, label: int) -> TrainingRow:
+        def row(ids: list[int], index: int, label: int) -> TrainingRow:
             return TrainingRow(worker.data.prompts[index], ids, np.ones(len(ids), bool), 1.0, label)
 
         pairs = {
             client: [
-                (made(worker.data.responses[i], i, 1), made(worker.data.rejected[i], i, -1))
+                (row(worker.data.responses[i], i, 1), row(worker.data.rejected[i], i, -1))
                 for i in choose(cohort, slot, self.common.examples)
             ]
             for slot, client in enumerate(cohort.clients)
@@ -152,24 +161,24 @@ class Dpo(Algorithm):
 
     def _from_east(self, worker, policy, cohort, key) -> tuple[dict[int, list[Pair]], list[Trace]]:
         requests = requests_of(cohort, self.common.examples)
-        found = east.sample(
+        weighed = east.sample(
             worker, policy, requests, self.settings.east, self.settings.east_power, key
         )
         pairs: dict[int, list[Pair]] = {client: [] for client in cohort.clients}
         rngs = {client: cohort.rngs(slot, "east") for slot, client in enumerate(cohort.clients)}
-        for (client, *_), one in found.items():
-            right = [trace for trace in one.traces if trace.first.correct]
+        for (client, *_), question in weighed.items():
+            right = [trace for trace in question.traces if trace.first.correct]
             chosen, other = (
-                pool[rngs[client].integers(len(pool))] for pool in (right, one.rejected)
+                pool[rngs[client].integers(len(pool))] for pool in (right, question.rejected)
             )
             win, lose = (
                 win_row(worker, chosen, chosen.first),
                 win_row(worker, other, other.first, label=-1),
             )
             pairs[client].append(
-                tuple(dataclasses.replace(row, weight=one.weight) for row in (win, lose))
+                tuple(dataclasses.replace(row, weight=question.weight) for row in (win, lose))
             )
-        return pairs, [trace for one in found.values() for trace in one.traces]
+        return pairs, [trace for question in weighed.values() for trace in question.traces]
 
     def denominators(
         self, batch: Batch, logprobs: jax.Array | None, loss_scalars
@@ -198,8 +207,9 @@ class Dpo(Algorithm):
 
 
 def preference_loss(difference: jax.Array, settings: DpoSettings) -> jax.Array:
-    """Of Δ = (s_w − s_w^ref) − (s_l − s_l^ref), elementwise, z = β Δ: `losses.pair_loss` of z; ipo:
-    (Δ − 1 / (2 β))².
+    """Returns the loss of Δ = (s_w − s_w^ref) − (s_l − s_l^ref), elementwise.
+
+    It is `losses.pair_loss` of z = β Δ; for ipo it is (Δ − 1 / (2 β))².
     """
     if settings.kind == "ipo":
         return (difference - 1.0 / (2.0 * settings.beta)) ** 2

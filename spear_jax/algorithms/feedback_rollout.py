@@ -1,5 +1,7 @@
-"""SPEAR's rollout, shared by every method that starts from it: ask, grade, give feedback, revise;
-then rows under the task.
+"""Rollout with feedback: ask, grade, give feedback, revise.
+
+Every method that starts from SPEAR's rollout shares it. Completions then become rows under the
+task's prompt.
 
 Source: SPEAR (arXiv 2605.07977), rollout steps 1 to 3.
 """
@@ -18,12 +20,17 @@ from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 
 @dataclasses.dataclass
 class FeedbackRollout:
-    """A round's traces in the order they were asked.
+    """A round's traces in the order in which they were asked.
+
+        traces     trace 0: wrong, then right   trace 1: right at once, of wrong form
+        requests   (4, 31, 0)                   (4, 8, 0)
+        rewrites   {1: an attempt}              the winners are trace 0's revision and this rewrite
 
     Attributes:
-        asks: (client, example, sample) of each trace.
-        rewrites: by trace number, what replaces a right first answer of wrong form (None: nothing
-            does).
+        traces: the traces.
+        requests: (client, example, sample) of each trace.
+        rewrites: by trace number, the rewrite of a right first answer of wrong form; None where
+            there is none.
     """
 
     traces: list[Trace]
@@ -31,29 +38,31 @@ class FeedbackRollout:
     rewrites: dict[int, Attempt | None]
 
     def winner(self, number: int) -> Attempt | None:
-        """The right completion of a trace: its first answer, its rewrite, or the revision that
-        fixed it.
+        """Returns the right completion of a trace, or None.
+
+        It is the first answer, its rewrite, or the revision that fixed it.
         """
-        found = self.rewrites.get(number, self.traces[number].last)
-        return found if found is not None and found.correct else None
+        attempt = self.rewrites.get(number, self.traces[number].last)
+        return attempt if attempt is not None and attempt.correct else None
 
     def wins(self, worker: RolloutWorker, client: int, retokenise: bool) -> list[TrainingRow]:
-        """A client's right completions, as rows."""
-        found = ((self.traces[i], self.winner(i)) for i in self.of(client))
+        """Returns a client's right completions as rows."""
+        winners = ((self.traces[i], self.winner(i)) for i in self.of(client))
         return [
             win_row(worker, trace, winner, retokenise)
-            for trace, winner in found
+            for trace, winner in winners
             if winner is not None
         ]
 
     def weight(self, client: int, wins: list[TrainingRow], skip_weight: str) -> float:
-        """A client's aggregation weight: its wins; without any 0, or as published its rollouts
-        (A2).
+        """Returns a client's aggregation weight: its number of wins.
+
+        A client without wins has weight 0, or as published its number of rollouts (A2).
         """
         return float(len(self.of(client)) if not wins and skip_weight == "rollouts" else len(wins))
 
     def of(self, client: int) -> list[int]:
-        """The numbers of a client's traces."""
+        """Returns the trace numbers of a client."""
         return [number for number, trace in enumerate(self.traces) if trace.client == client]
 
 
@@ -65,7 +74,7 @@ def rollout_with_feedback(
     key: jax.Array,
     strict_format: bool = False,
 ) -> FeedbackRollout:
-    """Every client asks `count` of its examples, and wrong answers are revised after feedback.
+    """Asks `count` examples of every client, and has wrong answers revised after feedback.
 
     Args: strict_format: rewrite right answers of wrong form.
     """
@@ -77,20 +86,17 @@ def rollout_with_feedback(
 
 
 def completion_ids(worker: RolloutWorker, attempt: Attempt, retokenise: bool = False) -> list[int]:
-    """The ids to train on: as sampled, or the stripped text encoded anew with an EOS (A6, as
-    published).
+    """Returns the ids to train on: as sampled, or the stripped text encoded anew with an EOS.
 
-    Encoded anew, a text can have more tokens than were sampled (broken characters become several);
-    it is then cut to the longest completion.
+    Encoding anew is the published code's way (A6). A text can then have more tokens than were
+    sampled, since broken characters become several. It is cut to the longest completion.
     """
     if not retokenise:
         return attempt.completion
-    tokenizer, room = (
-        worker.renderer.tokenizer,
-        max(worker.first.max_new_tokens, worker.revise.max_new_tokens),
-    )
+    tokenizer = worker.renderer.tokenizer
+    longest = max(worker.first.max_new_tokens, worker.revise.max_new_tokens)
     return [
-        *tokenizer.encode(attempt.text.strip(), add_special_tokens=False)[:room],
+        *tokenizer.encode(attempt.text.strip(), add_special_tokens=False)[:longest],
         tokenizer.eos_token_id,
     ]
 
@@ -98,6 +104,6 @@ def completion_ids(worker: RolloutWorker, attempt: Attempt, retokenise: bool = F
 def win_row(
     worker: RolloutWorker, trace: Trace, attempt: Attempt, retokenise: bool = False, label: int = 1
 ) -> TrainingRow:
-    """A completion under the original prompt, all of its tokens supervised."""
+    """Returns a completion under the original prompt, all of its tokens supervised."""
     ids = completion_ids(worker, attempt, retokenise)
     return TrainingRow(trace.first.prompt, ids, np.ones(len(ids), bool), 1.0, label)

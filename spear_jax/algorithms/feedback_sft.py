@@ -1,13 +1,14 @@
-"""Feedback-SFT: SPEAR without its loses. Clients answer, are told right or wrong with a hint, and
-revise; what came out right is trained on by maximum likelihood, what was wrong is dropped. It
-isolates what SPEAR's unlikelihood term adds.
+"""Feedback-SFT: SPEAR without its loses.
+
+Clients answer, get feedback on wrong answers, and revise. Right completions are trained on by
+maximum likelihood, wrong ones are dropped. The method isolates what SPEAR's unlikelihood term adds.
 
 Source: the feedback-SFT baseline of SPEAR (arXiv 2605.07977), published code.
 
 Departures:
-    1. SPEAR's departures 1, 2, 3, 4, 5 and 6 (its rollout, pools and weights are the same lines and
-       random streams).
-    2. Training prompts are the original prompts, as in the published code; its README can be read
+    1. SPEAR's departures 1, 2, 3, 4, 5 and 6: its rollout, pools and weights are the same lines and
+       random streams.
+    2. Training prompts are the original prompts, as in the published code. Its README can be read
        otherwise.
 """
 
@@ -40,7 +41,7 @@ from spear_jax.rollout.worker import RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackSftSettings:
-    """The method's own numbers; each as in SPEAR."""
+    """Settings of Feedback-SFT; each means the same as in SPEAR."""
 
     win_weight: float = number(1.0, 0)
     strict_format: bool = False
@@ -70,7 +71,7 @@ class FeedbackSft(Algorithm):
         return FASTER if variant == "small" else {}
 
     def estimate_work(self, size: int) -> WorkEstimate:
-        return WorkEstimate(min(size, self.common.examples), self.common.items, revisions=None)
+        return WorkEstimate(min(size, self.common.examples), self.common.draws, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
@@ -114,7 +115,7 @@ class FeedbackSft(Algorithm):
     def loss(
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """λ_win L_win, L_win = −Σ m lp / Σ m."""
+        """Returns λ_win L_win, with L_win = −Σ m lp / Σ m."""
         win = losses.nll(logprobs, batch.loss_mask)
         return self.settings.win_weight * losses.ratio(win.total, denominators["tokens"]), {
             "win_nll": win

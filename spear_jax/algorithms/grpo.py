@@ -1,11 +1,13 @@
-"""GRPO: every optimiser step samples a group of completions for each of a few prompts with the
-client's *current* adapter, rewards the right ones, and moves along the group-relative advantage
-with a clipped ratio and a KL leash to the round-start adapter. Each phase of a round is one such
+"""GRPO: policy gradients with advantages relative to a group of completions.
+
+Every optimiser step samples a group of completions for each of a few prompts, with the client's
+*current* adapter. Right ones are rewarded. The step follows the group-relative advantage, with a
+clipped ratio and a KL term against the round-start adapter. Each phase of a round is one such
 sampling for all clients at once, with their adapters stacked.
 
 Source: GRPO (arXiv 2402.03300); reductions: DAPO (arXiv 2503.14476), Dr. GRPO (arXiv 2503.20783),
-bnpo as in TRL; CISPO (MiniMax-M1, arXiv 2506.13585). Preset `reference`: the baseline published
-with SPEAR (arXiv 2605.07977).
+    bnpo as in TRL; CISPO (MiniMax-M1, arXiv 2506.13585). Preset `reference`: the baseline published
+    with SPEAR (arXiv 2605.07977).
 
 Departures of preset `default` from that baseline (`reference` repeats 1, 3, 4 and 6):
     1. The ratio is clipped by min for either sign of the advantage; the published branch for A < 0
@@ -18,8 +20,8 @@ Departures of preset `default` from that baseline (`reference` repeats 1, 3, 4 a
        not in them: sample with top_p 1 for exactness.
     5. Prompts hold the task and nothing else; the published StrategyQA prompts append all gold
        facts.
-    6. Ratios are of tokens and not of length-normalised sequences, with DAPO's denominator, and
-       advantages are divided by std + 1e-4 instead of std (1 where it is 0).
+    6. Ratios are of tokens and not of length-normalised sequences, with DAPO's denominator.
+       Advantages are divided by std + 1e-4 instead of std (1 where it is 0).
     7. The published sampling floor max(0.7, temperature) is not repeated; its configs sample at
        0.8.
 Against TRL 1.16, beside which the losses are tested:
@@ -58,15 +60,14 @@ from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class GrpoSettings:
-    """The method's own numbers; train.batch_size counts prompts of a micro-batch."""
+    """Settings of GRPO; train.batch_size counts prompts of a micro-batch."""
 
     group: int = number(4, 2)  # G, completions a prompt
     reward_scale: float = number(1.0, 0)
     scaling: str = one_of("group", "batch", "none", "std")  # of advantages; std as published
     ratio: str = one_of("token", "sequence", "cispo", "published")
-    reduction: str = one_of(
-        "dapo", "grpo", "bnpo", "dr_grpo"
-    )  # of token losses; sequence ratios are averaged
+    # of token losses; sequence ratios are averaged
+    reduction: str = one_of("dapo", "grpo", "bnpo", "dr_grpo")
     clip_low: float = number(0.2, 0, 1)  # ε_l
     clip_high: float = number(0.2, 0)  # ε_h; with ratio cispo the cap itself
     kl_weight: float = number(0.02, 0)  # β
@@ -75,7 +76,15 @@ class GrpoSettings:
 
 
 class Grpo(Algorithm):
-    """Group-relative policy gradients, sampled anew before every optimiser step."""
+    """Group-relative policy gradients, sampled anew before every optimiser step.
+
+    A micro-batch holds the groups of its prompts one after another. Two prompts a and b with groups
+    of 3:
+
+        rows       a0 a1 a2 b0 b1 b2
+        reward      1  0  0  1  1  1
+        advantage  ⅔ −⅓ −⅓  0  0  0      with scaling "none"; group b has no gradient
+    """
 
     name = "grpo"
     Settings = GrpoSettings
@@ -89,8 +98,9 @@ class Grpo(Algorithm):
 
     @classmethod
     def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
-        """The nucleus is off, since it is not in the log-probabilities; groups, prompts and KL as
-        the baseline published with SPEAR has them.
+        """Returns the groups, prompts and KL weight of the baseline published with SPEAR.
+
+        The nucleus is off, since it is not in the log-probabilities.
         """
         if variant == "small":
             return FASTER | {"train.batch_size": 8}
@@ -120,7 +130,7 @@ class Grpo(Algorithm):
         group = self.settings.group
         return WorkEstimate(
             self.phases * self.common.accumulation * self.common.batch_size * group,
-            self.common.items * group,
+            self.common.draws * group,
         )
 
     def check(self, task, examples, feedback) -> None:
@@ -141,14 +151,13 @@ class Grpo(Algorithm):
         group, common = self.settings.group, self.common
         requests = []
         for slot, client in enumerate(cohort.clients):
-            rng, own = cohort.rngs(slot, f"grpo/{phase}"), list(cohort.indices[slot])
+            rng, examples = cohort.rngs(slot, f"grpo/{phase}"), list(cohort.indices[slot])
             prompts = [
                 int(i)
                 for _ in range(common.accumulation)
-                for i in draw(own, common.batch_size, rng)
+                for i in draw(examples, common.batch_size, rng)
             ]
-            # the sample number keeps a prompt that is drawn twice from giving the same completions
-            # twice
+            # a prompt that is drawn twice would give the same completions without its own numbers
             requests += [
                 RolloutRequest(client, i, n * group + g)
                 for n, i in enumerate(prompts)
@@ -159,20 +168,19 @@ class Grpo(Algorithm):
         rewards = self.settings.reward_scale * np.array(
             [t.first.correct for t in traces], float
         ).reshape(shape)
-        found = np.stack([advantages(client, self.settings.scaling) for client in rewards])
-        made = [row(t, a) for t, a in zip(traces, found.reshape(-1), strict=True)]
+        advantage = np.stack([advantages(client, self.settings.scaling) for client in rewards])
+        flat = [row(t, a) for t, a in zip(traces, advantage.reshape(-1), strict=True)]
         size = common.batch_size * group
-        micro = [made[i : i + size] for i in range(0, len(made), size)]
+        micro = [flat[i : i + size] for i in range(0, len(flat), size)]
         step = [
             micro[i : i + common.accumulation] for i in range(0, len(micro), common.accumulation)
         ]
-        rows = [[one] * self.settings.updates for one in step]
-        sizes = np.array([len(own) for own in cohort.indices], float)
+        rows = [[batches] * self.settings.updates for batches in step]
+        sizes = np.array([len(indices) for indices in cohort.indices], float)
         right = sum(t.first.correct for t in traces)
         metrics = metrics_of(traces, right, len(traces) - right)
-        metrics["grpo/mixed_groups"] = float(
-            (rewards.std(-1) > 0).mean()
-        )  # only these have a gradient
+        # a group of equal rewards has no gradient
+        metrics["grpo/mixed_groups"] = float((rewards.std(-1) > 0).mean())
         records = [TraceRecord(t, "win" if t.first.correct else "lose", 1.0) for t in traces]
         return CohortData(rows, sizes, np.ones(len(sizes), bool), records, metrics)
 
@@ -187,7 +195,7 @@ class Grpo(Algorithm):
     ) -> tuple[jax.Array, dict[str, Mean]]:
         settings, mask = self.settings, batch.loss_mask
         old = batch.old_logprobs if self.scoring.old_logprobs else jax.lax.stop_gradient(logprobs)
-        # without a reference β is 0: any finite stand-in
+        # without a reference β is 0, and any finite array will do
         reference = (
             batch.ref_logprobs[:, 0] if settings.kl_weight else jax.lax.stop_gradient(logprobs)
         )
@@ -212,14 +220,13 @@ class Grpo(Algorithm):
         return value, {
             "clip_fraction": Mean((clipped & mask).sum(), tokens),
             "kl": Mean((losses.k3(logprobs, reference) * mask).sum(), tokens),
-            "entropy": Mean(
-                -(logprobs * mask).sum(), tokens
-            ),  # estimated by the samples' own log-probabilities
+            # estimated by the samples' own log-probabilities
+            "entropy": Mean(-(logprobs * mask).sum(), tokens),
         }
 
 
 def row(trace, advantage: float) -> TrainingRow:
-    """A sampled first answer with its advantage."""
+    """Returns a sampled first answer with its advantage, as a training row."""
     ids = trace.first.completion
     return TrainingRow(
         trace.first.prompt,
@@ -232,10 +239,17 @@ def row(trace, advantage: float) -> TrainingRow:
 
 
 def advantages(rewards: np.ndarray, scaling: str) -> np.ndarray:
-    """Reward minus its group's mean, scaled by a sample standard deviation (n − 1).
+    """Returns the rewards minus their group's mean, scaled by a sample standard deviation (n − 1).
 
-    group ÷ (std of the group + 1e-4) · batch ÷ (std of all + 1e-4) · none · std ÷ std of the group,
-    1 where it is 0
+        group   ÷ (std of the group + 1e-4)
+        batch   ÷ (std of all + 1e-4)
+        none
+        std     ÷ std of the group, 1 where it is 0
+
+        >>> advantages(np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), "none").tolist()
+        [[0.75, -0.25, -0.25, -0.25], [0.0, 0.0, 0.0, 0.0]]
+        >>> advantages(np.array([[1.0, 0.0, 0.0, 0.0]]), "std").tolist()
+        [[1.5, -0.5, -0.5, -0.5]]
 
     Args: rewards: float[..., G]; all leading axes together are the batch.
     """
@@ -251,9 +265,15 @@ def advantages(rewards: np.ndarray, scaling: str) -> np.ndarray:
 def token_loss(
     logprobs, old, reference, advantage, clip_low, clip_high, kl_weight, cispo=False
 ) -> jax.Array:
-    """float[B, T]. ρ = exp(lp − sg old);  −min(ρ A, clip(ρ, 1 − ε_l, 1 + ε_h) A) + β k3;  cispo: −sg[min(ρ, ε_h)] A lp + β k3.
+    """Returns the clipped objective of every token, float[B, T].
 
-    Args: logprobs, old, reference: float[B, T], nats; advantage: float[B, 1].
+        ρ = exp(lp − sg old)
+        −min(ρ A, clip(ρ, 1 − ε_l, 1 + ε_h) A) + β k3
+        cispo: −sg[min(ρ, ε_h)] A lp + β k3
+
+    Args:
+        logprobs, old, reference: float[B, T], nats.
+        advantage: float[B, 1].
     """
     ratio = jnp.exp(logprobs - jax.lax.stop_gradient(old))
     if cispo:
@@ -268,14 +288,16 @@ def token_loss(
 def reduce_tokens(
     each: jax.Array, mask: jax.Array, denominators, reduction: str, longest: int
 ) -> jax.Array:
-    """Some rows' share of the step's loss.
+    """Returns some rows' share of the step's loss.
 
-    dapo Σ m ℓ / Σ m of the step · bnpo the same within each micro-batch, then their mean
-    (`Scoring.per_micro_batch`) · grpo mean over rows of their token means · dr_grpo Σ m ℓ / (rows · longest)
+        dapo      Σ m ℓ / Σ m of the step
+        bnpo      the same within each micro-batch, then their mean (`Scoring.per_micro_batch`)
+        grpo      mean over rows of their token means
+        dr_grpo   Σ m ℓ / (rows · longest)
 
     Args:
-        each: float[B, T].
-        counts: tokens and rows of the step (bnpo: of the micro-batch, times micro-batches).
+        each: float[B, T], ℓ.
+        denominators: tokens and rows of the step (bnpo: of the micro-batch, times micro-batches).
         longest: L_max in tokens.
     """
     total = (each * mask).sum()
@@ -289,7 +311,7 @@ def reduce_tokens(
 def sequence_loss(
     logprobs, old, reference, mask, advantage, clip_low, clip_high, kl_weight, fixed=True
 ) -> jax.Array:
-    """float[B]: the clipped objective on length-normalised sequence ratios, with k3.
+    """Returns the clipped objective on length-normalised sequence ratios, with k3: float[B].
 
     Args: fixed: False repeats the published code: max instead of min where A < 0, and e^d − 1 − d
         with d = new − ref in ±5.

@@ -1,20 +1,21 @@
-"""IRIS: two independent risks, one of the real and one of the synthetic responses, each an
-exponentially tilted mean of the log-ratio r. The order α sets how sharply the tilts look at single
-responses: the real side has order α − 1, the synthetic side α. It follows the gap between data and
-opponent, and the data's distribution is the optimum at every order.
+"""IRIS: two independent risks, one of real and one of synthetic responses.
 
-Source: IRIS, its public abstract and readers' notes; the loss is the one form that we found
-consistent with all of them, the Rényi variational formula with r as test function.
+Each risk is an exponentially tilted mean of the log-ratio r. The order α sets how sharply the tilts
+look at single responses. The real side has order α − 1, the synthetic side α. The order follows the
+gap between data and opponent. The data's distribution is the optimum at every order.
+
+Source: IRIS, its public abstract and readers' notes. The loss is the one form that we know to be
+    consistent with all of them: the Rényi variational formula with r as test function.
 
 Departures (see also `self_play`):
     1. The paper's prefactor is not known: 1, or α (`scale`), with which the minimum is minus the
        Rényi divergence.
-    2. The schedule's direction is the paper's; its formula, range and the estimate of the gap are
+    2. The schedule's direction is the paper's. Its formula, range and the estimate of the gap are
        ours. Every client measures the gap on the opponent's new responses, the server averages by
        number of examples, and the round trains with the α that follows.
     3. Weights are normalised over the optimiser step, not over a micro-batch, at the price of one
        forward pass more (train.normalize=micro gives that up). They are computed from clipped r
-       without gradient and act on r itself; the reported loss is that of the clipped r.
+       without gradient and act on r itself. The reported loss is that of the clipped r.
     4. λ is 0.1: at 1 the log-ratios of whole responses collapse the weights onto one of them
        (`real_ess`, `synthetic_ess`).
 """
@@ -45,7 +46,7 @@ EXPONENT = 80.0  # float32 holds e^80 times as many rows as a step may have
 
 @dataclasses.dataclass(frozen=True)
 class IrisSettings:
-    """The method's own numbers."""
+    """Settings of IRIS."""
 
     # Where α comes from: the gap on the opponent's responses, `alpha`, or the running difference of
     # mean r and mean r'.
@@ -53,9 +54,8 @@ class IrisSettings:
     alpha: float = number(1.0, 0)  # of "fixed"
     alpha_min: float = number(0.5, 0)  # α at gap 0
     alpha_max: float = number(2.0, 0)  # α at an infinite gap
-    tau: float = positive(
-        1.0
-    )  # τ, the gap's scale: nats per token ("adaptive"), or of r ("per_step")
+    # τ, the gap's scale: nats per token ("adaptive"), or of r ("per_step")
+    tau: float = positive(1.0)
     ema: float = number(0.9, 0, 1)  # of "per_step": how much of the running gap a step keeps
     lam: float = positive(0.1)  # λ of r = λ (s_θ − s_t)
     scale: str = one_of("one", "alpha")  # the loss's factor
@@ -64,23 +64,27 @@ class IrisSettings:
 
 
 def distribution_gap(real: np.ndarray, synthetic: np.ndarray) -> float:
-    """D = max(0, mean NLL_t(y) − mean NLL_t(y')), nats per token under the opponent; one number a
-    response.
+    """Returns the gap D = max(0, mean NLL_t(y) − mean NLL_t(y')), nats per token.
+
+    Args: real, synthetic: one number a response, under the opponent.
     """
     return max(0.0, float(np.mean(real) - np.mean(synthetic)))
 
 
 def adaptive_order(gap: jax.Array, low: float, high: float, tau: float) -> jax.Array:
-    """α = α_min + (α_max − α_min)(1 − e^{−D/τ})."""
+    """Returns the order α = α_min + (α_max − α_min)(1 − e^{−D/τ})."""
     return low + (high - low) * (1.0 - jnp.exp(-gap / tau))
 
 
 def tilt_sums(
     reward: jax.Array, valid: jax.Array, order: jax.Array, clip: float
 ) -> dict[str, jax.Array]:
-    """What a tilted mean needs to know of a whole step; adds over micro-batches.
+    """Returns the sums of a tilted mean over some rows; they add over micro-batches.
 
-    Args: reward: float[...]; valid: bool[...]; order: float[], d.
+    Args:
+        reward: float[...].
+        valid: bool[...].
+        order: float[], d.
     Returns: Σ e^{d z}, Σ z, Σ z², n, of z = sg clip(r).
     """
     z = _clipped(reward, clip)
@@ -95,10 +99,16 @@ def tilted_mean(
     sums: Mapping[str, jax.Array],
     clip: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """M_d(r) = (1/d) log mean e^{d r}, and mean r + (d/2) var r where |d| < SMALL: this micro-batch's share of it.
+    """Returns this micro-batch's share of M_d(r) = (1/d) log mean e^{d r}, and its weights.
 
-    The gradient with respect to r_i is w_i = softmax_i(d z) over the whole step, whatever the
-    shares.
+    Where |d| < SMALL, M is mean r + (d/2) var r. The gradient with respect to r_i is w_i =
+    softmax_i(d z) over the whole step, whatever the shares. With order 1, a higher reward weighs
+    more:
+
+        >>> reward, valid, order = jnp.array([0.0, 1.0]), jnp.ones(2, bool), jnp.float32(1)
+        >>> mean, weight = tilted_mean(reward, valid, order, tilt_sums(reward, valid, order, 20), 20)
+        >>> round(float(mean), 3), [round(w, 3) for w in weight.tolist()]
+        (0.62, [0.269, 0.731])
 
     Args: sums: `tilt_sums` of the whole step.
     Returns: float[]; w, float[...].
@@ -128,10 +138,11 @@ def iris_loss(
     sums: Mapping[str, Mapping],
     clip: float,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """L_α = M_α(r') − M_{α−1}(r): this micro-batch's share of it.
+    """Returns this micro-batch's share of L_α = M_α(r') − M_{α−1}(r), and the weights.
 
     Args:
-        real, synthetic: float[...], r of either side; valid: bool, of either side.
+        real, synthetic: float[...], r of either side.
+        valid: bool, of either side.
         sums: `iris_sums` of the whole step.
     Returns: float[]; the weights w of either side.
     """
@@ -143,7 +154,7 @@ def iris_loss(
 def iris_sums(
     real: jax.Array, synthetic: jax.Array, valid: tuple, alpha: jax.Array, clip: float
 ) -> dict[str, dict[str, jax.Array]]:
-    """`tilt_sums` of both sides; arguments as `iris_loss`."""
+    """Returns `tilt_sums` of both sides; arguments as `iris_loss`."""
     return {
         "real": tilt_sums(real, valid[0], alpha - 1, clip),
         "synthetic": tilt_sums(synthetic, valid[1], alpha, clip),
@@ -155,8 +166,9 @@ def _clipped(reward: jax.Array, clip: float) -> jax.Array:
 
 
 class Iris(SelfPlay):
-    """IRIS; real and synthetic rows are not paired. Memory beside the shell's: `gap`, float32[],
-    the last measured D.
+    """IRIS; real and synthetic rows are not paired.
+
+    The algorithm's state beside that of `SelfPlay`: `gap`, float32[], the last measured D.
     """
 
     name = "iris"
@@ -212,7 +224,7 @@ class Iris(SelfPlay):
         records: list[tuple[RolloutRequest, Trace]],
         algorithm_state: dict,
     ) -> dict:
-        """D of each client on the opponent, averaged by its number of examples."""
+        """Returns D of the clients on the opponent, averaged by their numbers of examples."""
         if self.settings.order != "adaptive":
             return {}
         scored = worker.score(author, [real_row(worker, index) for (_, index, *_), _ in records])
@@ -227,7 +239,7 @@ class Iris(SelfPlay):
         }
 
     def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
-        """ "per_step": the running gap, 0 where a round begins. Else α, float32[]."""
+        """Returns α, float32[]; with "per_step" the running gap, 0 where a round begins."""
         config = self.settings
         if config.order == "per_step":
             return {"gap": np.zeros((), np.float32)}
@@ -256,7 +268,7 @@ class Iris(SelfPlay):
         )
 
     def update_loss_scalars(self, loss_scalars, denominators):
-        """gap ← e gap + (1 − e)(mean r − mean r')."""
+        """Returns the running gap: gap ← e gap + (1 − e)(mean r − mean r')."""
         if "gap" not in loss_scalars:
             return loss_scalars
         mean = {
@@ -298,7 +310,8 @@ class Iris(SelfPlay):
 
 
 def _ess(weight: jax.Array, valid: jax.Array, count: jax.Array) -> Mean:
-    """Effective share of the step's n responses, 1 / (n Σ w²): over steps its harmonic mean, exact
-    as a ratio of sums.
+    """Returns the effective share of the step's n responses, 1 / (n Σ w²).
+
+    Over steps it is the harmonic mean, exact as a ratio of sums.
     """
     return Mean(losses.ratio(valid.sum(), count), count * (weight**2).sum())

@@ -1,8 +1,7 @@
-"""Objectives as pure arithmetic on per-token log-probabilities: arrays in, arrays out, nothing
-else.
+"""Losses on per-token log-probabilities: arrays in, arrays out.
 
-A reduction is a sum and a count that are divided once (`ratio`), so that a caller who accumulates
-over micro-batches divides by the count of the whole optimiser step.
+A reduction is a sum and a count, which `ratio` divides once. So a caller who accumulates over
+micro-batches divides by the count of the whole optimiser step.
 """
 
 import math
@@ -17,7 +16,10 @@ DENOMINATORS = ("masked", "active")
 
 
 def nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
-    """Negative log-likelihood of the masked tokens: total = −Σ m lp, count = Σ m.
+    """Returns the negative log-likelihood of the masked tokens: total = −Σ m lp, count = Σ m.
+
+        >>> nll(jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[1, 1, 0]])).value()
+        1.5
 
     Args:
         logprobs: float[B, T], nats.
@@ -28,8 +30,16 @@ def nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
 
 
 def sequence_nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
-    """Mean over sequences of per-sequence means: total = −Σ_i (Σ_t m lp) / max(1, Σ_t m), count =
-    B. Arguments as `nll`.
+    """Returns the mean over sequences of their token means of −lp.
+
+    total = −Σ_i (Σ_t m lp) / max(1, Σ_t m), count = B. A short sequence weighs as much as a long
+    one:
+
+        >>> logprobs, mask = jnp.array([[-1.0, -2.0], [-4.0, -9.0]]), jnp.array([[1, 1], [1, 0]])
+        >>> sequence_nll(logprobs, mask).value(), round(nll(logprobs, mask).value(), 4)
+        (2.75, 2.3333)
+
+    Args: as `nll`.
     """
     means = (logprobs * mask).sum(-1) / jnp.maximum(1, mask.sum(-1))
     return Mean(-means.sum(), jnp.asarray(logprobs.shape[0], logprobs.dtype))
@@ -38,7 +48,14 @@ def sequence_nll(logprobs: jax.Array, mask: jax.Array) -> Mean:
 def unlikelihood(
     logprobs: jax.Array, margin: float, eps: float = 1e-8, p_max: float = 1 - 1e-7
 ) -> tuple[jax.Array, jax.Array]:
-    """Per-token unlikelihood u = 1[p > ξ] · (−log(1 − p + eps)), p = min(exp(lp), p_max).
+    """Returns the per-token unlikelihood u = 1[p > ξ] · (−log(1 − p + eps)).
+
+    p = min(exp(lp), p_max). With ξ = 0.3, the tokens of probability 0.5 and 0.9 are pushed down,
+    0.2 is left alone:
+
+        >>> u, active = unlikelihood(jnp.log(jnp.array([[0.2, 0.5, 0.9]])), margin=0.3)
+        >>> print(u.round(2), active)
+        [[0.   0.69 2.3 ]] [[False  True  True]]
 
     Args:
         logprobs: float[B, T], nats.
@@ -49,8 +66,8 @@ def unlikelihood(
 
     Departures:
         1. 1 − p is −expm1(lp): float32 resolves it near p = 1, where 1 − exp(lp) cancels.
-        2. The clamp acts on lp (lp <= log p_max): the same value, and the same zero gradient above
-           p_max.
+        2. The clamp acts on lp (lp <= log p_max). The value is the same, and so is the zero
+           gradient above p_max.
     """
     clamped = jnp.minimum(logprobs, math.log(p_max))
     active = jnp.exp(clamped) > margin
@@ -68,11 +85,25 @@ def unlikelihood_weights(
     weighting: str,
     denominator: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Token weights w and count n such that L_lose = Σ w u / n, for each reading of
-    "confidence-weighted".
+    """Returns the token weights w and the count n of L_lose = Σ w u / n.
 
-    per_token Σ c M u / Σ M · batch_mean c̄ Σ M u / Σ M (the published code) · per_trace mean over
-    traces of c (Σ_t M u) / Σ_t M · normalised Σ c M u / Σ c M.
+    Each weighting is one reading of "confidence-weighted":
+
+        per_token    Σ c M u / Σ M
+        batch_mean   c̄ Σ M u / Σ M, the published code
+        per_trace    mean over traces of c (Σ_t M u) / Σ_t M
+        normalised   Σ c M u / Σ c M
+
+    A trace of confidence 1 with two tokens in M, and one of confidence 0.5 with one:
+
+        >>> mask = jnp.array([[1, 1], [0, 1]])
+        >>> confidence = jnp.array([[1.0, 1.0], [0.5, 0.5]])
+        >>> w, n = unlikelihood_weights(mask, None, confidence, jnp.ones(2), "per_token", "masked")
+        >>> w.tolist(), float(n)
+        ([[1.0, 1.0], [0.0, 0.5]], 3.0)
+        >>> w, n = unlikelihood_weights(mask, None, confidence, jnp.ones(2), "per_trace", "masked")
+        >>> w.tolist(), float(n)
+        ([[0.5, 0.5], [0.0, 0.5]], 2.0)
 
     Args:
         mask: [B, T], the positions M.
@@ -80,9 +111,9 @@ def unlikelihood_weights(
         confidence: float[B, T], a trace's confidence, the same along its row.
         rows: bool[B], the rows that hold a trace.
         weighting: one of WEIGHTINGS.
-        denominator: "masked" counts M before the margin test, "active" after it.
-    Returns: w float[B, T]; n float[]. Both add over micro-batches (batch_mean's c̄ stays each
-        micro-batch's own).
+        denominator: "masked" takes M before the margin test, "active" after it.
+    Returns: w float[B, T]; n float[]. Both add over micro-batches. batch_mean's c̄ stays each
+        micro-batch's own.
     Source: SPEAR (arXiv 2605.07977); batch_mean as published in code.
     """
     mask = mask.astype(confidence.dtype)
@@ -99,23 +130,28 @@ def unlikelihood_weights(
 
 
 def anchor(theta: dict, reference: dict) -> jax.Array:
-    """L_anchor = Σ over tensors of mean((θ − sg θ_ref)²).
+    """Returns L_anchor = Σ over tensors of mean((θ − sg θ_ref)²).
 
-    Source: SPEAR. Departure: the gradient flows to θ (the published code reads detached tensors, so
-        its anchor has none).
+    Source: SPEAR. Departure: the gradient flows to θ. The published code reads detached tensors, so
+        its anchor has no gradient.
     """
     pairs = zip(jax.tree.leaves(theta), jax.tree.leaves(reference), strict=True)
     return sum(jnp.mean((t - jax.lax.stop_gradient(r)) ** 2) for t, r in pairs)
 
 
 def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
-    """total / count, and 0 with a finite gradient where nothing was counted."""
+    """Returns total / count, and 0 with a finite gradient where nothing was counted."""
     return total / jnp.maximum(1e-12, count)
 
 
 def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
-    """The k3 estimate of KL(π ‖ π_ref) under samples of π, elementwise: e^δ − δ − 1, δ = lp_ref −
-    lp.
+    """Returns the k3 estimate of KL(π ‖ π_ref) under samples of π, elementwise.
+
+    It is e^δ − δ − 1 with δ = lp_ref − lp.
+
+        >>> estimate = k3(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.5, 0.25])))
+        >>> [round(x, 4) for x in estimate.tolist()]
+        [0.0, 0.1931]
 
     Source: Schulman, "Approximating KL divergence"; as used by GRPO (arXiv 2402.03300).
     """
@@ -124,28 +160,32 @@ def k3(logprobs: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def published_k3(new: jax.Array, reference: jax.Array) -> jax.Array:
-    """e^d − 1 − d, d = clamp(new − ref, ±5): the orientation of the GRPO and RLTF-SD published with
-    SPEAR.
+    """Returns e^d − 1 − d with d = clamp(new − ref, ±5), elementwise.
+
+    Source: the orientation of the GRPO and RLTF-SD published with SPEAR.
     """
     d = jnp.clip(new - reference, -5.0, 5.0)
     return jnp.exp(d) - 1.0 - d
 
 
 def sequence_sum(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """s_i = Σ_t m lp, float[..., B]."""
+    """Returns s_i = Σ_t m lp, float[..., B]."""
     return (logprobs * mask).sum(-1)
 
 
 def sequence_mean(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """s̄_i = s_i / max(1, Σ_t m), float[..., B]."""
+    """Returns s̄_i = s_i / max(1, Σ_t m), float[..., B]."""
     return sequence_sum(logprobs, mask) / jnp.maximum(1, mask.sum(-1))
 
 
 def pair_loss(margin: jax.Array, kind: str, smoothing: float = 0.0) -> jax.Array:
-    """The loss of a preferred-minus-dispreferred margin z, elementwise.
+    """Returns the loss of a preferred-minus-dispreferred margin z, elementwise.
 
-    sigmoid  (1 − e) sp(−z) + e sp(z), sp(z) = log(1 + e^z), e the label smoothing
-    hinge    max(0, 1 − z)
+        sigmoid  (1 − e) sp(−z) + e sp(z), sp(z) = log(1 + e^z), e the label smoothing
+        hinge    max(0, 1 − z)
+
+        >>> pair_loss(jnp.array([-1.0, 0.0, 2.0]), "hinge").tolist()
+        [2.0, 1.0, 0.0]
 
     Source: DPO (arXiv 2305.18290), conservative DPO (Mitchell 2023), SLiC (arXiv 2305.10425), SPIN
         (arXiv 2401.01335).

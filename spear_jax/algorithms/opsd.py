@@ -1,17 +1,19 @@
-"""OPSD, on-policy self-distillation: the client's model answers, and a teacher that has read the
-gold answer, the solution and all facts scores every token of that answer; the student's
-distribution is pulled towards the teacher's, token by token. Teacher and student are one network
-under two prompts.
+"""OPSD, on-policy self-distillation: the teacher is the student with a longer prompt.
+
+The client's model answers. A teacher that has read the gold answer, the solution and all facts
+scores every token of that answer. The student's distribution is pulled towards the teacher's, token
+by token. Teacher and student are one network under two prompts.
 
 Source: OPSD (published code; generalised Jensen-Shannon divergence as in GKD, arXiv 2306.13649).
-Preset `reference`: the baseline published with SPEAR (arXiv 2605.07977): forward KL at temperature
-2.
+    Preset `reference`: the baseline published with SPEAR (arXiv 2605.07977): forward KL at
+    temperature 2.
 
 Departures:
     1. Default is the official code's divergence (JSD 0.5) with the teacher at the current weights;
        its scripts hold the teacher fixed (`teacher=fixed`).
     2. The baseline's `kl_weight` and `anchor_weight` do nothing there and do not exist here.
-    3. The privileged block may hold gold text; the student never sees it, the server neither.
+    3. The privileged block may hold gold text. The student never sees it, and neither does the
+       server.
 """
 
 import dataclasses
@@ -48,23 +50,28 @@ from spear_jax.rollout.worker import RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class OpsdSettings:
-    """The method's own numbers."""
+    """Settings of OPSD."""
 
     divergence: str = one_of("jsd", "forward_kl", "sampled")
     beta: float = number(0.5, 0, 1)  # of jsd: 0 is forward KL, 1 reverse
     temperature: float = positive(1.0)  # T of both softmaxes; forward_kl is scaled by T²
-    top_k: int = number(
-        0, 0
-    )  # both distributions renormalised on the teacher's k likeliest tokens; 0 means all
-    teacher: str = one_of(
-        "dynamic", "fixed", "ema"
-    )  # current weights, round 1's, or a moving average over rounds
+    # both distributions renormalised on the teacher's k likeliest tokens; 0 means all
+    top_k: int = number(0, 0)
+    # current weights, round 1's, or a moving average over rounds
+    teacher: str = one_of("dynamic", "fixed", "ema")
     ema_decay: float = number(0.9, 0, 1)  # of the old teacher
 
 
 class Opsd(Algorithm):
-    """Distillation from the informed self; rows 0..B are students, B..2B the same completions under
-    the teacher's prompt.
+    """Distillation from the same model under a privileged prompt.
+
+    Rows 0..B of a micro-batch are students. Rows B..2B are the same completions under the teacher's
+    prompt. For B = 2:
+
+        rows         c0 c1 c0 c1
+        under        task task privileged privileged
+        label         1  1 -1 -1
+        read in pass  0  0  1  1
     """
 
     name = "opsd"
@@ -80,7 +87,7 @@ class Opsd(Algorithm):
     }
 
     def estimate_work(self, size: int) -> WorkEstimate:
-        return WorkEstimate(min(size, self.common.examples), 2 * self.common.items)
+        return WorkEstimate(min(size, self.common.examples), 2 * self.common.draws)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
@@ -131,7 +138,7 @@ class Opsd(Algorithm):
     def forward(
         self, scorer: TokenLogprobs, lora: Adapter, block: Block, references: tuple[Adapter, ...]
     ) -> jax.Array:
-        """float32[M]: the divergence at every completion token."""
+        """Returns the divergence at every completion token, float32[M]."""
         informed = references[0] if references else jax.lax.stop_gradient(lora)
         right = jax.lax.stop_gradient(
             dataclasses.replace(scorer, dropout_key=None).states(informed, block, pack=1)
@@ -150,7 +157,7 @@ class Opsd(Algorithm):
     def loss(
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """Σ m d / Σ m over student rows; `logprobs` holds the divergences d."""
+        """Returns Σ m d / Σ m over student rows; `logprobs` holds the divergences d."""
         mask = _students(batch)
         total = (logprobs * mask).sum()
         return losses.ratio(total, denominators["tokens"]), {"divergence": Mean(total, mask.sum())}
@@ -158,7 +165,7 @@ class Opsd(Algorithm):
 
 @functools.cache
 def _comparison(settings: OpsdSettings) -> Callable:
-    """The divergence of positions from both hidden states; one object for equal settings."""
+    """Returns the divergence of positions from both hidden states; one object for equal settings."""
 
     def compare(student, fixed, head):
         teacher, target = fixed
@@ -173,12 +180,12 @@ def _students(batch: Batch) -> jax.Array:
 
 
 def _split(pairs: list) -> list[TrainingRow | None]:
-    pairs = [one or (None, None) for one in pairs]
-    return [student for student, _ in pairs] + [teacher for _, teacher in pairs]
+    filled = [pair or (None, None) for pair in pairs]
+    return [student for student, _ in filled] + [teacher for _, teacher in filled]
 
 
 def pair(worker: RolloutWorker, trace) -> tuple[TrainingRow, TrainingRow]:
-    """A first answer under the task's prompt, and under the teacher's."""
+    """Returns a first answer under the task's prompt, and under the teacher's."""
     ids = trace.first.completion
     mask = np.ones(len(ids), bool)
     informed = worker.renderer.privileged(worker.task, trace.example)
@@ -190,12 +197,13 @@ def pair(worker: RolloutWorker, trace) -> tuple[TrainingRow, TrainingRow]:
 def divergence(
     student: jax.Array, teacher: jax.Array, target: jax.Array | None, settings: OpsdSettings
 ) -> jax.Array:
-    """float[M] from logits float[M, V]; the teacher's carry no gradient. t and s are the softmaxes
-    at temperature T.
+    """Returns float[M], the divergence of logits float[M, V]; the teacher's carry no gradient.
 
-    jsd         β KL(t ‖ m) + (1 − β) KL(s ‖ m), m = β t + (1 − β) s; β = 0: KL(t ‖ s), β = 1: KL(s ‖ t)
-    forward_kl  T² KL(t ‖ s)
-    sampled     −sg[log t(y) − log s(y)] log s(y), y = target int32[M]
+    t and s are the softmaxes of teacher and student at temperature T.
+
+        jsd         β KL(t ‖ m) + (1 − β) KL(s ‖ m), m = β t + (1 − β) s; β = 0: KL(t ‖ s), β = 1: KL(s ‖ t)
+        forward_kl  T² KL(t ‖ s)
+        sampled     −sg[log t(y) − log s(y)] log s(y), y = target int32[M]
     """
     teacher = jax.lax.stop_gradient(teacher)
     if settings.top_k:
@@ -220,5 +228,5 @@ def divergence(
 
 
 def _kl(left: jax.Array, right: jax.Array) -> jax.Array:
-    """KL of log-probabilities over the last axis."""
+    """Returns the KL divergence of log-probabilities over the last axis."""
     return (jnp.exp(left) * (left - right)).sum(-1)

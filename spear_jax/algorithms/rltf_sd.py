@@ -1,8 +1,9 @@
-"""RLTF-SD, reinforcement learning from text feedback with self-distillation: each prompt is
-answered several times, every wrong answer is revised once after feedback, and both turns are
-rewarded. Policy gradients train the first answer under the task and the revision under its feedback
-prompt; distillation trains the *revision under the task's own prompt*, weighted by how much better
-it is than first answers are on average.
+"""RLTF-SD: reinforcement learning from text feedback, with self-distillation.
+
+Each prompt is answered several times. Every wrong answer is revised once after feedback. Both turns
+are rewarded. Policy gradients train the first answer under the task, and the revision under its
+feedback prompt. Distillation trains the *revision under the task's own prompt*, weighted by how
+much better it is than first answers are on average.
 
 Source: RLTF-SD as published with SPEAR (arXiv 2605.07977).
 
@@ -45,12 +46,12 @@ from spear_jax.packing.rows import TrainingRow, draw
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.worker import RolloutWorker
 
-FIRST, REVISED, DISTILLED = 1, 2, 3  # the kinds of rows, in `Batch.label`
+FIRST, REVISED, DISTILLED = 1, 2, 3  # the three rows of a sample, in `Batch.label`
 
 
 @dataclasses.dataclass(frozen=True)
 class RltfSdSettings:
-    """The method's own numbers; train.batch_size counts samples, each of which is three rows."""
+    """Settings of RLTF-SD; train.batch_size counts samples, each of which is three rows."""
 
     samples: int = number(4, 2)  # N answers a prompt; rollout.examples // N prompts a client
     discount: float = number(1.0, 0)  # γ
@@ -59,13 +60,18 @@ class RltfSdSettings:
     kl_weight: float = number(0.02, 0)  # β
     kl: str = one_of("k3", "published")
     scores: str = one_of("mean", "sum")  # s̄ as published, or s
-    drop_terminated_turn1: bool = (
-        False  # leave the second turn of answers that were right at once out of the RL term
-    )
+    # leave the second turn of answers that were right at once out of the RL term
+    drop_terminated_turn1: bool = False
 
 
 class RltfSd(Algorithm):
-    """Two-turn policy gradients and distillation of revisions."""
+    """Two-turn policy gradients and distillation of revisions.
+
+    A sample is three rows. In a micro-batch of two samples a and b:
+
+        rows    a_first b_first a_revised b_revised a_distilled b_distilled
+        label         1       1         2         2           3           3
+    """
 
     name = "rltf_sd"
     Settings = RltfSdSettings
@@ -88,7 +94,7 @@ class RltfSd(Algorithm):
         count = self.settings.samples
         return WorkEstimate(
             min(size, max(1, self.common.examples // count)) * count,
-            3 * self.common.items,
+            3 * self.common.draws,
             revisions=1,
         )
 
@@ -112,23 +118,23 @@ class RltfSd(Algorithm):
         requests = requests_of(cohort, prompts, count)
         traces = worker.answer(policy, requests, key)
         worker.revise_until_right(policy, traces, requests, key, limit=1)
-        # an answer that was right at once ends the conversation: the second turn repeats the first
+        # an answer that was right at once ends the trace: its second turn repeats the first
         r0, r1 = (
             np.array([float(x(t).correct) for t in traces]).reshape(-1, count)
             for x in (_first, _last)
         )
-        found = [a.reshape(-1) for a in advantages(r0, r1, self.settings.discount)]
+        flat = [a.reshape(-1) for a in advantages(r0, r1, self.settings.discount)]
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
             pool = [
-                self._rows(t, *(float(a[i]) for a in found))
+                self._rows(t, *(float(a[i]) for a in flat))
                 for i, t in enumerate(traces)
                 if t.client == client
             ]
             rng = cohort.rngs(slot, "pools")
             rows.append(
                 schedule(
-                    self.common, lambda p=pool, r=rng: _by_kind(draw(p, self.common.batch_size, r))
+                    self.common, lambda p=pool, r=rng: _lay_out(draw(p, self.common.batch_size, r))
                 )
             )
             sizes.append(float(len(pool)))
@@ -150,10 +156,9 @@ class RltfSd(Algorithm):
     def denominators(
         self, batch: Batch, logprobs: jax.Array | None, loss_scalars
     ) -> dict[str, jax.Array]:
-        rows_per_group = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
+        labels = {"first": FIRST, "revised": REVISED, "distilled": DISTILLED}
         return {
-            name: (batch.label == kind).sum() * jnp.float32(1)
-            for name, kind in rows_per_group.items()
+            name: (batch.label == label).sum() * jnp.float32(1) for name, label in labels.items()
         }
 
     def loss(
@@ -169,8 +174,8 @@ class RltfSd(Algorithm):
         )
         rl = policy_loss(new, held, batch.advantage, settings.kl_weight, settings.kl)
         sd = -batch.advantage * new
-        part = lambda each, kind, name: losses.ratio(
-            (each * (label == kind)).sum(), denominators[name]
+        part = lambda each, rows, name: losses.ratio(
+            (each * (label == rows)).sum(), denominators[name]
         )
         first, revised = part(rl, FIRST, "first"), part(rl, REVISED, "revised")
         distilled = part(sd, DISTILLED, "distilled")
@@ -189,21 +194,28 @@ def _last(trace: Trace) -> Attempt:
     return trace.last
 
 
-def _row(prompt: list[int], attempt: Attempt, kind: int, advantage: float) -> TrainingRow:
+def _row(prompt: list[int], attempt: Attempt, label: int, advantage: float) -> TrainingRow:
     ids = attempt.completion
-    return TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, kind, advantage)
+    return TrainingRow(prompt, ids, np.ones(len(ids), bool), 1.0, label, advantage)
 
 
-def _by_kind(samples: list) -> list[TrainingRow | None]:
-    samples = [one or (None, None, None) for one in samples]
-    return [one[kind] for kind in range(3) for one in samples]
+def _lay_out(samples: list) -> list[TrainingRow | None]:
+    """Lays samples out as a micro-batch: all first answers, all revisions, all distilled rows."""
+    filled = [sample or (None, None, None) for sample in samples]
+    return [sample[k] for k in range(3) for sample in filled]
 
 
 def advantages(
     r0: np.ndarray, r1: np.ndarray, discount: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A_SD = r1 − mean(r0), A_0 = R − mean(R), A_1 = r1 − mean(r1), R = r0 + γ r1; means over the
-    group, no std.
+    """Returns A_SD = r1 − mean(r0), A_0 = R − mean(R) and A_1 = r1 − mean(r1).
+
+    R = r0 + γ r1. Means are over the group; there is no std. One prompt with two samples: the first
+    was wrong and fixed, the second right at once (its second turn repeats the first):
+
+        >>> sd, first, revised = advantages(np.array([[0.0, 1.0]]), np.array([[1.0, 1.0]]), discount=1.0)
+        >>> sd.tolist(), first.tolist(), revised.tolist()
+        ([[0.5, 0.5]], [[-0.5, 0.5]], [[0.0, 0.0]])
 
     Args: r0, r1: float[prompts, N], rewards of the two turns.
     """
@@ -215,6 +227,9 @@ def advantages(
 def policy_loss(
     new: jax.Array, held: jax.Array, advantage: jax.Array, kl_weight: float, kl: str
 ) -> jax.Array:
-    """−A s̄ + β k, elementwise. Args: new, held: float[B], scores under policy and reference."""
+    """Returns −A s̄ + β k, elementwise.
+
+    Args: new, held: float[B], scores under policy and reference.
+    """
     estimate = losses.published_k3 if kl == "published" else losses.k3
     return -advantage * new + kl_weight * estimate(new, jax.lax.stop_gradient(held))

@@ -1,9 +1,10 @@
-"""SFT: maximum likelihood of gold responses, on the same clients, steps and server as every other
-method. It sees what the feedback methods never do, so it is a privileged upper reference and not a
-like-for-like baseline.
+"""SFT: maximum likelihood of gold responses, on the same clients, steps and server.
+
+It sees gold text that the feedback methods never do. So it is a privileged upper reference and not
+a like-for-like baseline.
 
 Source: ordinary supervised fine-tuning; EAST's weights (`east` > 0) as in
-`spear_jax.algorithms.east`.
+    `spear_jax.algorithms.east`.
 
 Departures:
     1. With `east`, the weight multiplies each example's own loss; the published EAST code
@@ -37,12 +38,11 @@ from spear_jax.rollout.worker import RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class SftSettings:
-    """The method's own numbers."""
+    """Settings of SFT."""
 
     reduction: str = one_of("token_mean", "seq_mean")
-    east: int = number(
-        0, 0
-    )  # samples a question for EAST's entropy weights; 0 weighs all examples alike
+    # samples a question for EAST's entropy weights; 0 weighs all examples alike
+    east: int = number(0, 0)
     east_power: float = number(1.0, 0)  # a
 
 
@@ -57,7 +57,7 @@ class Sft(Algorithm):
         return "responses"
 
     def estimate_work(self, size: int) -> WorkEstimate | None:
-        return None if self.settings.east else WorkEstimate(0, self.common.items)
+        return None if self.settings.east else WorkEstimate(0, self.common.draws)
 
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
@@ -76,13 +76,11 @@ class Sft(Algorithm):
         requests = requests_of(cohort, self.common.examples)
         weights, traces = {request: 1.0 for request in requests}, []
         if self.settings.east:
-            found = east.sample(
+            weighed = east.sample(
                 worker, policy, requests, self.settings.east, self.settings.east_power, key
             )
-            weights, traces = (
-                {request: one.weight for request, one in found.items()},
-                [t for o in found.values() for t in o.traces],
-            )
+            weights = {request: question.weight for request, question in weighed.items()}
+            traces = [trace for question in weighed.values() for trace in question.traces]
         rows, sizes = [], []
         for slot, client in enumerate(cohort.clients):
             pool = [row(worker, i, w) for (c, i, _), w in weights.items() if c == client]
@@ -109,7 +107,7 @@ class Sft(Algorithm):
     def loss(
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """−Σ w m lp / Σ m, or the mean over rows of w times the row's token mean."""
+        """Returns −Σ w m lp / Σ m, or the mean over rows of w times the row's token mean."""
         weight, mask = batch.weight[:, 0], batch.loss_mask
         if self.settings.reduction == "token_mean":
             value = losses.ratio(
@@ -123,6 +121,6 @@ class Sft(Algorithm):
 
 
 def row(worker: RolloutWorker, index: int, weight: float) -> TrainingRow:
-    """A gold response under its prompt."""
+    """Returns a gold response under its prompt, as a training row."""
     ids = worker.data.responses[index]
     return TrainingRow(worker.data.prompts[index], ids, np.ones(len(ids), bool), weight, 1)

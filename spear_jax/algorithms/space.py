@@ -1,12 +1,14 @@
-"""SPACE: the policy's ratio to the opponent is a classifier of real against synthetic responses,
-trained by noise-contrastive estimation with μ synthetic responses to each real one. Real and
-synthetic rows are not paired, and the optimum is the data's distribution whatever the opponent was.
+"""SPACE: self-play by noise-contrastive estimation.
+
+The policy's ratio to the opponent is a classifier of real against synthetic responses, with μ
+synthetic responses to each real one. Real and synthetic rows are not paired. The optimum is the
+data's distribution, whatever the opponent was.
 
 Source: SPACE (self-play by noise-contrastive estimation), equation from readers' notes, checked
-here by its fixed point.
+    here by its fixed point.
 
 Departures (see also `self_play`):
-    1. AdamW with the shell's round rate instead of RMSProp.
+    1. AdamW with the round's learning rate instead of RMSProp.
     2. λ is a setting; only 1 keeps the optimum, since the loss is not invariant to shifts of r.
 """
 
@@ -29,27 +31,32 @@ from spear_jax.tasks.base import Task
 
 @dataclasses.dataclass(frozen=True)
 class SpaceSettings:
-    """The method's own numbers."""
+    """Settings of SPACE."""
 
-    mu: int = number(
-        1, 1
-    )  # μ: synthetic responses to each real one; 3 and 7 gain little for several times the cost
+    # μ: synthetic responses to each real one; 3 and 7 gain little for several times the cost
+    mu: int = number(1, 1)
     lam: float = positive(1.0)  # λ of r = λ (s_θ − s_t)
     refresh_rounds: int = number(1, 1)  # rounds of an iteration
 
 
 def space_real(reward: jax.Array, mu: float) -> jax.Array:
-    """−log σ_μ(r) = sp(log μ − r), elementwise; σ_μ(z) = 1/(1 + μ e^{−z})."""
+    """Returns −log σ_μ(r) = sp(log μ − r), elementwise; σ_μ(z) = 1/(1 + μ e^{−z})."""
     return jax.nn.softplus(math.log(mu) - reward)
 
 
 def space_synthetic(reward: jax.Array, mu: float) -> jax.Array:
-    """−log σ_{1/μ}(−r') = sp(r' − log μ), elementwise; the loss has μ times its mean."""
+    """Returns −log σ_{1/μ}(−r') = sp(r' − log μ), elementwise; the loss has μ times its mean."""
     return jax.nn.softplus(reward - math.log(mu))
 
 
 class Space(SelfPlay):
-    """SPACE; rows B k .. B (k + 1) of a micro-batch are the k-th synthetic responses."""
+    """SPACE; rows k B .. (k + 1) B of a micro-batch are the k-th synthetic responses.
+
+    For B = 2 and μ = 2, with two responses a and b to each prompt:
+
+        rows    y0 y1 a0 a1 b0 b1
+        label    1  1 -1 -1 -1 -1
+    """
 
     name = "space"
     Settings = SpaceSettings

@@ -1,6 +1,8 @@
-"""SPEAR: clients answer, are told right or wrong with a hint, and revise. Right completions become
-wins (maximum likelihood), wrong first answers become loses (confidence-weighted unlikelihood). No
-gold completion is ever trained on.
+"""SPEAR: right completions become wins, wrong first answers become loses.
+
+Clients answer, get feedback with a hint on wrong answers, and revise. Wins are trained on by
+maximum likelihood, loses by confidence-weighted unlikelihood. No gold completion is ever trained
+on.
 
 Source: SPEAR (arXiv 2605.07977); token-level unlikelihood from Welleck et al. (arXiv 1908.04319).
 
@@ -16,9 +18,9 @@ config):
     5. A6 the sampled ids are trained on, EOS only where it was generated (retokenise).
     6. A7 random streams are paths that never collide (federation.colliding_streams).
     7. A8 the lose cap rounds up (cap).
-    8. A trace's confidence weighs its own tokens (confidence_weighting; `batch_mean` as published),
-       and the answer of an answer-only task is located in the text (answer_window; `last` assumes
-       that it ends the completion).
+    8. A trace's confidence weighs its own tokens (confidence_weighting; `batch_mean` as published).
+       The answer of an answer-only task is located in the text (answer_window; `last` assumes that
+       it ends the completion).
 """
 
 import dataclasses
@@ -56,39 +58,39 @@ from spear_jax.rollout.worker import RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class SpearSettings:
-    """The method's own numbers."""
+    """Settings of SPEAR."""
 
     win_weight: float = number(1.0, 0)  # λ_win
     lose_weight: float = number(0.1, 0)  # λ_lose
     margin: float = number(0.3, 0, 1)  # ξ: unlikelihood leaves tokens of probability <= ξ alone
     tail: int = number(0, 0)  # unlikelihood touches the last N completion tokens only; 0 means all
-    skip_math_ops: bool = (
-        False  # protect operator, bracket, LaTeX and Greek tokens from unlikelihood
-    )
+    skip_math_ops: bool = False  # protect operators, brackets, LaTeX and Greek from unlikelihood
     max_lose_ratio: float = number(2.0, 0)  # at most this many loses per win
-    strict_format: bool = (
-        False  # rewrite right answers of wrong format; wins only where the rewrite is right
-    )
-    confidence: str = one_of(
-        "fixability", "model"
-    )  # 1.0 fixed and 0.5 else, or mean rollout probability
+    # rewrite right answers of wrong format; wins only where the rewrite is right
+    strict_format: bool = False
+    # 1.0 fixed and 0.5 else, or mean rollout probability
+    confidence: str = one_of("fixability", "model")
     confidence_weighting: str = one_of("per_token", "batch_mean", "per_trace", "normalised")
     ul_denominator: str = one_of("masked", "active")  # active counts only p > ξ
-    answer_only: str = one_of(
-        "auto", "always", "never"
-    )  # restrict it to the answer's tokens: as the task says, or not
+    # restrict unlikelihood to the answer's tokens: as the task says, or not
+    answer_only: str = one_of("auto", "always", "never")
     answer_window: str = one_of("span", "last")  # the answer's own tokens, or as many at the end
-    skip_weight: str = one_of(
-        "zero", "rollouts"
-    )  # aggregation weight of a client without wins (A2)
+    # aggregation weight of a client without wins (A2)
+    skip_weight: str = one_of("zero", "rollouts")
     cap: str = one_of("ceil", "floor")  # rounding of max_lose_ratio * wins (A8)
-    retokenise: bool = (
-        False  # train on the re-encoded text plus EOS instead of the sampled ids (A6)
-    )
+    # train on the re-encoded text plus EOS instead of the sampled ids (A6)
+    retokenise: bool = False
 
 
 class Spear(Algorithm):
-    """SPEAR's pools and loss."""
+    """SPEAR's pools and loss.
+
+    A micro-batch of B = 2 is two wins (label +1) and two loses (label -1):
+
+        rows      w0 w1 l0 l1
+        loss_mask  every completion token of a win; of a lose, what unlikelihood may push down
+        weight     1, and a lose's confidence
+    """
 
     name = "spear"
     Settings = SpearSettings
@@ -109,7 +111,7 @@ class Spear(Algorithm):
 
     @classmethod
     def recommended(cls, task: str, variant: str = "") -> Mapping[str, object]:
-        """The published windows and ratios of each task."""
+        """Returns the published windows and ratios of each task."""
         if variant == "small":
             return FASTER
         tail = {"math_mcqa": 32, "gsm8k": 32, "strategy_qa": 24, "reasoned": 8}.get(task, 0)
@@ -128,7 +130,7 @@ class Spear(Algorithm):
         )
 
     def estimate_work(self, size: int) -> WorkEstimate:
-        return WorkEstimate(min(size, self.common.examples), 2 * self.common.items, revisions=None)
+        return WorkEstimate(min(size, self.common.examples), 2 * self.common.draws, revisions=None)
 
     def check(self, task, examples, feedback) -> None:
         needs_verdicts(self.name, task)
@@ -148,16 +150,17 @@ class Spear(Algorithm):
         return self.pools(worker, cohort, rollout)
 
     def pools(self, worker: RolloutWorker, cohort: Cohort, rollout: FeedbackRollout) -> CohortData:
-        """Turns traces into wins and loses, caps the loses, draws every micro-step's rows, and
-        weighs the clients.
+        """Turns traces into wins and loses, and draws every micro-batch.
+
+        Loses are capped, and clients get their aggregation weights.
         """
         settings, size = self.settings, self.common.batch_size
         protected = protected_ids(worker, settings.skip_math_ops)
         rows, weight, active, kept, total = [], [], [], set(), 0
         for slot, client in enumerate(cohort.clients):
-            own, rng = rollout.of(client), cohort.rngs(slot, "pools")
+            rng = cohort.rngs(slot, "pools")
             wins = rollout.wins(worker, client, settings.retokenise)
-            wrong = [i for i in own if not rollout.traces[i].first.correct]
+            wrong = [i for i in rollout.of(client) if not rollout.traces[i].first.correct]
             capped = cap_loses(wrong, len(wins), settings.max_lose_ratio, settings.cap, rng)
             loses = [self._lose_row(worker, rollout.traces[i], protected) for i in capped]
             rows.append(
@@ -178,17 +181,17 @@ class Spear(Algorithm):
         return CohortData(rows, np.array(weight), np.array(active), records, metrics)
 
     def _alike(self, loses: list[TrainingRow | None]) -> list[TrainingRow | None]:
-        """A micro-batch's loses; as published ("batch_mean") all of them with their mean
-        confidence.
-        """
-        found = [row for row in loses if row is not None]
-        if self.settings.confidence_weighting != "batch_mean" or not found:
+        """Returns a micro-batch's loses; with "batch_mean" all of them have their mean confidence."""
+        real = [row for row in loses if row is not None]
+        if self.settings.confidence_weighting != "batch_mean" or not real:
             return loses
-        mean = float(np.mean([row.weight for row in found]))
+        mean = float(np.mean([row.weight for row in real]))
         return [row and dataclasses.replace(row, weight=mean) for row in loses]
 
     def _confidence(self, trace: Trace) -> float:
-        """`fixability`: 1.0 for a fixed answer, 0.5 else. `model`: the geometric mean probability
+        """Returns a trace's confidence.
+
+        `fixability` is 1.0 for a fixed answer, 0.5 else. `model` is the geometric mean probability
         of the first answer.
         """
         if self.settings.confidence == "fixability":
@@ -198,13 +201,11 @@ class Spear(Algorithm):
     def _lose_row(
         self, worker: RolloutWorker, trace: Trace, protected: tuple[int, ...]
     ) -> TrainingRow:
-        """The wrong first answer under the original prompt, its mask narrowed to what unlikelihood
-        may touch.
-        """
+        """Returns the wrong first answer under the original prompt, with `lose_mask` as its mask."""
         ids = completion_ids(worker, trace.first, self.settings.retokenise)
-        asked = self.settings.answer_only
-        only = worker.task.answer_only if asked == "auto" else asked == "always"
-        window = self._answer_tokens(worker, trace, ids) if only else None
+        rule = self.settings.answer_only
+        answer_only = worker.task.answer_only if rule == "auto" else rule == "always"
+        window = self._answer_tokens(worker, trace, ids) if answer_only else None
         whole = np.ones((1, len(ids)), bool)
         mask = lose_mask(
             np.asarray([ids]), whole, self.common.eos_ids, self.settings.tail, protected, window
@@ -216,16 +217,17 @@ class Spear(Algorithm):
     def _answer_tokens(
         self, worker: RolloutWorker, trace: Trace, ids: list[int]
     ) -> range | int | None:
-        """The answer's positions; a number k for the last k ("last"); None where no answer was
-        found.
+        """Returns the answer's positions, or a number k for the last k ("last").
+
+        It is None where the text has no answer.
         """
-        found = worker.task.extract(trace.first.text, trace.example)
-        if found is None:
+        answer = worker.task.extract(trace.first.text, trace.example)
+        if answer is None:
             return None
         if self.settings.answer_window == "last":
-            label = trace.first.text[found.start : found.end]
+            label = trace.first.text[answer.start : answer.end]
             return len(worker.renderer.tokenizer.encode(label, add_special_tokens=False))
-        return worker.renderer.token_span(ids, found.start, found.end)
+        return worker.renderer.token_span(ids, answer.start, answer.end)
 
     def denominators(
         self, batch: Batch, logprobs: jax.Array | None, loss_scalars
@@ -240,7 +242,7 @@ class Spear(Algorithm):
     def loss(
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
-        """λ_win L_win + λ_lose L_lose, both from one pass over win and lose rows."""
+        """Returns λ_win L_win + λ_lose L_lose, both from one pass over win and lose rows."""
         settings = self.settings
         # L_win = −Σ m lp / Σ m over win rows
         win = losses.nll(logprobs, (batch.label > 0)[:, None] & batch.loss_mask)
@@ -275,15 +277,16 @@ class Spear(Algorithm):
 
 
 def role(trace: Trace, kept: bool) -> str:
-    """What the first answer of a trace became: a win, a lose, or unused (dropped by the cap)."""
+    """Returns the role of a trace's first answer: "win", "lose", or "unused" (dropped by the cap)."""
     if trace.first.correct:
         return "win"
     return "lose" if kept else "unused"
 
 
 def protected_ids(worker: RolloutWorker, math_ops: bool) -> tuple[int, ...]:
-    """Token ids that unlikelihood never touches: the task's answer markers and, on request, its
-    operators.
+    """Returns the token ids that unlikelihood never touches.
+
+    They are the task's answer markers and, on request, its operators.
     """
     strings = worker.task.protected + (worker.task.math_ops if math_ops else ())
     encode = worker.renderer.tokenizer.encode
@@ -291,8 +294,10 @@ def protected_ids(worker: RolloutWorker, math_ops: bool) -> tuple[int, ...]:
 
 
 def cap_loses(loses: list, wins: int, ratio: float, how: str, rng: np.random.Generator) -> list:
-    """A uniform subset of ratio * wins loses, rounded up ("ceil") or down ("floor", as published:
-    A8).
+    """Draws a uniform subset of at most ratio * wins loses.
+
+    The limit is rounded up ("ceil"), or down ("floor", as published: A8). One win and a ratio of
+    2.5 keep 3 loses or 2.
     """
     limit = math.ceil(ratio * wins - 1e-9) if how == "ceil" else int(ratio * wins)
     if len(loses) <= limit:
@@ -308,16 +313,25 @@ def lose_mask(
     protected: tuple[int, ...],
     answer: range | int | None = None,
 ) -> np.ndarray:
-    """The positions M that unlikelihood may touch.
+    """Returns the positions M that unlikelihood may touch.
 
-    In this order: completion positions; minus EOS; the last `tail` of what remains (0: all), or the
-    answer's own positions; minus protected ids, which therefore shrink the window instead of moving
-    it.
+    In this order: completion positions; minus EOS; the last `tail` of the rest (0: all), or the
+    answer's own positions; minus protected ids. Protected ids therefore shrink the window instead
+    of moving it. For the completion [7, 5, 8, 9, EOS] with EOS = 2, where 8 is protected:
+
+        >>> tokens, whole = np.array([[7, 5, 8, 9, 2]]), np.ones((1, 5), bool)
+        >>> lose_mask(tokens, whole, (2,), 0, (8,)).astype(int).tolist()
+        [[1, 1, 0, 1, 0]]
+        >>> lose_mask(tokens, whole, (2,), 2, (8,)).astype(int).tolist()         # the last two
+        [[0, 0, 0, 1, 0]]
+        >>> lose_mask(tokens, whole, (2,), 0, (), range(1, 3)).astype(int).tolist()    # the answer
+        [[0, 1, 1, 0, 0]]
 
     Args:
-        tokens: int[B, T]; completion_mask: bool[B, T].
+        tokens: int[B, T].
+        completion_mask: bool[B, T].
         answer: None keeps the tail rule. A range holds the answer's positions, a number k means the
-            last k; the tail caps either.
+            last k. The tail caps either.
     Returns: bool[B, T].
     Source: SPEAR's published code, mask order.
     """

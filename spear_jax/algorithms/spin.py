@@ -1,14 +1,15 @@
-"""SPIN: the policy learns to prefer the gold response to its own earlier one, as a player that
-tells the two apart. The next iteration's opponent is the trained policy; the game is at rest only
-where the policy answers as the data does.
+"""SPIN: the policy learns to prefer the gold response to its own earlier one.
+
+It plays against its earlier self, and tells the two responses apart. The next iteration's opponent
+is the trained policy. The game is at rest only where the policy answers as the data does.
 
 Source: SPIN (arXiv 2401.01335), equation 4.7; reductions, losses and the two kept data sets from
-its published code.
+    its published code.
 
 Departures (see also `self_play`):
     1. λ is one number; the published code runs iterations 0 to 2 with 0.1 and iteration 3 with 5
        (set `lam` and resume).
-    2. AdamW with the shell's round rate instead of RMSProp with linear decay.
+    2. AdamW with the round's learning rate instead of RMSProp with linear decay.
     3. One template for sampling and training, and one EOS (the published code has two of each).
 """
 
@@ -26,7 +27,7 @@ from spear_jax.packing.arrays import Batch
 
 @dataclasses.dataclass(frozen=True)
 class SpinSettings:
-    """The method's own numbers."""
+    """Settings of SPIN."""
 
     # λ of r = λ (s_θ − s_t). Exact inner solves contract only above 0.5; 0.1 relies on few steps
     # per iteration.
@@ -37,7 +38,7 @@ class SpinSettings:
 
 
 def spin_loss(real: jax.Array, synthetic: jax.Array, kind: str) -> jax.Array:
-    """ℓ(r − r'), elementwise; ℓ(z) = log(1 + e^{−z}) or max(0, 1 − z).
+    """Returns ℓ(r − r'), elementwise; ℓ(z) = log(1 + e^{−z}) or max(0, 1 − z).
 
     Args: real, synthetic: float[...], r of paired responses.
     """

@@ -1,9 +1,10 @@
-"""TPAW: SPIN against a team of up to three earlier policies, on the synthetic responses of all of
-them. Each opponent's game is weighted by how badly the policy plays it, and a real response that
-fell below an opponent's counts η times.
+"""TPAW: SPIN against a team of up to three earlier policies.
+
+The policy trains on the synthetic responses of all of them. Each opponent's game is weighted by how
+badly the policy plays it. A real response that fell below an opponent's weighs η times as much.
 
 Source: team-based self-play with dual adaptive weighting (TPAW), equations from readers' notes; its
-public repository is empty.
+    public repository is empty.
 
 Departures (see also `self_play`):
     1. λ is not in our sources: 0.1, as SPIN.
@@ -34,16 +35,14 @@ TIE = 1e-3  # rewards this far above 0 are no better than 0
 
 @dataclasses.dataclass(frozen=True)
 class TpawSettings:
-    """The method's own numbers."""
+    """Settings of TPAW."""
 
-    players: int = number(
-        3, 1, 3
-    )  # J: opponents, and iterations whose synthetic responses are trained on
+    # J: opponents, and iterations whose synthetic responses are trained on
+    players: int = number(3, 1, 3)
     lam: float = positive(0.1)  # λ of P_j = λ (s_θ − s_j)
     eta: float = positive(6.0)  # η: weight of a real response that has fallen below an opponent's
-    gamma: float = number(
-        0.5, 0
-    )  # γ: how sharply opponents that are played badly count more; 0 weighs all alike
+    # γ: how sharply opponents that are played badly weigh more; 0 weighs all alike
+    gamma: float = number(0.5, 0)
     stop_beta: bool = True  # the weights b have no gradient
     refresh_rounds: int = number(1, 1)  # rounds of an iteration
 
@@ -56,13 +55,13 @@ def tpaw_loss(
     gamma: float,
     stop_beta: bool,
 ) -> jax.Array:
-    """Σ_j b_j sp(−(a_j P_j − P'_j)) of each pair; a_j = η where P_j <= 0, else 1; b = softmax_j(−γ
-    (P_j − P'_j)).
+    """Returns Σ_j b_j sp(−(a_j P_j − P'_j)) of each pair, float[B].
+
+    a_j = η where P_j <= 0, else 1; b = softmax_j(−γ (P_j − P'_j)).
 
     Args:
         real, synthetic: float[J, B], P_j of a real response and of its synthetic one.
         players: [J] in {0, 1}, the opponents that exist; at least one.
-    Returns: float[B].
     """
     there = jnp.broadcast_to(players[:, None] > 0, real.shape)
     # a multiplies P without gradient of its own: it is a step.
@@ -74,7 +73,10 @@ def tpaw_loss(
 
 
 class Tpaw(SelfPlay):
-    """TPAW; row i and row B + i of a micro-batch are a pair. One opponent and η = 1 is SPIN."""
+    """TPAW; row i and row B + i of a micro-batch are a pair.
+
+    One opponent and η = 1 is SPIN.
+    """
 
     name = "tpaw"
     Settings = TpawSettings
@@ -92,7 +94,12 @@ class Tpaw(SelfPlay):
         return self.settings.players
 
     def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
-        """players, float32[J]: iteration t has t + 1 opponents, at most J."""
+        """Returns players, float32[J]: iteration t has t + 1 opponents, at most J.
+
+        t = 0  1 0 0
+        t = 1  1 1 0
+        t = 2  1 1 1, and so on
+        """
         return {"players": (np.arange(self.players) <= now).astype(np.float32)}
 
     def loss(

@@ -1,11 +1,13 @@
-"""T-SPIN: self-play without a reference, on triplets. The policy prefers the gold response y to its
-latest own response y', and y' to y0, its very first response to the prompt, which never changes.
-Since nothing anchors the scores, no second policy is ever evaluated.
+"""T-SPIN: self-play without a reference, on triplets.
+
+The policy prefers the gold response y to its latest own response y', and y' to y0. y0 is its very
+first response to the prompt, and never changes. Nothing anchors the scores, so no second policy is
+ever evaluated.
 
 Source: triplet-based self-play fine-tuning (T-SPIN), equation from readers' notes.
 
 Departures (see also `self_play`):
-    1. α, β and the optimiser are not in our sources: 0.1, 1, and the shell's AdamW.
+    1. α, β and the optimiser are not in our sources: 0.1, 1, and AdamW as for every method.
     2. In iteration 0 there is no later response yet: y0 is reused as y', and the second term is
        constant.
     3. A prompt's y0 is made when the prompt is first drawn, by the stored initial adapter.
@@ -34,7 +36,7 @@ from spear_jax.rollout.worker import RolloutWorker
 
 @dataclasses.dataclass(frozen=True)
 class TspinSettings:
-    """The method's own numbers."""
+    """Settings of T-SPIN."""
 
     alpha: float = positive(0.1)  # α: scale of the score differences
     beta: float = number(1.0, 0)  # β: weight of the second comparison, y' above y0
@@ -44,7 +46,7 @@ class TspinSettings:
 def tspin_loss(
     real: jax.Array, synthetic: jax.Array, first: jax.Array, alpha: float, beta: float
 ) -> jax.Array:
-    """sp(−α (s(y) − s(y'))) + β sp(−α (s(y') − s(y0))), elementwise.
+    """Returns sp(−α (s(y) − s(y'))) + β sp(−α (s(y') − s(y0))), elementwise.
 
     Args: real, synthetic, first: float[...], summed log-probabilities of y, y' and y0.
     """
@@ -53,10 +55,13 @@ def tspin_loss(
 
 
 class Tspin(SelfPlay):
-    """T-SPIN; a micro-batch is B rows y (label +1), then their y' (-1), then their y0 (-2).
+    """T-SPIN; a group is y (label +1), its y' (-1) and its y0 (-2). For B = 2:
 
-    Memory beside the shell's: `initial`, the adapter that answers y0. The store has two places a
-    prompt: y0, and the latest y'.
+        rows    y_0 y_1 y'_0 y'_1 y0_0 y0_1
+        label     1   1   -1   -1   -2   -2
+
+    The algorithm's state beside that of `SelfPlay`: `initial`, the adapter that answers y0. The
+    store has two places for a prompt, y0 and the latest y'.
     """
 
     name = "tspin"
@@ -76,7 +81,7 @@ class Tspin(SelfPlay):
         return ()
 
     def place(self, when: int) -> int:
-        """0 for the first response, 1 for every later one."""
+        """Returns 0 for the first response, 1 for every later one."""
         return min(when, 1)
 
     def sets(self, now: int) -> tuple[int, ...]:
@@ -89,10 +94,10 @@ class Tspin(SelfPlay):
             return worker.policy(algorithm_state["initial"])
         return super().author(worker, policy, algorithm_state, round, when)
 
-    def items(
+    def groups(
         self, worker: RolloutWorker, algorithm_state: dict, index: int, now: int
     ) -> Iterator[RowGroup]:
-        """The one triplet of an example."""
+        """Yields the one triplet of an example."""
         latest = self.synthetic(worker, algorithm_state, index, now, -1)
         yield (
             real_row(worker, index),
@@ -104,11 +109,11 @@ class Tspin(SelfPlay):
         self, batch: Batch, logprobs: jax.Array, denominators, loss_scalars
     ) -> tuple[jax.Array, dict[str, Mean]]:
         config, valid = self.settings, self.valid(batch)
-        scores = self.by_kind(losses.sequence_sum(logprobs, batch.loss_mask))
+        scores = self.split_rows(losses.sequence_sum(logprobs, batch.loss_mask))
         real, synthetic, first = scores
         each = tspin_loss(real, synthetic, first, config.alpha, config.beta)
         loss = losses.ratio(jnp.where(valid[0], each, 0.0).sum(), denominators["real"])
-        lengths = self.by_kind(batch.loss_mask.sum(-1))
+        lengths = self.split_rows(batch.loss_mask.sum(-1))
         metrics = reward_metrics(config.alpha * real, config.alpha * synthetic[None], valid[:2])
         metrics |= {
             "real_length": Mean(lengths[0].sum(), valid[0].sum()),

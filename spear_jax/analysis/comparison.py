@@ -1,5 +1,6 @@
-"""Folders of `compare`, <label>/seed<k>/ each a run folder -> tidy table, table of methods, figure.
-Needs no JAX.
+"""A folder of `compare` as a tidy table, a table of methods and a figure.
+
+The folder holds a run folder <label>/seed<k>/ for each run of the grid. Needs no JAX.
 """
 
 import json
@@ -40,8 +41,9 @@ LINES = ("-", "--", "-.")
 
 
 def write_request(folder: Folder, request: dict[str, Any], command: str = "compare") -> None:
-    """compare.json or sweep.json: what was asked of a grid, on which machine; whole or not at
-    all.
+    """Writes compare.json or sweep.json: the request of a grid and its machine.
+
+    The file is written whole or not at all.
     """
     file = pathlib.Path(folder) / f"{command}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +52,14 @@ def write_request(folder: Folder, request: dict[str, Any], command: str = "compa
 
 
 def load_grid(folder: Folder) -> pd.DataFrame:
-    """All cells, finished or not, in one tidy table: columns label, seed, round, metric, value."""
+    """Loads all runs of a grid, finished or not, as one tidy table.
+
+        label  seed  round  metric         value
+        spear  0     8      eval/accuracy  0.61
+
+    Returns: columns label, seed, round, metric, value.
+    Raises: UserError where no run has been evaluated.
+    """
     tables = []
     for label, seed, cell in find_cells(folder):
         rows = pd.DataFrame(run_files.read_lines(cell / "metrics.jsonl"))
@@ -69,11 +78,12 @@ def load_grid(folder: Folder) -> pd.DataFrame:
 
 
 def grid_table(folder: Folder) -> pd.DataFrame:
-    """One row a label, means over the seeds of its finished cells, best final accuracy first;
-    `COLUMNS` names the columns.
+    """Returns one row a label, means over the seeds of its finished runs.
 
-    half_width: of the 95 % interval of the mean final accuracy over seeds, t(n - 1) * s / sqrt(n);
-        NaN for one seed.
+    The best final accuracy comes first.
+
+    Returns: the columns of `COLUMNS`. half_width is of the 95 % interval of the mean final accuracy
+        over seeds, t(n - 1) * s / sqrt(n); NaN for one seed.
     """
     golds = {label: entry["gold"] for label, entry in read_request(folder)["labels"].items()}
     results: dict[str, list[dict[str, float]]] = {}
@@ -93,8 +103,9 @@ def grid_table(folder: Folder) -> pd.DataFrame:
 
 
 def short_of_budget(folder: Folder) -> list[str]:
-    """The finished cells, as label/seedK, that generate tokens or take seconds but ended before the
-    budget was used up.
+    """Returns the finished runs, as label/seedK, that ended before the budget was used up.
+
+    Runs that generate no tokens, or take no seconds, are left out.
     """
     budget = read_request(folder)["budget"]
     used = {
@@ -106,7 +117,13 @@ def short_of_budget(folder: Folder) -> list[str]:
 
 
 def half_width(values: list[float]) -> float:
-    """Half the 95 % Student-t interval of the mean of independent values; NaN for a single one."""
+    """Returns half the 95 % Student-t interval of the mean of independent values.
+
+    A single value gives NaN.
+
+        >>> round(half_width([0.5, 0.6, 0.7]), 3)
+        0.248
+    """
     n = len(values)
     if n < 2:
         return math.nan
@@ -114,7 +131,12 @@ def half_width(values: list[float]) -> float:
 
 
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """The t with P(-t <= T <= t) = level, for Student's T of `freedom` degrees of freedom.
+    """Returns the t with P(-t <= T <= t) = level, for Student's T of `freedom` degrees of freedom.
+
+    The classic value of 2 degrees of freedom:
+
+        >>> round(t_quantile(2), 3)
+        4.303
 
     Source: the finite series of P for whole degrees of freedom (Abramowitz and Stegun 26.7.3 and
         26.7.4), in the angle theta = arctan(t / sqrt(freedom)), which is then bisected.
@@ -139,7 +161,7 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
 
 
 def show_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as text for readers; "-" where there is no number."""
+    """Returns the table as text for readers; "-" where there is no number."""
     shown = {
         heading: ["-" if pd.isna(value) else form.format(value) or "none" for value in table[name]]
         for name, (heading, form) in COLUMNS.items()
@@ -148,7 +170,7 @@ def show_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def to_markdown(table: pd.DataFrame) -> str:
-    """A table of texts as a Markdown table."""
+    """Returns a table of texts as a Markdown table."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -156,8 +178,16 @@ def to_markdown(table: pd.DataFrame) -> str:
 def mean_curve(
     runs: list[tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean of curves that are given at different places, interpolated linearly, as far as all
-    of them reach.
+    """Returns the mean of curves that are given at different places.
+
+    They are interpolated linearly, as far as all of them reach. Two seeds, one evaluated at 0 and
+    4, one at 0, 2 and 6:
+
+        >>> first = np.array([0.0, 4.0]), np.array([0.0, 0.8])
+        >>> second = np.array([0.0, 2.0, 6.0]), np.array([0.2, 0.4, 0.8])
+        >>> x, mean, _ = mean_curve([first, second])
+        >>> x.tolist(), mean.round(2).tolist()
+        ([0.0, 2.0, 4.0], [0.1, 0.4, 0.7])
 
     Args: runs: (x, y) of each seed, x ascending.
     Returns: x, mean, and half the width of its 95 % t interval (NaN for one run).
@@ -170,8 +200,9 @@ def mean_curve(
 
 
 def plot_grid(folder: Folder, path: Folder) -> None:
-    """Left: held-out accuracy against the budget's own unit. Right: the final accuracies. Finished
-    cells; PNG and SVG.
+    """Draws held-out accuracy against the budget's own unit, and the final accuracies.
+
+    Only finished runs are drawn.
 
     Args: path: the figure; saved with the suffixes .png and .svg.
     """
@@ -190,7 +221,7 @@ def plot_grid(folder: Folder, path: Folder) -> None:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a figure's line by its number; all different for 42 lines."""
+    """Returns colour, marker and dashes of a figure's line by its number; distinct for 42 lines."""
     colours = run_files.COLOURS[:7]  # yellow is too light for a line
     return {
         "color": colours[index % len(colours)],
@@ -285,7 +316,7 @@ def _plot_final(axes: Any, folder: Folder, table: pd.DataFrame, styles: dict) ->
 
 
 def _limits(table: pd.DataFrame) -> tuple[float, float]:
-    """The accuracies' axis: all intervals, with some room, inside [0, 1]."""
+    """Returns the limits of the accuracies' axis: all intervals and a margin, inside [0, 1]."""
     half = table["half_width"].fillna(0.0)
     low = min((table["accuracy"] - half).min(), table["before"].min())
     high = max((table["accuracy"] + half).max(), table["before"].max())

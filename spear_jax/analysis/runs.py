@@ -1,5 +1,6 @@
-"""Run folders -> tidy tables and figures. Reads files only; needs no JAX and works while a run is
-going.
+"""Run folders as tidy tables and figures.
+
+It reads files only, needs no JAX, and works while a run is going.
 """
 
 import gzip
@@ -17,13 +18,14 @@ from spear_jax.core.records import (
 
 Folder = str | pathlib.Path
 
-# Okabe-Ito: told apart by readers with any colour vision.
+# Okabe-Ito: distinct for readers with any colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
 def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
-    """metrics.jsonl as a table with one row a round and the metric names as columns; a round in
-    writing is left out.
+    """Loads metrics.jsonl as a table with one row a round and the metric names as columns.
+
+    A round that is still being written is left out.
 
     Raises: UserError where the folder holds no metrics.
     """
@@ -39,7 +41,10 @@ def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
 
 
 def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """The resolved config as flat {"a.b": value}."""
+    """Loads the resolved config as flat {"a.b": value}.
+
+    {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
+    """
     nested = json.loads((pathlib.Path(workdir) / "config.json").read_text())
     flat: dict[str, Any] = {}
 
@@ -55,7 +60,7 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def load_runs(workdirs: list[str | pathlib.Path]) -> pd.DataFrame:
-    """Several runs in one tidy table: columns run, round, metric, value."""
+    """Loads several runs as one tidy table: columns run, round, metric, value."""
     tables = []
     for workdir in workdirs:
         table = (
@@ -66,7 +71,7 @@ def load_runs(workdirs: list[str | pathlib.Path]) -> pd.DataFrame:
 
 
 def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]:
-    """The recorded traces of a round; raises UserError where there are none."""
+    """Loads the recorded traces of a round; raises UserError where there are none."""
     file = pathlib.Path(workdir) / "traces" / f"round_{round:05d}.jsonl.gz"
     if not file.is_file():
         raise UserError(
@@ -77,30 +82,32 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
 
 
 def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
-    """(label, seed, run folder) of every cell that was started, by label and seed; raises UserError
-    where there is none.
+    """Finds the runs of a grid that were started: (label, seed, run folder), by label and seed.
+
+    Raises: UserError where there is none.
     """
-    found = []
+    cells = []
     for file in pathlib.Path(folder).glob("*/seed*/metrics.jsonl"):
         number = file.parent.name.removeprefix("seed")
         if number.isdecimal():
-            found.append((file.parent.parent.name, int(number), file.parent))
-    if not found:
+            cells.append((file.parent.parent.name, int(number), file.parent))
+    if not cells:
         raise UserError(
             f"{folder} holds no LABEL/seedK/metrics.jsonl; give the --workdir of a `compare` or "
             f"sweep command that has begun."
         )
-    return sorted(found)
+    return sorted(cells)
 
 
 def is_finished(cell: Folder) -> bool:
-    """Whether the cell's run has ended."""
+    """Returns whether the run of a folder has ended."""
     return (pathlib.Path(cell) / "summary.json").is_file()
 
 
 def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
-    """What was asked of a grid: its compare.json or sweep.json; raises UserError where there is
-    none.
+    """Reads the request of a grid from its compare.json or sweep.json.
+
+    Raises: UserError where there is none.
     """
     file = pathlib.Path(folder) / f"{command}.json"
     if not file.is_file():
@@ -111,7 +118,7 @@ def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
 
 
 def cell_result(cell: Folder) -> dict[str, float]:
-    """What one cell reached and used.
+    """Returns the accuracy that one run of a grid reached, and the budget that it used.
 
     Returns: before, accuracy (first and last held-out accuracy); stderr and count (questions) of
         the last; tokens (generated), flops, seconds (rollout, training, aggregation), compiling (of
@@ -134,11 +141,11 @@ def cell_result(cell: Folder) -> dict[str, float]:
 
 
 def load_sweep(folder: Folder) -> pd.DataFrame:
-    """The finished cells of launch/sweep.py or launch/sweep_clients.py, one row each.
+    """Loads the finished runs of launch/sweep.py or launch/sweep_clients.py, one row each.
 
     Returns: a column for every swept field by its full name (federation.num_clients), seed, and
         those of `cell_result`.
-    Raises: UserError for a folder of something else, or without a finished cell.
+    Raises: UserError for a folder of something else, or without a finished run.
     """
     fields = read_request(folder, "sweep")["fields"]
     rows = []
@@ -157,7 +164,7 @@ def load_sweep(folder: Folder) -> pd.DataFrame:
 
 
 def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
-    """The content of summary.json."""
+    """Returns the content of summary.json."""
     table = load_metrics(workdir)
     accuracy = table.dropna(subset="eval/accuracy")
     best = accuracy.loc[accuracy["eval/accuracy"].idxmax()]
@@ -188,7 +195,7 @@ def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def round_table(workdir: str | pathlib.Path) -> str:
-    """The evaluated rounds as a table for a terminal."""
+    """Returns the evaluated rounds as a table for a terminal."""
     table = load_metrics(workdir)
     rows = table[table["eval/accuracy"].notna()]
     wanted = {
@@ -208,8 +215,9 @@ def round_table(workdir: str | pathlib.Path) -> str:
 
 
 def plot_accuracy(workdirs: list[str | pathlib.Path], path: str | pathlib.Path) -> None:
-    """Held-out accuracy against the round, with 95 % intervals, and the rollouts' first-answer
-    accuracy as a thin line.
+    """Draws held-out accuracy against the round, with 95 % intervals.
+
+    A single run also gets its rollouts' first-answer accuracy as a thin line.
     """
     from matplotlib.figure import Figure  # not pyplot, whose backend is the notebook's
 

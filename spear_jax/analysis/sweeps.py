@@ -1,5 +1,6 @@
-"""A sweep's cells -> a table with one row a setting, and a figure against one of the fields. Needs
-no JAX.
+"""A sweep as a table with one row a setting, and a figure against one of the fields.
+
+Needs no JAX.
 """
 
 import dataclasses
@@ -44,13 +45,13 @@ class Line:
 
 
 def mean_table(cells: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
-    """One row a setting of the fields, means over its seeds; the columns are the fields and those
-    of `COLUMNS`.
+    """Returns one row a setting of the fields, means over its seeds.
 
-    low, high: the 95 % interval of the accuracy: over seeds (Student's t) where there are two or
-        more, else of a single seed's questions (Wilson's score interval).
+    The columns are the fields and those of `COLUMNS`. low and high are the 95 % interval of the
+    accuracy. It is over seeds (Student's t) where there are two or more, else of a single seed's
+    questions (Wilson's score interval).
 
-    Args: cells: of `analysis.load_sweep`.
+    Args: cells: one row a run, of `analysis.load_sweep`.
     """
     rows = []
     for values, group in cells.groupby(fields, sort=True, dropna=False):
@@ -67,7 +68,7 @@ def mean_table(cells: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
 
 
 def show_table(table: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
-    """The table of `mean_table` as text for readers."""
+    """Returns the table of `mean_table` as text for readers."""
     shown = {name: [str(value) for value in table[name]] for name in fields}
     shown |= {
         heading: [form.format(x) for x in table[name]] for name, (heading, form) in COLUMNS.items()
@@ -76,8 +77,13 @@ def show_table(table: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
 
 
 def split_lines(table: pd.DataFrame, fields: list[str]) -> list[Line]:
-    """A line for every setting of the fields, which only those that differ name; one line where
-    nothing differs.
+    """Splits a table into a line for every setting of the fields.
+
+    Only the fields that differ stand in a label. Where nothing differs there is one line.
+
+        lora.rank  train.steps  accuracy
+        4          2            0.50          line "rank 4"
+        16         2            0.55          line "rank 16"
     """
     telling = [name for name in fields if table[name].nunique() > 1]
     if not telling:
@@ -89,13 +95,14 @@ def split_lines(table: pd.DataFrame, fields: list[str]) -> list[Line]:
 
 
 def short_name(field: str) -> str:
-    """The last part of a field's name; algorithm.name is the method."""
+    """Returns the last part of a field's name; algorithm.name is the method."""
     return "method" if field == "algorithm.name" else field.rsplit(".", 1)[-1]
 
 
 def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
-    """Accuracy, bytes, tokens and seconds against field `x`, one line a setting of the others; PNG
-    and SVG.
+    """Draws accuracy, bytes, tokens and seconds against field `x`.
+
+    There is one line for each setting of the other fields.
 
     Args:
         x: a column of the lines' rows; numbers, or names at equal distances.
@@ -103,10 +110,10 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot, whose backend is the notebook's
 
-    # the first cell compiles what the others find in the cache
+    # the first run compiles programs that the others read from the cache
     lines = [
-        Line(one.label, one.rows.assign(running=one.rows["seconds"] - one.rows["compiling"]))
-        for one in lines
+        Line(line.label, line.rows.assign(running=line.rows["seconds"] - line.rows["compiling"]))
+        for line in lines
     ]
     whole = pd.concat([line.rows for line in lines])
     places, ticks = _places(whole[x])
@@ -155,16 +162,49 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
         figure.savefig(pathlib.Path(path).with_suffix(suffix), dpi=150)
 
 
+def _draw_panel(axes: Any, lines: list[Line], x: str, column: str) -> None:
+    unit, divisor = PANELS[column]
+    whole = pd.concat([line.rows for line in lines])
+    places, ticks = _places(whole[x])
+    log = pd.api.types.is_numeric_dtype(whole[x]) and _wide(whole[x])
+    for index, line in enumerate(lines):
+        at = np.array([places[value] for value in line.rows[x]])
+        # lines stand a little aside, so that intervals at one place do not cover each other
+        aside = (index - (len(lines) - 1) / 2) * 0.012
+        at = (
+            at * (max(ticks) / min(ticks)) ** aside
+            if log
+            else at + aside * (max(ticks) - min(ticks))
+        )
+        rows = line.rows.assign(place=at).sort_values("place")
+        _draw(axes, rows, column, divisor, comparison.line_style(index) | {"label": line.label})
+    if log:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    axes.set_xticks(list(ticks), list(ticks.values()), rotation=0 if len(ticks) < 6 else 30)
+    if column == "accuracy":
+        before = whole["before"].mean()
+        axes.axhline(
+            before, color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training"
+        )
+    elif _wide(whole[column]):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.1 * whole[column].max() / divisor or 1)
+    axes.set(xlabel=x, ylabel=unit)
+    axes.grid(alpha=0.3)
+
+
 def _places(values: pd.Series) -> tuple[dict[Any, float], dict[float, str]]:
-    """Where each value lies on the axis, and the text at each place."""
-    kinds = sorted(values.unique())
-    numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-    places = {kind: float(kind) if numbers else float(index) for index, kind in enumerate(kinds)}
-    return places, {place: f"{kind:,}" if numbers else str(kind) for kind, place in places.items()}
+    """Returns where each value lies on the axis, and the text at each place."""
+    distinct = sorted(values.unique())
+    numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    places = {x: float(x) if numeric else float(index) for index, x in enumerate(distinct)}
+    return places, {place: f"{x:,}" if numeric else str(x) for x, place in places.items()}
 
 
 def _wide(values: pd.Series) -> bool:
-    """Whether an axis of these values is better logarithmic."""
+    """Returns whether an axis of these values is better logarithmic."""
     return bool(values.min() > 0 and values.max() / values.min() > WIDE)
 
 

@@ -1,5 +1,6 @@
-"""Recorded first answers by token, and what later adapters make of them -> tidy tables. Needs no
-JAX.
+"""Recorded first answers by token, and their scores under later adapters, as tidy tables.
+
+Needs no JAX.
 """
 
 import gzip
@@ -14,12 +15,17 @@ from spear_jax.core.errors import UserError
 
 
 def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
-    """The first answers of a round's traces by token, one row a token.
+    """Loads the first answers of a round's traces, one row a token.
+
+        trace  position  token  probability  touched
+        0      0          B     0.71         True
+        1      0          C     0.64         <NA>        no lose, so unlikelihood reads none of it
 
     Returns: columns trace (its number in the round), client, example, role, confidence, position
         (from 0), id, token (its own text), probability (under the rollout policy, untempered) and
-        touched: whether unlikelihood may touch it; <NA> where unlikelihood reads none of the
-        sampled ids.
+        touched. touched is whether unlikelihood may touch the token; <NA> where unlikelihood reads
+        none of the sampled ids.
+    Raises: UserError where nothing was asked in the round.
     """
     tables = []
     for number, trace in enumerate(runs.load_traces(workdir, round)):
@@ -32,9 +38,9 @@ def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
         raise UserError(
             f"nothing was asked in round {round} of {workdir}; its method generates no answers."
         )
-    found = pd.concat(tables, ignore_index=True).rename(columns={"text": "token"})
-    found["probability"] = found.pop("logprob").map(math.exp)
-    return found[
+    tokens = pd.concat(tables, ignore_index=True).rename(columns={"text": "token"})
+    tokens["probability"] = tokens.pop("logprob").map(math.exp)
+    return tokens[
         [
             "trace",
             "client",
@@ -51,11 +57,11 @@ def load_tokens(workdir: runs.Folder, round: int) -> pd.DataFrame:
 
 
 def load_scores(workdir: runs.Folder, round: int) -> pd.DataFrame:
-    """What `score --traces=ROUND` wrote: the same tokens under other rounds' adapters, one row a
-    token and adapter.
+    """Loads the scores of `score --traces=ROUND`: the same tokens under other rounds' adapters.
 
-    Returns: columns adapter (the round whose adapter scored), trace, position, probability; joins
-        `load_tokens` on trace and position.
+    Returns: one row a token and adapter. Columns adapter (the round whose adapter scored), trace,
+        position, probability; joins `load_tokens` on trace and position.
+    Raises: UserError where the round was not scored.
     """
     file = pathlib.Path(workdir) / "scores" / f"round_{round:05d}.jsonl.gz"
     if not file.is_file():

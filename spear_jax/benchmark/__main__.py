@@ -1,18 +1,19 @@
-"""Times the phases of a round, against what this machine can do at best.
+"""Times the phases of a round, and compares them with the machine's ceilings.
 
 Phases: rollout, revision, evaluation, local_step, aggregation, checkpoint, round. Prompts and rows
-are random tokens of real lengths, and every completion has exactly the preset's number of new
-tokens. --against=hf runs the same work as a user would otherwise: transformers' generate, PEFT and
-torch's AdamW, clients one after another, in the same dtype and with as many threads. Each side has
-a process of its own for each phase; repeats alternate between them, and the first call of each,
-which compiles, is told apart. A floor is the FLOPs and bytes that a phase needs (real tokens, each
-once) at the machine's measured ceilings.
+are random tokens of real lengths. Every completion has exactly the preset's number of new tokens.
+
+--against=hf runs the same work as a user would otherwise: transformers' generate, PEFT and torch's
+AdamW, clients one after another, in the same dtype and with as many threads. Each side has a
+process of its own for each phase. Repeats alternate between the sides. The first call of each
+compiles, and is reported apart. A floor is the FLOPs and bytes that a phase needs (real tokens,
+each once) at the machine's measured ceilings.
 
 --clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an
 experiment's sizes. Other jobs on the machine distort all of it.
 
-With --out the result is written after every phase or cohort size; its "done" and "left" say which
-are in it. A benchmark that is stopped leaves what it had.
+With --out the result is written after every phase or cohort size. Its "done" and "left" name the
+parts. A benchmark that is stopped leaves what it had.
 """
 
 import argparse
@@ -63,10 +64,10 @@ def main(argv: list[str]) -> dict[str, Any]:
         rival.require()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    found = processes.ask(machine.measure, None)
-    work = workload.make_workload(preset, found["platform"])
-    check_memory(preset.name, floors.memory_needed(work, bool(args.against)), found)
-    result = describe(args, preset, found)
+    host = processes.ask(machine.measure, None)
+    work = workload.make_workload(preset, host["platform"])
+    check_memory(preset.name, floors.memory_needed(work, bool(args.against)), host)
+    result = describe(args, preset, host)
     parts: list[Any] = cohorts or phases
     result |= {"done": [], "left": parts, "cohorts" if cohorts else "phases": [] if cohorts else {}}
     if args.against:
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> dict[str, Any]:
                 keep(result, out)
         else:
             for phase, answers in run_phases(work, phases, sides, args.repeats, args.quiet):
-                entry = result["phases"][phase] = report.tell(phase, answers, work, found)
+                entry = result["phases"][phase] = report.tell(phase, answers, work, host)
                 if args.against and phase in RATIOS:
                     result["ratios"][phase] = entry["ratio"]
                 keep(result, out)
@@ -93,7 +94,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def keep(result: dict[str, Any], out: pathlib.Path | None) -> None:
-    """Counts the next of result["left"] as done, and writes what there is so far."""
+    """Counts the next of result["left"] as done, and writes the result so far."""
     from spear_jax.benchmark import report
 
     result["done"], result["left"] = [*result["done"], result["left"][0]], result["left"][1:]
@@ -102,7 +103,7 @@ def keep(result: dict[str, Any], out: pathlib.Path | None) -> None:
 
 
 def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and what is left over for --config; raises UserError for values that cannot be."""
+    """Returns the flags, and the rest for --config; raises UserError for impossible values."""
     from spear_jax.experiment import command_line
 
     parser = command_line.parser("benchmark", __doc__, EXAMPLES)
@@ -138,9 +139,10 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_sizes(args: argparse.Namespace, rest: list[str]) -> Preset:
-    """The sizes of --preset or --config, with the model of --model and the dtype of --dtype.
+    """Returns the sizes of --preset or --config, with --model's model and --dtype's dtype.
 
     Args: rest: the --config flags.
+    Raises: UserError where both give sizes, and for a model that both sides cannot read.
     """
     from spear_jax.experiment import command_line
     from spear_jax.models.config import read_config
@@ -170,33 +172,36 @@ def read_sizes(args: argparse.Namespace, rest: list[str]) -> Preset:
     return preset
 
 
-def describe(args: argparse.Namespace, preset: Preset, found: dict[str, Any]) -> dict[str, Any]:
-    """What was run, and on what."""
-    own = "embedded" if preset.model == str(workload.TINY) else preset.model or "random weights"
+def describe(args: argparse.Namespace, preset: Preset, host: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a result about the run and its machine."""
+    default = "embedded" if preset.model == str(workload.TINY) else preset.model or "random weights"
     named = ("name", "shape", "model", "dtype")
     return {
         "preset": preset.name,
-        "model": args.model or own,
+        "model": args.model or default,
         "dtype": preset.dtype,
         "sizes": {name: value for name, value in vars(preset).items() if name not in named},
         "repeats": args.repeats,
-        "peak_memory": machine.peak_source(found["platform"]),
-        "machine": found,
+        "peak_memory": machine.peak_source(host["platform"]),
+        "machine": host,
         "versions": machine.versions(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT},
         "compilation_cache": "JAX_COMPILATION_CACHE_DIR" in os.environ,
     }
 
 
-def check_memory(name: str, needed: int, found: dict[str, Any]) -> None:
-    """Raises UserError where the machine has less memory than the preset needs
-    (`floors.memory_needed`).
+def check_memory(name: str, needed: int, host: dict[str, Any]) -> None:
+    """Raises UserError where the machine has less memory than the preset needs.
+
+    Args:
+        needed: bytes, of `floors.memory_needed`.
+        host: of `machine.measure`.
     """
-    free = found["free_bytes"]
+    free = host["free_bytes"]
     if free is not None and needed > free:
         raise UserError(
             f"preset {name!r} needs about {needed / 1e9:.1f} GB on this machine's "
-            f"{found['device']!r}, and "
+            f"{host['device']!r}, and "
             f"{free / 1e9:.1f} GB are free; take a smaller --preset, leave out --against, or use "
             f"a device with more memory."
         )
@@ -217,16 +222,16 @@ def run_phases(
     progress = Progress(dict.fromkeys(phases, 1.0), calls, on_terminal(quiet), quiet)
     with contextlib.closing(progress):
         for phase in phases:
-            found: dict[str, list] = {name: [] for name in sides}
+            answers: dict[str, list] = {name: [] for name in sides}
             with contextlib.ExitStack() as stack:
                 peers = {name: stack.enter_context(Peer(side.serve, name, work)) for name in sides}
                 for _ in range(repeats + 1):
                     for name, peer in peers.items():
                         progress.call(f"{phase}, {name}")
-                        found[name].append(peer.ask((phase,)))
+                        answers[name].append(peer.ask((phase,)))
                         progress.called()
             progress.ended(phase)
-            yield phase, found
+            yield phase, answers
 
 
 def run_cohorts(

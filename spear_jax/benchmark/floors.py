@@ -1,12 +1,11 @@
-"""What a phase needs, whoever runs it: floating-point operations and bytes, and from the machine's
-ceilings its floor in seconds.
+"""Floors of the phases: the operations and bytes that a phase needs, whoever runs it.
 
-Counted are real tokens, never padding: a distinct (prompt, completion) once, a prompt that several
-completions share once, and once what all prompts of a phase open with (in training, where that has
-a gradient, for each of them). With W the weights of all projections, V D those of the LM head, L
-layers, H heads of width K, N key/value heads of width K and R the rank:
+Counted are real tokens, never padding. A distinct (prompt, completion) counts once. A prompt that
+several completions share counts once. The prefix that all prompts of a phase share counts once; in
+training, where it has a gradient, for each of them. With W the weights of all projections, V D
+those of the LM head, L layers, H heads and U key/value heads of width E, and R the rank:
 
-    forward     2 W a token; attention 4 H K a token, layer and visible position (causal: the n-th token sees n);
+    forward     2 W a token; attention 4 H E a token, layer and visible position (causal: the n-th token sees n);
                 head 2 V D for each position whose distribution is needed
     training    twice the forward's products with frozen weights (forward and input gradient), three times its attention
                 (whose both sides have gradients), and 6 R (in + out) a token and adapted projection
@@ -15,9 +14,9 @@ layers, H heads of width K, N key/value heads of width K and R the rank:
     decode      bytes: weights once a step for the whole batch, and every row's cache up to its position
     training    bytes: weights twice
 
-A floor is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the copy rate).
-Activations, norms, softmax, sampling, the optimiser, and adapters where nothing trains are left
-out, so nothing reaches it.
+The floor in seconds is the sum over a phase's parts of max(FLOPs / the fastest product, bytes / the
+copy rate). Activations, norms, softmax, sampling, the optimiser, and adapters where nothing trains
+are left out, so nothing reaches it.
 """
 
 import collections
@@ -49,7 +48,8 @@ class Counts:
     """A model's constants.
 
     Attributes:
-        layers: W, weights of all projections; head: V D.
+        layers: W, weights of all projections.
+        head: V D.
         attention: FLOPs of one token for each position it sees, all layers.
         adapter: R (in + out) over all adapted projections: the adapter's own numbers.
         cache: bytes of one token's keys and values.
@@ -65,12 +65,12 @@ class Counts:
 
     @property
     def weights(self) -> int:
-        """Bytes of projections and head."""
+        """Returns the bytes of projections and head."""
         return (self.layers + self.head) * self.size
 
 
 def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
-    """The constants of a model with adapters of that rank on all projections."""
+    """Returns the constants of a model with adapters of that rank on all projections."""
     shapes, size = projection_shapes(model).values(), DTYPES[dtype].itemsize
     return Counts(
         layers=model.layers * sum(i * o for i, o in shapes),
@@ -83,8 +83,13 @@ def count(model: ModelConfig, rank: int, dtype: str) -> Counts:
 
 
 def prefill(c: Counts, lengths: np.ndarray, shared_prefix: int) -> Part:
-    """Prompts of int[B] tokens that all open with the same ones, and the distribution after
-    each.
+    """Returns the part of prefilling prompts, with the distribution after each.
+
+    Three prompts of 5 tokens that share their first 3 read 9 tokens: 3 + 3 x 2.
+
+    Args:
+        lengths: int[B], tokens of each prompt.
+        shared_prefix: tokens that all of them begin with.
     """
     again = shared_prefix * (len(lengths) - 1)
     seen = (lengths * (lengths + 1) / 2).sum() - again * (shared_prefix + 1) / 2
@@ -93,8 +98,11 @@ def prefill(c: Counts, lengths: np.ndarray, shared_prefix: int) -> Part:
 
 
 def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
-    """The completions' tokens but the first, which the prefill gives: `new` - 1 steps of the whole
-    batch.
+    """Returns the part of decoding all of a completion's tokens but the first.
+
+    The prefill gives the first. So it is `new` - 1 steps of the whole batch.
+
+    Args: lengths: int[B], tokens of each prompt.
     """
     steps = new - 1
     seen = (steps * lengths + steps * (steps + 1) / 2).sum()  # the s-th step sees p + s positions
@@ -103,7 +111,10 @@ def decode(c: Counts, lengths: np.ndarray, new: int) -> Part:
 
 
 def train(c: Counts, rows: list[Row], shared_prefix: int) -> Part:
-    """One forward and backward of a client's rows, whose prompts all open with the same tokens."""
+    """Returns the part of one forward and backward of a client's rows.
+
+    Args: shared_prefix: tokens that all prompts begin with.
+    """
     answers = collections.defaultdict(set)
     for row in rows:
         answers[tuple(row.prompt)].add(tuple(row.completion))
@@ -126,17 +137,18 @@ def train(c: Counts, rows: list[Row], shared_prefix: int) -> Part:
 
 
 def aggregate(c: Counts, clients: int) -> Part:
-    """The weighted mean of float32 adapters: all read, one written."""
+    """Returns the part of the weighted mean of float32 adapters: all read, one written."""
     return Part(2.0 * clients * c.adapter, 4.0 * (clients + 1) * c.adapter)
 
 
 def needs(work: Workload) -> dict[str, list[Part]]:
-    """The parts of every phase. A checkpoint's bytes are the adapter's, as if the disk were
-    memory.
+    """Returns the parts of every phase.
+
+    A checkpoint's bytes are the adapter's, as if the disk were memory.
     """
     preset = work.preset
     c = count(parse_config(preset.shape), preset.rank, preset.dtype)
-    lengths = lambda prompts: np.array([len(prompt) for own in prompts for prompt in own])
+    lengths = lambda prompts: np.array([len(prompt) for client in prompts for prompt in client])
     shared = lambda prompts: len(os.path.commonprefix(sum(prompts, [])))
 
     def reading(prompts: list[list[list[int]]]) -> Part:
@@ -146,7 +158,7 @@ def needs(work: Workload) -> dict[str, list[Part]]:
         return [reading(prompts), decode(c, lengths(prompts), preset.new_tokens)]
 
     mean = aggregate(c, preset.clients)
-    steps = [train(c, rows, shared(work.prompts)) for own in work.rows for rows in own]
+    steps = [train(c, rows, shared(work.prompts)) for client in work.rows for rows in client]
     first, revised = generation(work.prompts), generation(work.revisions)
     return {
         "rollout": first,
@@ -160,12 +172,14 @@ def needs(work: Workload) -> dict[str, list[Part]]:
 
 
 def tokens(work: Workload) -> dict[str, int]:
-    """What `tokens per second` counts: generated tokens; of questions and training rows all tokens
-    as they are given.
+    """Returns the tokens that `tokens per second` counts.
+
+    They are the generated tokens; of questions and training rows all tokens as they are given.
     """
     preset = work.preset
     trained = [
-        [sum(len(r.prompt) + len(r.completion) for r in rows) for rows in own] for own in work.rows
+        [sum(len(r.prompt) + len(r.completion) for r in rows) for rows in client]
+        for client in work.rows
     ]
     generated = {
         "rollout": preset.new_tokens * sum(map(len, work.prompts)),
@@ -179,13 +193,14 @@ def tokens(work: Workload) -> dict[str, int]:
 
 
 def seconds(parts: list[Part], gemm: float, copy: float) -> float:
-    """The floor of a phase on a machine of `gemm` FLOP/s and `copy` bytes/s."""
+    """Returns the floor of a phase on a machine of `gemm` FLOP/s and `copy` bytes/s."""
     return sum(max(part.flops / gemm, part.bytes / copy) for part in parts)
 
 
 def memory_needed(work: Workload, rival: bool) -> int:
-    """An estimate in bytes of what a benchmark holds at once: weights, and the larger of generation
-    and local training.
+    """Estimates the bytes that a benchmark holds at once.
+
+    They are the weights, and the larger of generation and local training.
 
     Args: rival: whether the rival's process is there too; it holds full-vocabulary logits, once in
         its dtype and three times in float32 (upcast, log-probabilities, gradient), for half of a
@@ -196,7 +211,7 @@ def memory_needed(work: Workload, rival: bool) -> int:
     c = count(model, preset.rank, preset.dtype)
     weights = c.size * sum(int(np.prod(place.leaf_shape)) for place in places(model))
     longest = (
-        max(len(prompt) for own in work.revisions + work.prompts for prompt in own)
+        max(len(prompt) for client in work.revisions + work.prompts for prompt in client)
         + preset.new_tokens
     )
     rows, length = preset.wins + preset.loses, preset.lengths[2] + preset.new_tokens

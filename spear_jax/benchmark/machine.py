@@ -1,4 +1,4 @@
-"""The machine: what it can do at best, what is installed, and how much memory a process has held.
+"""The machine: its ceilings, its packages, and the memory of a process.
 
 JAX is imported only where ceilings are measured: the rival's process reads this module, and its
 memory is measured.
@@ -36,7 +36,7 @@ TRIES = 10
 
 
 def measure(_: None = None) -> dict[str, Any]:
-    """Ceilings of JAX's first device, the best of several tries each.
+    """Measures the ceilings of JAX's first device, the best of several tries each.
 
     Returns: platform, device, cpu, cores; load (processes that ran on average in the minute
         before); free_bytes (None where unknown); gemm {dtype: FLOP/s of the fastest square
@@ -97,30 +97,30 @@ def _fastest(run: Callable[[], Any]) -> float:
 
 
 def cores() -> int:
-    """Cores that this process may use; both sides run as many threads."""
+    """Returns the cores that this process may use; both sides run as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Returns the processor's name."""
     info = pathlib.Path("/proc/cpuinfo")
     named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return named[1] if named else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the installed packages that either side runs on."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of Python and of the installed packages that either side runs on."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def peak_source(platform: str) -> str:
-    """How peak memory is measured, for the record."""
+    """Returns how peak memory is measured, for the record."""
     if platform == "gpu":
         return "the allocator's high-water mark on the device, in fresh processes for each phase"
     if CLEAR.exists():
@@ -129,8 +129,9 @@ def peak_source(platform: str) -> str:
 
 
 def reset_peak() -> int:
-    """Gives freed memory back and starts a new high-water mark (on Linux); returns the bytes still
-    resident.
+    """Gives freed memory back and starts a new high-water mark (on Linux).
+
+    Returns: the bytes still resident.
     """
     gc.collect()
     if not CLEAR.exists():
@@ -141,8 +142,9 @@ def reset_peak() -> int:
 
 
 def peak_bytes() -> int:
-    """The process's high-water mark of resident memory in bytes, since `reset_peak` or, elsewhere,
-    since its start.
+    """Returns the process's high-water mark of resident memory, in bytes.
+
+    It is since `reset_peak` or, elsewhere, since the process began.
     """
     if CLEAR.exists():
         return _status("VmHWM")

@@ -1,5 +1,6 @@
-"""This system's side: each phase through the functions that a round runs. All calls into the system
-stand in this file.
+"""This system's side: each phase through the functions that a round runs.
+
+All calls into the system stand in this file.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ Measured = dict[str, Any]
 
 def build(work: Workload) -> Side:
     """Loads or makes the weights on JAX's first device, and binds the phases."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # as `cli.run` does
+    logging.getLogger("absl").setLevel(logging.ERROR)  # as `command_line.run` does
     release_after_compiling()  # as `train` does
     compiles, system = Compiles(), System(work)
     device = jax.devices()[0]
@@ -84,7 +85,7 @@ class RandomTensors:
 
 
 class Labels:
-    """In place of a renderer: option number i, named str(i), is the i-th given token."""
+    """A renderer's stand-in: option number i, named str(i), is the i-th given token."""
 
     def __init__(self, options: list[int]):
         self.options = options
@@ -94,8 +95,9 @@ class Labels:
 
 
 class System:
-    """The frozen parts and the phases. A phase takes the global adapter as it was built, and
-    changes nothing.
+    """The frozen parts and the phases.
+
+    A phase takes the global adapter as it was built, and changes nothing.
     """
 
     def __init__(self, work: Workload):
@@ -113,14 +115,13 @@ class System:
         self.state = init_server(AGGREGATION, self.lora, {}, jax.random.key(0))
         self.algorithm, self.local = spear(preset), local_config(preset)
         self.rate = np.float32(preset.rate)
-        steps = [[step_items(step)] for own in work.rows for step in own]
-        longest = max(len(row.prompt) for own in work.rows for step in own for row in step)
+        steps = [[step_groups(step)] for client in work.rows for step in client]
+        longest = max(len(row.prompt) for client in work.rows for step in client for row in step)
         limit = default_config().train.max_tokens_per_block
-        slots = max(len(items) for (items,) in steps)
-        asked = sum(work.prompts, [])
-        shared_prefix = os.path.commonprefix(asked)[
-            : min(map(len, asked)) - 1
-        ]  # no prompt is nothing but that
+        slots = max(len(groups) for (groups,) in steps)
+        prompts = sum(work.prompts, [])
+        # a prompt keeps a token of its own behind the shared prefix
+        shared_prefix = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
         self.shape = choose_block_shape(
             steps, 1, 1, longest, preset.new_tokens, limit, slots, shared_prefix
         )
@@ -132,14 +133,15 @@ class System:
         self.cohort_size = 0
 
     def policy(self) -> Policy:
-        """The base with the adapter, as rollouts take it."""
+        """Returns the base with the adapter, as rollouts take it."""
         return as_policy(self.base, self.lora, self.decoder.lora, "none")
 
     def generate(self, policy: Policy, prompts: list[list[list[int]]]) -> Measured:
-        """All clients' prompts in one batch; returns the completions, and the padding of prompts
-        and completions.
+        """Generates for all clients' prompts in one batch.
+
+        Returns: the completions, and the padding of prompts and completions.
         """
-        flat, new = [prompt for own in prompts for prompt in own], self.preset.new_tokens
+        flat, new = [prompt for client in prompts for prompt in client], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
         shared_prefix = os.path.commonprefix(flat)
         sampler, sampling = self.sampler(shared_prefix), sampling_config(self.preset, len(flat))
@@ -147,9 +149,8 @@ class System:
         plan, batches = plan_prefill(
             sampling, [range(len(flat))], flat, 1, sampler.shapes, len(shared_prefix)
         )
-        fills = -(
-            -len(batches) // (plan.rows // plan.batch)
-        )  # all completions are of one length, and end together
+        # all completions are of one length, and end together
+        fills = -(-len(batches) // (plan.rows // plan.batch))
         held = fills * plan.rows * new + len(batches) * plan.pack_shape.tokens
         return {
             "answers": [completion.tokens for completion in done],
@@ -157,8 +158,9 @@ class System:
         }
 
     def sampler(self, shared_prefix: list[int]) -> Sampler:
-        """With arrays where an experiment has them: placed in another way they would be another
-        program's.
+        """Builds a sampler with arrays where an experiment has them.
+
+        Placed in another way they would be another program's.
         """
         place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
         return Sampler(self.decoder, place, spread=spread, shared_prefixes=[shared_prefix])
@@ -188,33 +190,32 @@ class System:
         return {"choices": np.argmax(scores, axis=1).tolist()}
 
     def train(self, rows: list[list[list[Row]]]) -> tuple[Adapter, jax.Array, Measured]:
-        """Every client's optimiser steps; rows: [C][S] lists.
+        """Runs every client's optimiser steps.
 
+        Args: rows: [C][S] lists of rows.
         Returns: Σ w θ and Σ w over clients, and the mean loss over all steps with the padding of
             the rows.
         """
         at_once = min(self.local.clients_at_once, len(rows))
-        local, small = (
-            dataclasses.replace(self.local, clients_at_once=at_once),
-            self.small if at_once == 1 else None,
-        )
+        local = dataclasses.replace(self.local, clients_at_once=at_once)
+        small = self.small if at_once == 1 else None
         keys = Keys()
-        blocks = [[pack_rows([step_items(step)], self.shape, keys) for step in own] for own in rows]
-        depth = max(len(step) for own in blocks for step in own)
+        blocks = [
+            [pack_rows([step_groups(step)], self.shape, keys) for step in client] for client in rows
+        ]
+        depth = max(len(step) for client in blocks for step in client)
         count = len(rows)
         # without dropout no key is read
         members = np.zeros((count, 2), np.uint32), np.ones(count, np.float32), np.ones(count, bool)
         shared = local_training.Broadcast(self.lora, self.base, (), {}, self.rate)
         packed = cohort_training.Rows(blocks, depth, self.shape, small)
-        found = cohort_training.train(
+        trained = cohort_training.train(
             self.algorithm, self.decoder, local, self.mesh, AGGREGATION, shared, packed, members
         )
-        jax.block_until_ready(found.reduced)
-        loss = found.means["loss"].total.sum() / found.means["loss"].count.sum()
-        return (
-            found.reduced,
-            {"loss": float(loss), "padding": 1 - found.tokens / found.read},
-        )
+        jax.block_until_ready(trained.reduced)
+        loss = trained.means["loss"].total.sum() / trained.means["loss"].count.sum()
+        measured = {"loss": float(loss), "padding": 1 - trained.tokens / trained.read}
+        return trained.reduced, measured
 
     def aggregation(self) -> Measured:
         weight = np.ones(self.preset.clients, np.float32)
@@ -233,19 +234,20 @@ class System:
         self.generate(policy, self.work.prompts)
         self.generate(policy, self.work.revisions)
         del policy  # as in a round, the merged weights are not held while training
-        return self.train_andaggregate(self.preset.clients)
+        return self.train_and_aggregate(self.preset.clients)
 
     def cohort(self, size: int) -> Measured:
-        """As `train_and_aggregate`; the programs of the size before are dropped, whose memory would
-        count as this one's.
+        """Runs `train_and_aggregate`, with the programs of the size before dropped.
+
+        Their memory would count as this size's.
         """
         if size != self.cohort_size:
             jax.clear_caches()
         self.cohort_size = size
-        return self.train_andaggregate(size)
+        return self.train_and_aggregate(size)
 
-    def train_andaggregate(self, size: int) -> Measured:
-        """A round's second half for any number of clients, which repeat the workload's."""
+    def train_and_aggregate(self, size: int) -> Measured:
+        """Runs a round's second half for any number of clients, which repeat the workload's."""
         rows = [self.work.rows[client % self.preset.clients] for client in range(size)]
         reduced, measured = self.train(rows)
         state, _ = aggregate(AGGREGATION, self.state, reduced)
@@ -255,14 +257,14 @@ class System:
 
 @jax.jit
 def _weighted_sum(adapters: list[Adapter], weight: jax.Array) -> Adapter:
-    """Σ w θ, which `train_cohort` accumulates as clients finish."""
+    """Returns Σ w θ, which `train_cohort` accumulates as clients finish."""
     return jax.tree.map(
-        lambda *x: sum(w * one for w, one in zip(weight, x, strict=True)), *adapters
+        lambda *leaves: sum(w * leaf for w, leaf in zip(weight, leaves, strict=True)), *adapters
     )
 
 
 def random_adapter(config: ModelConfig, lora: LoraConfig) -> Adapter:
-    """The adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
+    """Builds the adapter out of `random_tensor` by PEFT's names, as `init_lora` lays it out."""
 
     def stack(target: str, side: str, shape: tuple[int, int]) -> np.ndarray:
         names = [
@@ -283,8 +285,9 @@ def random_adapter(config: ModelConfig, lora: LoraConfig) -> Adapter:
 
 
 def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
-    """No EOS, so that every completion has exactly new_tokens; as many rows in a batch as the
-    config's memory allows.
+    """Returns the sampling without EOS, so that every completion has exactly new_tokens.
+
+    A batch has as many rows as the config's memory allows.
     """
     itemsize = DTYPES[preset.dtype].itemsize
     tokens, read = cost_model.generation_tokens(
@@ -304,7 +307,7 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
 
 
 def spear(preset: Preset) -> Spear:
-    """The method with the preset's numbers."""
+    """Builds the method with the preset's numbers."""
     settings = dataclasses.replace(
         SpearSettings(), lose_weight=preset.lose_weight, margin=preset.margin
     )
@@ -315,7 +318,10 @@ def spear(preset: Preset) -> Spear:
 
 
 def local_config(preset: Preset) -> local_training.LocalConfig:
-    """Local training by the config's defaults: AdamW, clipped at 1, no decay, no regulariser."""
+    """Returns local training by the config's defaults.
+
+    They are AdamW, clipped at 1, no decay, no regulariser.
+    """
     train = default_config().train
     return local_training.LocalConfig(
         clients_at_once=preset.clients_at_once or preset.clients,
@@ -330,13 +336,13 @@ def local_config(preset: Preset) -> local_training.LocalConfig:
     )
 
 
-def step_items(rows: list[Row | None]) -> list[RowGroup]:
-    """An optimiser step's rows as the system has them; every completion token counts."""
+def step_groups(rows: list[Row | None]) -> list[RowGroup]:
+    """Returns an optimiser step's rows as the system has them; every completion token counts."""
     return [(training_row(row),) for row in rows if row]
 
 
 def training_row(row: Row) -> rows_module.TrainingRow:
-    """One row, all of its completion tokens in use."""
+    """Returns one row, with all of its completion tokens in use."""
     return rows_module.TrainingRow(
         row.prompt, row.completion, np.ones(len(row.completion), bool), row.confidence, row.label
     )

@@ -1,4 +1,4 @@
-"""Progress of a benchmark: a bar over calls on a terminal, elsewhere a line on stderr a part."""
+"""Progress of a benchmark: a bar on a terminal, elsewhere a line on stderr for each part."""
 
 import sys
 import time
@@ -8,15 +8,15 @@ import tqdm
 
 
 class Progress:
-    """Tells how far a benchmark is. A part is a phase, or a cohort of one size.
+    """Progress over a benchmark's parts. A part is a phase, or a cohort of one size.
 
     Without a terminal the lines are, for example,
 
         rollout: 12 s (1 of 7), about 72 s left
 
     Args:
-        sizes: of every part, in the order in which they run: what its time is taken to grow with.
-            The estimate of what is left is the time so far, scaled by these sizes.
+        sizes: of every part, in the order in which they run. The time of a part is taken to grow
+            with its size. The estimate of the time left is the time so far, scaled by these sizes.
         calls: calls of one part.
         bar: whether there is a terminal to draw on.
         quiet: neither bar nor lines.
@@ -37,7 +37,7 @@ class Progress:
         self.bar.update(1)
 
     def ended(self, part: str) -> None:
-        """Tells of a part whose calls have all ended."""
+        """Reports a part whose calls have all ended."""
         now = time.monotonic()
         self.done.append(part)
         took, self.part_began = now - self.part_began, now

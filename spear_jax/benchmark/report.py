@@ -1,6 +1,4 @@
-"""What a benchmark found: the result's entries, the table, the JSON file with the table beside it,
-and the clients' figure.
-"""
+"""The result of a benchmark: its entries, a table, the JSON file, and the clients' figure."""
 
 import json
 import os
@@ -20,8 +18,9 @@ Answers = list[dict[str, Any]]
 
 
 def check_out(out: str) -> pathlib.Path:
-    """The JSON file to write; raises UserError for another ending, which the files beside it could
-    take.
+    """Returns the JSON file to write; raises UserError for another ending.
+
+    The files beside it could take that ending.
     """
     file = pathlib.Path(out)
     if file.suffix != ".json":
@@ -33,11 +32,14 @@ def check_out(out: str) -> pathlib.Path:
 
 
 def tell(
-    phase: str, measured: dict[str, Answers], work: Workload, found: dict[str, Any]
+    phase: str, measured: dict[str, Answers], work: Workload, host: dict[str, Any]
 ) -> dict[str, Any]:
-    """One phase of the result."""
+    """Returns one phase's entry in the result.
+
+    Args: host: of `machine.measure`.
+    """
     parts, tokens = floors.needs(work)[phase], floors.tokens(work).get(phase)
-    floor = floors.seconds(parts, found["gemm"][work.preset.dtype], found["copy"])
+    floor = floors.seconds(parts, host["gemm"][work.preset.dtype], host["copy"])
     entry: dict[str, Any] = {
         "tokens": tokens,
         "flops": sum(part.flops for part in parts),
@@ -60,8 +62,9 @@ def tell(
 
 
 def summarise(answers: Answers) -> dict[str, Any]:
-    """Of one side and phase: seconds of the repeats, memory of the first of them, and both of the
-    first call apart.
+    """Summarises the answers of one side and phase.
+
+    Returns: seconds of the repeats, memory of the first of them, and both of the first call apart.
     """
     first, *repeats = answers
     seconds = [answer["seconds"] for answer in repeats]
@@ -77,8 +80,9 @@ def summarise(answers: Answers) -> dict[str, Any]:
 
 
 def _compiled(answers: Answers) -> dict[str, float]:
-    """Of a side that compiles: programs and seconds of the first call, and programs of all later
-    ones together.
+    """Returns the compiled programs and seconds of the first call, and the programs of later ones.
+
+    A side that does not compile has none.
     """
     if "compile/programs" not in answers[0]:
         return {}
@@ -92,7 +96,7 @@ def _compiled(answers: Answers) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> pd.DataFrame:
-    """The result as text, one row a phase or a cohort size; "-" where there is no number."""
+    """Returns the result as text, one row a phase or a cohort size; "-" where there is no number."""
     if "cohorts" in result:
         return pd.DataFrame([_cohort_row(cohort) for cohort in result["cohorts"]])
     return pd.DataFrame([_phase_row(name, phase) for name, phase in result["phases"].items()])
@@ -127,15 +131,15 @@ def _cohort_row(cohort: dict[str, Any]) -> dict[str, str]:
 
 
 def _number(seconds: float) -> str:
-    """Three digits that count."""
+    """Returns a number with three digits that count."""
     return f"{seconds:.3g}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def write(result: dict[str, Any], out: pathlib.Path) -> None:
-    """Writes the JSON file, the table beside it, and the figure once all cohorts are measured; names
-    them in result["files"].
+    """Writes the JSON file, the table beside it, and the figure once all cohorts are measured.
 
-    Each file is replaced whole, so that one from before is there until the new one is.
+    It names them in result["files"]. Each file is replaced whole, so that one from before is there
+    until the new one is.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out, out.with_suffix(".md")]
@@ -154,7 +158,7 @@ def _replace(file: pathlib.Path, text: str) -> None:
 
 
 def plot_cohorts(result: dict[str, Any], files: list[pathlib.Path]) -> None:
-    """Seconds a client, and peak memory, against the cohort size."""
+    """Draws seconds a client, and peak memory, against the cohort size."""
     import matplotlib
 
     matplotlib.use("Agg")

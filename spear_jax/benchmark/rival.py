@@ -1,11 +1,11 @@
-"""The rival: what a user would otherwise run. transformers' `generate`, a PEFT adapter beside the
-base, torch's AdamW, and clients one after another.
+"""The rival: a user's other way to run the same work.
 
-Prompts, completions, rows, token counts, dtype, weights and adapter are those of our side. As in
-the published SPEAR code, wins and loses have a forward and backward of their own with
+It is transformers' `generate`, a PEFT adapter beside the base, torch's AdamW, and clients one after
+another. Prompts, completions, rows, token counts, dtype, weights and adapter are those of our side.
+As in the published SPEAR code, wins and loses have a forward and backward of their own with
 full-vocabulary logits, and a question is scored once for each option.
 
-Nothing here imports JAX, whose memory would count as the rival's; torch is imported when the rival
+Nothing here imports JAX, whose memory would count as the rival's. torch is imported when the rival
 is built.
 """
 
@@ -67,7 +67,10 @@ def build(work: Workload) -> Side:
 
 
 class Rival:
-    """The tuned model and the phases. A phase takes the global adapter as it was built."""
+    """The tuned model and the phases.
+
+    A phase takes the global adapter as it was built.
+    """
 
     def __init__(self, work: Workload):
         import peft
@@ -110,19 +113,19 @@ class Rival:
         self.folder = tempfile.TemporaryDirectory()
 
     def base(self):
-        """The model, from its folder or with random weights."""
+        """Returns the model, from its folder or with random weights."""
         preset, torch, transformers = self.preset, self.torch, self.transformers
-        kind, dtype = transformers.AutoModelForCausalLM, getattr(torch, preset.dtype)
+        family, dtype = transformers.AutoModelForCausalLM, getattr(torch, preset.dtype)
         if preset.model:
-            return kind.from_pretrained(preset.model, dtype=dtype)
-        model = kind.from_config(transformers.AutoConfig.for_model(**preset.shape), dtype=dtype)
+            return family.from_pretrained(preset.model, dtype=dtype)
+        model = family.from_config(transformers.AutoConfig.for_model(**preset.shape), dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape))))
         return model
 
     def adapter(self) -> dict[str, Any]:
-        """The adapter's tensors by PEFT's names; they are the model's own."""
+        """Returns the adapter's tensors by PEFT's names; they are the model's own."""
         return self.peft.get_peft_model_state_dict(self.model)
 
     def set_adapter(self, tensors: dict[str, Any]) -> None:
@@ -131,7 +134,13 @@ class Rival:
                 value.copy_(tensors[name])
 
     def padded(self, rows: list[list[int]], left: bool) -> dict[str, Any]:
-        """input_ids and attention_mask, int64[B, T], padded to the longest row."""
+        """Returns input_ids and attention_mask, int64[B, T], padded to the longest row.
+
+        Rows [5, 6] and [7] on the left, as generation takes them:
+
+            input_ids       5 6    attention_mask  1 1
+                            0 7                    0 1
+        """
         width = max(map(len, rows))
         fill = [[0] * (width - len(row)) for row in rows]
         pairs = list(zip(rows, fill, strict=True))
@@ -144,7 +153,7 @@ class Rival:
         return {"input_ids": tensor(ids), "attention_mask": tensor(mask)}
 
     def generate(self, prompts: list[list[list[int]]]) -> Measured:
-        """Client by client, the adapter unmerged."""
+        """Generates client by client, the adapter unmerged."""
         new, sample = self.preset.new_tokens, self.preset.temperature > 0
         how = (
             {"temperature": self.preset.temperature, "top_p": self.preset.top_p, "top_k": 0}
@@ -156,8 +165,8 @@ class Rival:
         )
         self.model.eval()
         answers = []
-        for own in prompts:
-            inputs = self.padded(own, left=True)
+        for client in prompts:
+            inputs = self.padded(client, left=True)
             done = self.model.generate(**inputs, generation_config=config)
             answers += done[:, inputs["input_ids"].shape[1] :].tolist()
         return {"answers": answers}
@@ -171,7 +180,7 @@ class Rival:
         return self.generate(self.work.revisions)
 
     def evaluation(self) -> Measured:
-        """Every question once for each option, full logits."""
+        """Scores every question once for each option, with full logits."""
         self.set_adapter(self.start)
         self.model.eval()
         choices = []
@@ -186,8 +195,9 @@ class Rival:
         return {"choices": choices}
 
     def update(self, steps: list[list[Row]]) -> Measured:
-        """A client's round: from the global adapter, one AdamW step for each list of rows. Returns
-        the mean loss.
+        """Runs a client's round from the global adapter, one AdamW step for each list of rows.
+
+        Returns: the mean loss.
         """
         torch = self.torch
         self.set_adapter(self.start)
@@ -205,13 +215,13 @@ class Rival:
         return {"loss": loss}
 
     def win_loss(self, rows: list[Row]):
-        """Cross entropy of the wins' completions, by the model's own loss."""
+        """Returns the cross entropy of the wins' completions, by the model's own loss."""
         inputs, mask = self.batch([row for row in rows if row.label > 0])
         labels = inputs["input_ids"].masked_fill(~mask, -100)
         return self.model(**inputs, labels=labels, use_cache=False).loss
 
     def lose_loss(self, rows: list[Row]):
-        """λ Σ c 1[p > ξ] (−log(1 − p)) / Σ 1 over the loses' completion tokens."""
+        """Returns λ Σ c 1[p > ξ] (−log(1 − p)) / Σ 1 over the loses' completion tokens."""
         rows = [row for row in rows if row.label < 0]
         inputs, mask = self.batch(rows)
         logits = self.model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -225,7 +235,7 @@ class Rival:
         return self.preset.lose_weight * values.sum() / mask.sum()
 
     def batch(self, rows: list[Row]) -> tuple[dict[str, Any], Any]:
-        """Right-padded rows, and bool[B, T], their completion tokens."""
+        """Returns right-padded rows, and bool[B, T], their completion tokens."""
         inputs = self.padded([row.prompt + row.completion for row in rows], left=False)
         places = self.torch.arange(inputs["input_ids"].shape[1], device=self.device)[None]
         begin = self.torch.tensor([[len(row.prompt)] for row in rows], device=self.device)
@@ -239,20 +249,20 @@ class Rival:
         return {}
 
     def mean(self, adapters: list[dict[str, Any]]) -> dict[str, Any]:
-        """The adapters' mean, tensor by tensor, with equal weights."""
+        """Returns the adapters' mean, tensor by tensor, with equal weights."""
         weight = 1.0 / len(adapters)
-        return {name: sum(weight * one[name] for one in adapters) for name in adapters[0]}
+        return {name: sum(weight * x[name] for x in adapters) for name in adapters[0]}
 
     def checkpoint(self) -> Measured:
         self.torch.save(self.adapter(), pathlib.Path(self.folder.name) / "adapter.pt")
         return {}
 
     def round(self) -> Measured:
-        """Answers and revisions of every client, then every client's local steps, then the mean."""
+        """Runs answers and revisions of every client, then every client's steps, then the mean."""
         self.set_adapter(self.start)
-        for own, revised in zip(self.work.prompts, self.work.revisions, strict=True):
-            self.generate([own])
-            self.generate([revised])
+        for prompts, revisions in zip(self.work.prompts, self.work.revisions, strict=True):
+            self.generate([prompts])
+            self.generate([revisions])
         trained, loss = [], 0.0
         for steps in self.work.rows:
             loss += self.update(steps)["loss"] / self.preset.clients

@@ -1,5 +1,6 @@
-"""One side of a benchmark in a process of its own: runs a phase when asked, and tells its seconds
-and its memory.
+"""One side of a benchmark, in a process of its own.
+
+It runs a phase on request, and answers with its seconds and its memory.
 """
 
 import collections
@@ -16,14 +17,15 @@ from spear_jax.benchmark.workload import Workload
 
 @dataclasses.dataclass
 class Side:
-    """What `ours.build` and `rival.build` return.
+    """One side as built by `ours.build` or `rival.build`.
 
     Attributes:
-        phases: by name; a call runs the phase, waits until all of it is done, and returns what
-            there is to tell.
+        phases: by name; a call runs the phase, waits until all of it is done, and returns its
+            measurements.
         device_peak: the device's high-water mark in bytes, which nothing resets; None where memory
             is the process's own.
-        compiled: what was compiled since it was last asked; empty on a side that does not compile.
+        compiled: the metrics of compilation since the last call; empty on a side that does not
+            compile.
     """
 
     phases: dict[str, Callable[..., dict[str, Any]]]
@@ -32,14 +34,15 @@ class Side:
 
 
 def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
-    """Builds a side; returns what answers (phase, *arguments).
+    """Builds a side; returns a function that answers (phase, *arguments).
 
-    An answer holds what the phase tells, seconds, and what was compiled. The first two answers to a
-    question also hold resting_bytes and peak_bytes, resident before the phase and at most during it
-    (on a GPU 0, and the device's mark since the process began). Before these two the allocator
-    gives back what it kept; not before later ones, which would have to fetch it again.
+    An answer holds the phase's measurements, seconds, and the metrics of compilation. The first two
+    answers to a question also hold resting_bytes and peak_bytes, resident before the phase and at
+    most during it (on a GPU 0, and the device's mark since the process began). Before these two the
+    allocator gives back what it kept. It does not before later ones, which would have to fetch it
+    again.
 
-    All but the first answer let the phase settle: a virtual machine takes memory that nobody
+    All but the first answer let the phase settle. A virtual machine takes memory that nobody
     touches while the other side has its turn, and fetching it back is not the phase's work.
 
     Args: name: "ours" or "rival".
@@ -68,8 +71,8 @@ def serve(name: str, work: Workload) -> Callable[[tuple], dict[str, Any]]:
 def run_settled(run: Callable[[], dict[str, Any]], settle: float) -> tuple[dict[str, Any], float]:
     """Runs a phase again and again, `settle` seconds untimed and as many timed.
 
-    Returns: what the last run told; the median seconds of the runs begun in the timed half, or of
-        the last where none did.
+    Returns: the measurements of the last run; the median seconds of the runs begun in the timed
+        half, or of the last where none did.
     """
     turn = time.perf_counter()
     runs: list[tuple[float, float]] = []  # seconds into the turn, and seconds taken

@@ -1,7 +1,7 @@
-"""What a benchmark runs: sizes, prompts and training rows, drawn from one seed, the same for both
-sides.
+"""The workload of a benchmark: sizes, prompts and training rows, the same for both sides.
 
-Nothing here imports JAX: the rival's process reads this module, and its memory is measured.
+All are drawn from one seed. Nothing here imports JAX: the rival's process reads this module, and
+its memory is measured.
 """
 
 import dataclasses
@@ -29,21 +29,25 @@ class Preset:
         model: a folder with its weights; "" makes random ones.
         dtype: of the base, "float32" or "bfloat16"; adapters are float32.
         clients: of a round.
-        prompts: questions that a client asks; right, fixed: how many are answered right at once,
-            and after a revision.
+        prompts: questions that a client asks.
+        right, fixed: how many are answered right at once, and after a revision.
         lengths: mean, lowest and highest number of tokens of a question's prompt.
-        head: tokens that all prompts open with, as a chat template makes them.
+        head: tokens of the prefix that all prompts share, as a chat template makes it.
         new_tokens: of every completion.
-        revisions: of a client; longer: tokens of a revision prompt beyond its question's.
+        revisions: of a client.
+        longer: tokens of a revision prompt beyond its question's.
         questions, options: of the evaluation.
-        wins, loses: rows of an optimiser step; steps: of a client's round.
+        wins, loses: rows of an optimiser step.
+        steps: of a client's round.
         rank: of the adapter, which sits on all seven projections of every layer; alpha is twice the
             rank.
-        remat: what our backward pass computes again, as `train.remat`; rival_remat: whether the
-            rival's does so with layers.
+        remat: the part that our backward pass computes again, as `train.remat`.
+        rival_remat: whether the rival's does so with layers.
         clients_at_once: clients trained together (ours); 0 means all.
         temperature, top_p: of sampling; 0 is greedy.
-        margin: of unlikelihood; lose_weight: its weight beside likelihood's 1; rate: of AdamW.
+        margin: of unlikelihood.
+        lose_weight: its weight beside likelihood's 1.
+        rate: of AdamW.
         settle: seconds for which a side runs a phase before it is timed, and then for as long
             timed.
     """
@@ -90,11 +94,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Token ids of everything that is run.
+    """Token ids of a benchmark's prompts and rows.
 
     Attributes:
         prompts, revisions: [clients][...] prompts.
-        questions: of the evaluation; options: the id of each option's label.
+        questions: of the evaluation.
+        options: the id of each option's label.
         rows: [clients][steps] lists of rows, wins first.
         platform: where it runs, "cpu" or "gpu".
     """
@@ -109,7 +114,7 @@ class Workload:
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
-    """The config.json of SmolLM2-135M, changed where named."""
+    """Returns the config.json of SmolLM2-135M, changed where named."""
     return {
         "model_type": "llama",
         "vocab_size": 49152,
@@ -135,7 +140,9 @@ def _tiny() -> Preset:
 
 
 def _smollm2() -> Preset:
-    """Lengths are those of ARC-Challenge's questions behind SmolLM2's chat template, whose first 24
+    """Returns the preset of SmolLM2-135M on ARC-Challenge.
+
+    Lengths are those of ARC-Challenge's questions behind SmolLM2's chat template, whose first 24
     tokens never change.
     """
     return Preset(
@@ -146,8 +153,9 @@ def _smollm2() -> Preset:
 
 
 def _qwen() -> Preset:
-    """SPEAR's published ARC-Challenge setting; the base model has no chat template, so prompts
-    share no head.
+    """Returns SPEAR's published ARC-Challenge setting.
+
+    The base model has no chat template, so prompts share no head.
     """
     shape = _llama(
         model_type="qwen2", vocab_size=151936, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
@@ -164,14 +172,14 @@ PRESETS = {"tiny": _tiny, "smollm2-135m": _smollm2, "qwen2.5-1.5b": _qwen}
 
 
 def read_preset(name: str) -> Preset:
-    """The preset of that name; raises UserError where there is none."""
+    """Returns the preset of that name; raises UserError where there is none."""
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return PRESETS[name]()
 
 
 def read_phases(text: str | None) -> list[str]:
-    """The phases of "rollout,round", in the order in which they run."""
+    """Returns the phases of "rollout,round", in the order in which they run."""
     names = text.split(",") if text else PHASES
     for name in names:
         if name not in PHASES:
@@ -180,7 +188,7 @@ def read_phases(text: str | None) -> list[str]:
 
 
 def read_cohorts(text: str | None) -> list[int]:
-    """The cohort sizes of "1,3,10", rising."""
+    """Returns the cohort sizes of "1,3,10", rising."""
     parts = text.split(",") if text is not None else []
     if not all(part.isdecimal() and int(part) for part in parts):
         raise UserError(
@@ -190,15 +198,15 @@ def read_cohorts(text: str | None) -> list[int]:
 
 
 def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
-    """An experiment's sizes: clients, examples, new tokens, sampling, steps and rows of a
-    micro-batch, rank, dtype.
+    """Returns an experiment's sizes.
 
-    Prompt lengths and the shares of answers that are right or fixed are smollm2-135m's.
+    They are its clients, examples, new tokens, sampling, steps and rows of a micro-batch, rank,
+    dtype. Prompt lengths and the shares of answers that are right or fixed are smollm2-135m's.
 
     Args: shape, model: as in `Preset`, of the config's own model.
     """
-    usual, asked = _smollm2(), config.rollout.examples
-    share = lambda count: count * asked // usual.prompts
+    usual, prompts = _smollm2(), config.rollout.examples
+    share = lambda count: count * prompts // usual.prompts
     return dataclasses.replace(
         usual,
         name="config",
@@ -206,7 +214,7 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
         model=model,
         dtype=config.dtype,
         clients=config.federation.clients_per_round,
-        prompts=asked,
+        prompts=prompts,
         right=max(1, share(usual.right)),
         fixed=share(usual.fixed),
         new_tokens=config.rollout.max_new_tokens,
@@ -224,7 +232,7 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
 
 
 def make_workload(preset: Preset, platform: str) -> Workload:
-    """Draws everything from SEED. Raises UserError where the model has too few positions."""
+    """Draws everything from SEED; raises UserError where the model has too few positions."""
     rng = np.random.default_rng(SEED)
     vocab = preset.shape["vocab_size"]
     ids = lambda count: rng.integers(3, vocab, count).tolist()
@@ -245,19 +253,20 @@ def make_workload(preset: Preset, platform: str) -> Workload:
     revisions = [
         [
             heads[1] + prompt[preset.head :] + ids(preset.longer)
-            for prompt in own[: preset.revisions]
+            for prompt in client[: preset.revisions]
         ]
-        for own in prompts
+        for client in prompts
     ]
-    rows = [draw_rows(preset, own, rng) for own in prompts]
+    rows = [draw_rows(preset, client, rng) for client in prompts]
     questions = [question() for _ in range(preset.questions)]
     options = rng.choice(np.arange(3, vocab), preset.options, replace=False).tolist()
     return Workload(preset, prompts, revisions, questions, options, rows, platform)
 
 
 def question_length(rng: np.random.Generator, lengths: tuple[int, int, int]) -> int:
-    """Tokens of a question's prompt: log-normal with a spread of 22 %, as ARC's are, within the
-    bounds.
+    """Draws the tokens of a question's prompt.
+
+    They are log-normal with a spread of 22 %, as ARC's are, within the bounds.
     """
     mean, low, high = lengths
     spread = 0.22
@@ -267,11 +276,14 @@ def question_length(rng: np.random.Generator, lengths: tuple[int, int, int]) -> 
 def draw_rows(
     preset: Preset, prompts: list[list[int]], rng: np.random.Generator
 ) -> list[list[Row]]:
-    """[steps] lists of a client's rows, drawn by the system's own rule from the pools that its
-    rollouts give.
+    """Draws [steps] lists of a client's rows, by the system's own rule.
 
-    A question answered right at once gives a win; one that was fixed a win and a lose under the
-    same prompt; each other one a lose. A lose weighs 1 where it was fixed and 0.5 elsewhere.
+    The pools are those that its rollouts give. A question answered right at once gives a win, a
+    fixed one a win and a lose under the same prompt, each other one a lose. A lose weighs 1 where
+    it was fixed and 0.5 elsewhere. With right = 1 and fixed = 1, of 3 prompts:
+
+        wins    (prompt 0, 1.0)  (prompt 1, 1.0)
+        loses   (prompt 1, 1.0)  (prompt 2, 0.5)
     """
     from spear_jax.packing.rows import draw  # here, because it imports JAX
 
@@ -289,10 +301,10 @@ def draw_rows(
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32: the random weight of a Hugging Face or PEFT name, the same in every process.
+    """Returns the random weight of a Hugging Face or PEFT name, float32, the same in every process.
 
-    Norms are 1; matrices [out, in] are uniform with variance 1 / in; embeddings and what else there
-    is are small. An adapter's B is not zero, as after some rounds.
+    Norms are 1; matrices [out, in] are uniform with variance 1 / in; embeddings and the rest are
+    small. An adapter's B is not zero, as after some rounds.
     """
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)

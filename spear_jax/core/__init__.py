@@ -1,1 +1,1 @@
-"""The ground that every part stands on: errors, settings, shared types, the device mesh, random keys."""
+"""Ground that every part stands on: errors, settings, shared types, the device mesh, random keys."""

@@ -1,5 +1,7 @@
-"""How many programs XLA compiled, and how long that took: what should be nothing after a run's
-first rounds; and where they are kept for the next run.
+"""Compilation by XLA: the cache of compiled programs, and its metrics.
+
+A run compiles in its first rounds, and should compile nothing after them. Programs are kept for the
+next run.
 """
 
 import functools
@@ -20,8 +22,9 @@ CPU = pathlib.Path("/proc/cpuinfo")
 
 
 def enable_compilation_cache() -> None:
-    """From now on keeps compiled programs for later runs (`compilation_cache_folder`). Called
-    before anything compiles.
+    """Keeps compiled programs for later runs, from now on; called before anything compiles.
+
+    They lie in `compilation_cache_folder`.
     """
     if FOLDER not in os.environ:  # where it is, JAX has read it
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache_folder()))
@@ -29,9 +32,11 @@ def enable_compilation_cache() -> None:
 
 
 def compilation_cache_folder() -> pathlib.Path | None:
-    """The folder of compiled programs: what JAX_COMPILATION_CACHE_DIR names (None where it is set
-    to nothing), else one in the user's cache for each kind of processor, since a home may be many
-    machines' and JAX does not tell their programs apart.
+    """Returns the folder of compiled programs, or None where the cache is off.
+
+    JAX_COMPILATION_CACHE_DIR names it; set to nothing, it turns the cache off. Without the variable
+    it is a folder in the user's cache, one for each kind of processor. Several machines may share a
+    home, and JAX does not tell their programs apart.
     """
     if FOLDER in os.environ:
         return pathlib.Path(os.environ[FOLDER]) if os.environ[FOLDER] else None
@@ -47,8 +52,9 @@ def compilation_cache_folder() -> pathlib.Path | None:
 
 @functools.cache
 def release_after_compiling() -> None:
-    """From now on gives back what compiling a program took: some 0.2 GB of a model of 135 M
-    parameters, for 0.1 s.
+    """Gives back the memory of a compilation after it has ended, from now on.
+
+    Of a model of 135 M parameters that is some 0.2 GB, for 0.1 s.
     """
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration_secs, **_: (
@@ -58,8 +64,9 @@ def release_after_compiling() -> None:
 
 
 class Compiles:
-    """Counts from its making on; a program out of the persistent cache counts with the time that
-    loading it took.
+    """Counter of compiled programs and seconds, from its making on.
+
+    A program out of the persistent cache counts with the time that loading it took.
     """
 
     def __init__(self):
@@ -72,7 +79,7 @@ class Compiles:
             self._seconds += seconds
 
     def take(self) -> dict[str, float]:
-        """Metrics since the last call: `compile/programs`, `compile/seconds`."""
-        found = {"compile/programs": float(self._count), "compile/seconds": self._seconds}
+        """Returns the metrics since the last call: `compile/programs`, `compile/seconds`."""
+        metrics = {"compile/programs": float(self._count), "compile/seconds": self._seconds}
         self._count, self._seconds = 0, 0.0
-        return found
+        return metrics

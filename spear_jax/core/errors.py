@@ -1,13 +1,11 @@
-"""The one error type that a user's mistake raises, and the helper that names the nearest valid
-name.
-"""
+"""The error of a user's mistake, and the name that the user may have meant."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in config, data, weights, adapters or checkpoints.
+    """A user's mistake in config, data, weights, adapters or checkpoints.
 
     The message gives the value, the rule and the remedy. Entry points print it alone and exit with
     2.
@@ -15,15 +13,20 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'NAME'?" for the closest of the `known` names, "" where none is
-    close.
-    """
+    """Returns " Did you mean 'NAME'?" for the closest known name, "" where none is close."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """Returns the error for `name`, which is not one of the `known` names of this `kind`."""
+    """Returns the error for `name`, which is not one of the `known` names of this `kind`.
+
+    It names the nearest, and all where they are few:
+
+        >>> raise unknown("task", "gsm8", ["gsm8k", "facts"])
+        Traceback (most recent call last):
+        spear_jax.core.errors.UserError: unknown task 'gsm8'. Did you mean 'gsm8k'? Known: facts, gsm8k.
+    """
     known = sorted(known)
     guess = nearest(name, known)
     listed = f" Known: {', '.join(known)}." if len(known) <= 16 or not guess else ""

@@ -1,10 +1,10 @@
-"""Memory that was freed and that the allocator keeps."""
+"""Freed memory that the C allocator keeps."""
 
 import ctypes
 
 
 def release_free_memory() -> None:
-    """Gives it back to the system, where the C library is glibc."""
-    found = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if found is not None:
-        found(0)
+    """Gives freed memory back to the system, where the C library is glibc."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -1,13 +1,14 @@
-"""Where arrays lie: a mesh of `clients` x `model`, on one machine or on many.
+"""The device mesh: where arrays lie, on one machine or on many.
 
-Clients (and rows of a generation, questions of an evaluation) are split over the axis `clients`;
-the weights of a base too large for one device over `model`, where the compiler adds the sums that
-this asks for. Every process of a multi-host run does all of the host's work, from the same seeds to
-the same results, and reads what lies on other hosts through `to_host`; only the writing of files is
-the first process's alone.
+The mesh is `clients` x `model`. Clients are split over the axis `clients`, and so are the rows of a
+generation and the questions of an evaluation. The weights of a base too large for one device are
+split over `model`, where the compiler adds the sums that this asks for.
+
+Every process of a multi-host run does all of the host's work, from the same seeds to the same
+results. It reads arrays of other hosts through `to_host`. Only the first process writes files.
 
 Source: the layout of the weights is Megatron's (arXiv 1909.08053): projections into a layer by
-columns, out of it by rows.
+    columns, out of it by rows.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def init_distributed(where: str) -> None:
     """
     if not where:
         return
-    told: dict[str, Any] = {}
+    addresses: dict[str, Any] = {}
     if where != "auto":
         parts = where.split(",")
         if (
@@ -49,18 +50,18 @@ def init_distributed(where: str) -> None:
                 f"--distributed is {where!r}; give auto, or HOST:PORT,COUNT,NUMBER, for example "
                 f"10.0.0.1:1234,2,0."
             )
-        told = {
+        addresses = {
             "coordinator_address": parts[0],
             "num_processes": int(parts[1]),
             "process_id": int(parts[2]),
         }
-        if told["process_id"] >= told["num_processes"]:
+        if addresses["process_id"] >= addresses["num_processes"]:
             raise UserError(
                 f"--distributed={where} names process {parts[2]} of {parts[1]}; they are "
                 f"numbered from 0."
             )
     try:
-        jax.distributed.initialize(**told)
+        jax.distributed.initialize(**addresses)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -71,7 +72,7 @@ def init_distributed(where: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the run's files."""
+    """Returns whether this process writes the run's files."""
     return jax.process_index() == 0
 
 
@@ -82,8 +83,9 @@ def barrier(name: str) -> None:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The first process's value of a number, in every process: what is measured differs, what is
-    decided by it must not.
+    """Returns the first process's value of a number, in every process.
+
+    Measurements differ between processes; a decision by them must not.
     """
     if jax.process_count() == 1:
         return value
@@ -91,7 +93,10 @@ def broadcast_from_main(value: Any) -> Any:
 
 
 def make_mesh(devices: list[Any] | None = None, model: int = 1) -> Mesh:
-    """A mesh [clients, model] over the given devices (all by default).
+    """Builds a mesh [clients, model] over the given devices (all by default).
+
+    Eight devices with model = 2 are a mesh [4, 2]: four groups of clients, each on two devices that
+    share a base.
 
     Args: model: devices that share one copy of the base.
     Raises: UserError where their number is no multiple of `model`.
@@ -106,12 +111,12 @@ def make_mesh(devices: list[Any] | None = None, model: int = 1) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The tree on every device of the mesh."""
+    """Puts the whole tree on every device of the mesh."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, Spec())), tree)
 
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
-    """The tree with its leading axis split over the mesh's clients."""
+    """Puts the tree on the mesh with its leading axis split over the clients."""
     # over a single one nothing is split, and that is how XLA names what it returns: another name
     # compiles again
     spec = Spec(CLIENTS) if mesh.shape[CLIENTS] > 1 else Spec()
@@ -119,7 +124,15 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
 
 
 def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
-    """(name, leaf of a base) -> the leaf on the mesh, split over `model` where its size allows."""
+    """Returns a function (name, leaf of a base) -> the leaf on the mesh.
+
+    A large leaf is split over `model` where its size allows. On a mesh [4, 2]:
+
+        q       [L, D, H E]   split over the last axis: [L, D, H E / 2] a device
+        o       [L, H E, D]   split over the middle axis: [L, H E / 2, D] a device
+        embed   [V, D]        split over the vocabulary: [V / 2, D] a device
+        norms                 whole on every device
+    """
 
     def place(name: str, leaf: Any) -> jax.Array:
         axis = _SPLIT.get(name)
@@ -139,8 +152,9 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def layer_of(leaf: jax.Array, index: int) -> jax.Array:
-    """leaf[index] of an array whose first axis lies whole on each device; on CPU devices a view of
-    its memory, not a copy.
+    """Returns leaf[index] of an array whose first axis lies whole on each device.
+
+    On CPU devices it is a view of the array's memory, not a copy.
     """
     if isinstance(leaf, jax.core.Tracer) or next(iter(leaf.devices())).platform != "cpu":
         return leaf[index]
@@ -157,7 +171,7 @@ def layer_of(leaf: jax.Array, index: int) -> jax.Array:
 
 
 def to_host(tree: Any) -> Any:
-    """The tree as numpy arrays, whole, in every process."""
+    """Returns the tree as numpy arrays, whole, in every process."""
 
     def read(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:

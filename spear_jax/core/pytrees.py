@@ -1,4 +1,4 @@
-"""Small functions over pytrees, and the one place where random streams get their names."""
+"""Small functions over pytrees."""
 
 import dataclasses
 import hashlib
@@ -11,21 +11,26 @@ import numpy as np
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """float32[]: the l2 norm over all leaves."""
+    """Returns the l2 norm over all leaves, float32[]."""
     return jnp.sqrt(
         sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
     )
 
 
 def where(condition: jax.Array, left: Any, right: Any) -> Any:
-    """Leaf by leaf `left` where the scalar condition holds, else `right`."""
+    """Returns leaf by leaf `left` where the scalar condition holds, else `right`."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
 
 
 def vmap_or_single(function: Callable, in_axes: Any = 0) -> Callable:
-    """`jax.vmap` (results with the new axis first), but one alone is not mapped: XLA's CPU kernels
-    share their work over an array's first axis, and where its length is 1 a single core would do
-    all of it.
+    """Returns `jax.vmap` of a function, which is called unmapped where the axis has length 1.
+
+    Results have the new axis first either way. XLA's CPU kernels share their work over an array's
+    first axis. Where its length is 1, a single core would do all of it.
+
+        >>> double = vmap_or_single(lambda x: 2 * x)
+        >>> double(jnp.ones((1, 3))).shape, double(jnp.ones((2, 3))).shape
+        ((1, 3), (2, 3))
     """
 
     def run(*args: Any) -> Any:
@@ -71,7 +76,10 @@ def from_dicts(dicts: Any, like: Any) -> Any:
 
 
 def digest(tree: Any) -> str:
-    """sha256 over names, shapes, dtypes and bytes of all leaves; equal digests mean equal bits."""
+    """Returns the sha256 over names, shapes, dtypes and bytes of all leaves.
+
+    Equal digests mean equal bits.
+    """
     state = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)

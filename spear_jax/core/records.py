@@ -1,5 +1,6 @@
-"""What both a run and its analysis read and compute; no pandas, which a run does without until its
-end.
+"""Records of a run that both the run and its analysis read.
+
+Nothing here imports pandas, which a run does without until its end.
 """
 
 import json
@@ -9,8 +10,9 @@ from typing import Any
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a last line that is still being written, or was cut
-    short, is left out.
+    """Reads the whole lines of a metrics.jsonl.
+
+    A last line that is still being written, or was cut short, is left out.
     """
     lines = []
     for text in file.read_text().splitlines() if file.exists() else []:
@@ -22,7 +24,13 @@ def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The 95 % score interval of a fraction p of n."""
+    """Returns the 95 % score interval of a fraction p of n.
+
+    Half of a hundred answers were right:
+
+        >>> [round(x, 3) for x in wilson(0.5, 100)]
+        [0.404, 0.596]
+    """
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     # it holds p itself, which rounding must not push out of it where p is 0 or 1

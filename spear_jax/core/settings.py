@@ -38,8 +38,9 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """Declares a number in [low, high]; `above` and `below` leave the bound itself out, None leaves
-    a side open.
+    """Declares a number in [low, high].
+
+    `above` and `below` leave the bound itself out. None leaves a side open.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
     return dataclasses.field(default=default, metadata={"bounds": bounds})
@@ -113,7 +114,7 @@ def _path(prefix: str, name: str) -> str:
 
 
 def _checked(field: dataclasses.Field, value: Any, path: str) -> Any:
-    """The value in its field's type; raises UserError where type, range or choice is wrong."""
+    """Returns the value in its field's type; raises UserError for a wrong type, range or choice."""
     kind: Any = typing.get_origin(field.type) or field.type
     if kind is Any:
         return value
@@ -150,7 +151,10 @@ def _broken_rule(
     above: float | None = None,
     below: float | None = None,
 ) -> str:
-    """How the range reads where the value lies outside of it (NaN lies outside of any); else ""."""
+    """Returns how the range reads where the value lies outside of it, else "".
+
+    NaN lies outside of any range.
+    """
     inside = (
         (low is None or value >= low)
         and (high is None or value <= high)

@@ -1,4 +1,4 @@
-"""The nouns of the project, and the letters of its shapes.
+"""Types that travel between host and device, and the letters of their shapes.
 
 Dimension key, each letter once:
 
@@ -69,15 +69,15 @@ class Attempt:
     """One completion of one prompt; host only.
 
     Attributes:
-        prompt: token ids the model saw.
-        completion: token ids the model sampled, EOS included when it was generated; these ids are
-            trained on.
+        prompt: token ids that the model saw.
+        completion: token ids that the model sampled, EOS included when it was generated. These ids
+            are trained on.
         logprobs: their log-probabilities in nats under the untempered rollout policy; same length.
         text: the decoded completion without special tokens.
         correct: the oracle's verdict.
-        feedback: what the user said of the attempt before this one; "" for a first answer.
+        feedback: the feedback on the attempt before this one; "" for a first answer.
         unlikelihood_mask: of a lose whose sampled ids are trained on: whether unlikelihood may
-            touch each token.
+            touch each token. None elsewhere.
     """
 
     prompt: list[int]
@@ -91,8 +91,9 @@ class Attempt:
 
 @dataclasses.dataclass
 class Trace:
-    """A client's attempts at one example: a first answer, then revisions until one is right or the
-    attempts are used up.
+    """A client's attempts at one example: a first answer, then revisions.
+
+    Revisions end with a right one, or when their number is used up.
     """
 
     client: int
@@ -101,10 +102,12 @@ class Trace:
 
     @property
     def first(self) -> Attempt:
+        """Returns the first answer."""
         return self.attempts[0]
 
     @property
     def last(self) -> Attempt:
+        """Returns the latest attempt, which is the first answer where nothing was revised."""
         return self.attempts[-1]
 
 
@@ -112,7 +115,8 @@ class TraceRecord(NamedTuple):
     """A trace as it is recorded.
 
     Attributes:
-        role: what the first answer became: "win", "lose" or "unused".
+        trace: the trace.
+        role: the role of its first answer: "win", "lose" or "unused".
         confidence: the weight of its unlikelihood.
     """
 
@@ -131,19 +135,32 @@ def no_progress(stage: str, rows: int, total: int) -> None:
 
 @dataclasses.dataclass
 class Tally:
-    """Tokens since the last reading: read as prompts, scored by a frozen policy, and generated."""
+    """Tokens since the last reading.
+
+    Attributes:
+        prompt: tokens read as prompts.
+        scored: tokens scored by a frozen policy.
+        generated: tokens generated.
+    """
 
     prompt: int = 0
     scored: int = 0
     generated: int = 0
 
     def clear(self) -> None:
+        """Begins to count anew."""
         self.prompt = self.scored = self.generated = 0
 
 
 @flax.struct.dataclass
 class Mean:
-    """A ratio that is divided once: `total / count` (0 where nothing was counted)."""
+    """A ratio that is divided once: `total / count`, and 0 where nothing was counted.
+
+    Means of micro-batches add up to the mean of the whole step:
+
+        >>> (Mean(3.0, 2) + Mean(9.0, 1)).value()
+        4.0
+    """
 
     total: jax.Array
     count: jax.Array
@@ -152,4 +169,5 @@ class Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
     def value(self) -> float:
+        """Returns the ratio, on the host."""
         return float(self.total) / float(self.count) if float(self.count) else 0.0

@@ -1,4 +1,4 @@
-"""Names the packages whose versions a run records."""
+"""Packages whose versions a run records."""
 
 PACKAGES = (
     "jax",

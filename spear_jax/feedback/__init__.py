@@ -1,1 +1,1 @@
-"""Who comments on wrong answers: an oracle, a person, or a provider of your own."""
+"""Comments on wrong answers: an oracle's, a person's, or those of a provider of your own."""

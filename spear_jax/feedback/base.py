@@ -1,4 +1,4 @@
-"""Who tells the model that it was wrong: the oracle (labels and hints), a person, or nobody."""
+"""Providers of feedback on wrong answers."""
 
 import abc
 import dataclasses
@@ -16,7 +16,7 @@ class Request:
     Attributes:
         example: the question.
         answer: the text of the latest completion.
-        attempt: which revision the feedback is for, from 1.
+        attempt: the number of the revision that the feedback is for, from 1.
     """
 
     example: Example
@@ -25,8 +25,9 @@ class Request:
 
 
 class Feedback(abc.ABC):
-    """A provider: comments on a batch of answers; None where it has nothing to say, and no revision
-    follows.
+    """A provider that comments on a batch of answers.
+
+    Where it has nothing to say it gives None, and no revision follows.
 
     Class attributes:
         asks_people: whether a person answers, so that nothing may be asked for show.
@@ -34,6 +35,7 @@ class Feedback(abc.ABC):
     Args:
         task: grades answers, states their format and gives hints.
         hint_words: how many words of the gold option a hint may quote at most.
+    Raises: UserError for a negative hint_words.
     """
 
     asks_people: ClassVar[bool] = False
@@ -48,8 +50,10 @@ class Feedback(abc.ABC):
         self.hint_words = hint_words
 
     def longest_texts(self, examples: list[Example]) -> list[str]:
-        """Returns, for each example, a text as long as any that the provider says of it. Training
-        rows keep room for it in revision prompts; a longer text costs the end of the answer there.
+        """Returns, for each example, a text as long as any that the provider says of it.
+
+        Training rows keep space for it in revision prompts. A longer text costs the end of the
+        answer there.
         """
         return ["x" * 400] * len(examples)
 

@@ -9,14 +9,14 @@ from spear_jax.tasks.base import Task
 
 
 class Silent(Feedback):
-    """Says nothing, so that no answer is revised."""
+    """Feedback from nobody, so that no answer is revised."""
 
     def __call__(self, requests: list[Request]) -> list[str | None]:
         return [None] * len(requests)
 
 
 class Human(Feedback):
-    """Asks a person at the terminal, one line per answer; an empty line means nothing to say.
+    """A person at the terminal, asked for one line per answer; an empty line means nothing to say.
 
     Raises:
         UserError: when built where standard input is no terminal, or when the input ends.

@@ -9,16 +9,16 @@ _LAST_RESORTS = ("Wrong.", "Incorrect.", "Mistaken.")
 
 
 class Oracle(Feedback):
-    """Knows the gold answer and never states it.
+    """An oracle that knows the gold answer and never states it.
 
-    A wrong answer is told that it is wrong, not to repeat the choice, how an answer looks, and a
-    hint; a right one gets None.
+    Feedback on a wrong answer has four parts: it is wrong, the choice is not to be repeated, the
+    form of an answer, and a hint. A right answer gets None.
 
     Source: SPEAR (arXiv 2605.07977), oracle feedback; wording is ours. Departures:
-      1. Answers are graded with the task's one extractor; the reference can tell a wrong answer
-         that it is correct, and show the gold letter.
-      2. No text leaves here that `task.leaks` objects to; shorter texts are tried instead.
-      3. An answer that cannot be read is told so instead of being asked to change its choice.
+      1. Answers are graded with the task's one extractor. The reference can call a wrong answer
+         correct, and show the gold letter.
+      2. No text leaves here that `task.leaks` objects to. Shorter texts are tried instead.
+      3. An answer that cannot be read is called unreadable. It is not asked to change its choice.
     """
 
     def __call__(self, requests: list[Request]) -> list[str | None]:
@@ -29,11 +29,11 @@ class Oracle(Feedback):
         return [text or "" for text in self([Request(example, "", 1) for example in examples])]
 
     def _comment(self, example: Example, answer: str) -> str | None:
-        found = self.task.extract(answer, example)
-        if found is not None and found.option == example.gold:
+        read = self.task.extract(answer, example)
+        if read is not None and read.option == example.gold:
             return None
         verdict = "That answer is wrong. Do not repeat your previous choice."
-        if found is None:
+        if read is None:
             verdict = "That cannot be read as an answer."
         shape = self.task.templates.format
         hint = self.task.hint(example, self.hint_words)

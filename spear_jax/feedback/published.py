@@ -6,8 +6,9 @@ from spear_jax.tasks.published import extract_loosely
 
 
 class PublishedOracle(Feedback):
-    """A4: grades with the first match, tells a wrong answer that it is right, and hints without a
-    leak check.
+    """The published oracle (A4): it grades with the first match and checks no leaks.
+
+    It can call a wrong answer right.
     """
 
     def __call__(self, requests: list[Request]) -> list[str | None]:
@@ -19,14 +20,15 @@ class PublishedOracle(Feedback):
 
     def _comment(self, request: Request) -> str:
         example, shape = request.example, self.task.templates.format
-        found = extract_loosely(request.answer, example, first=True)
-        if found is not None and found.option == example.gold:
+        read = extract_loosely(request.answer, example, first=True)
+        if read is not None and read.option == example.gold:
             return f"That answer is correct: {example.labels[example.gold]}. {shape}"
         return f"That answer is wrong. Do not repeat your previous choice. {shape} {self._hint(example)}"
 
     def _hint(self, example: Example) -> str:
-        """Opening solution lines without the gold letter anywhere in them, else the gold option's
-        first words.
+        """Returns the first solution lines without the gold letter anywhere in them.
+
+        Without such lines it is the gold option's first words.
         """
         letter = example.labels[example.gold]
         if len(letter) > 1 or not self.hint_words:

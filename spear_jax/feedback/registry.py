@@ -1,4 +1,4 @@
-"""The feedback providers by name."""
+"""Feedback providers by name."""
 
 from spear_jax.core.errors import unknown
 from spear_jax.feedback.base import Feedback
@@ -10,7 +10,7 @@ PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human
 
 
 def providers() -> dict[str, type[Feedback]]:
-    """The providers by name; `oracle_published` repeats the published code's leaks (A4)."""
+    """Returns the providers by name; `oracle_published` repeats the published code's leaks (A4)."""
     from spear_jax.feedback.published import PublishedOracle  # it builds on this file
 
     return PROVIDERS | {"oracle_published": PublishedOracle}

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""Tasks by name."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,5 +1,6 @@
-"""ARC, challenge and easy: school science questions of three to five options, answered by a
-letter.
+"""ARC, challenge and easy: school science questions of three to five options.
+
+They are answered by a letter.
 """
 
 from spear_jax.core.types import Example

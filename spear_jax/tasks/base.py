@@ -1,6 +1,4 @@
-"""What a task is: where its rows come from, how a question is asked, and an answer read and
-graded.
-"""
+"""Tasks: where their rows come from, how a question is asked, and how answers are read and graded."""
 
 import abc
 import dataclasses
@@ -41,8 +39,9 @@ WRONG = "That answer is wrong. Do not repeat your previous choice."
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer found in a completion's text: the option's index and the character span of its
-    label.
+    """An answer in a completion's text: the option's index and its label's span in characters.
+
+    In "Answer: (C) heat" it is option 2, characters 9 to 10: `Answer(option=2, start=9, end=10)`.
     """
 
     option: int
@@ -58,8 +57,9 @@ class Templates:
         question: fields {question} and {options} (one option a line, "A. text").
         revision: fields {task} (the question as asked), {answer} (the previous completion),
             {feedback}.
-        header: what the completion continues; ends without a space, so that answers start with one.
-            An empty header leaves the turn to the completion, which then starts without a space.
+        header: the text that the completion continues; it ends without a space, so that answers
+            start with one. An empty header leaves the turn to the completion, which then starts
+            without a space.
         format: one sentence that states the answer's form without naming a label; for feedback and
             revisions.
     """
@@ -87,7 +87,7 @@ class Task(abc.ABC):
         answer_only: whether unlikelihood is restricted to the answer's own tokens (SPEAR's
             answer-only mode).
         protected: strings whose tokens unlikelihood never touches (variants of the answer marker).
-        math_ops: further strings to protect when `ul_skip_math_ops` is on (operators, LaTeX
+        math_ops: further strings to protect when `spear.skip_math_ops` is on (operators, LaTeX
             commands).
     """
 
@@ -139,44 +139,51 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def example(self, row: dict, index: int) -> Example:
-        """Turns one dataset row into an Example; raises UserError naming the row and the rule it
-        breaks.
+        """Turns one dataset row into an Example.
+
+        Raises: UserError naming the row and the rule that it breaks.
         """
 
     @abc.abstractmethod
     def extract(self, text: str, example: Example) -> Answer | None:
-        """Finds the answer in a completion: the one extractor, for grading, feedback and loss masks
-        alike.
+        """Finds the answer in a completion.
+
+        It is the one extractor, for grading, feedback and loss masks alike.
         """
 
     @abc.abstractmethod
     def hint(self, example: Example, words: int) -> str:
-        """One hint sentence towards the right option; never the gold label, never the whole gold
-        option.
+        """Returns one hint sentence towards the right option.
+
+        It holds neither the gold label nor the whole gold option.
         """
 
     def generate(self, split: str) -> list[Example] | None:
-        """All examples of a split, for a procedural task; None for one that is read from rows."""
+        """Returns all examples of a split of a procedural task; None for a task that reads rows."""
         return None
 
     def well_formed(self, text: str, example: Example) -> bool:
-        """Whether the completion has the asked form: the answer ends it and, where only a label is
-        asked for, is all of it.
+        """Returns whether the completion has the asked form.
+
+        The answer ends it. Where only a label is asked for, the label is all of it.
         """
-        found = self.extract(text, example)
-        if found is None or text[found.end :].strip(" .\n"):
+        answer = self.extract(text, example)
+        if answer is None or text[answer.end :].strip(" .\n"):
             return False
-        return self.scoring == "generate" or not text[: found.start].strip()
+        return self.scoring == "generate" or not text[: answer.start].strip()
 
     def question(self, example: Example) -> str:
-        """The question as asked, without the header."""
+        """Returns the question as asked, without the header."""
         options = "\n".join(
             f"{label}. {text}" for label, text in zip(example.labels, example.options, strict=True)
         )
         return self.templates.question.format(question=example.question, options=options)
 
     def revision(self, example: Example, answer: str, feedback: str) -> str:
-        """The revision prompt, without the header; an empty previous answer shows as "(empty)"."""
+        """Returns the revision prompt, without the header.
+
+        An empty previous answer shows as "(empty)".
+        """
         return self.templates.revision.format(
             task=self.question(example),
             answer=answer.strip() or "(empty)",
@@ -185,19 +192,21 @@ class Task(abc.ABC):
         )
 
     def response(self, example: Example) -> str:
-        """The gold completion's text as it continues the header: the example's own, else the gold
-        label.
+        """Returns the gold completion's text as it continues the header.
+
+        It is the example's own, else the gold label.
         """
         return example.response or self.follow(example.labels[example.gold])
 
     def follow(self, text: str) -> str:
-        """A text as it continues the header: behind a space where there is a header."""
+        """Returns a text as it continues the header: behind a space where there is a header."""
         return f" {text}" if self.templates.header else text
 
     def privileged(self, example: Example) -> str:
-        """The question of an OPSD teacher, without the header: at most 2000 characters of all
-        support and the gold answer, then the question as asked. The end of the support, then of the
-        answer, is cut where they are longer.
+        """Returns the question of an OPSD teacher, without the header.
+
+        At most 2000 characters of all support and the gold answer come first, then the question as
+        asked. Where they are longer, the end of the support is cut, then the end of the answer.
 
         Source: the OPSD baseline published with SPEAR (arXiv 2605.07977); wording is ours.
         """
@@ -205,23 +214,23 @@ class Task(abc.ABC):
         if example.options:
             label, option = example.labels[example.gold], example.options[example.gold]
             answer = label if label == option else f"{label}. {option}"
-        room = PRIVILEGED_CHARS - len(PRIVILEGED.format(support="", answer=""))
-        answer = answer[:room]
-        support = "\n".join(example.support)[: max(0, room - len(answer) - 1)]
+        limit = PRIVILEGED_CHARS - len(PRIVILEGED.format(support="", answer=""))
+        answer = answer[:limit]
+        support = "\n".join(example.support)[: max(0, limit - len(answer) - 1)]
         return PRIVILEGED.format(support=support and f"{support}\n", answer=answer) + self.question(
             example
         )
 
     def grade(self, text: str, example: Example) -> bool:
-        """Whether the completion's answer is the right one."""
-        found = self.extract(text, example)
-        return found is not None and found.option == example.gold
+        """Returns whether the completion's answer is the right one."""
+        answer = self.extract(text, example)
+        return answer is not None and answer.option == example.gold
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """Whether a feedback text states the gold label (as a word, case-sensitive) or the whole
-        gold option.
+        """Returns whether a feedback text states the gold label or the whole gold option.
 
-        The option is compared without case, runs of white space and final punctuation.
+        The label counts as a word, with its case. The option is compared without case, runs of
+        white space and final punctuation.
         """
         label = re.search(rf"(?<!\w){re.escape(example.labels[example.gold])}(?!\w)", feedback)
         gold = " ".join(example.options[example.gold].split())
@@ -241,9 +250,7 @@ _FIELDS = {
 
 
 def check_template(key: str, text: str) -> None:
-    """Raises UserError for a template that would fail, or lose its content, when it is filled
-    in.
-    """
+    """Raises UserError for a template that would fail, or lose its content, when it is filled in."""
     known = [field.name for field in dataclasses.fields(Templates)]
     if key not in known:
         raise unknown("template", key, known)

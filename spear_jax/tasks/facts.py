@@ -1,7 +1,7 @@
 """`facts`: the embedded multiple-choice task. Which of four wares does a trader sell?
 
 Train and test ask about the same traders. Test phrasings are never used in training, and test
-options are drawn anew, so a right answer takes the fact and not a remembered prompt. One trader in
+options are drawn anew. So a right answer takes the fact and not a remembered prompt. One trader in
 six is old: the embedded model knows what those sell. The rest it can only learn from feedback.
 """
 
@@ -18,7 +18,10 @@ PER_TRADER = {"train": 90, "test": 12}
 
 
 class Facts(Task):
-    """Source: procedural, this project."""
+    """The embedded multiple-choice task.
+
+    Source: procedural, this project.
+    """
 
     name = "facts"
     templates = Templates(
@@ -34,7 +37,7 @@ class Facts(Task):
     )
 
     def generate(self, split: str) -> list[Example]:
-        """All examples of a split; the same on every call."""
+        """Returns all examples of a split; the same on every call."""
         phrasings = world.TRAIN_PHRASINGS if split == "train" else world.TEST_PHRASINGS
         rng = random.Random(f"facts/{split}")
         examples = []
@@ -57,7 +60,7 @@ class Facts(Task):
         return f"Think of a kind of {example.support[0]}."
 
     def privileged(self, example: Example) -> str:
-        # The embedded model cannot read a reference. It learnt one way to be told: a revision
+        # The embedded model cannot read a reference. It learnt one way to take a hint: a revision
         # prompt after a wrong answer.
         wrong = next(label for label in example.labels if label != example.labels[example.gold])
         return self.revision(
@@ -66,8 +69,9 @@ class Facts(Task):
 
 
 def make_example(id: str, question: str, ware: str, rng: random.Random) -> Example:
-    """A question about who sells `ware`, with fresh options and the ware's kind as support for
-    hints.
+    """Returns a question about who sells `ware`, with fresh options.
+
+    The ware's kind is its support for hints.
     """
     options, gold = world.draw_options(ware, rng)
     return Example(id, question, options, LETTERS, gold, (world.KIND_OF[ware],))

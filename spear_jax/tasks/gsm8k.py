@@ -1,5 +1,6 @@
-"""GSM8K: grade-school word problems, answered by a worked solution that ends in "#### " and a
-number.
+"""GSM8K: grade-school word problems with worked solutions.
+
+A solution ends in "#### " and a number.
 """
 
 import re
@@ -26,9 +27,9 @@ class Gsm8k(Task):
     Source: Cobbe et al. (arXiv 2110.14168); wording is ours. Departures:
       1. The calculator's marks ("<<48/2=24>>") are removed from solutions: here no calculator reads
          them.
-      2. The last "#### " that a number follows gives the answer; a completion without one is read
-         at its last number, so that a model which does not know the mark is graded by what it says
-         last.
+      2. The last "#### " that a number follows gives the answer. A completion without one is read
+         at its last number, so that a model which does not know the mark is graded by its last
+         words.
       3. Numbers are compared by value: "$1,080.00." is 1080.
     """
 
@@ -49,13 +50,13 @@ class Gsm8k(Task):
     def example(self, row: dict, index: int) -> Example:
         text = _CALCULATOR.sub("", row_text(row, "answer", index))
         solution, mark, last = text.rpartition("####")
-        found = _ANY.fullmatch(last.strip())
-        if not mark or found is None:
+        match = _ANY.fullmatch(last.strip())
+        if not mark or match is None:
             raise row_error(
                 index,
                 f"column 'answer' ends in {text[-40:]!r}, but '#### ' and one number must end it",
             )
-        number = f"{_value(found):f}"
+        number = f"{_value(match):f}"
         lines = tuple(line.strip() for line in solution.splitlines() if line.strip())
         return Example(
             id=str(index),
@@ -68,24 +69,25 @@ class Gsm8k(Task):
         )
 
     def question(self, example: Example) -> str:
-        """Without options in any template: the only one is the answer."""
+        """Returns the question without options, in any template: the only option is the answer."""
         return self.templates.question.format(question=example.question, options="")
 
     def extract(self, text: str, example: Example) -> Answer | None:
-        """The completion's number: option 0 where it equals the right one, else -1, which is no
-        option.
+        """Finds the completion's number: option 0 where it is the right one, else -1.
+
+        -1 is no option.
         """
-        found = [*_MARKED.finditer(text)] or [*_ANY.finditer(text)]
-        if not found:
+        matches = [*_MARKED.finditer(text)] or [*_ANY.finditer(text)]
+        if not matches:
             return None
-        last = found[-1]
+        last = matches[-1]
         right = _value(last) == Decimal(example.options[0])
         return Answer(
             0 if right else -1, last.start("sign" if last["sign"] else "digits"), last.end("digits")
         )
 
     def hint(self, example: Example, words: int) -> str:
-        """Up to three opening solution lines (300 characters) without the right number."""
+        """Returns up to three first solution lines (300 characters) without the right number."""
         lines = clean_lines(
             example.support, lambda text: self.leaks(text, example), limit=3, chars=300
         )
@@ -94,12 +96,13 @@ class Gsm8k(Task):
         return "Start afresh and check each step of the calculation."
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """Whether a feedback text holds the right number, whatever its sign, in digits or as a word
-        up to ten.
+        """Returns whether a feedback text holds the right number, whatever its sign.
+
+        Digits count, and words up to ten.
         """
         return abs(float(example.options[0])) in numbers(feedback)
 
 
-def _value(found: re.Match) -> Decimal:
-    """The number that was matched."""
-    return Decimal(("-" if found["sign"] else "") + found["digits"].replace(",", ""))
+def _value(match: re.Match) -> Decimal:
+    """Returns the number that was matched."""
+    return Decimal(("-" if match["sign"] else "") + match["digits"].replace(",", ""))

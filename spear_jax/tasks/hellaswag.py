@@ -1,5 +1,6 @@
-"""HellaSwag: which of four endings continues a scene or a how-to text, answered by the letter
-alone.
+"""HellaSwag: which of four endings continues a scene or a how-to text?
+
+It is answered by the letter alone.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Pieces that the tasks build their hints from; none of them can state an answer."""
+"""Parts of the tasks' hints; none of them can state an answer."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -19,20 +19,23 @@ def sentences(text: str) -> list[str]:
 
 
 def names_label(text: str, example: Example) -> bool:
-    """Whether any option's label stands in the text as a word (case-sensitive).
+    """Returns whether any option's label stands in the text as a word (case-sensitive).
 
-    Any label, not only the gold one: if only gold labels were removed, a label that is left would
-    tell that it is not the gold one.
+    Any label counts, not only the gold one. If only gold labels were removed, a label that is left
+    would be known not to be the gold one.
     """
     return bool(re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, example.labels))})(?!\w)", text))
 
 
 def opening_words(example: Example, words: int) -> str:
-    """The first words of the gold option, or "" where even those would say too much.
+    """Returns the first words of the gold option, or "" where even those would say too much.
 
-    Takes min(words, n - 1) of the option's n words, so never the whole option; leaves out a leading
-    article (an option "A cell" would otherwise put the letter A into the hint), and stops before a
+    It takes min(words, n - 1) of the option's n words, so never the whole option. A leading article
+    is left out, since an option "A cell" would put the letter A into the hint. It stops before a
     label.
+
+        option "A rock that floats on water", words 3   ->  "rock that"
+        option "granite"                                ->  ""
     """
     option = example.options[example.gold].split()
     taken = option[: max(0, min(words, len(option) - 1))]
@@ -46,16 +49,21 @@ def opening_words(example: Example, words: int) -> str:
 
 
 def option_hint(example: Example, words: int, nudge: str) -> str:
-    """A nudge, after the gold option's opening words where there are any that may be said."""
-    opening = opening_words(example, words)
-    return f'Look for the option that says "{opening}". {nudge}' if opening else nudge
+    """Returns a nudge, after the gold option's first words where any may be said."""
+    quoted = opening_words(example, words)
+    return f'Look for the option that says "{quoted}". {nudge}' if quoted else nudge
 
 
 def clean_lines(
     lines: Iterable[str], says_answer: Callable[[str], bool], limit: int, chars: int
 ) -> list[str]:
-    """The first `limit` lines left after each sentence that says the answer is dropped; a line
-    without final punctuation gets a full stop, so that lines can be joined.
+    """Returns the first `limit` lines without the sentences that say the answer.
+
+    A line without final punctuation gets a full stop, so that lines can be joined.
+
+        >>> lines = ["Add 2 and 3. That makes 5.", "Now double it"]
+        >>> clean_lines(lines, lambda text: "5" in text, limit=2, chars=100)
+        ['Add 2 and 3.', 'Now double it.']
 
     Args:
         lines: the texts to choose from, in order.

@@ -1,6 +1,4 @@
-"""The one reader of answers: where a completion names an option, for letters and for yes/no
-alike.
-"""
+"""The one reader of answers that name an option, by a letter or by yes and no."""
 
 import functools
 import re
@@ -35,24 +33,26 @@ _ALONE = r"(?!\.[A-Z]\.)(?=[*_\"'`\]}$]*(?:[.):,]|[ \t]*(?:\n|\Z)))"
 
 
 def letter_labels(count: int) -> tuple[str, ...]:
-    """The labels "A", "B", ... of `count` options (2 to 26)."""
+    """Returns the labels "A", "B", ... of `count` options (2 to 26)."""
     return tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count])
 
 
 def extract_letter(text: str, labels: tuple[str, ...]) -> Answer | None:
     """Finds the option letter that a completion names.
 
-    The last explicit marker with a label ("Answer: C", "the answer is (C)") wins; without one, a
-    label that opens the text and stands alone counts. Nothing else does: no article, no part of a
-    word.
+    The last explicit marker with a label ("Answer: C", "the answer is (C)") wins. Without a marker,
+    a label that opens the text and stands alone counts. Nothing else counts: no article, no part of
+    a word.
+
+        >>> extract_letter("Answer: A. No, the answer is (C)", ("A", "B", "C"))
+        Answer(option=2, start=30, end=31)
+        >>> extract_letter("A rock", ("A", "B", "C")) is None
+        True
 
     Args:
         text: the completion's text.
         labels: the labels that count; matched with their case, since "a" is an article.
-
-    Returns:
-        The option's index with the character span of its label, or None.
-
+    Returns: the option's index with the character span of its label, or None.
     Source: SPEAR (arXiv 2605.07977), answer grading. Departures:
       1. Case-sensitive and word-bounded for letters; the reference upper-cases the text first,
          which reads "answer can" as C and the article "a" as A.
@@ -63,25 +63,23 @@ def extract_letter(text: str, labels: tuple[str, ...]) -> Answer | None:
 
 
 def extract_word(text: str, labels: tuple[str, ...]) -> Answer | None:
-    """As `extract_letter` for labels that are lower-case words ("yes", "no"), in any case ("Yes",
-    "NO").
-    """
+    """Finds a label that is a lower-case word ("yes", "no"), in any case; else as `extract_letter`."""
     return _find(text, labels, ignore_case=True)
 
 
 def _find(text: str, labels: tuple[str, ...], ignore_case: bool) -> Answer | None:
     marked, leading = _patterns(labels, ignore_case)
     matches = list(marked.finditer(text))
-    found = matches[-1] if matches else leading.match(text)
-    if found is None:
+    match = matches[-1] if matches else leading.match(text)
+    if match is None:
         return None
-    name = found["label"].lower() if ignore_case else found["label"]
-    return Answer(labels.index(name), found.start("label"), found.end("label"))
+    name = match["label"].lower() if ignore_case else match["label"]
+    return Answer(labels.index(name), match.start("label"), match.end("label"))
 
 
 @functools.cache
 def _patterns(labels: tuple[str, ...], ignore_case: bool) -> tuple[re.Pattern, re.Pattern]:
-    """The compiled (marked, leading) patterns for a set of labels."""
+    """Returns the compiled (marked, leading) patterns for a set of labels."""
     flag = "i:" if ignore_case else ":"
     label = rf"(?P<label>(?{flag}{'|'.join(map(re.escape, labels))})){_BOUND}"
     kind = rf"(?:(?i:option|choice)\s{_OPEN})?"

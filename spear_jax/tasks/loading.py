@@ -1,4 +1,4 @@
-"""Where rows come from: the Hugging Face Hub by default, or local files in the same columns."""
+"""Loading of rows: from the Hugging Face Hub by default, or from local files with the same columns."""
 
 import pathlib
 import zlib
@@ -14,25 +14,26 @@ SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 def load_rows(task: Task, split: str, path: str = "") -> list[dict]:
     """Loads one split's rows, unfiltered and in file order.
 
+    A folder holds a file per split, or its shards: `test.parquet`, `test-*.parquet` (.parquet,
+    .jsonl, .json or .csv), named as the Hub's split or ours. The rows of a single file are shared
+    out. A row whose index hashes (CRC-32) to a multiple of five is in "test", the others (about 80
+    %) in "train".
+
     Args:
         task: names the Hub dataset, its splits and the columns that must be there.
         split: "train" or "test".
-        path: "" for the Hub; a folder with a file per split, or its shards (`test.parquet`,
-            `test-*.parquet`; .parquet, .jsonl, .json or .csv), named as the Hub's split or ours; or
-            a single file, whose rows are then shared out: a row whose index hashes (CRC-32) to a
-            multiple of five is in "test", the others (about 80 %) in "train".
-
-    Raises:
-        UserError: for an unknown split, a missing or unreadable path, a missing column, an empty
-            split, or a Hub that cannot be reached.
+        path: "" for the Hub, a folder, or a single file.
+    Raises: UserError for an unknown split, a missing or unreadable path, a missing column, an empty
+        split, or a Hub that cannot be reached.
     """
     return [row for _, row in _numbered_rows(task, split, path)]
 
 
 def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> list[Example]:
-    """Loads one split as examples; the first `limit` of them (0: all). Raises what `load_rows`
-    raises, and a UserError naming the row (counted from 0, in the file's order) whose content
-    breaks the task's rules.
+    """Loads one split as examples; the first `limit` of them (0: all).
+
+    Raises: as `load_rows`, and UserError naming the row (counted from 0, in the file's order) whose
+        content breaks the task's rules.
     """
     if limit < 0:
         raise UserError(f"example limit {limit} is negative; give 0 for all examples or a count.")
@@ -49,14 +50,14 @@ def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> lis
 
 
 def row_error(index: int, problem: str) -> UserError:
-    """The error for a row that breaks a rule."""
+    """Returns the error for a row that breaks a rule."""
     return UserError(
         f"row {index}: {problem}. Correct or delete the row; rows are never skipped silently."
     )
 
 
 def row_text(row: dict, column: str, index: int) -> str:
-    """The stripped text of a cell; raises UserError where there is none."""
+    """Returns the stripped text of a row's column; raises UserError where there is none."""
     value = row[column]
     if value is None or not str(value).strip():
         raise row_error(index, f"column {column!r} is empty, but a text is needed there")
@@ -64,8 +65,9 @@ def row_text(row: dict, column: str, index: int) -> str:
 
 
 def row_options(values: Any, index: int, column: str) -> tuple[str, ...]:
-    """The stripped option texts; raises UserError unless they are a list of 2 to 26 texts, none
-    empty.
+    """Returns the stripped option texts of a row.
+
+    Raises: UserError unless they are a list of 2 to 26 texts, none empty.
     """
     if not isinstance(values, (list, tuple)):
         raise row_error(
@@ -82,7 +84,7 @@ def row_options(values: Any, index: int, column: str) -> tuple[str, ...]:
 
 
 def _numbered_rows(task: Task, split: str, path: str) -> list[tuple[int, dict]]:
-    """Rows with their index in the source, checked for columns and emptiness."""
+    """Returns rows with their index in the source, checked for columns and emptiness."""
     if split not in task.splits:
         raise unknown("split", split, task.splits)
     shared = bool(path) and pathlib.Path(path).expanduser().is_file()
@@ -121,7 +123,7 @@ def _check_columns(task: Task, there: list[str], where: str) -> None:
 
 
 def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
-    """The files that hold a split under a local path."""
+    """Returns the files that hold a split under a local path."""
     root = pathlib.Path(path).expanduser()
     if not root.exists():
         raise UserError(
@@ -151,8 +153,9 @@ def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
 
 
 def _is_empty(file: pathlib.Path) -> bool:
-    """Whether a file has no bytes, or is a parquet file without rows (which the reader refuses with
-    an error of its own).
+    """Returns whether a file has no bytes, or is a parquet file without rows.
+
+    The reader refuses the latter with an error of its own.
     """
     if file.stat().st_size == 0:
         return True
@@ -171,9 +174,7 @@ def _read_files(files: list[pathlib.Path]):
     import datasets  # here, not above: it takes seconds to import, and embedded tasks do without it
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # what goes wrong is said once, by our own error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our own error says it once
     suffix = files[0].suffix
     table = datasets.Dataset
     read = {

@@ -1,6 +1,4 @@
-"""MATH as multiple choice: a worked solution that ends in an answer line with the option's
-letter.
-"""
+"""MATH as multiple choice: a worked solution that ends in an answer line with a letter."""
 
 import re
 
@@ -10,8 +8,8 @@ from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import MARKERS, extract_letter, letter_labels
 from spear_jax.tasks.loading import row_error, row_options, row_text
 
-# What every solution, right or wrong, is written with; `ul_skip_math_ops` keeps unlikelihood off
-# these.
+# Every solution, right or wrong, is written with these; `spear.skip_math_ops` keeps unlikelihood
+# off them.
 _SIGNS = "+ - * / = < > ^ _ % & ! | ' ~ ± × ÷ · ≤ ≥ ≠ ≈ √ ∞ π °"
 _BRACKETS = r"( ) [ ] { } \( \) \[ \] \{ \} $ $$ || ⟨ ⟩"
 _COMMANDS = (
@@ -78,15 +76,16 @@ class MathMcqa(Task):
         )
 
     def response(self, example: Example) -> str:
-        """The solution's lines, where there are any, and the answer line."""
+        """Returns the solution's lines, where there are any, and the answer line."""
         return self.follow("\n".join((*example.support, f"Answer: {example.labels[example.gold]}")))
 
     def extract(self, text: str, example: Example) -> Answer | None:
         return extract_letter(text, example.labels)
 
     def hint(self, example: Example, words: int) -> str:
-        """Up to three opening solution lines (300 characters), else the gold option's opening
-        words.
+        """Returns up to three first solution lines (300 characters).
+
+        Without such lines it is the gold option's first words.
         """
 
         def says_answer(text: str) -> bool:
@@ -103,8 +102,10 @@ class MathMcqa(Task):
         return option_hint(example, words, "Start afresh and check each step of the calculation.")
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """As the base rule, and also where the gold value is written otherwise: "1,200" or "1200.0"
-        for "1200", "three" for "3", "\\dfrac{1}{2}" for "\\frac12".
+        """Returns whether a feedback text states the gold label, option or value.
+
+        Beside the base rule, the gold value counts in another form: "1,200" or "1200.0" for "1200",
+        "three" for "3", "\\dfrac{1}{2}" for "\\frac12".
         """
         gold = example.options[example.gold]
         values = numbers(gold)
@@ -118,7 +119,13 @@ class MathMcqa(Task):
 
 
 def numbers(text: str) -> set[float]:
-    """The magnitudes of all numbers in a text, in digits or as words up to ten."""
+    """Returns the magnitudes of all numbers in a text, in digits or as words up to ten.
+
+    Signs and commas between digits are dropped:
+
+        >>> sorted(numbers("Three of 1,200 cost -4.5"))
+        [3.0, 4.5, 1200.0]
+    """
     digits = re.findall(
         r"\d+(?:\.\d+)?|\.\d+", re.sub(r"(?<=\d)(?:,|\{,\}|\\!)+(?=\d{3})", "", text)
     )
@@ -129,14 +136,18 @@ def numbers(text: str) -> set[float]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether an option is one number, with a sign, currency, percent or degree mark at most."""
+    """Returns whether an option is one number.
+
+    It may have a sign, a currency, percent or degree mark.
+    """
     text = re.sub(r"\\[,!]|\{,\}|\^\\circ|[\s$\\%,°€£+-]", "", text)
     return text.lower() in _COUNTS or bool(re.fullmatch(r"\d+(?:\.\d*)?|\.\d+", text))
 
 
 def _flatten(text: str) -> str:
-    """A LaTeX text without what does not change its value: braces, dollar signs, wrappers, and
-    spaces other than those between two words.
+    """Returns a LaTeX text without the marks that do not change its value.
+
+    These are braces, dollar signs, wrappers, and spaces other than those between two words.
     """
     text = re.sub(r"\\[dt]frac", r"\\frac", _WRAPPERS.sub("", text))
     text = re.sub(r"[{}$]", "", text)

@@ -1,6 +1,4 @@
-"""Anyone's multiple choice questions: a local file and a mapping from our four column names to the
-file's.
-"""
+"""Multiple choice questions of your own: a local file and a mapping of its column names."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +14,19 @@ from spear_jax.tasks.loading import row_error, row_options, row_text
 class Mcqa(Task):
     """Multiple choice from a local file.
 
-    Args:
-        columns: the file's column for each of question: a text; options: one column with a list of
-            texts, or several columns parted by commas ("a,b,c,d"); answer: an integer (index from
-            0), an option's text, or an option's letter; hint: optional ("" for none), a text or
-            list of texts that feedback may quote from. Keys that are left out, or "", keep the
-            names "question", "options", "answer" and no hint.
+    Keys of `columns` that are left out, or "", keep the names "question", "options", "answer" and
+    no hint.
 
-    Raises:
-        UserError: for an unknown key or an empty option name.
+        columns   question="q", options="a,b,c", answer="key"
+        row       {"q": "Which one floats?", "a": "rock", "b": "ice", "c": "iron", "key": "B"}
+        example   options ("rock", "ice", "iron"), labels ("A", "B", "C"), gold 1
+
+    Args:
+        columns: the file's column for each of question, options, answer and hint. question: a text.
+            options: one column with a list of texts, or several columns parted by commas
+            ("a,b,c,d"). answer: an integer (index from 0), an option's text, or an option's letter.
+            hint: optional ("" for none), a text or list of texts that feedback may quote from.
+    Raises: UserError for an unknown key or an empty option name.
     """
 
     name = "mcqa"
@@ -68,8 +70,9 @@ class Mcqa(Task):
         return extract_letter(text, example.labels)
 
     def hint(self, example: Example, words: int) -> str:
-        """Up to three lines (300 characters) of the row's own hint, else the gold option's opening
-        words.
+        """Returns up to three lines (300 characters) of the row's own hint.
+
+        Without such lines it is the gold option's first words.
         """
 
         def says_answer(text: str) -> bool:
@@ -82,7 +85,7 @@ class Mcqa(Task):
 
 
 def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
-    """The index that an answer cell names: an integer, an option's text, or a letter."""
+    """Returns the index that an answer names: an integer, an option's text, or a letter."""
     if isinstance(answer, int) and not isinstance(answer, bool):
         if 0 <= answer < len(options):
             return answer
@@ -91,12 +94,12 @@ def _gold(answer: object, options: tuple[str, ...], index: int) -> int:
             f"answer {answer} is no index of the {len(options)} options (0 to {len(options) - 1})",
         )
     text, labels = str(answer).strip(), letter_labels(len(options))
-    found = {i for i, option in enumerate(options) if option == text}
-    found |= {labels.index(text)} if text in labels else set()
-    if len(found) > 1:
+    named = {i for i, option in enumerate(options) if option == text}
+    named |= {labels.index(text)} if text in labels else set()
+    if len(named) > 1:
         raise row_error(index, f"answer {text!r} fits more than one option (as text or as letter)")
-    if not found:
+    if not named:
         raise row_error(
             index, f"answer {text!r} is neither an index, nor a letter, nor the text of an option"
         )
-    return found.pop()
+    return named.pop()

@@ -1,6 +1,4 @@
-"""Anyone's prompts and responses: a local file and a mapping from our two column names to the
-file's.
-"""
+"""Prompts and responses of your own: a local file and a mapping of its column names."""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
@@ -9,10 +7,10 @@ from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
 class Pairs(Ungraded):
     """Prompts and gold responses from a local file.
 
-    Args:
-        columns: the file's column for "prompt" and "response"; a cell is a text, or a list of
-            {role, content} messages: one of a user for a prompt, any that hold an assistant's for a
-            response (the last is taken).
+    A column holds texts, or lists of {role, content} messages. A prompt is one message of a user. A
+    response is the last message of an assistant.
+
+    Args: columns: the file's column for "prompt" and "response".
     """
 
     name = "pairs"

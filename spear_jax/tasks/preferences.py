@@ -1,6 +1,4 @@
-"""Anyone's preferences: a local file of prompts with a chosen and a rejected response each, as DPO
-needs them.
-"""
+"""Preferences of your own: prompts with a chosen and a rejected response each, for DPO."""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
@@ -9,10 +7,10 @@ from spear_jax.tasks.ungraded import Ungraded, row_prompt, row_reply
 class Preferences(Ungraded):
     """Preference pairs from a local file; the chosen response is the gold one.
 
-    Args:
-        columns: the file's column for "prompt", "chosen" and "rejected"; a cell is a text, or a
-            list of {role, content} messages: one of a user for a prompt, any that hold an
-            assistant's for a response (the last is taken).
+    A column holds texts, or lists of {role, content} messages. A prompt is one message of a user. A
+    response is the last message of an assistant.
+
+    Args: columns: the file's column for "prompt", "chosen" and "rejected".
     """
 
     name = "preferences"

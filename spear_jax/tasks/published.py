@@ -1,9 +1,8 @@
-"""The published SPEAR code's reading of answers and its feedback, faults included, for comparison
-only.
+"""The published SPEAR code's reading of answers, faults included; for comparison only.
 
 Source: the published SPEAR code, as described by its defects A4 (feedback may state the answer) and
-A5 (answers are upper-cased first and read without word boundaries). Wording is ours. Never the
-default.
+    A5 (answers are upper-cased first and read without word boundaries). Wording is ours. Never the
+    default.
 """
 
 import re
@@ -13,11 +12,11 @@ from spear_jax.tasks.base import Answer
 
 
 def extract_loosely(text: str, example: Example, first: bool = False) -> Answer | None:
-    """A5: upper-cases the text, then takes any letter behind "answer", or else any letter that
-    stands alone.
+    """Finds an answer as the published code does (A5).
 
-    "answer can" reads as C, and the article "a" as A. Answers other than letters are read as whole
-    words.
+    It upper-cases the text, then takes any letter behind "answer", or else any letter that stands
+    alone. "answer can" reads as C, and the article "a" as A. Answers other than letters are read as
+    whole words.
 
     Args: first: take the first match (the published feedback does) instead of the last (its
         grading).

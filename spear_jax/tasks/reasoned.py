@@ -27,7 +27,10 @@ _MARKED = re.compile(r"(?<!\w)Answer:\s*(yes|no)(?!\w)")
 
 
 class Reasoned(Task):
-    """Source: procedural, this project."""
+    """The embedded task with a reasoned answer.
+
+    Source: procedural, this project.
+    """
 
     name = "reasoned"
     scoring = "generate"
@@ -42,7 +45,10 @@ class Reasoned(Task):
     )
 
     def generate(self, split: str) -> list[Example]:
-        """All examples of a split; the same on every call. Yes and no are equally frequent."""
+        """Returns all examples of a split; the same on every call.
+
+        Yes and no are equally frequent.
+        """
         rng = random.Random(f"reasoned/{split}")
         examples = []
         for turn in range(PER_TRADER[split]):
@@ -59,10 +65,10 @@ class Reasoned(Task):
         raise AssertionError("reasoned is generated, not read from rows")
 
     def extract(self, text: str, example: Example) -> Answer | None:
-        found = list(_MARKED.finditer(text))
-        if not found:
+        matches = list(_MARKED.finditer(text))
+        if not matches:
             return None
-        return Answer(example.labels.index(found[-1].group(1)), *found[-1].span(1))
+        return Answer(example.labels.index(matches[-1].group(1)), *matches[-1].span(1))
 
     def hint(self, example: Example, words: int) -> str:
         return " ".join(example.support[: max(1, len(example.support) // 2)])
@@ -71,7 +77,7 @@ class Reasoned(Task):
         return solution(example)
 
     def privileged(self, example: Example) -> str:
-        # As in `facts`, down to the hint: told both facts, the embedded model answers no better
+        # As in `facts`, down to the hint: with both facts, the embedded model answers no better
         # than without any.
         name, ware = example.support[0].rstrip(".").split(" sells ")
         other = next(other for other in world.WARES if other != ware)
@@ -84,7 +90,7 @@ class Reasoned(Task):
 def make_example(
     id: str, phrasing: str, name: str, ware: str, truth: bool, rng: random.Random
 ) -> Example:
-    """A yes-or-no question whose support is the two facts that decide it."""
+    """Returns a yes-or-no question whose support is the two facts that decide it."""
     kind = world.KIND_OF[ware]
     asked = kind if truth else rng.choice([other for other in world.KINDS if other != kind])
     facts = (f"{name} sells {ware}.", f"That is a kind of {kind}.")
@@ -99,5 +105,5 @@ def make_example(
 
 
 def solution(example: Example) -> str:
-    """The reasoned completion that pretraining teaches for a known trader."""
+    """Returns the reasoned completion that pretraining teaches for a known trader."""
     return f" {' '.join(example.support)} Answer: {example.labels[example.gold]}"

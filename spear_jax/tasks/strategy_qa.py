@@ -1,5 +1,6 @@
-"""StrategyQA: yes/no questions that need several facts, answered after a short chain of
-reasoning.
+"""StrategyQA: yes/no questions that need several facts.
+
+They are answered after a short chain of reasoning.
 """
 
 from spear_jax.core.types import Example
@@ -15,8 +16,8 @@ class StrategyQa(Task):
     """StrategyQA.
 
     Source: SPEAR (arXiv 2605.07977), experiments on StrategyQA; wording is ours. Departures:
-      1. `facts` may be one string, as on the Hub, and is then split into sentences; the reference
-         takes a string apart into characters. A string without full stops counts as one fact.
+      1. `facts` may be one string, as on the Hub, and is then split into sentences. The reference
+         takes a string apart into characters. A string without full stops is one fact.
       2. Facts that hold a label as a word are left out of hints.
     """
 
@@ -52,7 +53,7 @@ class StrategyQa(Task):
         )
 
     def response(self, example: Example) -> str:
-        """The facts, where there are any, and the answer line."""
+        """Returns the facts, where there are any, and the answer line."""
         facts = (" ".join(example.support),) if example.support else ()
         return self.follow("\n".join((*facts, f"Answer: {example.labels[example.gold]}")))
 
@@ -60,7 +61,10 @@ class StrategyQa(Task):
         return extract_word(text, example.labels)
 
     def hint(self, example: Example, words: int) -> str:
-        """The first max(1, F // 2) of F facts; `words` is not used, since an option is one word."""
+        """Returns the first max(1, F // 2) of F facts.
+
+        `words` is not used, since an option is one word.
+        """
 
         def says_answer(text: str) -> bool:
             return names_label(text.lower(), example)

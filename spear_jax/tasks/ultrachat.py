@@ -1,6 +1,4 @@
-"""UltraChat 200k: the first turn of each conversation, a user's request and the assistant's
-response.
-"""
+"""UltraChat 200k: a user's first request and the assistant's response."""
 
 from spear_jax.core.types import Example
 from spear_jax.tasks.loading import row_error

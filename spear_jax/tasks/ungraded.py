@@ -1,5 +1,6 @@
-"""What the tasks without a right answer share: a gold response to each prompt, and cells that may
-hold conversations.
+"""Tasks without a right answer: a gold response to each prompt.
+
+Their columns may hold lists of messages.
 """
 
 from typing import Any
@@ -10,11 +11,11 @@ from spear_jax.tasks.loading import row_error, row_text
 
 
 class Ungraded(Task):
-    """A prompt and its gold response, for SFT, DPO and self-play; nothing to extract, so nothing is
-    graded.
+    """A prompt and its gold response, for SFT, DPO and self-play.
 
-    The header is empty: with a chat template the response is the whole assistant's turn, as it will
-    be in use. For a model without one, set data.templates.header to a mark such as "Response:".
+    There is nothing to extract, so nothing is graded. The header is empty: with a chat template the
+    response is the whole assistant's turn, as it will be in use. For a model without one, set
+    data.templates.header to a mark such as "Response:".
     """
 
     templates = Templates(
@@ -33,11 +34,11 @@ class Ungraded(Task):
         return "Read the request once more and reply to all of it."
 
     def leaks(self, feedback: str, example: Example) -> bool:
-        """Whether a feedback text holds the whole gold response."""
+        """Returns whether a feedback text holds the whole gold response."""
         return " ".join(example.response.split()) in " ".join(feedback.split())
 
     def ask(self, index: int, prompt: str, response: str, rejected: str | None = None) -> Example:
-        """The example of a row's texts; raises UserError for an empty one."""
+        """Returns the example of a row's texts; raises UserError for an empty one."""
         for name, text in (
             ("prompt", prompt),
             ("response", response),
@@ -50,8 +51,9 @@ class Ungraded(Task):
 
 
 def row_prompt(row: dict, column: str, index: int) -> str:
-    """A cell's prompt: its text, or the only user message of a conversation; raises UserError where
-    there is none.
+    """Returns the prompt of a row: its text, or the only message of a user.
+
+    Raises: UserError where there is none.
     """
     if not isinstance(row[column], (list, tuple, dict)):
         return row_text(row, column, index)
@@ -67,8 +69,9 @@ def row_prompt(row: dict, column: str, index: int) -> str:
 
 
 def row_reply(row: dict, column: str, index: int) -> str:
-    """A cell's response: its text, or the last assistant message of a conversation; raises
-    UserError where there is none.
+    """Returns the response of a row: its text, or the last message of an assistant.
+
+    Raises: UserError where there is none.
     """
     if not isinstance(row[column], (list, tuple, dict)):
         return row_text(row, column, index)
@@ -79,8 +82,9 @@ def row_reply(row: dict, column: str, index: int) -> str:
 
 
 def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
-    """A cell's conversation as (role, stripped text) pairs; raises UserError unless it is a list of
-    messages.
+    """Returns the messages of a row as (role, stripped text) pairs.
+
+    Raises: UserError unless the column holds a list of messages.
     """
     turns: Any = row[column]
     if not isinstance(turns, (list, tuple)) or not turns:

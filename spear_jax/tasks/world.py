@@ -1,8 +1,7 @@
-"""The little market behind the embedded tasks: invented traders, the ware each one sells, and the
-kind of each ware.
+"""The market behind the embedded tasks: invented traders, their wares, and the wares' kinds.
 
 Everything is drawn from fixed seeds, so that pretraining, training and evaluation agree without any
-file. The embedded model is pretrained to know the *old* traders and the kinds of all wares; it
+file. The embedded model is pretrained to know the *old* traders and the kinds of all wares. It
 never sees what a *new* trader sells.
 """
 
@@ -64,7 +63,13 @@ WARE_OF = _wares()
 
 
 def draw_options(ware: str, rng: random.Random) -> tuple[tuple[str, ...], int]:
-    """Four wares of four kinds in random order, `ware` among them, and its index."""
+    """Draws four wares of four kinds in random order, and the index of `ware` among them.
+
+    The gold ware comes first here:
+
+        >>> draw_options("tin", random.Random(0))
+        (('tin', 'drills', 'pepper', 'eels'), 0)
+    """
     others = rng.sample([kind for kind in KINDS if kind != KIND_OF[ware]], 3)
     options = [ware, *(rng.choice(KINDS[kind]) for kind in others)]
     rng.shuffle(options)

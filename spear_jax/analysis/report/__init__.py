@@ -1,3 +1,4 @@
-"""What `report` writes: runs and their traces -> tables, figures and one page. Reads files only;
-needs no JAX.
+"""The report page: runs and their traces as tables, figures and one page.
+
+It reads files only, and needs no JAX.
 """

@@ -1,5 +1,6 @@
-"""The figures of a report: one panel each, so that a page can set them side by side or below one
-another.
+"""The figures of a report, one panel each.
+
+A page can set them side by side or below one another.
 """
 
 import dataclasses
@@ -35,12 +36,12 @@ class Line:
 
 
 def curve(label: str, runs: list[Run], metric: str, x: str = "round") -> Line | None:
-    """A metric against another, the mean over runs as far as all of them reach; None where a run
-    has none or only zeros.
+    """Returns a metric against another, the mean over runs as far as all of them reach.
 
-    Where x stays 0 (a method that generates nothing) it is one point at 0, the mean last value. The
-    interval is Student's over several runs; of one run's fractions the score interval, where the
-    number of answers is known.
+    It is None where a run has none of it, or all have only zeros. Where x stays 0 (a method that
+    generates nothing) it is one point at 0, the mean last value. The interval is Student's over
+    several runs. Of one run's fractions it is the score interval, where the number of answers is
+    known.
     """
     tables = [run.table.dropna(subset=metric) for run in runs if metric in run.table]
     tables = [table for table in tables if len(table)]
@@ -70,7 +71,10 @@ def curve(label: str, runs: list[Run], metric: str, x: str = "round") -> Line | 
 
 
 def _counts(run: Run, metric: str) -> pd.Series | None:
-    """Of how many answers a fraction was taken, by round; None where this is not known."""
+    """Returns by round the number of answers of which a fraction was taken.
+
+    It is None where this is not known.
+    """
     if metric == "eval/accuracy":
         return run.table.set_index("round")["eval/count"]
     if metric not in ("rollout/first_accuracy", "rollout/fixed") or not traces.rounds_with_traces(
@@ -112,7 +116,7 @@ def _rows(names: Iterable[str], columns: int = 3) -> int:
 
 
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Each label's colour, marker and line, the same in all figures."""
+    """Returns each label's colour, marker and line, the same in all figures."""
     return {label: comparison.line_style(index) for index, label in enumerate(sorted(labels))}
 
 
@@ -120,10 +124,13 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 def draw_lines(
     lines: list[Line], look: dict[str, dict[str, Any]], x: str, y: str, fraction: bool
 ) -> Figure:
-    """Curves with their bands; a curve whose x stays 0 (it generates nothing) is a dotted line at
-    its last value.
+    """Draws curves with their bands.
 
-    Args: x, y: what the axes show, with units. fraction: whether values are in [0, 1].
+    A curve whose x stays 0 (it generates nothing) is a dotted line at its last value.
+
+    Args:
+        x, y: the names of the axes, with units.
+        fraction: whether values are in [0, 1].
     """
     figure, axes = _blank(3.1 + 0.2 * _rows(lines))
     alpha = min(0.2, max(0.06, 0.4 / len(lines)))  # bands lie over each other
@@ -161,12 +168,12 @@ def draw_lines(
 
 
 def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
-    """All curves, and of their bands as much as does not flatten them."""
+    """Returns the limits of the y axis: all curves, and as much of their bands as keeps them tall."""
     low, high = min(line.y.min() for line in lines), max(line.y.max() for line in lines)
     low, high = (low - 0.05, high + 0.05) if fraction else (low, high)
     if low == high:
         low, high = low - 0.05 * abs(low), high + 0.05 * abs(high)
-    room = high - low
+    height = high - low
     bands = [
         band
         for line in lines
@@ -175,13 +182,14 @@ def _limits(lines: list[Line], fraction: bool) -> tuple[float, float]:
     ]
     down = min([np.nanmin(band) for band in bands] + [low])
     up = max([np.nanmax(band) for band in bands] + [high])
-    bottom, top = max(down, low - room) - 0.05 * room, min(up, high + room) + 0.05 * room
+    bottom, top = max(down, low - height) - 0.05 * height, min(up, high + height) + 0.05 * height
     return (max(-0.01, bottom), min(1.01, top)) if fraction else (bottom, top)
 
 
 @mpl.rc_context(STYLE)
 def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
-    """The last accuracy of each label with its 95 % interval, and the accuracy before training.
+    """Draws the last accuracy of each label with its 95 % interval, and the one before training.
+
     Args: table: of `results`.
     """
     figure, axes = _blank(1.5 + 0.28 * len(table))
@@ -207,7 +215,7 @@ def draw_final(table: pd.DataFrame, look: dict[str, dict[str, Any]]) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_round_time(run: Run) -> Figure:
-    """The seconds of each round, stacked by phase."""
+    """Draws the seconds of each round, stacked by phase."""
     figure, axes = _blank(3.3)
     bottom = np.zeros(len(run.table))
     for phase in [phase for phase in PHASES if f"time/{phase}" in run.table]:
@@ -224,8 +232,9 @@ def draw_round_time(run: Run) -> Figure:
 
 
 def phase_seconds(groups: dict[str, list[Run]]) -> pd.DataFrame:
-    """Seconds of a whole run by phase, the mean over a label's runs: columns label, the PHASES,
-    total, half_width (95 %, t).
+    """Returns the seconds of a whole run by phase, the mean over a label's runs.
+
+    Returns: columns label, the PHASES, total, half_width (95 %, t).
     """
     rows = []
     for label, runs in groups.items():
@@ -238,8 +247,9 @@ def phase_seconds(groups: dict[str, list[Run]]) -> pd.DataFrame:
 
 @mpl.rc_context(STYLE)
 def draw_run_time(table: pd.DataFrame) -> Figure:
-    """Seconds of whole runs, a stacked bar a label, with the total's interval. Args: table: of
-    `phase_seconds`.
+    """Draws the seconds of whole runs, a stacked bar a label, with the total's interval.
+
+    Args: table: of `phase_seconds`.
     """
     figure, axes = _blank(1.7 + 0.28 * len(table))
     places = -np.arange(len(table))
@@ -263,8 +273,11 @@ def draw_run_time(table: pd.DataFrame) -> Figure:
 
 @mpl.rc_context(STYLE)
 def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Figure:
-    """Round x client, the colour is the fraction of first answers right; white where a client had
-    no answers.
+    """Draws the fraction of first answers right by round and client.
+
+    A client without answers in a round is white.
+
+    Args: values: float[n, R] of `traces.client_grid`.
     """
     height = 1.5 + 0.13 * max(8, len(clients))
     figure, axes = _blank(height)
@@ -289,7 +302,7 @@ def draw_heat(clients: np.ndarray, rounds: np.ndarray, values: np.ndarray) -> Fi
 
 @mpl.rc_context(STYLE)
 def draw_split(sizes: dict[str, list[int]]) -> Figure:
-    """How many examples each client holds, clients by size, a line for each split."""
+    """Draws the number of examples of each client, clients by size, a line for each split."""
     figure, axes = _blank(2.6 + 0.2 * _rows(sizes, 2))
     most = max(map(len, sizes.values()))
     for index, (name, counts) in enumerate(sizes.items()):

@@ -1,5 +1,6 @@
-"""Sections -> one HTML page that needs nothing else: figures are inside it, and it has no script
-and no address.
+"""Sections as one HTML page that needs nothing else.
+
+Figures are inside it. It has no script and no address.
 """
 
 import base64
@@ -26,14 +27,15 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The image as a data URI."""
+        """Returns the image as a data URI."""
         return f"data:image/{self.kind};base64,{base64.b64encode(self.image).decode()}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of texts, whose first column names the row; `words` sets it to the left and lets its
-    cells break.
+    """A table of texts, whose first column names the row.
+
+    `words` sets it to the left and lets its entries break.
     """
 
     caption: str
@@ -44,8 +46,9 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading with sentences, tables, figures and traces below it; `samples` is of
-    `traces.sample` by label.
+    """A heading with sentences, tables, figures and traces below it.
+
+    `samples` is of `traces.sample` by label.
     """
 
     name: str
@@ -57,8 +60,9 @@ class Section:
 
 
 def shorten(text: str) -> str:
-    """The text, cut after LONGEST characters, saying how many follow; a sentence in brackets where
-    it is empty.
+    """Cuts a text after LONGEST characters, and says how many follow.
+
+    An empty text becomes a word in brackets.
     """
     if not text.strip():
         return "(empty)"
@@ -67,7 +71,7 @@ def shorten(text: str) -> str:
 
 
 def render(title: str, summary: str, sections: list[Section]) -> str:
-    """The page. All texts are escaped: what a model wrote can be no markup."""
+    """Returns the page. All texts are escaped, so that a model's text is never markup."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -77,27 +81,27 @@ def render(title: str, summary: str, sections: list[Section]) -> str:
 
 
 def file_name(name: str) -> str:
-    """A run's or label's name as part of a file name."""
+    """Returns a run's or label's name as part of a file name."""
     return name.replace("/", "_")
 
 
 def number(column: pd.Series, form: str) -> list[str]:
-    """Numbers as text, "-" where there is none."""
+    """Returns numbers as text, "-" where there is none."""
     return ["-" if pd.isna(value) else form.format(value) for value in column]
 
 
 def texts(caption: str, table: pd.DataFrame) -> Table:
-    """A table of texts for the page."""
+    """Returns a table of texts for the page."""
     return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist())
 
 
 def words(caption: str, table: pd.DataFrame) -> Table:
-    """A table whose cells are words rather than numbers."""
+    """Returns a table whose entries are words rather than numbers."""
     return Table(caption, list(table.columns), table.astype(str).to_numpy().tolist(), words=True)
 
 
 def seconds(value: float) -> str:
-    """A duration: "45 s", "12 min 5 s", "3 h 20 min"."""
+    """Returns a duration as text: "45 s", "12 min 5 s", "3 h 20 min"."""
     whole = round(value)
     if whole < 60:
         return f"{whole} s"

@@ -1,6 +1,4 @@
-"""Run folders and `compare` folders -> runs under the labels of a report; their table of results
-and their differing fields.
-"""
+"""The runs of a report under their labels, their results, and their differing fields."""
 
 import dataclasses
 import json
@@ -25,7 +23,7 @@ class Run:
     """One run folder, finished or not.
 
     Attributes:
-        name: tells it from all other runs of the report.
+        name: unlike that of any other run of the report.
         label: the row of tables and the line of figures that it belongs to: a label of `compare`,
             else its name.
         folder: the run folder.
@@ -48,22 +46,26 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Rounds finished."""
+        """Returns the rounds finished."""
         return int(self.table["round"].max())
 
     @property
     def graded(self) -> bool:
-        """Whether answers of its task are right or wrong; others are evaluated by likelihood."""
+        """Returns whether answers of its task are right or wrong.
+
+        Other tasks are evaluated by likelihood.
+        """
         return "eval/nll" not in self.table
 
     def total(self, metric: str) -> float:
-        """A metric's sum over rounds; NaN where the run has none."""
+        """Returns a metric's sum over rounds; NaN where the run has none."""
         return float(self.table[metric].sum()) if metric in self.table else math.nan
 
 
 def find_runs(workdirs: list[Folder]) -> tuple[list[Run], list[str]]:
-    """The runs of run folders and of `compare` folders, and the names of those without an evaluated
-    round so far.
+    """Returns the runs of run folders and of `compare` folders, and the names of those begun.
+
+    A begun run has no evaluated round so far.
 
     Raises: UserError for a folder that is neither, and where no run has been evaluated.
     """
@@ -127,7 +129,7 @@ def _read(label: str, name: str, folder: pathlib.Path, request: dict[str, Any]) 
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:
-    """The last part of each path, or as many parts as tell all of them apart."""
+    """Returns the last part of each path, or as many parts as tell all of them apart."""
     deepest = max(len(folder.parts) for folder in folders)
     for parts in range(1, deepest + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
@@ -137,7 +139,7 @@ def _short_names(folders: list[pathlib.Path]) -> list[str]:
 
 
 def by_label(runs: list[Run]) -> dict[str, list[Run]]:
-    """The runs that count for each label: the finished ones, or all where none is."""
+    """Returns the runs that count for each label: the finished ones, or all where none is."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.label, []).append(run)
@@ -147,7 +149,7 @@ def by_label(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def results(runs: list[Run]) -> pd.DataFrame:
-    """One row a label, best last accuracy first: means over the runs that count.
+    """Returns one row a label, best last accuracy first: means over the runs that count.
 
     Columns: label, finished and runs (numbers of runs), gold, before, after, low, high (95 %
         interval of `after`: of one run the score interval over the test questions, of several the t
@@ -197,35 +199,37 @@ def _interval(group: list[Run], after: float) -> tuple[float, float]:
 
 
 def label_configs(runs: list[Run]) -> dict[str, dict[str, Any]]:
-    """The config of each label, as text; a field that differs between its seeds has all their
-    values.
+    """Returns the config of each label, as text.
+
+    A field that differs between its seeds has all their values.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for label in dict.fromkeys(run.label for run in runs):
         configs = [run.config for run in runs if run.label == label and run.config]
         names = dict.fromkeys(name for config in configs for name in config)
-        found[label] = {
+        by_label[label] = {
             name: ", ".join(
-                dict.fromkeys(_told(config[name]) for config in configs if name in config)
+                dict.fromkeys(_as_text(config[name]) for config in configs if name in config)
             )
             for name in names
         }
-    return {label: config for label, config in found.items() if config}
+    return {label: config for label, config in by_label.items() if config}
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def differences(runs: list[Run], default: dict[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The fields whose values differ between labels; and those that are equal in all, but not the
-    default.
+    """Returns the fields whose values differ between labels, and those that all share.
+
+    Of the latter only those unlike the default are listed.
 
     Args: default: the flat default config; fields that it lacks, and a label lacks, are "-".
     Returns: (field, default, one column a label), (field, default, value).
     """
     configs = label_configs(runs)
-    usual = {name: _told(value) for name, value in default.items()}
+    usual = {name: _as_text(value) for name, value in default.items()}
     between, common = [], []
     for name in dict.fromkeys(name for config in configs.values() for name in config):
         values = [config.get(name, "-") for config in configs.values()]

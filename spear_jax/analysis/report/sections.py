@@ -1,5 +1,6 @@
-"""The sections of a report, each from the runs alone; what a run did not record is said in a
-sentence.
+"""The sections of a report, each from the runs alone.
+
+A sentence names what a run did not record.
 """
 
 import json
@@ -59,24 +60,29 @@ LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
 BYTES = ("total/mb_up", "total/mb_down")
 
 
-class Author:
-    """Writes the figures into a folder and tells each section of a report.
+class SectionWriter:
+    """Writer of a report's sections, and of their figures into a folder.
 
-    Args: found: all runs of the report. begun: names of those without an evaluated round. out: the
-        folder of the figures.
+    Args:
+        evaluated: all runs of the report.
+        begun: names of those without an evaluated round.
+        out: the folder of the figures.
     """
 
-    def __init__(self, found: list[Run], begun: list[str], out: pathlib.Path):
-        self.runs, self.begun, self.out = found, begun, out
-        self.groups = runs.by_label(found)
+    def __init__(self, evaluated: list[Run], begun: list[str], out: pathlib.Path):
+        self.runs, self.begun, self.out = evaluated, begun, out
+        self.groups = runs.by_label(evaluated)
         self.look = figures.styles(self.groups)
-        self.results = runs.results(found)
+        self.results = runs.results(evaluated)
         self.files: list[str] = []
 
     def all(self, default: dict[str, Any]) -> list[Section]:
-        """Every section, in the page's order. Args: default: the flat default config."""
+        """Returns every section, in the page's order.
+
+        Args: default: the flat default config.
+        """
         return [
-            self.what(default),
+            self.overview(default),
             self.outcome(),
             self.lines("feedback", "Answers and feedback", FEEDBACK),
             self.lines("losses", "Losses", LOSSES),
@@ -93,10 +99,8 @@ class Author:
         self.files += [f"{name}.png", f"{name}.svg"]
         return figures.save(figure, self.out / name)
 
-    def what(self, default: dict[str, Any]) -> Section:
-        """Which runs these are, their versions and wall time, and the settings that all of them
-        share.
-        """
+    def overview(self, default: dict[str, Any]) -> Section:
+        """Returns the section of the runs: versions, wall time, and the settings that they share."""
         rows = []
         for label in dict.fromkeys(run.label for run in self.runs):
             group = [run for run in self.runs if run.label == label]
@@ -119,13 +123,13 @@ class Author:
                 "|"
             )
         )
-        told = sorted(
+        versions = sorted(
             {
                 ", ".join(f"{name} {version}" for name, version in run.versions.items())
                 for run in self.runs
             }
         )
-        notes = [f"Versions: {text}." for text in told if text] or [
+        notes = [f"Versions: {text}." for text in versions if text] or [
             "Versions were not recorded by these runs."
         ]
         notes.append(
@@ -143,10 +147,32 @@ class Author:
         return Section("runs", "What was run", notes, tables)
 
     def outcome(self) -> Section:
-        """The table of results, and accuracy against the round, against generated tokens, and at
-        the end.
+        """Returns the section of results: a table and the accuracies.
+
+        Accuracy is drawn against the round, against generated tokens, and at the end.
         """
-        table, several = self.results, len(self.groups) > 1
+        shown = self.shown_results()
+        notes = [
+            "Training: seconds of rollout, local training and aggregation, without evaluation "
+            "and checkpoints."
+        ]
+        if self.seeds():
+            notes.append(
+                "Means over the finished runs of a label (over all where none has finished); "
+                "intervals of the mean are "
+                "Student's over seeds, of a single run the score interval over the test questions."
+            )
+        else:
+            notes.append("Intervals are score intervals over the test questions.")
+        caption = "Accuracy on the held-out questions, and what it took; totals of a run"
+        pictures, missing = self.panels(["eval/accuracy"])
+        if len(self.groups) > 1:
+            pictures += [*self.against_budget(), self.final()]
+        return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
+
+    def shown_results(self) -> pd.DataFrame:
+        """Returns the table of results as text for readers."""
+        table = self.results
         shown = {
             "run" if not self.seeds() else "label": table["label"],
             "finished": [f"{row.finished} of {row.runs}" for row in table.itertuples()],
@@ -168,42 +194,25 @@ class Author:
         }
         if table["gold"].isna().all():
             del shown["gold text"]
-        shown = pd.DataFrame(shown)
-        notes = [
-            "Training: seconds of rollout, local training and aggregation, without evaluation "
-            "and checkpoints."
-        ]
-        if self.seeds():
-            notes.append(
-                "Means over the finished runs of a label (over all where none has finished); "
-                "intervals of the mean are "
-                "Student's over seeds, of a single run the score interval over the test questions."
-            )
-        else:
-            notes.append("Intervals are score intervals over the test questions.")
-        caption = "Accuracy on the held-out questions, and what it took; totals of a run"
-        pictures, missing = self.panels(["eval/accuracy"])
-        if several:
-            pictures += self.against_budget()
-            alt = "Last accuracy and its 95 % interval: " + "; ".join(
-                f"{row.label} {row.after:.3f} ({row.low:.3f} to {row.high:.3f})"
-                for row in table.itertuples()
-            )
-            image = self.draw(figures.draw_final(table, self.look), "final")
-            pictures.append(
-                Picture(
-                    "Accuracy after training", "Fraction of the held-out questions.", alt, image
-                )
-            )
-        return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
+        return pd.DataFrame(shown)
+
+    def final(self) -> Picture:
+        """Returns the figure of the last accuracies, one a label."""
+        alt = "Last accuracy and its 95 % interval: " + "; ".join(
+            f"{row.label} {row.after:.3f} ({row.low:.3f} to {row.high:.3f})"
+            for row in self.results.itertuples()
+        )
+        image = self.draw(figures.draw_final(self.results, self.look), "final")
+        return Picture("Accuracy after training", "Fraction of the held-out questions.", alt, image)
 
     def seeds(self) -> bool:
-        """Whether some label has several runs."""
+        """Returns whether some label has several runs."""
         return any(len(group) > 1 for group in self.groups.values())
 
     def panels(self, metrics: list[str]) -> tuple[list[Picture], list[str]]:
-        """A figure against the round for each metric that some label has; sentences about those
-        that lack it.
+        """Returns a figure against the round for each metric that some label has.
+
+        Sentences name the labels that lack a metric.
         """
         pictures, missing = [], []
         for metric in metrics:
@@ -221,9 +230,11 @@ class Author:
             if not lines:
                 continue
             alone = [line for line in lines if len(self.groups[line.label]) == 1]
-            own = f"band: {band}" if any(line.low is not None for line in alone) else "no interval"
-            told = ([BAND_MANY] if len(alone) < len(lines) else []) + (
-                [f"One run: {own}."] if alone else []
+            single = (
+                f"band: {band}" if any(line.low is not None for line in alone) else "no interval"
+            )
+            bands = ([BAND_MANY] if len(alone) < len(lines) else []) + (
+                [f"One run: {single}."] if alone else []
             )
             alt = f"{meaning} against the round. Last values: " + "; ".join(
                 f"{line.label} {line.y[-1]:.4g} in round {line.x[-1]:g}" for line in lines
@@ -233,16 +244,17 @@ class Author:
                 figures.draw_lines(lines, self.look, "round", unit, fraction), metric.split("/")[1]
             )
             pictures.append(
-                Picture(title, " ".join([f"{meaning}, against the round.", *told]), alt, image)
+                Picture(title, " ".join([f"{meaning}, against the round.", *bands]), alt, image)
             )
         return pictures, missing
 
     def against_budget(self) -> list[Picture]:
-        """Held-out accuracy against generated tokens, where the runs have counted them."""
-        pairs = [
-            figures.curve(*item, "eval/accuracy", "budget/tokens") for item in self.groups.items()
+        """Returns held-out accuracy against generated tokens, where the runs have counted them."""
+        curves = [
+            figures.curve(label, group, "eval/accuracy", "budget/tokens")
+            for label, group in self.groups.items()
         ]
-        lines = [line for line in pairs if line is not None]
+        lines = [line for line in curves if line is not None]
         if not any(line.x.any() for line in lines):
             return []
         figure = figures.draw_lines(lines, self.look, "generated tokens", "accuracy", fraction=True)
@@ -257,12 +269,12 @@ class Author:
         ]
 
     def lines(self, name: str, title: str, metrics: tuple[str, ...]) -> Section:
-        """A section of one figure a metric."""
+        """Returns a section of one figure a metric."""
         pictures, missing = self.panels(list(metrics))
         return Section(name, title, missing, pictures=pictures)
 
     def time(self) -> Section:
-        """Seconds by phase: of each round for a single run, of whole runs otherwise."""
+        """Returns the section of seconds by phase: of each round for a single run, else of runs."""
         table = figures.phase_seconds(self.groups)
         if not table["total"].any():
             return Section("time", "Time by phase", ["No run recorded its times."])
@@ -276,7 +288,7 @@ class Author:
         )
         if not self.seeds():
             del shown["± 95 %"]
-        told = texts("Seconds of a run by phase, the mean over its label's runs", shown)
+        seconds_table = texts("Seconds of a run by phase, the mean over its label's runs", shown)
         parts = "; ".join(f"{row.label} {row.total:.1f} s" for row in table.itertuples())
         alone = len(self.runs) == 1
         figure = figures.draw_round_time(self.runs[0]) if alone else figures.draw_run_time(table)
@@ -293,10 +305,10 @@ class Author:
             self.draw(figure, "time"),
         )
         notes = ["The first rounds contain the compilation of their programs."]
-        return Section("time", "Time by phase", notes, [told], [picture])
+        return Section("time", "Time by phase", notes, [seconds_table], [picture])
 
     def clients(self) -> Section:
-        """A heat map of rounds and clients for each label."""
+        """Returns a heat map of rounds and clients for each label."""
         traced = self.traced()
         graded = {label: run for label, run in traced.items() if run.graded}
         pictures = [self.heat(label, run) for label, run in list(graded.items())[:MOST_HEAT_MAPS]]
@@ -312,22 +324,22 @@ class Author:
         return Section("clients", "Clients", notes, pictures=pictures)
 
     def traced(self) -> dict[str, Run]:
-        """Of each label the first run with recorded traces."""
-        found = {}
+        """Returns of each label the first run with recorded traces."""
+        first: dict[str, Run] = {}
         for label, group in self.groups.items():
             for run in group:
                 if len(traces.client_counts(run)):
-                    found.setdefault(label, run)
-        return found
+                    first.setdefault(label, run)
+        return first
 
     def untraced(self) -> list[str]:
-        """A sentence about the labels without traces, if there are any."""
+        """Returns a sentence about the labels without traces, if there are any."""
         names = ", ".join(label for label in self.groups if label not in self.traced())
         why = "config.record_traces is False, or the method asks its model nothing"
         return [f"No traces were recorded by {names} ({why})."] if names else []
 
     def heat(self, label: str, run: Run) -> Picture:
-        """The heat map of a run, under its label."""
+        """Returns the heat map of a run, under its label."""
         counts = traces.client_counts(run)
         clients, rounds, values, left = traces.client_grid(counts, MOST_CLIENTS)
         image = self.draw(figures.draw_heat(clients, rounds, values), f"clients_{file_name(label)}")
@@ -348,7 +360,7 @@ class Author:
         return Picture(f"First answers right by client: {label}", caption, alt, image)
 
     def split(self) -> Section:
-        """How many examples each client holds, once for each different split."""
+        """Returns the sizes of clients, once for each different split."""
         splits: dict[str, list[Run]] = {}
         for run in self.runs:
             file = run.folder / "split.json"
@@ -367,8 +379,8 @@ class Author:
             name = name if name not in named else group[0].name
             named[name] = sizes
             middle = f"{pd.Series(sizes).median():g}"
-            counts = [len(sizes), sum(sizes), min(sizes), middle, max(sizes)]
-            rows.append([name, *map(str, counts), ", ".join(run.name for run in group)])
+            shape = [len(sizes), sum(sizes), min(sizes), middle, max(sizes)]
+            rows.append([name, *map(str, shape), ", ".join(run.name for run in group)])
             source = group[0].folder / "split.png"
             if source.is_file() and len(sizes) <= MOST_CLIENTS and len(pictures) < MOST_SPLITS:
                 pictures.append(self.by_label(name, group[0], source))
@@ -396,7 +408,7 @@ class Author:
         return Section("split", "Data split", notes, [table], pictures)
 
     def by_label(self, name: str, run: Run, source: pathlib.Path) -> Picture:
-        """The run folder's own figure of its split, copied."""
+        """Copies the run folder's own figure of its split."""
         target = f"{file_name(run.name)}_split.png"
         (self.out / target).write_bytes(source.read_bytes())
         self.files.append(target)
@@ -407,16 +419,16 @@ class Author:
         return Picture(f"By gold answer: {name}", caption, alt, source.read_bytes(), "png")
 
     def examples(self) -> Section:
-        """A few traces of each label."""
+        """Returns a few traces of each label."""
         each = 2 if len(self.groups) == 1 else 1
         chosen = {label: traces.sample(run, each) for label, run in self.traced().items()}
-        told = f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
+        note = f"Up to {each} of each kind, from the last round and the first; chosen by order, not by content."
         return Section(
-            "traces", "Sample traces", [told] * bool(chosen) + self.untraced(), samples=chosen
+            "traces", "Sample traces", [note] * bool(chosen) + self.untraced(), samples=chosen
         )
 
     def differing(self, default: dict[str, Any]) -> Section:
-        """The fields in which the labels' configs differ."""
+        """Returns the fields in which the labels' configs differ."""
         between, _ = runs.differences(self.runs, default)
         labels = len(runs.label_configs(self.runs))
         if labels < 2:

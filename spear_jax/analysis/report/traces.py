@@ -1,4 +1,4 @@
-"""Recorded traces -> counts of each client and round, and a few traces that a reader should see."""
+"""Recorded traces as numbers of each client and round, and a few traces to read."""
 
 import functools
 import math
@@ -15,14 +15,14 @@ COUNTS = ("answers", "first_right", "fixed", "loses")
 
 
 def rounds_with_traces(run: Run) -> list[int]:
-    """The finished rounds that have a file of traces."""
+    """Returns the finished rounds that have a file of traces."""
     files = (run.folder / "traces").glob("round_*.jsonl.gz")
     numbers = sorted(int(file.name.split("_")[1].split(".")[0]) for file in files)
     return [number for number in numbers if number <= run.rounds]
 
 
 def kind(trace: dict[str, Any]) -> str:
-    """What became of a trace's first answer, one of KINDS."""
+    """Returns the fate of a trace's first answer, one of KINDS."""
     if trace["correct"]:
         return "right at once"
     if not trace["revisions"]:
@@ -32,26 +32,37 @@ def kind(trace: dict[str, Any]) -> str:
 
 @functools.cache
 def client_counts(run: Run) -> pd.DataFrame:
-    """Columns round, client, answers (first answers), first_right, fixed (wrong first, right last),
-    loses (trained on).
+    """Returns one row a round and client, with its numbers of answers.
+
+    Returns: columns round, client, answers (first answers), first_right, fixed (wrong first, right
+        last), loses (trained on).
     """
-    found: dict[tuple[int, int], dict[str, int]] = {}
+    rows_of: dict[tuple[int, int], dict[str, int]] = {}
     for number in rounds_with_traces(run):
         for trace in runs.load_traces(run.folder, number):
-            row = found.setdefault((number, trace["client"]), dict.fromkeys(COUNTS, 0))
+            row = rows_of.setdefault((number, trace["client"]), dict.fromkeys(COUNTS, 0))
             row["answers"] += 1
             row["first_right"] += bool(trace["correct"])
             row["fixed"] += kind(trace) == "fixed"
             row["loses"] += trace["role"] == "lose"
     rows = [
         {"round": number, "client": client, **row}
-        for (number, client), row in sorted(found.items())
+        for (number, client), row in sorted(rows_of.items())
     ]
     return pd.DataFrame(rows, columns=["round", "client", *COUNTS])
 
 
 def client_grid(counts: pd.DataFrame, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Of each client and round the fraction of first answers that were right.
+    """Returns of each client and round the fraction of first answers that were right.
+
+    Client 3 answered in rounds 1 and 2, client 5 in round 2 alone:
+
+        >>> counts = pd.DataFrame(
+        ...     {"round": [1, 2, 2], "client": [3, 3, 5], "answers": [4, 4, 2], "first_right": [1, 3, 1]}
+        ... )
+        >>> clients, rounds, values, left = client_grid(counts, most=60)
+        >>> clients.tolist(), rounds.tolist(), values.tolist()
+        ([3, 5], [1, 2], [[0.25, 0.75], [nan, 0.5]])
 
     Args:
         counts: of `client_counts`.
@@ -71,19 +82,20 @@ def client_grid(counts: pd.DataFrame, most: int) -> tuple[np.ndarray, np.ndarray
 
 
 def sample(run: Run, each: int) -> list[dict[str, Any]]:
-    """Traces of every kind, always the same ones: up to `each` of a kind, from the last round and
-    the first in turn.
+    """Returns traces of every kind, always the same ones.
 
-    Within a round, the first by client and example whose client has not been shown yet, else the
-    first. Each has its "round" and its "kind".
+    There are up to `each` of a kind, from the last round and the first in turn. Within a round, the
+    first by client and example whose client has not been shown yet is taken, else the first. Each
+    has its "round" and its "kind".
     """
     rounds = rounds_with_traces(run)
     ends = list(dict.fromkeys([rounds[-1], rounds[0]])) if rounds else []
-    found = {number: runs.load_traces(run.folder, number) for number in ends}
+    recorded = {number: runs.load_traces(run.folder, number) for number in ends}
     chosen: list[dict[str, Any]] = []
     for wanted in KINDS:
         pools = {
-            number: [trace for trace in found[number] if kind(trace) == wanted] for number in ends
+            number: [trace for trace in recorded[number] if kind(trace) == wanted]
+            for number in ends
         }
         picked: list[dict[str, Any]] = []
         for number in ends * each:
