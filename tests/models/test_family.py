@@ -19,7 +19,7 @@ from spear_jax.core.rng import path_key
 from spear_jax.experiment import builder, loop, presets, run_folder
 from spear_jax.experiment.checkpoint import restore
 from spear_jax.experiment.config import parse
-from spear_jax.experiment.run import evaluate
+from spear_jax.federated.round_metrics import accuracy_metrics
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
