@@ -5,13 +5,11 @@ import os
 import pathlib
 import tempfile
 
-# Before anything imports JAX. Most of the suite's time is compilation: the second and third flags
-# make it much cheaper.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-)
-os.environ["XLA_FLAGS"] += (
-    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
+from processes import COMPILATION
+
+# Before anything imports JAX.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), COMPILATION, "--xla_force_host_platform_device_count=8"]
 )
 
 # Programs that several files, processes and runs of the suite's subprocesses have in common are

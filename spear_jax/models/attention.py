@@ -46,7 +46,7 @@ def check_kernel(kernel: str, platform: str, dtype: str, head_width: int) -> Non
         )
     if problem:
         raise UserError(
-            f"attention is 'cudnn', which {problem}. Set --config.attention_kernel=xla."
+            f"attention_kernel is 'cudnn', which {problem}. Set --config.attention_kernel=xla."
         )
 
 

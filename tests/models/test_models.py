@@ -194,7 +194,7 @@ def test_attention_by_columns_of_queries_equals_softmax_over_what_is_visible(
 def test_flash_attention_that_cannot_be_had_is_refused(where, told):
     check_kernel("cudnn", "gpu", "bfloat16", 128)
     check_kernel("xla", *where)
-    with pytest.raises(UserError, match=f"{told}.*attention=xla"):
+    with pytest.raises(UserError, match=f"{told}.*attention_kernel=xla"):
         check_kernel("cudnn", *where)
 
 
