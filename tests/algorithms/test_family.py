@@ -2,7 +2,6 @@
 and local-only, refusals.
 """
 
-import dataclasses
 import importlib
 import json
 import shutil
@@ -16,14 +15,15 @@ from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core import pytrees
 from spear_jax.core.errors import UserError
 from spear_jax.core.rng import path_key
-from spear_jax.experiment import builder, loop, presets, run_folder
-from spear_jax.experiment.checkpoint import restore
+from spear_jax.experiment import builder, presets
 from spear_jax.experiment.config import parse
-from spear_jax.federated.round_metrics import accuracy_metrics
+from spear_jax.experiment.run import Run, mean_accuracy
+from spear_jax.federated import local_only
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
 from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.worker import RolloutRequest
 
 TINY = {
     "rounds": 4,
@@ -37,6 +37,7 @@ TINY = {
     "eval.every": 100,
     "eval.limit": 20,
     "lora.rank": 2,
+    "lora.targets": ("q", "down"),  # each more is time to compile
     "checkpoint.keep_last": 9,
     "checkpoint.keep_best": 0,
 }
@@ -50,6 +51,35 @@ def config_of(method, **changes):
 
 def build(method, **changes):
     return builder.build(config_of(method, **changes), jax.devices()[:1])
+
+
+def train(workdir, config):
+    """A run of the config, trained to its end."""
+    with Run(config, workdir, quiet=True, devices=jax.devices()[:1]) as run:
+        run.train()
+        return run
+
+
+def first_rollouts(built):
+    """What the method collects in round 1."""
+    state = built.initial_state()
+    key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
+    federation = built.federation
+    policy = federation.worker.policy(state.lora)
+    return federation.algorithm.collect(federation.worker, policy, federation.cohort(1), {}, key, 0)
+
+
+def run_rounds(built, count):
+    """The states and metrics of the first rounds."""
+    state, found = built.initial_state(), []
+    for _ in range(count):
+        state, metrics, _ = rounds.run_round(built.federation, state, BudgetUsed())
+        found.append((state, metrics))
+    return found
+
+
+def measured(built, state):
+    return mean_accuracy([built.evaluator(policy) for policy in built.policies(state.lora)])
 
 
 def moved(tree):
@@ -80,17 +110,7 @@ def test_every_method_has_a_valid_config_for_every_task_and_model(method, arg):
 def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins():
     wins = {}
     for method in ("spear", "feedback_sft", "dpo"):
-        built = build(method)
-        state = built.initial_state()
-        key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-        got = built.federation.algorithm.collect(
-            built.federation.worker,
-            built.federation.worker.policy(state.lora),
-            built.federation.cohort(1),
-            {},
-            key,
-            0,
-        )
+        got = first_rollouts(build(method))
         wins[method] = [[a.completion for a in trace.attempts] for trace, _, _ in got.traces]
         if method != "dpo":
             wins[method] += [got.weight.tolist(), got.metrics["rollout/wins"]]
@@ -103,11 +123,11 @@ def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
     worker, base, start = built.federation.worker, built.model.base, built.initial_state().lora
     own = [jax.tree.map(lambda x, c=c: x + 0.1 * c, moved(start)) for c in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *own)
-    asks = [(client, index, 0) for index in range(6) for client in (7, 8, 9)]
+    asks = [RolloutRequest(client, index) for index in range(6) for client in (7, 8, 9)]
     key = jax.random.key(5)
     together = worker.answer(Policy(base, stacked, {7: 0, 8: 1, 9: 2}), asks, key)
     for slot, client in enumerate((7, 8, 9)):
-        mine = [ask for ask in asks if ask[0] == client]
+        mine = [ask for ask in asks if ask.client == client]
         alone = worker.answer(
             Policy(merge(base, own[slot], built.federation.decoder.lora)), mine, key
         )
@@ -163,7 +183,7 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
     assert built.federation.algorithm.phases == 2
     state = built.initial_state()
     state, metrics, told = rounds.run_round(
-        built, state.replace(lora=built.federation.on_devices(moved(state.lora))), BudgetUsed()
+        built.federation, state.replace(lora=moved(state.lora)), BudgetUsed()
     )
     assert len(told) == 2 * 3 * 8 * built.federation.algorithm.settings.group
     assert metrics["grpo/clip_fraction"] > 0  # the second update is off-policy
@@ -181,14 +201,10 @@ def test_several_updates_on_one_sampling_use_ratios_to_the_samples_own_policy():
 )
 def test_a_resumed_run_has_the_same_bits_memory_included(method, changes, tmp_path):
     config = config_of(method, **changes, **{"train.batch_size": 16 if method == "iris" else 2})
-    built = builder.build(config, jax.devices()[:1])
-    workdir, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")
-    loop.train(built, workdir, quiet=True)
-    whole, _ = restore(built, workdir, None)
+    whole = train(tmp_path / "run", config).state
     for name in ("3", "4"):  # as if it had been stopped after round 2
-        shutil.rmtree(workdir / "checkpoints" / name)
-    loop.train(builder.build(config, jax.devices()[:1]), workdir, quiet=True)
-    again, _ = restore(built, workdir, None)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / name)
+    again = train(tmp_path / "run", config).state
     assert int(again.round) == 4 and jax.tree.leaves(again.algorithm_state)
     assert pytrees.digest((again.lora, again.algorithm_state)) == pytrees.digest(
         (whole.lora, whole.algorithm_state)
@@ -197,11 +213,9 @@ def test_a_resumed_run_has_the_same_bits_memory_included(method, changes, tmp_pa
 
 def test_the_memory_has_a_constant_size():
     built = build("tpaw")
-    state = built.initial_state()
-    shapes = jax.tree.map(np.shape, state.algorithm_state)
-    for _ in range(2):
-        state, _, _ = rounds.run_round(built.federation, state, BudgetUsed())
-    assert jax.tree.map(np.shape, state.algorithm_state) == shapes
+    shapes = jax.tree.map(np.shape, built.initial_state().algorithm_state)
+    for state, _ in run_rounds(built, 2):
+        assert jax.tree.map(np.shape, state.algorithm_state) == shapes
 
 
 @pytest.mark.parametrize("method", ["spear", "grpo", "opsd", "sft", "tpaw", "tspin"])
@@ -216,14 +230,15 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
     )
     state = built.initial_state()
     assert jax.tree.leaves(state.lora)[0].shape[0] == 2
-    after, metrics, told = rounds.run_round(built.federation, state, BudgetUsed())
+    after, metrics, told = local_only.run_round(built.federation, state, BudgetUsed())
     assert metrics["round/clients"] == 2 and len({t.client for t, _, _ in told}) in (0, 2)
-    cohort = built.federation.cohort(1)
-    first = cohort.clients[0]
-    alone = dataclasses.replace(cohort, clients=[first], indices=cohort.indices[:1])
+    first = built.federation.cohort(1).clients[0]
     own = jax.tree.map(lambda x: x[first], (state.lora, state.algorithm_state))
-    single, _, _ = rounds._together(
-        built, state.replace(lora=own[0], algorithm_state=own[1]), BudgetUsed(), alone
+    single, _, _ = rounds.round_of(
+        built.federation,
+        state.replace(lora=own[0], algorithm_state=own[1]),
+        BudgetUsed(),
+        built.federation.cohort_of([first], 1),
     )
     np.testing.assert_array_equal(
         flat(single.lora), flat(jax.tree.map(lambda x: x[first], after.lora))
@@ -232,7 +247,7 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
         assert not np.allclose(
             *(flat(jax.tree.map(lambda x, c=c: x[c], after.lora)) for c in (0, 1))
         )
-    assert evaluate(built, after)["eval/count"] == 20
+    assert measured(built, after).count == 20
 
 
 def test_a_run_with_one_client_is_centralised_and_holds_all_data():
@@ -244,8 +259,7 @@ def test_a_run_with_one_client_is_centralised_and_holds_all_data():
 
 def test_a_token_budget_ends_the_run_and_the_lines_add_up(tmp_path):
     config = config_of("spear", **{"rounds": 50, "budget.tokens": 150})
-    workdir, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")
-    loop.train(builder.build(config, jax.devices()[:1]), workdir, quiet=True)
+    workdir = train(tmp_path / "run", config).workdir
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][1:]
     assert lines[-1]["budget/tokens"] >= 150 > (lines[-2]["budget/tokens"] if len(lines) > 1 else 0)
     assert lines[-1]["budget/tokens"] == sum(line["rollout/tokens"] for line in lines)
@@ -264,11 +278,12 @@ def test_a_budget_sets_the_pace_of_the_learning_rate():
             "train.warmup": True,
         },
     )
+    learning_rate = built.federation.schedule.learning_rate
     # 10 rounds of warm-up in 100: a tenth of the budget is the peak, all of it the minimum
-    assert built.rate(1, 100, 0) == pytest.approx(1.0)
-    assert built.rate(1, 50, 0) == pytest.approx(0.5)
-    assert built.rate(2, 1000, 0) == pytest.approx(0.0)
-    assert built.rate(10, 0, 0) == pytest.approx(1.0)
+    assert learning_rate(1, 100, 0) == pytest.approx(1.0)
+    assert learning_rate(1, 50, 0) == pytest.approx(0.5)
+    assert learning_rate(2, 1000, 0) == pytest.approx(0.0)
+    assert learning_rate(10, 0, 0) == pytest.approx(1.0)
 
 
 def write_pairs(path, column="response", value="B"):
@@ -322,14 +337,9 @@ def test_methods_that_learn_from_responses_run_on_any_file_of_pairs(method, tmp_
         "federation.min_examples": 1,
     }
     built = build(method, **changes, **{"train.batch_size": 16, "federation.partition": "iid"})
-    state = built.initial_state()
-    before = evaluate(built, state)
-    for _ in range(3):
-        state, metrics, _ = rounds.run_round(
-            built, state.replace(lora=built.federation.on_devices(state.lora)), BudgetUsed()
-        )
-    after = evaluate(built, state)
-    assert after["eval/nll"] < before["eval/nll"]
+    before = measured(built, built.initial_state())
+    state, _ = run_rounds(built, 3)[-1]
+    assert measured(built, state).nll < before.nll
 
 
 def test_dpo_trains_on_a_preference_file(tmp_path):
@@ -345,31 +355,15 @@ def test_dpo_trains_on_a_preference_file(tmp_path):
         **changes,
         **{"dpo.source": "data", "federation.partition": "iid", "train.learning_rate": 0.01},
     )
-    state = built.initial_state()
-    found = []
-    for _ in range(3):
-        state, metrics, _ = rounds.run_round(
-            built, state.replace(lora=built.federation.on_devices(state.lora)), BudgetUsed()
-        )
-        found.append(metrics["dpo/margin"])
-    assert found[-1] > 0 and metrics["rollout/tokens"] == 0
+    _, metrics = run_rounds(built, 3)[-1]
+    assert metrics["dpo/margin"] > 0 and metrics["rollout/tokens"] == 0
 
 
 @pytest.mark.parametrize(
     "method, changes", [("sft", {"sft.east": 4}), ("dpo", {"dpo.source": "east", "dpo.east": 4})]
 )
 def test_east_keeps_undecided_questions_and_its_weights_average_to_one(method, changes):
-    built = build(method, **changes, **{"rollout.examples": 24})
-    state = built.initial_state()
-    key = path_key(jax.random.wrap_key_data(state.key), rounds.ROUND, 1)
-    got = built.federation.algorithm.collect(
-        built.federation.worker,
-        built.federation.worker.policy(state.lora),
-        built.federation.cohort(1),
-        {},
-        key,
-        0,
-    )
+    got = first_rollouts(build(method, **changes, **{"rollout.examples": 24}))
     by_question = {}
     for trace, _, _ in got.traces:
         by_question.setdefault((trace.client, trace.example.id), []).append(trace.first.correct)
