@@ -1,4 +1,4 @@
-"""The same as `python -m spear_jax.sweep`, from a clone of the repository."""
+"""Runs `python -m spear_jax.sweep` from a clone of the repository."""
 
 from spear_jax.experiment import command_line
 from spear_jax.sweep import main

@@ -1,20 +1,20 @@
-"""What the number of clients changes: clients x cohort x Dirichlet alpha x rank x method, one table
-and one figure, one command.
+"""Trains a grid over the number of clients, their cohort, and the split of examples.
 
-A cohort is a number (`10`: so many clients a round, all of them where there are fewer) or a share
-(`10%`, rounded up). A fixed cohort keeps bytes, tokens and optimiser steps of a round equal, so
-that only the population changes; a share keeps participation equal, and a round costs what its
-clients cost.
+The grid is clients x cohort x Dirichlet alpha x rank x method: one table and one figure, one
+command. A cohort is a number (`10`: so many clients a round, all of them where there are fewer) or
+a share (`10%`, rounded up). A fixed cohort keeps bytes, tokens and optimiser steps of a round
+equal, so that only the population changes. A share keeps participation equal, and a round costs as
+much as its clients.
 
-One split for all cells, so that they can be compared: `federation.partition=resample`. Every
+All cells have one split, so that they can be compared: `federation.partition=resample`. Every
 client, however many there are, draws its own 32 of the training examples (3,420 in `facts`), no
-example twice, its labels (the gold options' letters) in Dirichlet(alpha) shares; clients share
-examples. A client that is asked answers 8 of its examples a round and takes 2 optimiser steps on up
-to 8 wins and 8 loses each; 8 rounds, then the held-out questions. --config.a.b=VALUE changes any of
-this, for all cells.
+example twice, its labels (the gold options' letters) in Dirichlet(alpha) shares. Clients share
+examples. A client of the cohort answers 8 of its examples a round and takes 2 optimiser steps on up
+to 8 wins and 8 loses each. After 8 rounds come the held-out questions. --config.a.b=VALUE changes
+any of this, for all cells.
 
 WORKDIR gets a run folder a cell, cells.csv, table.csv, table.md, and sweep.png and .svg. The same
-command goes on after a kill; values and seeds may be added later. `seconds` depend on --jobs, which
+command goes on after a kill. Values and seeds may be added later. `seconds` depend on --jobs, which
 share the cores: compare them within one command only.
 """
 
@@ -87,15 +87,13 @@ def main(argv: list[str]) -> dict[str, Any]:
 def make_settings(
     args: Any, grid: dict[str, list[str]], overrides: list[str]
 ) -> list[sweep.Setting]:
-    """Every cell's setting, the most clients first, so that the longest runs do not come last."""
-    counts = sorted({read_count(text) for text in grid["clients"]}, reverse=True)
-    seeds, fixed = (
-        read_seeds(args.seeds),
-        [f"--config.{name}={value}" for name, value in SETTING.items()],
-    )
+    """Returns every cell's setting, the most clients first, so that no long run comes last."""
+    populations = sorted({read_count(text) for text in grid["clients"]}, reverse=True)
+    seeds = read_seeds(args.seeds)
+    fixed = [f"--config.{name}={value}" for name, value in SETTING.items()]
     command_line.import_named(overrides)
     settings: list[sweep.Setting] = []
-    for count in counts:
+    for count in populations:
         points = sweep.product(
             {
                 FIELDS["clients"]: [str(count)],
@@ -108,22 +106,22 @@ def make_settings(
             }
         )
         for method in grid["method"]:
-            found = [{FIELDS["method"]: method} | point for point in points]
+            combined = [{FIELDS["method"]: method} | point for point in points]
             settings += sweep.make_settings(
-                source(method, args.task), found, fixed + overrides, seeds
+                source(method, args.task), combined, fixed + overrides, seeds
             )
     return settings
 
 
 def source(method: str, task: str) -> str:
-    """NAME:ARG of a method's preset."""
+    """Returns NAME:ARG of a method's preset."""
     if method not in ALGORITHMS:
         raise unknown("method", method, ALGORITHMS)
     return f"{method}:{task}"
 
 
 def read_count(text: str) -> int:
-    """A number of clients."""
+    """Reads a number of clients."""
     if not text.isdecimal() or int(text) < 1:
         raise UserError(
             f"--clients has {text!r}; give whole numbers from 1, for example --clients=10,100,1000."
@@ -132,7 +130,13 @@ def read_count(text: str) -> int:
 
 
 def cohort_size(text: str, clients: int) -> int:
-    """How many of `clients` are in a round's cohort of "10" or "10%"."""
+    """Returns how many of `clients` are in a round's cohort of "10" or "10%".
+
+    Shares are rounded up:
+
+        >>> cohort_size("10", 5), cohort_size("10%", 50), cohort_size("10%", 51)
+        (5, 5, 6)
+    """
     share = text.endswith("%")
     try:
         number = float(text.removesuffix("%"))
@@ -147,7 +151,7 @@ def cohort_size(text: str, clients: int) -> int:
 
 
 def split_lines(table: pd.DataFrame, cohorts: list[str]) -> list[sweeps.Line]:
-    """A line for every cohort rule and setting of the other fields."""
+    """Splits the table into a line for every cohort rule and setting of the other fields."""
     others = [FIELDS[name] for name in ("method", "alpha", "rank")]
     lines = []
     for text in cohorts:

@@ -33,20 +33,23 @@ examples:
 
 
 def commands() -> dict[str, pathlib.Path]:
-    """The file of every command by its name, sorted."""
+    """Returns the file of every command by its name, sorted."""
     files = {file.stem: file for file in FOLDER.glob("[!_]*.py")}
     folders = {file.parent.name: file for file in FOLDER.glob("*/__main__.py")}
     return dict(sorted((files | folders).items()))
 
 
 def first_line(file: pathlib.Path) -> str:
-    """The first line of a file's docstring. The file is parsed, not imported."""
+    """Returns the first line of a file's docstring. The file is parsed, not imported."""
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
     return text.partition("\n")[0]
 
 
 def usage(program: str) -> str:
-    """The text of --help. Args: program: how the user started it, as "spear-jax"."""
+    """Returns the text of --help.
+
+    Args: program: the name that the user started, as "spear-jax".
+    """
     lines = (f"  {name:<11}{first_line(file)}" for name, file in commands().items())
     return USAGE.format(program=program, commands="\n".join(lines))
 
@@ -75,13 +78,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if os.getcwd() not in sys.path:
-        sys.path.insert(
-            0, os.getcwd()
-        )  # as `python -m` does: modules of --config.imports lie there
+        sys.path.insert(0, os.getcwd())  # as `python -m` does, for modules of --config.imports
     sys.argv = [f"{program} {name}", *rest]  # what --help shows
     module = "__main__" if known[name].stem == "__main__" else ""
-    found = importlib.import_module(".".join(filter(None, ("spear_jax", name, module))))
-    importlib.import_module("spear_jax.experiment.command_line").run(found.main, rest)
+    command = importlib.import_module(".".join(filter(None, ("spear_jax", name, module))))
+    importlib.import_module("spear_jax.experiment.command_line").run(command.main, rest)
 
 
 if __name__ == "__main__":

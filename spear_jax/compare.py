@@ -103,7 +103,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def read_budget(text: str) -> dict[str, Any]:
-    """The {"kind", "amount"} of "tokens:10000"."""
+    """Reads the {"kind", "amount"} of "tokens:10000"."""
     kind, _, amount = text.partition(":")
     if kind not in BUDGETS:
         raise unknown("budget", kind, BUDGETS)
@@ -117,8 +117,9 @@ def read_budget(text: str) -> dict[str, Any]:
 def read_entries(
     args: argparse.Namespace, seeds: list[int], budget: dict, overrides: list[str]
 ) -> list[Entry]:
-    """All rows with their configs; raises UserError for unknown methods and fields, and for labels
-    that are no folder names.
+    """Returns all rows with their configs.
+
+    Raises: UserError for unknown methods and fields, and for labels that are no folder names.
     """
     rows: list[tuple[str, str, list[str]]] = [(name, name, []) for name in args.methods.split(",")]
     for text in args.variant:
@@ -132,12 +133,10 @@ def read_entries(
             (label, method, [f"--config.{field}" for field in re.split(r",(?=[\w.]+=)", fields)])
         )
     command_line.import_named(overrides)
-    arg, fixed = (
-        args.task if "," in args.task else f"{args.task},tiny",
-        ("seed", BUDGETS[budget["kind"]]),
-    )
+    arg = args.task if "," in args.task else f"{args.task},tiny"
+    fixed = ("seed", BUDGETS[budget["kind"]])
     entries: list[Entry] = []
-    for label, method, own in rows:
+    for label, method, fields_of_row in rows:
         if method not in ALGORITHMS:
             raise unknown("method", method, ALGORITHMS)
         if not re.fullmatch(r"\w[\w.+-]*", label) or any(entry.label == label for entry in entries):
@@ -146,25 +145,25 @@ def read_entries(
                 f"as in no_average."
             )
         for name in fixed:
-            if any(override.split("=")[0] == f"--config.{name}" for override in overrides + own):
+            if any(text.split("=")[0] == f"--config.{name}" for text in overrides + fields_of_row):
                 raise UserError(f"--config.{name} is what --seeds and --budget set; leave it out.")
-        made = {}
+        configs = {}
         for seed in seeds:
             config = presets.method_config(method, arg)
-            made[seed] = command_line.apply_overrides(config, overrides + own)
-            made[seed].update_from_flattened_dict(
+            configs[seed] = command_line.apply_overrides(config, overrides + fields_of_row)
+            configs[seed].update_from_flattened_dict(
                 {"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]}
             )
-        entries.append(Entry(label, made, method, own))
+        entries.append(Entry(label, configs, method, fields_of_row))
     return entries
 
 
 def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Raises UserError where the folder holds another comparison; returns the labels that
-    compare.json has.
+    """Raises UserError where the folder holds another comparison.
 
-    Args: request: what has to be equal for all cells of a folder; methods and seeds may be added
-        later.
+    Args: request: the values that are equal for all runs of a folder; methods and seeds may be
+        added later.
+    Returns: the labels that compare.json has.
     """
     old = runs.read_request(folder) if (folder / "compare.json").exists() else {"labels": {}}
     for name, value in request.items():
@@ -177,8 +176,9 @@ def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
 
 
 def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    """table.csv, table.md, compare.png and compare.svg from the finished cells, and the table on
-    stdout.
+    """Writes table and figure from the finished runs, and prints the table.
+
+    The files are table.csv, table.md, compare.png and compare.svg.
     """
     if not any(folder.glob("*/seed*/summary.json")):
         return {"table": [], "files": []}

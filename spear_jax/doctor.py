@@ -44,7 +44,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     )
-    found: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "optional": {name: version_of(name) for name in OPTIONAL},
@@ -56,38 +56,38 @@ def main(argv: list[str]) -> dict[str, Any]:
         "self_test": self_test(),
     }
     if not args.quiet:
-        show(found)
-    return found
+        show(findings)
+    return findings
 
 
-def show(found: dict[str, Any]) -> None:
-    """The findings as lines for a person."""
+def show(findings: dict[str, Any]) -> None:
+    """Prints the findings as lines for a person."""
     print(
-        f"python {found['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        f"python {findings['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in findings["versions"].items())
     )
-    for name, version in found["optional"].items():
+    for name, version in findings["optional"].items():
         print(f"optional {name}: {version or 'absent'} ({OPTIONAL[name]})")
-    free = found["memory_free"]
+    free = findings["memory_free"]
     print(
-        f"devices: {', '.join(found['devices'])}; "
+        f"devices: {', '.join(findings['devices'])}; "
         f"{'unknown' if free is None else f'{free / 1e9:.1f} GB'} free on one"
     )
-    for name, cache in found["caches"].items():
+    for name, cache in findings["caches"].items():
         print(f"cache {name}: {cache['path']}, {cache['bytes'] / 1e6:,.1f} MB")
-    if "compilation" not in found["caches"]:
+    if "compilation" not in findings["caches"]:
         print(
             "cache compilation: off, as JAX_COMPILATION_CACHE_DIR is empty; unset it and later "
             "runs start faster"
         )
     print(
         "self-test, seconds: "
-        + ", ".join(f"{name} {value}" for name, value in found["self_test"].items())
+        + ", ".join(f"{name} {value}" for name, value in findings["self_test"].items())
     )
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, None where the package is absent."""
+    """Returns the installed version, None where the package is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -95,20 +95,20 @@ def version_of(package: str) -> str | None:
 
 
 def caches() -> dict[str, pathlib.Path]:
-    """Where models, datasets and compiled programs are kept; those only where they are."""
+    """Returns the folders of models, datasets and compiled programs, as far as they exist."""
     import datasets  # here, not above: with huggingface_hub it takes seconds to import
     from huggingface_hub import constants
 
-    found = {
+    folders = {
         "models": pathlib.Path(constants.HF_HUB_CACHE),
         "datasets": pathlib.Path(datasets.config.HF_DATASETS_CACHE),
     }
     programs = compilation_cache_folder()
-    return found | ({"compilation": programs} if programs else {})
+    return folders | ({"compilation": programs} if programs else {})
 
 
 def size_of(folder: pathlib.Path) -> int:
-    """Bytes of all files below a folder, links not followed; 0 where there is none."""
+    """Returns the bytes of all files below a folder, links not followed; 0 where there is none."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -119,8 +119,9 @@ def size_of(folder: pathlib.Path) -> int:
 
 
 def self_test() -> dict[str, float]:
-    """Seconds for building, evaluating and running one small round of the embedded experiment,
-    compilation included.
+    """Times building, evaluating and one small round of the embedded experiment.
+
+    Returns: seconds by name, compilation included.
     """
     config = presets.quickstart()
     config.update_from_flattened_dict(

@@ -55,21 +55,21 @@ def main(argv: list[str]) -> dict[str, Any]:
     if args.model and not args.task:
         raise UserError("--model needs --task, for example --task=arc_challenge.")
     enable_compilation_cache()
-    found, where = of_run(args) if args.workdir else of_model(args)
-    low, high = found.interval
+    accuracy, where = of_run(args) if args.workdir else of_model(args)
+    low, high = accuracy.interval
     if not args.quiet:
         print(
-            f"{where}: {found.accuracy:.1%} of {found.count} right (95 % interval {low:.1%} to "
-            f"{high:.1%}), {found.method}"
+            f"{where}: {accuracy.accuracy:.1%} of {accuracy.count} right (95 % interval {low:.1%} "
+            f"to {high:.1%}), {accuracy.method}"
         )
     return {
-        "accuracy": found.accuracy,
+        "accuracy": accuracy.accuracy,
         "interval": [low, high],
-        "stderr": found.stderr,
-        "correct": found.correct,
-        "count": found.count,
-        "method": found.method,
-        **({} if found.nll is None else {"nll": found.nll}),
+        "stderr": accuracy.stderr,
+        "correct": accuracy.correct,
+        "count": accuracy.count,
+        "method": accuracy.method,
+        **({} if accuracy.nll is None else {"nll": accuracy.nll}),
     }
 
 
@@ -84,12 +84,12 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     built = builder.build(config, progress=bars.stage_rows)
     state, _ = restore(built, folder, args.round)
     policies = built.policies(state.lora)
-    found = [built.evaluator(policy) for policy in policies]
+    accuracies = [built.evaluator(policy) for policy in policies]
     bars.close()
     where = f"{args.workdir}, round {int(state.round)}"
-    if len(found) > 1:
-        where += f", mean of {len(found)} clients' adapters"
-    return mean_accuracy(found), where
+    if len(accuracies) > 1:
+        where += f", mean of {len(accuracies)} clients' adapters"
+    return mean_accuracy(accuracies), where
 
 
 def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:

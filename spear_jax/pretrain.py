@@ -1,9 +1,9 @@
 """Makes the embedded tiny model again, from scratch.
 
 A small Llama is trained on completions of the embedded tasks' own prompts, minutes on a CPU. It
-learns to read the prompt format, to answer in it, what the *old* traders sell, which kind each ware
-is of, and to use a hint in a revision prompt. What a *new* trader sells is drawn at random every
-time it comes up, so there is nothing to know: that is left to federated training.
+learns to read the prompt format, to answer in it, and to use a hint in a revision prompt. It learns
+what the *old* traders sell, and which kind each ware is of. A *new* trader's ware is drawn at
+random every time it comes up, so there is nothing to know: that is left to federated training.
 """
 
 import functools
@@ -58,6 +58,7 @@ class Corpus:
         self.oracle = get_feedback("oracle", task, hint_words=3)
 
     def draw(self, name: str, ware: str) -> Example:
+        """Draws an example about a trader and a ware."""
         rng = self.rng
         if isinstance(self.task, facts.Facts):
             return facts.make_example("", rng.choice(world.PHRASINGS).format(name=name), ware, rng)
@@ -66,11 +67,13 @@ class Corpus:
         )
 
     def right(self, example: Example) -> str:
+        """Returns the completion that is right."""
         if isinstance(self.task, facts.Facts):
             return f" {example.labels[example.gold]}"
         return reasoned.solution(example)
 
     def wrong(self, example: Example) -> str:
+        """Draws a completion that is wrong."""
         rng = self.rng
         if isinstance(self.task, facts.Facts):
             return f" {rng.choice([x for i, x in enumerate(example.labels) if i != example.gold])}"
@@ -80,8 +83,9 @@ class Corpus:
         return f" {name} sells {ware}. That is a kind of {world.KIND_OF[ware]}. Answer: {label}"
 
     def lookup(self) -> Text:
-        """Four options, then every ware followed by its letter: the plainest form of reading
-        options.
+        """Draws four options, then every ware followed by its letter.
+
+        It is the plainest form of reading options.
         """
         example = self.draw("", self.rng.choice(world.WARES))
         order = self.rng.sample(range(4), 4)
@@ -92,7 +96,7 @@ class Corpus:
         return f"{options}\n{self.task.templates.header}", answer
 
     def direct(self) -> Text:
-        """A question that names the ware, or its kind; or the hint alone before the options."""
+        """Draws a question that names the ware or its kind, or the hint alone before the options."""
         ware, header = self.rng.choice(world.WARES), self.task.templates.header
         asked = self.rng.choice((ware, f"a kind of {world.KIND_OF[ware]}"))
         example = facts.make_example("", f"Which of these is {asked}?", ware, self.rng)
@@ -102,14 +106,15 @@ class Corpus:
         return f"{text}\n{header}", self.right(example)
 
     def question(self, old: bool) -> Text:
-        """A first question: about an old trader, or about a new one with a ware drawn at random."""
+        """Draws a first question about an old trader, or about a new one with a random ware."""
         name = self.rng.choice(world.OLD_TRADERS if old else world.NEW_TRADERS)
         example = self.draw(name, world.WARE_OF[name] if old else self.rng.choice(world.WARES))
         return f"{self.task.question(example)}\n{self.task.templates.header}", self.right(example)
 
     def revision(self) -> Text:
-        """A revision after feedback: mostly about a new trader, with a ware drawn at random, so
-        that the hint is needed.
+        """Draws a revision after feedback, mostly about a new trader.
+
+        Its ware is drawn at random, so that the hint is needed.
         """
         old = self.rng.random() < 0.2
         name = self.rng.choice(world.OLD_TRADERS if old else world.NEW_TRADERS)
@@ -125,7 +130,7 @@ class Corpus:
 def build_tokenizer(
     corpora: list[Corpus], rows: int = 6000, vocab: int = 2048
 ) -> tokenizers.Tokenizer:
-    """A byte-level BPE learnt from the tasks' own text; names and wares become single tokens."""
+    """Builds a byte-level BPE from the tasks' own text; names and wares become single tokens."""
     texts = []
     for corpus in corpora:
         for index in range(rows):
@@ -148,12 +153,11 @@ def build_tokenizer(
 
 
 def init_base(key: jax.Array, model: ModelConfig) -> DecoderParams:
-    """Draws random float32 weights: normal with deviation 1/sqrt(inputs), outputs into the residual
-    stream shrunk by sqrt(2 L).
+    """Draws random float32 weights: normal with deviation 1/sqrt(inputs).
 
-    Embeddings of deviation 0.3 keep a token's identity above what the first layers add to it, and a
-    final norm of 0.2 keeps the tied head's first logits small; with deviation 0.02 throughout,
-    reading options was not learnt.
+    Outputs into the residual stream are shrunk by sqrt(2 L). Embeddings of deviation 0.3 keep a
+    token's identity above what the first layers add to it. A final norm of 0.2 keeps the tied
+    head's first logits small. With deviation 0.02 throughout, reading options was not learnt.
     """
     layers = {
         "attn_norm": jnp.ones((model.layers, model.width)),
@@ -188,8 +192,15 @@ class Group:
         return self.tokenizer.encode(prompt).ids, [*self.tokenizer.encode(completion).ids, eos]
 
     def batch(self, size: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids int32[B, T], prompts left-padded; bool[B, T] each: which are real, and which
-        are completions.
+        """Draws a batch: token ids, the mask of real ones, and the mask of completions.
+
+        Prompts end at one column, and completions begin there. Of [5, 6] with [8, EOS] and [7] with
+        [9, 4, EOS], EOS = 0 and PAD = 1:
+
+            tokens   5 6 8 0 1    mask   1 1 1 1 0    scored   0 0 1 1 0
+                     1 7 9 4 0           0 1 1 1 1             0 0 1 1 1
+
+        Returns: int32[B, T]; bool[B, T] each.
         """
         size = size or self.size
         tokens = np.full(
@@ -208,7 +219,7 @@ class Group:
 
 
 def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple[dict, dict]:
-    """The rows of both stages, and the rows that progress is measured on."""
+    """Makes the rows of both stages, and the rows that progress is measured on."""
     fact, reason = corpora
     make = functools.partial(Group, tokenizer)
     copying = {"lookup": make(fact.lookup, 32), "direct": make(fact.direct, 32)}
@@ -227,8 +238,11 @@ def make_groups(tokenizer: tokenizers.Tokenizer, corpora: list[Corpus]) -> tuple
 def train(
     config: ml_collections.ConfigDict, decoder: Decoder, copying: dict, tasks: dict
 ) -> DecoderParams:
-    """Full-parameter AdamW on completion tokens; prints a line of accuracies every `log_every`
-    steps. Returns the base.
+    """Trains all parameters with AdamW on completion tokens.
+
+    It prints a line of accuracies every `log_every` steps.
+
+    Returns: the base.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.rate, WARMUP, config.steps, 0.05 * config.rate
@@ -259,8 +273,8 @@ def train(
         groups = copying if index <= config.copy_steps else tasks
         base, state, loss = step(base, state, [group.batch() for group in groups.values()])
         if index % config.log_every == 0:
-            found = {name: accuracy(score, base, group) for name, group in groups.items()}
-            shown = "  ".join(f"{name} {value:.2f}" for name, value in found.items())
+            right = {name: accuracy(score, base, group) for name, group in groups.items()}
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in right.items())
             left = (time.time() - began) / index * (config.steps - index)
             print(
                 f"step {index}/{config.steps}  loss {float(loss):.3f}  {shown}  ({left:.0f} s "
@@ -271,17 +285,18 @@ def train(
 
 
 def logprobs(decoder: Decoder, base: DecoderParams, batch: tuple) -> jax.Array:
-    """float32[B, T - 1]: log p of each completion token, 0 elsewhere; over full logits, which a
-    small vocabulary allows.
+    """Returns float32[B, T - 1]: log p of each completion token, 0 elsewhere.
+
+    It takes full logits, which a small vocabulary allows.
     """
     tokens, mask, scored = batch
-    found = jax.nn.log_softmax(logits(decoder, None, base, tokens, mask)[:, :-1])
-    picked = jnp.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
+    whole = jax.nn.log_softmax(logits(decoder, None, base, tokens, mask)[:, :-1])
+    picked = jnp.take_along_axis(whole, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.where(scored[:, 1:], picked, 0.0)
 
 
 def accuracy(score, base: DecoderParams, group: Group, size: int = 128) -> float:
-    """The fraction of rows whose trained tokens have more than half of the probability."""
+    """Returns the fraction of rows whose trained tokens have more than half of the probability."""
     batch = group.batch(size)
     return float((np.asarray(score(base, batch)).sum(-1) > np.log(0.5)).mean())
 
@@ -295,7 +310,7 @@ EXAMPLES = """
 
 
 def recipe(arg: str = "") -> ml_collections.ConfigDict:
-    """The config of the model that the package carries, locked. It takes no argument."""
+    """Returns the config of the model that the package carries, locked. It takes no argument."""
     if arg:
         raise UserError(f"the config 'pretrain' takes no argument, got {arg!r}; leave it out.")
     config = ml_collections.ConfigDict()

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     (out / "published").mkdir()
     for name in run.glob("*.json"):
         shutil.copyfile(name, out / "published" / name.name)
-    found: dict[str, Any] = {"out": str(out), "rounds": len(lines), "adapter": None}
+    result: dict[str, Any] = {"out": str(out), "rounds": len(lines), "adapter": None}
     if file:
         lora = config.lora
         write_adapter(
@@ -83,45 +83,46 @@ def main(argv: list[str]) -> dict[str, Any]:
             targets_of(tensors),
             config.model,
         )
-        found["adapter"] = {"folder": str(out / "adapter"), "round": round_of(file)}
+        result["adapter"] = {"folder": str(out / "adapter"), "round": round_of(file)}
     if any("eval/accuracy" in line for line in lines):
         (out / "summary.json").write_text(json.dumps(runs.summarise(out), indent=1) + "\n")
         if not args.quiet:
             print(runs.round_table(out))
-    return found
+    return result
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """One of the run's JSON files; raises UserError where it is missing or damaged."""
+    """Reads one of the run's JSON files; raises UserError where it is missing or damaged."""
     if not file.is_file():
         raise UserError(
             f"{file.parent} has no {file.name}; give the output_dir of a run of the published "
             f"code as --run."
         )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({error}); it may have been cut short while it was written."
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{file} holds no JSON object; it is not of the published code.")
-    return found
+    return content
 
 
 def metrics(
     history: dict[str, Any], file: pathlib.Path, given: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, one a round.
+    """Returns the lines of metrics.jsonl, one a round.
 
-    `time` counts back from the file's own time by the seconds of later rounds, evaluations left
-    out, which it does not keep.
+    `time` counts back from the file's own time by the seconds of later rounds. Evaluations are left
+    out, since the file does not keep their times.
+
     Raises: UserError where the file has no rounds.
     """
     rounds = history.get("history")
     if (
         not isinstance(rounds, list)
-        or not all(isinstance(one, dict) and "round" in one for one in rounds)
+        or not all(isinstance(entry, dict) and "round" in entry for entry in rounds)
         or not rounds
     ):
         raise UserError(
@@ -132,19 +133,18 @@ def metrics(
     means = {
         name: ours for name, ours in MEANS.items() if plain or ours != "rollout/first_accuracy"
     }
-    left, spent, lines = sum(one.get("seconds", 0.0) for one in rounds), 0.0, []
-    for one in rounds:
-        spent += one.get("seconds", 0.0)
+    left, spent, lines = sum(entry.get("seconds", 0.0) for entry in rounds), 0.0, []
+    for entry in rounds:
+        spent += entry.get("seconds", 0.0)
         line = {
-            "round": int(one["round"]),
+            "round": int(entry["round"]),
             "time": file.stat().st_mtime - (left - spent),
             "budget/seconds": spent,
         }
-        line["published/seconds"] = one.get(
-            "seconds", 0.0
-        )  # of rollout, training and aggregation together
-        line |= of_clients(one.get("client_logs", []), means)
-        held = one.get("eval")
+        # of rollout, training and aggregation together
+        line["published/seconds"] = entry.get("seconds", 0.0)
+        line |= of_clients(entry.get("client_logs", []), means)
+        held = entry.get("eval")
         if held:
             p, n = held["accuracy"], held["n"]
             line |= {
@@ -157,8 +157,15 @@ def metrics(
 
 
 def of_clients(logs: list[dict[str, Any]], means: dict[str, str]) -> dict[str, float]:
-    """A round's numbers over its clients: counts are summed, losses averaged by the micro-steps
-    that they are means of.
+    """Returns a round's metrics over its clients.
+
+    Wins, loses and traces are summed. Losses are averaged by the micro-steps that they are means
+    of:
+
+        >>> log = [{"wins": 3, "win_loss": 1.0, "steps": 1}, {"wins": 1, "win_loss": 2.0, "steps": 3}]
+        >>> line = of_clients(log, MEANS)
+        >>> line["rollout/wins"], line["train/win_nll"]
+        (4.0, 1.75)
     """
     line = {
         "round/clients": float(len(logs)),
@@ -182,7 +189,10 @@ def of_clients(logs: list[dict[str, Any]], means: dict[str, str]) -> dict[str, f
 
 
 def adapter_file(run: pathlib.Path, round: int | None) -> pathlib.Path | None:
-    """The .pt file of a round, or the newest; None where the run has none and none is asked for."""
+    """Returns the .pt file of a round, or the newest.
+
+    It is None where the run has none and none is asked for.
+    """
     files = {round_of(file): file for file in run.glob("adapter_round_*.pt")}
     if round is None:
         return files[max(files)] if files else None
@@ -195,15 +205,17 @@ def adapter_file(run: pathlib.Path, round: int | None) -> pathlib.Path | None:
 
 
 def round_of(file: pathlib.Path) -> int:
-    found = re.fullmatch(r"adapter_round_(\d+)", file.stem)
-    if not found:
+    """Returns the round of an adapter_round_N.pt; raises UserError for another name."""
+    named = re.fullmatch(r"adapter_round_(\d+)", file.stem)
+    if not named:
         raise UserError(f"{file} is named unlike adapter_round_N.pt; rename it, or move it away.")
-    return int(found[1])
+    return int(named[1])
 
 
 def read_adapter(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a saved state dict, float32; only tensors are read, no code in the file is
-    run.
+    """Reads the tensors of a saved state dict, float32.
+
+    Only tensors are read; no code in the file is run.
 
     Raises: UserError where torch is missing, or the file holds anything but PEFT's LoRA tensors.
     """
@@ -232,7 +244,7 @@ def read_adapter(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def targets_of(tensors: dict[str, np.ndarray]) -> list[str]:
-    """The full names of the adapted modules, as the published code gives them to PEFT."""
+    """Returns the full names of the adapted modules, as the published code gives them to PEFT."""
     names = dict.fromkeys(
         re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in tensors
     )

@@ -2,9 +2,8 @@
 
 How likely is the same text after each round? Writes WORKDIR/scores/round_00001.jsonl.gz (of
 --traces=1), which `spear_jax.analysis.token_tables.load_scores` reads. Answers that are sampled
-anew in every round cannot be compared so: the tokens that are drawn are those that are likely. A
-round is scored where it has a checkpoint; --config.checkpoint.keep_last=1000 at training keeps them
-all.
+anew in every round cannot be compared so: likely tokens are the ones that are drawn. A round is
+scored where it has a checkpoint; --config.checkpoint.keep_last=1000 at training keeps them all.
 """
 
 import gzip
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def read_rounds(text: str) -> list[int]:
-    """The numbers of "0,4,8"."""
+    """Reads the rounds of "0,4,8"."""
     parts = text.split(",") if text else []
     if not all(part.isdecimal() for part in parts):
         raise UserError(
@@ -84,7 +83,7 @@ def read_rounds(text: str) -> list[int]:
 
 
 def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[TrainingRow]:
-    """The first answers as sampled, under the prompts that they were sampled from."""
+    """Returns the first answers as sampled, under the prompts that they were sampled from."""
     worker = built.federation.worker
     place = {example.id: index for index, example in enumerate(worker.examples)}
     tokens = [trace["tokens"]["id"] for trace in traces]
@@ -98,20 +97,22 @@ def recorded_rows(built: Experiment, traces: list[dict[str, Any]]) -> list[Train
 def score(
     built: Experiment, policies: list[Policy], traces: list[dict[str, Any]], rows: list[TrainingRow]
 ) -> list[list[float]]:
-    """Log-probabilities of each row's tokens in nats, under the global policy or, of a local-only
-    run, its client's own.
+    """Returns the log-probabilities of each row's tokens in nats.
+
+    They are under the global policy or, of a local-only run, its client's own.
     """
-    found: list[list[float]] = [[]] * len(rows)
-    alone = len(policies) > 1
+    scores: list[list[float]] = [[]] * len(rows)
+    local_only = len(policies) > 1
     for client, policy in enumerate(policies):
-        own = [i for i, trace in enumerate(traces) if not alone or trace["client"] == client]
-        for i, logprobs in zip(
-            own,
-            built.federation.worker.score(policy, [rows[i] for i in own]) if own else [],
-            strict=True,
-        ):
-            found[i] = [round(float(x), 4) for x in logprobs]
-    return found
+        places = [
+            i for i, trace in enumerate(traces) if not local_only or trace["client"] == client
+        ]
+        if not places:
+            continue
+        scored = built.federation.worker.score(policy, [rows[i] for i in places])
+        for i, logprobs in zip(places, scored, strict=True):
+            scores[i] = [round(float(x), 4) for x in logprobs]
+    return scores
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Trains a grid over any fields of a config: one table, one figure.
 
 Every combination and seed is a cell, an ordinary run folder WORKDIR/<setting>/seed<k>. --grid
-FIELD=VALUE,VALUE... is one dimension; --config.a.b=VALUE changes a field of all cells. The cells
+FIELD=VALUE,VALUE... is one dimension. --config.a.b=VALUE changes a field of all cells. The cells
 run here, --jobs at a time, each on its own share of the cores (on an accelerator leave it at 1), or
-as a SLURM job array. The same command goes on after a kill: finished cells are left alone, begun
+as a SLURM job array. The same command goes on after a kill. Finished cells are left alone, begun
 ones go on, and one that fails does not stop the others. Values and seeds may be added later. All
 configs are checked first.
 

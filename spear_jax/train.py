@@ -62,7 +62,7 @@ def main(argv: list[str]) -> dict[str, Any]:
 
 
 def worker_result(workdir: str) -> dict[str, Any]:
-    """What a process that does not write files says at the end."""
+    """Returns the result of a process that does not write files."""
     return {"workdir": workdir, "process": jax.process_index()}
 
 

@@ -65,7 +65,7 @@ class CommonHyperparams:
 
 @dataclasses.dataclass(frozen=True)
 class WorkEstimate:
-    """What a client does in a round, where that is known before.
+    """The work of a client's round, as far as it is known before the round.
 
     Attributes:
         answers: first answers that it samples.

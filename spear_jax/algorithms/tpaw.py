@@ -96,9 +96,11 @@ class Tpaw(SelfPlay):
     def loss_scalars(self, algorithm_state: dict, now: int) -> dict[str, np.ndarray]:
         """Returns players, float32[J]: iteration t has t + 1 opponents, at most J.
 
-        t = 0  1 0 0
-        t = 1  1 1 0
-        t = 2  1 1 1, and so on
+        With J = 3:
+
+            t = 0         1 0 0
+            t = 1         1 1 0
+            from t = 2    1 1 1
         """
         return {"players": (np.arange(self.players) <= now).astype(np.float32)}
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.records import (
-    read_lines,  # part of what this module offers, as is wilson
+    read_lines,  # offered from here, too, as is wilson
     wilson,
 )
 
@@ -43,7 +43,9 @@ def load_metrics(workdir: str | pathlib.Path) -> pd.DataFrame:
 def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     """Loads the resolved config as flat {"a.b": value}.
 
-    {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
+    Groups become parts of the name:
+
+        {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
     """
     nested = json.loads((pathlib.Path(workdir) / "config.json").read_text())
     flat: dict[str, Any] = {}

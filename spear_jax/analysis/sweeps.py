@@ -115,39 +115,10 @@ def plot_sweep(lines: list[Line], x: str, title: str, path: Folder) -> None:
         Line(line.label, line.rows.assign(running=line.rows["seconds"] - line.rows["compiling"]))
         for line in lines
     ]
-    whole = pd.concat([line.rows for line in lines])
-    places, ticks = _places(whole[x])
-    log = pd.api.types.is_numeric_dtype(whole[x]) and _wide(whole[x])
     figure = Figure(figsize=(10, 7.4), layout="constrained")
     grid = figure.subplots(2, 2)
-    for axes, (column, (unit, divisor)) in zip(grid.flat, PANELS.items(), strict=True):
-        for index, line in enumerate(lines):
-            found = np.array([places[value] for value in line.rows[x]])
-            aside = (
-                index - (len(lines) - 1) / 2
-            ) * 0.012  # so that intervals at one place can be told apart
-            found = (
-                found * (max(ticks) / min(ticks)) ** aside
-                if log
-                else found + aside * (max(ticks) - min(ticks))
-            )
-            rows = line.rows.assign(place=found).sort_values("place")
-            _draw(axes, rows, column, divisor, comparison.line_style(index) | {"label": line.label})
-        if log:
-            axes.set_xscale("log")
-            axes.minorticks_off()
-        axes.set_xticks(list(ticks), list(ticks.values()), rotation=0 if len(ticks) < 6 else 30)
-        if column == "accuracy":
-            before = whole["before"].mean()
-            axes.axhline(
-                before, color="black", linestyle=(0, (6, 4)), linewidth=0.8, label="before training"
-            )
-        elif _wide(whole[column]):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(0, 1.1 * whole[column].max() / divisor or 1)
-        axes.set(xlabel=x, ylabel=unit)
-        axes.grid(alpha=0.3)
+    for axes, column in zip(grid.flat, PANELS, strict=True):
+        _draw_panel(axes, lines, x, column)
     handles, names = grid.flat[0].get_legend_handles_labels()
     figure.legend(
         handles,

@@ -31,8 +31,8 @@ from spear_jax.core.errors import UserError, unknown
 from spear_jax.experiment import processes
 from spear_jax.experiment.processes import Peer
 
-# Both sides' processes import this file, and JAX's memory must not count as the rival's: what
-# imports JAX is imported inside.
+# Both sides' processes import this file, and JAX's memory must not count as the rival's. So modules
+# that import JAX are imported inside functions.
 
 EXAMPLES = """
     python -m spear_jax.benchmark --preset=tiny

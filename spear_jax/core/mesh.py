@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as Spec
 from spear_jax.core.errors import UserError
 
 CLIENTS, MODEL = "clients", "model"
-# the axis, from the end, over which a leaf of the base is split; what is not named here is small
+# the axis, from the end, over which a leaf of the base is split; all other leaves are small
 _SPLIT = {name: -1 for name in ("q", "k", "v", "gate", "up", "q_bias", "k_bias", "v_bias")}
 _SPLIT |= {name: -2 for name in ("o", "down", "embed", "head")}
 
@@ -117,8 +117,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
     """Puts the tree on the mesh with its leading axis split over the clients."""
-    # over a single one nothing is split, and that is how XLA names what it returns: another name
-    # compiles again
+    # Over a single one nothing is split. XLA names its results so, and another name compiles again.
     spec = Spec(CLIENTS) if mesh.shape[CLIENTS] > 1 else Spec()
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), tree)
 

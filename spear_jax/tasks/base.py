@@ -22,7 +22,7 @@ INSTRUCTIONS
 Answer the task as if for the first time. Do not mention the feedback or the previous answer. \
 Begin at once, without preamble. {format}"""
 
-# What an OPSD teacher reads before the task. The answer comes last, so that it stays where the
+# An OPSD teacher reads this before the task. The answer comes last, so that it stays where the
 # start has to be cut.
 PRIVILEGED = """REFERENCE
 {support}Right answer: {answer}

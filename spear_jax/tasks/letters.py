@@ -20,7 +20,7 @@ MARKERS = (
     " ANSWER:",
 )
 
-# What may stand between the marker and the label: spaces, brackets, quotes, bold marks, a LaTeX
+# Between the marker and the label may stand spaces, brackets, quotes, bold marks, a LaTeX
 # wrapper.
 _OPEN = r"(?:[\s*_(\[{\"'`$]|\\boxed|\\text(?:bf)?|\\mathrm)*"
 # Nothing that makes the label the start of a longer word or symbol: "Can", "A4", "A-frame", "C's",

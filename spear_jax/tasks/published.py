@@ -25,8 +25,8 @@ def extract_loosely(text: str, example: Example, first: bool = False) -> Answer 
     some = "|".join(map(re.escape, labels))
     upper = text.upper()
     for pattern in (rf"ANSWER\s*(?:IS)?\s*:?\s*\(?({some})", rf"\b({some})\b"):
-        found = list(re.finditer(pattern, upper))
-        if found:
-            match = found[0 if first else -1]
+        matches = list(re.finditer(pattern, upper))
+        if matches:
+            match = matches[0 if first else -1]
             return Answer(labels.index(match.group(1)), *match.span(1))
     return None

@@ -1,8 +1,9 @@
-"""What becomes of every key of the published SPEAR code's YAML files: one table, from which the
-guide's is generated.
+"""Table of the published SPEAR code's YAML keys: how each is read, and the fields it sets.
+
+The guide's table is generated from it.
 
 Source: the code published with SPEAR (arXiv 2605.07977), its config dataclasses, their defaults,
-and what its functions read.
+    and what its functions read.
 """
 
 from spear_jax.experiment.published.values import (

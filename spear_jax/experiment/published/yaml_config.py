@@ -1,6 +1,6 @@
-"""A YAML file of the published SPEAR code as a config of ours, by the table in `keys`.
+"""YAML files of the published SPEAR code as configs of ours, by the table in `keys`.
 
-Its loader drops keys that it does not know; here they are refused with the nearest name, as is a
+Its loader drops keys that it does not know. Here they are refused with the nearest name, as is a
 key given twice.
 """
 
@@ -17,8 +17,8 @@ from spear_jax.experiment.published.keys import KEYS
 from spear_jax.experiment.published.values import METHODS, Refused
 
 PRESETS = ("default", "reference")
-# What its server, rollouts and grading do whatever the method is, where preset `reference` of a
-# method leaves it out.
+# Its server, rollouts and grading have these faults whatever the method is; preset `reference` of a
+# method may leave them out.
 SHARED_FAULTS = {
     "federation.aggregation": "last",  # A1
     "rollout.feedback": "oracle_published",  # A4
@@ -30,8 +30,9 @@ SHARED_FAULTS = {
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """{"section.key": value} of a file; raises UserError for what is no such file, and for a key
-    given twice.
+    """Reads a file as {"section.key": value}.
+
+    Raises: UserError for what is no such file, and for a key given twice.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -42,17 +43,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
         _no_key_twice(yaml.compose(text, yaml.SafeLoader), path)
-        found = yaml.safe_load(text) or {}
+        nested = yaml.safe_load(text) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} is no YAML file ({' '.join(str(error).split())}); correct it."
         ) from error
-    return flatten(found, path)
+    return flatten(nested, path)
 
 
 def flatten(nested: Any, where: str) -> dict[str, Any]:
-    """{"section.key": value} of the sections; raises UserError for sections and keys that the
-    published schema lacks.
+    """Flattens sections to {"section.key": value}.
+
+        {"fl": {"rounds": 50}}  ->  {"fl.rounds": 50}
+
+    Raises: UserError for sections and keys that the published schema lacks.
     """
     if not isinstance(nested, dict):
         raise UserError(
@@ -79,8 +83,9 @@ def flatten(nested: Any, where: str) -> dict[str, Any]:
 def to_config(
     given: dict[str, Any], where: str, preset: str = "default"
 ) -> ml_collections.ConfigDict:
-    """The config for a file's keys; keys that it leaves out have the published code's defaults, not
-    ours.
+    """Returns the config for a file's keys.
+
+    Keys that it leaves out have the published code's defaults, not ours.
 
     Args:
         given: as from `read_yaml`.
@@ -121,7 +126,7 @@ def from_argument(arg: str) -> ml_collections.ConfigDict:
 
 
 def table() -> str:
-    """The guide's table of all keys, in Markdown."""
+    """Returns the guide's table of all keys, in Markdown."""
     lines = ["| key | default there | here |", "| --- | --- | --- |"]
     for name, key in KEYS.items():
         readers = "" if key.methods == METHODS else f" (read by {', '.join(key.methods)} alone)"
