@@ -10,21 +10,24 @@ from spear_jax.packing.blocks import choose_block_shape, choose_small, pack_step
 from spear_jax.packing.rows import groups_of
 
 
-def logprobs(decoder, base, lora, rows, length):
-    """float32[B, T] of completions under their prompts, every row padded by itself; None rows are
-    0.
+def padded(rows, width, length):
+    """tokens int32[B, width + length] and mask bool, prompts of at most `width` tokens end there; a
+    None row is empty.
     """
-    width = max(len(row.prompt) for row in rows if row)
-    tokens, mask = (
-        np.zeros((len(rows), width + length), np.int32),
-        np.zeros((len(rows), width + length), bool),
-    )
+    tokens = np.zeros((len(rows), width + length), np.int32)
+    mask = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
         if row:
             span = slice(width - len(row.prompt), width + len(row.completion))
             tokens[i, span], mask[i, span] = [*row.prompt, *row.completion], True
-    found = jax.nn.log_softmax(logits(decoder, lora, base, tokens, mask))[:, width - 1 : -1]
-    picked = jnp.take_along_axis(found, tokens[:, width:, None], axis=-1)[..., 0]
+    return tokens, mask
+
+
+def token_logprobs(decoder, lora, base, tokens, mask, length):
+    """float32[B, T] of completions under their prompts, of rows as `padded` has them; 0 at padding."""
+    width = tokens.shape[1] - length
+    every = jax.nn.log_softmax(logits(decoder, lora, base, tokens, mask))[:, width - 1 : -1]
+    picked = jnp.take_along_axis(every, tokens[:, width:, None], axis=-1)[..., 0]
     return jnp.where(mask[:, width:], picked, 0.0)
 
 
@@ -39,9 +42,11 @@ def work(
     small=False,
     shared_prefix=(),
 ):
-    """[C][S][A] lists of rows -> Work [C, S, ...], with empty clients up to `padded`. small: blocks
-    that fit a smaller room go through the model in it. opening: what all prompts begin with, read
-    once a block.
+    """[C][S][A] lists of rows -> LocalBatches [C, S, ...], with empty clients up to `padded`.
+
+    Args:
+        small: blocks that fit a smaller shape go through the model in it.
+        shared_prefix: what all prompts begin with, read once a block.
     """
     micros = [
         [[groups_of(m, algorithm.layout.rows_per_group) for m in step] for step in client]

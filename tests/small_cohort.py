@@ -1,4 +1,7 @@
-"""A small model, adapter and cohort that tests of local training share; conftest.py has the fixtures."""
+"""A small model, adapter and cohort that tests of local training share.
+
+conftest.py has the fixtures.
+"""
 
 import dataclasses
 import pathlib
@@ -16,10 +19,11 @@ from spear_jax.packing.rows import TrainingRow
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
+MARGIN = 0.004  # of unlikelihood; about half of the model's tokens are likelier
 
 
 def spear(batch_size=B, accumulation=A, **changes):
-    settings = SpearSettings(lose_weight=0.5, margin=0.001)
+    settings = SpearSettings(lose_weight=0.5, margin=MARGIN)
     common = CommonHyperparams(4, S, accumulation, batch_size, T, 1.0, (2,))
     return Spear(dataclasses.replace(settings, **changes), common)
 
