@@ -32,9 +32,10 @@ def small(method, **changed):
     return config
 
 
-@functools.cache
-def built(method):
-    return builder.build(small(method), jax.devices()[:1])
+@pytest.fixture(scope="module")
+def built():
+    """Method -> its experiment, built once."""
+    return functools.cache(lambda method: builder.build(small(method), jax.devices()[:1]))
 
 
 def changed(**fields):
@@ -65,7 +66,7 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
     }
 
 
-def test_the_revision_prompt_follows_an_answer_that_is_wrong():
+def test_the_revision_prompt_follows_an_answer_that_is_wrong(built):
     spear = built("spear")
     worker = spear.federation.worker
     example = worker.examples[int(spear.federation.clients[0][0])]
@@ -76,7 +77,7 @@ def test_the_revision_prompt_follows_an_answer_that_is_wrong():
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo", "opsd"])
-def test_a_method_that_revises_nothing_shows_no_revision_prompt(method, capsys):
+def test_a_method_that_revises_nothing_shows_no_revision_prompt(built, method, capsys):
     dry_run.print_prompts(built(method))
     assert "revision prompt" not in capsys.readouterr().out
 
@@ -91,7 +92,7 @@ def test_a_large_federation_is_shown_in_part(tmp_path, capsys):
 @pytest.mark.parametrize(
     "method", ["spear", "feedback_sft", "grpo", "rltf_sd", "opsd", "dpo", "sft"]
 )
-def test_the_work_that_a_method_states_is_what_it_does(method, monkeypatch):
+def test_the_work_that_a_method_states_is_what_it_does(built, method, monkeypatch):
     one = built(method)
     federation, state = one.federation, one.initial_state()
     algorithm, worker, kept = federation.algorithm, federation.worker, state.algorithm_state
@@ -121,7 +122,7 @@ def test_the_work_that_a_method_states_is_what_it_does(method, monkeypatch):
         assert done["rows"] > 0.4 * sum(work.rows for work in stated)
 
 
-def test_the_estimates_bound_what_a_round_does():
+def test_the_estimates_bound_what_a_round_does(built):
     one = built("spear")
     found = dry_run.work_of(one)
     _, metrics, _ = rounds.run_round(one.federation, one.initial_state(), BudgetUsed())
@@ -132,7 +133,7 @@ def test_the_estimates_bound_what_a_round_does():
     assert metrics["round/bytes_down"] == dry_run.sizes(one)["round_bytes_down"]
 
 
-def test_what_depends_on_the_run_is_left_open(tmp_path, capsys):
+def test_what_depends_on_the_run_is_left_open(built, tmp_path, capsys):
     found = dry_run.dry_run(built("spin"), small("spin"), str(tmp_path))
     assert found["round_flops"] is None and found["round_answers"] is None
     assert "round_flops: not known before the run" in capsys.readouterr().out
@@ -153,7 +154,7 @@ def test_memory_for_generation_grows_with_rows_and_length_by_the_cache():
     )
 
 
-def test_a_dry_run_evaluates_and_generates_nothing(tmp_path, monkeypatch):
+def test_a_dry_run_evaluates_and_generates_nothing(built, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("a dry run does not touch the model")
 
