@@ -150,7 +150,7 @@ def grid(tmp_path):
     folder = tmp_path / "grid"
     for label, fields, ends in (
         ("spear", {}, (0.6, 0.7, 0.8)),
-        ("slow", {"train__rate": 0.25, "lora__rank": 4}, (0.5, 0.7, 0.9)),
+        ("slow", {"train__learning_rate": 0.25, "lora__rank": 4}, (0.5, 0.7, 0.9)),
     ):
         for seed, end in enumerate(ends):
             done = label == "spear" or seed < 2
@@ -479,7 +479,7 @@ def wide(tmp_path):
         told = {1: [trace(c, f"example-{c}", c % 2 == 0, False, y0=word) for c in range(9)]}
         lines = [line(0, 0.2), *(line(n, 0.3 + 0.001 * n) for n in range(1, 31))]
         name = f"a_label_of_some_length_{index}"
-        fields = {"train__rate": 0.1 + index, "data__path": f"/{'folder' * 20}/{index}"}
+        fields = {"train__learning_rate": 0.1 + index, "data__path": f"/{'folder' * 20}/{index}"}
         write_run(tmp_path / "wide" / name / "seed0", lines, told, split=[[0, 1]] * 9, **fields)
     return tmp_path / "wide"
 
