@@ -122,9 +122,10 @@ def test_load_run_wants_a_run_folder(tmp_path):
 
 
 def plain(**changes):
-    """A round of plain averaging."""
-    fields = {"rounds": 1, "federation.aggregation": "fedavg", "federation.server_rate": 1.0}
-    return small(**fields | changes)
+    """A round of plain averaging of one step each: later ones of AdamW enlarge the last bits."""
+    fields = {"rounds": 1, "train.steps": 1}
+    server = {"federation.aggregation": "fedavg", "federation.server_rate": 1.0}
+    return small(**fields | server | changes)
 
 
 def moved(run):
@@ -276,7 +277,7 @@ def first_round(devices, prefix_once=True):
     """The adapter, completions, metrics and shared prefix of a round whose prompts all begin
     alike.
     """
-    config = plain(**{"federation.clients_per_round": 3})
+    config = plain(**{"federation.clients_per_round": 3, "train.steps": 2})
     config.data.templates.question = (
         "The traders of the market sell one thing each. A friend asks you what. {question}"
     )
