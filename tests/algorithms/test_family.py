@@ -22,6 +22,7 @@ from spear_jax.federated import local_only
 from spear_jax.federated import round as rounds
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.decoder import merge
+from spear_jax.models.lora import TARGETS
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.worker import RolloutRequest
 
@@ -119,7 +120,7 @@ def test_feedback_sft_sees_the_same_conversations_as_spear_and_has_the_same_wins
 
 
 def test_stacked_adapters_generate_what_each_clients_merged_adapter_generates():
-    built = build("grpo")
+    built = build("grpo", **{"lora.targets": TARGETS})
     worker, base, start = built.federation.worker, built.model.base, built.initial_state().lora
     own = [jax.tree.map(lambda x, c=c: x + 0.1 * c, moved(start)) for c in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *own)
@@ -228,6 +229,8 @@ def test_local_only_gives_every_client_what_it_would_reach_alone(method):
             "federation.clients_per_round": 2,
         },
     )
+    built.shapes.open("train blocks", (4,))
+    built.shapes.freeze()  # one program trains both clients
     state = built.initial_state()
     assert jax.tree.leaves(state.lora)[0].shape[0] == 2
     after, metrics, told = local_only.run_round(built.federation, state, BudgetUsed())
