@@ -166,7 +166,11 @@ class Run:
                 self.bars.round_done(round.metrics)
                 for callback in self.callbacks:
                     callback.on_round_end(self, round)
-                yield round
+                try:
+                    yield round
+                except GeneratorExit:  # the loop was left early; a later one goes on from here
+                    self.close()
+                    raise
         self.close()
         if is_main_process():
             summary = finish(self.workdir, self.quiet)

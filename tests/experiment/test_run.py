@@ -113,6 +113,14 @@ def test_export_writes_the_adapter_as_peft_reads_it(trained, tmp_path):
         run.export(tmp_path / "adapter")
 
 
+def test_a_loop_that_is_left_early_leaves_its_round_on_disk(tmp_path):
+    run = open_run(small(rounds=2), tmp_path)
+    for _ in run:
+        break
+    assert sj.load_run(tmp_path, quiet=True, devices=jax.devices()[:1]).finished_rounds == 1
+    assert [round.number for round in run] == [2]
+
+
 def test_load_run_wants_a_run_folder(tmp_path):
     with pytest.raises(sj.UserError, match="no run folder"):
         sj.load_run(tmp_path / "nothing")

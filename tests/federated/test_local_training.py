@@ -226,7 +226,9 @@ def test_any_clients_at_once_on_any_mesh_gives_the_same_adapters(
 
 
 def test_dropout_changes_the_adapters(oracle, dropout_oracle):
-    differ = jax.tree.map(lambda a, b: not np.allclose(a, b, atol=1e-4), oracle[0], dropout_oracle[0])
+    differ = jax.tree.map(
+        lambda a, b: not np.allclose(a, b, atol=1e-4), oracle[0], dropout_oracle[0]
+    )
     assert all(jax.tree.leaves(differ))
 
 
@@ -312,9 +314,7 @@ def test_prox_gradient_is_mu_times_the_distance_and_the_published_anchor_has_non
         value = lambda t: local_training._regulariser(local_config(**changes), t, lora)
         return jax.jit(jax.value_and_grad(value))(moved)
 
-    jax.tree.map(
-        lambda g: np.testing.assert_allclose(g, 1.5, rtol=1e-4), regulariser(prox=3.0)[1]
-    )
+    jax.tree.map(lambda g: np.testing.assert_allclose(g, 1.5, rtol=1e-4), regulariser(prox=3.0)[1])
     value, grads = regulariser(anchor_weight=1e4, anchor_gradient=False)
     assert float(value) > 0 and not any(np.any(g) for g in jax.tree.leaves(grads))
     same, grads = regulariser(anchor_weight=1e4)
