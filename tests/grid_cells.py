@@ -2,6 +2,8 @@
 
 import json
 
+import run_sizes
+
 # The 97.5 % points of Student's t for 1, 2, 3, 4, 9 and 29 degrees of freedom, from printed tables.
 POINTS = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452}
 
@@ -32,18 +34,9 @@ def write_cell(folder, label, seed, accuracies, tokens=100.0, finished=True):
         (cell / "summary.json").write_text("{}")
 
 
-SMALL = {
-    "federation.clients_per_round": 2,
-    "rollout.examples": 4,
-    "rollout.num_revisions": 1,
-    "rollout.max_concurrent_sequences": 16,
-    "train.steps": 1,
-    "train.batch_size": 4,
-    "eval.every": 1,
-    "eval.limit": 40,
-    "eval.rows": 40,
-    "lora.rank": 2,
-}
+FIELDS = ("federation", "rollout", "train", "eval", "lora")
+SMALL = {name: value for name, value in run_sizes.SMALL.items() if name.startswith(FIELDS)}
+SMALL |= {"federation.aggregation": "fedavg", "eval.every": 1}
 
 
 def finished(workdir):

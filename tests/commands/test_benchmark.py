@@ -5,7 +5,6 @@ errors, and the command.
 import dataclasses
 import importlib.util
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import types
 
 import numpy as np
 import pytest
+from processes import environment
 
 from spear_jax.benchmark import __main__ as benchmark
 from spear_jax.benchmark import floors, machine, progress, report, rival, side, workload
@@ -390,9 +390,8 @@ def test_a_ratio_is_the_rival_s_seconds_over_ours():
 
 def run(*flags):
     """The command's result, its stdout and its stderr."""
-    environment = os.environ | {"XLA_FLAGS": ""}
     command = [sys.executable, "-m", "spear_jax.benchmark", *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done
 
@@ -489,7 +488,7 @@ def test_a_benchmark_that_is_stopped_leaves_the_phases_it_has_done(tmp_path, end
     heed = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-m", "spear_jax.benchmark", *flags]
     process = subprocess.Popen(
-        [sys.executable, "-c", heed, *command], env=os.environ | {"XLA_FLAGS": ""},
+        [sys.executable, "-c", heed, *command], env=environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.time() + 240

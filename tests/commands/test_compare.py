@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -293,6 +294,12 @@ def test_a_method_of_a_module_of_one_s_own_is_compared_too(tmp_path, monkeypatch
     del sys.modules["own_method"]
 
 
+def run_here(work, tasks, jobs):
+    """In place of `processes.run`: everything in this process."""
+    for name, items in tasks:
+        yield from ((name, key, error) for key, error in work(name, items))
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """Cells that are written by hand, in this process, instead of being trained. Returns the names
@@ -309,12 +316,8 @@ def fake(monkeypatch):
             cell.parent.parent, cell.parent.name, config.seed, [0.2, 0.4 + 0.1 * config.seed]
         )
 
-    def run(work, tasks, jobs):
-        for name, items in tasks:
-            yield from ((name, key, error) for key, error in work(name, items))
-
     monkeypatch.setattr(grid_module, "train_cell", train_cell)
-    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(processes, "run", run_here)
     monkeypatch.setattr(
         processes, "ask", lambda work, question: {label: "pairs" for label, _ in question}
     )
@@ -392,7 +395,7 @@ def command(workdir):
     return [sys.executable, "-m", "spear_jax.compare", *arguments(workdir, "--jobs=2", *flags)]
 
 
-def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_path):
+def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
         command(killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -404,11 +407,16 @@ def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_pa
     process.wait()
     before = finished(killed)
     assert 1 <= len(before) < 4
-    for folder in (killed, whole):
-        done = subprocess.run(command(folder), env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        result = json.loads(done.stdout.splitlines()[-1])
-        assert result["failed"] == [] and "(4 of 4)" in done.stderr
+    done = subprocess.run(command(killed), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failed"] == [] and "(4 of 4)" in done.stderr
+    # the other in this process, on one device as those that are started
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    monkeypatch.setattr(processes, "run", run_here)
+    monkeypatch.setattr(processes, "ask", lambda work, question: work(question))
+    assert compare.main(command(whole)[3:])["failed"] == []
     after = finished(killed)
     assert len(after) == 4 and all(after[cell] == told for cell, told in before.items())
     tables = [

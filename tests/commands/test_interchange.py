@@ -5,6 +5,7 @@ The readers need torch, peft and lm_eval; the real model needs $SPEAR_SMOLLM2 (a
 `python -m spear_jax.fetch smollm2-135m-instruct --out=DIR`) and real data.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,9 @@ import numpy as np
 import pytest
 from gguf_files import CHAT, Q, write_gguf
 from processes import environment
+from run_sizes import SMALL
 
+from spear_jax import export
 from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.checkpoint import restore
 from spear_jax.models.decoder import logits
@@ -27,16 +30,7 @@ from spear_jax.models.decoder import logits
 TINY_AND_SMOLLM2 = ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)]
 ROOT = pathlib.Path(__file__).parents[2]
 GUIDE = (ROOT / "docs/guides/interchange.md").read_text()
-SIZE = {
-    "rounds": 1,
-    "federation.num_clients": 2,
-    "federation.clients_per_round": 2,
-    "rollout.examples": 8,
-    "train.steps": 2,
-    "train.batch_size": 4,
-    "eval.every": 100,
-    "eval.limit": 120,
-}
+SIZE = SMALL | {"rounds": 1, "eval.limit": 120}
 SMOLLM2 = {"eval.limit": 60, "rollout.max_new_tokens": 4, "rollout.max_new_tokens_revision": 4}
 
 
@@ -66,8 +60,9 @@ def train(folder, config, settings):
         if line.startswith("spear-jax export ")
     ]
     assert len(exports) == 2
-    for line in exports:
-        python(folder, "-m", "spear_jax.export", *shlex.split(line)[2:])
+    with contextlib.chdir(folder):
+        for line in exports:
+            export.main(shlex.split(line)[2:])
     return TrainedCohort(folder)
 
 
