@@ -8,7 +8,7 @@ import shlex
 ROOT = pathlib.Path(__file__).parents[1]
 GENERATED = ROOT / "docs" / "reference"  # by the site, from docstrings
 PAGES = [
-    ROOT / "README.md",
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if GENERATED not in page.parents),
 ]
 BLOCK = re.compile(

@@ -50,6 +50,7 @@ class Accuracy:
 
     @property
     def accuracy(self) -> float:
+        """Returns the share of right ones."""
         return self.correct / self.count
 
     @property

@@ -68,6 +68,21 @@ def test_the_reference_has_every_public_name(site):
     assert public and not [name for name in public if f'id="spear_jax.{name}"' not in page]
 
 
+@pytest.mark.parametrize("name", spear_jax.__all__)
+def test_a_public_name_has_a_docstring_and_so_has_all_that_is_public_in_it(name):
+    public = getattr(spear_jax, name)
+    members = vars(public).items() if inspect.isclass(public) else ()
+    inside = {
+        f"{name}.{member}": value
+        for member, value in members
+        if not member.startswith("_") and (inspect.isroutine(value) or isinstance(value, property))
+    }
+    for where, value in {name: public, **inside}.items():
+        text = value.__doc__ or ""
+        # what dataclasses and named tuples write by themselves is their signature
+        assert text and not text.startswith(f"{name}("), where
+
+
 def test_docstrings_lose_no_text_and_gain_no_markup():
     text = """\
         Scores rows of `lora.*` by |d|, x_ and *more*.
@@ -98,12 +113,15 @@ def rule(field: dataclasses.Field) -> str:
     known = field.metadata
     if "choices" in known:
         return ", ".join(f"`{choice}`" for choice in known["choices"])
-    if "above" in known:
-        return f"above {known['above']}"
     if isinstance(field.default, bool):
         return "`False`, `True`"
-    low, high = known["low"], known["high"]
-    return f"at least {low}" if high is None else f"{low} to {high}"
+    bounds = {name: value for name, value in known["bounds"].items() if value is not None}
+    if set(bounds) == {"low"}:
+        return f"at least {bounds['low']}"
+    if set(bounds) == {"above"}:
+        return f"above {bounds['above']}"
+    assert set(bounds) == {"low", "high"}, f"{field.name}: the pages have no words for {bounds}"
+    return f"{bounds['low']} to {bounds['high']}"
 
 
 def test_every_method_has_a_page_of_the_same_shape():
