@@ -50,7 +50,7 @@ def test_every_prompt_stands_in_one_part_of_its_own_group(count, groups, devices
         assert sorted(i for part in dealt for i in part[group]) == own[group]
     for part in dealt:
         assert max(map(len, part)) <= found.batch and any(part)
-        assert holds_prompts(found.shape, [[prompts[i] for i in rows] for rows in part])
+        assert holds_prompts(found.pack_shape, [[prompts[i] for i in rows] for rows in part])
 
 
 def test_where_prompts_wait_a_part_takes_a_third_of_the_slots_at_most():
@@ -67,7 +67,7 @@ def test_what_prompts_open_with_is_left_out_of_their_parts():
         roomy, [list(range(30))], whole, 1, ShapeBuckets(), shared_prefix=24
     )
     bare, same = plan(tails, max_tokens=100_000)
-    assert dealt == same and found.shape.tokens == bare.shape.tokens
+    assert dealt == same and found.pack_shape.tokens == bare.pack_shape.tokens
     assert found.width >= max(map(len, whole))  # of the cache, which holds the opening too
 
 
@@ -87,7 +87,7 @@ def test_a_pass_reads_about_the_tokens_allowed_and_parts_are_even():
     found, dealt = plan(prompts, max_tokens=100_000, read_tokens=800)
     read = [sum(len(prompts[i]) for i in part[0]) for part in dealt]
     assert max(read) <= 800 and max(read) - min(read) <= 60 and sum(map(len, prompts)) == sum(read)
-    assert found.shape.tokens < 1.15 * max(read)
+    assert found.pack_shape.tokens < 1.15 * max(read)
 
 
 def test_equal_prompts_are_read_together():

@@ -160,7 +160,7 @@ def test_generation_stops_at_any_eos_and_keeps_it(model, decoder):
 
 
 def watch(monkeypatch, name, note):
-    """Calls note(*arguments) before every call of a jitted function of `sampling`."""
+    """Calls note(*arguments) before every call of a jitted function of `sampler`."""
     original = getattr(sampler_module, name)
 
     class Watched:
@@ -179,7 +179,7 @@ def test_finished_rows_leave_the_batch(model, decoder, monkeypatch):
     free = Sampler(decoder).generate(None, model.base, prompts, keys, config)
     stops = tuple({c.tokens[1] for c in free[:14]})  # most rows stop at once
     rows = []
-    watch(monkeypatch, "_advance", lambda *a: rows.append(a[4].completions.live.shape[0]))
+    watch(monkeypatch, "_decode_until", lambda *a: rows.append(a[4].completions.live.shape[0]))
     Sampler(decoder).generate(
         None, model.base, prompts, keys, settings(max_new_tokens=24, eos_ids=stops)
     )
@@ -209,7 +209,7 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(
         going.append(int(args[4].completions.live.sum()))
         rows.append(args[4].completions.live.shape[0])
 
-    watch(monkeypatch, "_read", read)
+    watch(monkeypatch, "_prefill", read)
     few = Sampler(decoder).generate(
         None, model.base, prompts, keys, dataclasses.replace(config, max_rows=6)
     )
@@ -232,7 +232,7 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
         lora = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 0 * x], axis=1), lora)
         owners = np.arange(12, dtype=np.int32) % 3
     read = []
-    watch(monkeypatch, "_read", lambda *a: read.append(a[6].tokens.size))
+    watch(monkeypatch, "_prefill", lambda *a: read.append(a[6].tokens.size))
     config = settings()
     without = Sampler(decoder).generate(lora, model.base, prompts, keys, config, owners=owners)
     whole, read[:] = sum(read), []
@@ -286,7 +286,9 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(
         before[1] + 1,
     )
     # what is compiled before there is a state is what then runs
-    assert [compiled.count(name) for name in ("jit(_read)", "jit(_advance)")] == [1, 1], compiled
+    assert [compiled.count(name) for name in ("jit(_prefill)", "jit(_decode_until)")] == [1, 1], (
+        compiled
+    )
 
 
 def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, decoder, monkeypatch):
@@ -294,7 +296,7 @@ def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, dec
     note = lambda *args: held.append(
         read.lower(*args).compile().memory_analysis().temp_size_in_bytes
     )
-    watch(monkeypatch, "_read", note)
+    watch(monkeypatch, "_prefill", note)
     # rows 2,016 places wide for prompts of one token, whose first answer ends them
     config = settings(
         max_rows=32, max_new_tokens=2000, eos_ids=tuple(range(model.config.vocab_size))
@@ -306,15 +308,15 @@ def test_a_read_never_holds_what_it_writes_for_all_rows_of_all_layers(model, dec
 
 
 def test_what_was_freed_is_given_back_before_keys_and_values_are_there(model, decoder, monkeypatch):
-    order, blank = [], sampler_module.decoding.blank
+    order, init = [], sampler_module.decode.init_decode_state
 
     def noted(decoder, config, width, live, dtype):
         if not isinstance(live, jax.core.Tracer):
             order.append("keys and values")
-        return blank(decoder, config, width, live, dtype)
+        return init(decoder, config, width, live, dtype)
 
-    monkeypatch.setattr(sampler_module.heap, "trim", lambda: order.append("given back"))
-    monkeypatch.setattr(sampler_module.decoding, "blank", noted)
+    monkeypatch.setattr(sampler_module, "release_free_memory", lambda: order.append("given back"))
+    monkeypatch.setattr(sampler_module.decode, "init_decode_state", noted)
     Sampler(decoder).generate(None, model.base, make_prompts(model, 3), make_keys(3), settings())
     assert order[-2:] == ["given back", "keys and values"]
 
@@ -323,7 +325,7 @@ def test_each_completion_is_told_once_as_it_finishes(model, decoder, monkeypatch
     prompts, keys, config = make_prompts(model, 12), make_keys(12), settings(max_rows=4)
     config = dataclasses.replace(config, eos_ids=some_stops(model, decoder, prompts, keys, config))
     told, reads = {}, []
-    watch(monkeypatch, "_read", lambda *a: reads.append(len(told)))
+    watch(monkeypatch, "_prefill", lambda *a: reads.append(len(told)))
 
     def finished(number, completion):
         assert number not in told
