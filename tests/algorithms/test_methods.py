@@ -6,6 +6,7 @@ test_self_play.py.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -21,6 +22,7 @@ from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, losses, opsd, rltf
 from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
+from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.models import token_logprobs
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
 from spear_jax.packing.blocks import choose_block_shape, stack_blocks
@@ -298,19 +300,25 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     shared = local_training.Broadcast(lora, model.base, others[:number], numbers, jnp.float32(1e-2))
     weight = np.where(np.arange(count) < 3, np.arange(1, count + 1), 0).astype(np.float32)
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
-    run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4))
+    run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
     local = local_config(clients_at_once=at_once, head_chunk=chunk)
-    _, _, means, states = run(
-        algorithm, make_decoder(model), local, mesh, True, replicate(shared, mesh), None, *arrays
-    )
+    decoder = make_decoder(model, remat="nothing")
+    static = (algorithm, decoder, local, mesh, Aggregation(), True)
+    _, means, states = run(*static, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
     return jax.tree.map(lambda x: x[:3], moments), means
 
 
+@pytest.fixture(scope="module")
+def in_one_block(model, lora):
+    """`trained` of a method, all items in one block; one program for both tests that ask."""
+    return functools.cache(lambda name: trained(model, lora, name, (1, 16), {}, chunk=5))
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_the_fused_head_gives_what_full_logits_give(model, lora, name, monkeypatch):
+def test_the_fused_head_gives_what_full_logits_give(model, lora, name, in_one_block, monkeypatch):
     """The loss, and its gradient by JAX's own rules through all logits at once."""
-    fused, means = trained(model, lora, name, (1, 16), {}, chunk=5)
+    fused, means = in_one_block(name)
     used = []
 
     def plain(block, hidden, fixed, head, chunk):
@@ -335,13 +343,11 @@ def test_the_fused_head_gives_what_full_logits_give(model, lora, name, monkeypat
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_accumulation_and_chunking_change_nothing(model, lora, name):
-    whole, means = trained(model, lora, name, (1, 16), {})
+def test_accumulation_and_chunking_change_nothing(model, lora, name, in_one_block):
+    """Micro-batches of one item, one of them empty; blocks of a few items; clients under vmap."""
+    whole, means = in_one_block(name)
     assert np.isfinite(means["loss"].total).all() and float(means["grad_norm"].total.sum()) > 0
-    close(trained(model, lora, name, (4, 4), {}, at_once=3)[0], whole)
-    close(
-        trained(model, lora, name, (16, 1), {}, limit=1)[0], whole
-    )  # blocks as small as an item allows
+    close(trained(model, lora, name, (16, 1), {}, at_once=3, limit=60)[0], whole)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +368,7 @@ def test_a_batch_without_rows_trains_nothing(model, lora, name):
     shape = choose_block_shape(
         [], algorithm.layout.rows_per_group, algorithm.layout.num_packs, P, T, 64
     )
-    shape = dataclasses.replace(shape, items=2)
+    shape = dataclasses.replace(shape, groups=2)
     block = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), stack_blocks([[]], shape, 1)[0])
     number = len(algorithm.references(algorithm.init_state(lora, 4, T), lora))
     batch = block.rows.replace(

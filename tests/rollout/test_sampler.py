@@ -121,10 +121,10 @@ def test_rows_batched_together_equal_rows_one_by_one(model, decoder):
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
 
 
-def test_prompts_read_by_many_columns_give_the_same_completions(model, decoder, monkeypatch):
+def test_prompts_prefilled_by_many_tiles_give_the_same_completions(model, decoder, monkeypatch):
     prompts, keys, found = make_prompts(model, 11), make_keys(11), []
     for width, count in ((64, 1), (8, 5)):
-        monkeypatch.setattr(shape_buckets, "COLUMN", width)
+        monkeypatch.setattr(shape_buckets, "TILE_WIDTH", width)
         assert len(shape_buckets.split_tiles(max(map(len, prompts)))) == count
         found.append(Sampler(decoder).generate(None, model.base, prompts, keys, settings()))
     for one, other in zip(*found, strict=True):
