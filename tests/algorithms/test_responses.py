@@ -2,6 +2,7 @@
 likelihood on held-out rows.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -22,9 +23,12 @@ from spear_jax.models.io.huggingface import load_model, load_tokenizer
 from spear_jax.models.lora import LoraConfig
 from spear_jax.packing.blocks import choose_block_shape, pack_single_rows
 from spear_jax.packing.rows import TrainingRow
+from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout import scorer
+from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Sampler
+from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
 from spear_jax.tasks import TASKS, get_task, world
 from spear_jax.tasks.loading import load_examples
@@ -507,25 +511,26 @@ def make_evaluator(folder, task, examples, method, rows=4, responses=True, seen=
     render = PromptRenderer(model.tokenizer, "auto", 250)
     prompts = [getattr(render, seen)(task, example) for example in examples]
     ids = [render.response(task, example, 40)[0] for example in examples] if responses else ()
+    shapes = ShapeBuckets()
     made = Evaluator(
-        task,
-        render,
-        decoder,
-        Sampler(decoder),
-        examples,
-        prompts,
-        method,
-        greedy,
-        rows,
+        task=task,
+        renderer=render,
+        sampler=Sampler(decoder, shapes=shapes),
+        scorer=Scorer(decoder, shapes),
+        examples=examples,
+        prompts=prompts,
+        method=method,
+        sampling=greedy,
+        rows=rows,
         responses=ids,
     )
-    return made, model.base
+    return made, Policy(model.base)
 
 
 @pytest.fixture(scope="module")
 def random_model():
-    """The random Qwen2 fixture, and seven pairs of unlike lengths: batches of 4 rows, the last one
-    with a padding row.
+    """The random Qwen2 fixture, and seven pairs of unlike lengths: blocks of about 4 rows, two of
+    them, both with padding rows.
     """
     task = get_task("pairs")
     rows = [
@@ -538,7 +543,8 @@ def random_model():
 
 
 def test_likelihood_equals_whole_logits_of_right_padded_sequences(random_model):
-    evaluator, base = random_model
+    evaluator, policy = random_model
+    decoder = evaluator.scorer.decoder
     sequences = [
         prompt + response
         for prompt, response in zip(evaluator.prompts, evaluator.responses, strict=True)
@@ -550,17 +556,17 @@ def test_likelihood_equals_whole_logits_of_right_padded_sequences(random_model):
     for i, ids in enumerate(sequences):
         tokens[i, : len(ids)], mask[i, : len(ids)] = ids, True
     plain = np.asarray(
-        logits(evaluator.decoder, None, base, jnp.array(tokens), jnp.array(mask)), float
+        logits(decoder, None, policy.base, jnp.array(tokens), jnp.array(mask)), float
     )
     hits, logprobs = [], []
     for i, response in enumerate(evaluator.responses):
         for token, row in zip(response, plain[i, len(evaluator.prompts[i]) - 1 :], strict=False):
             hits.append(row.argmax() == token)
             logprobs.append(row[token] - row.max() - np.log(np.exp(row - row.max()).sum()))
-    done = []
-    evaluator.report = done.append
-    found = evaluator(base)
-    assert found.method == "likelihood" and sum(done) == 7
+    told = []
+    found = dataclasses.replace(evaluator, progress=lambda *step: told.append(step))(policy)
+    assert found.method == "likelihood" and sum(done for _, done, _ in told) == 7
+    assert {(stage, total) for stage, _, total in told} == {("evaluate", 7)}
     assert (found.correct, found.count) == (sum(hits), sum(map(len, evaluator.responses)))
     assert found.nll == pytest.approx(-np.mean(logprobs), abs=1e-4)
 
@@ -568,22 +574,25 @@ def test_likelihood_equals_whole_logits_of_right_padded_sequences(random_model):
 def test_likelihood_of_a_model_that_knows_nothing_is_uniform(random_model):
     # All embeddings 0: every logit is 0, so each token costs log V nats, and the arg-max is id 0,
     # which is EOS here. Six responses end in it; the seventh, of 49 letters, was cut at 40 tokens.
-    evaluator, base = random_model
-    found = evaluator(base.replace(embed=jnp.zeros_like(base.embed)))
-    assert found.nll == pytest.approx(np.log(evaluator.decoder.config.vocab_size), rel=1e-6)
+    evaluator, policy = random_model
+    base = policy.base.replace(embed=jnp.zeros_like(policy.base.embed))
+    found = evaluator(Policy(base))
+    vocab = evaluator.scorer.decoder.config.vocab_size
+    assert found.nll == pytest.approx(np.log(vocab), rel=1e-6)
     assert (found.correct, found.count) == (6, sum(n * n + 1 for n in range(1, 7)) + 40)
 
 
 def test_likelihood_does_not_depend_on_batch_chunk_or_order(random_model):
-    evaluator, base = random_model
+    evaluator, policy = random_model
+    decoder = evaluator.scorer.decoder
     pairs = zip(evaluator.prompts, evaluator.responses, strict=True)
     block = one_block([TrainingRow(p, r, np.ones(len(r), bool), 1.0, 1) for p, r in pairs], 96, 50)
-    whole = scorer._token_scores(evaluator.decoder, 10_000, None, base, block)
+    whole = scorer._score_tokens(decoder, 10_000, None, policy.base, block)
     for chunk in (33, 350):
-        parts = scorer._token_scores(evaluator.decoder, chunk, None, base, block)
+        parts = scorer._score_tokens(decoder, chunk, None, policy.base, block)
         np.testing.assert_allclose(parts[0], whole[0], atol=1e-5)
         np.testing.assert_array_equal(parts[1], whole[1])
-    assert evaluator(base).nll == pytest.approx(
+    assert evaluator(policy).nll == pytest.approx(
         -float(whole[0][block.rows.completion_mask].mean()), abs=1e-5
     )
 
@@ -597,13 +606,17 @@ def one_block(rows, prompt, length):
 
 
 def test_likelihood_never_holds_logits_of_all_positions(random_model):
-    evaluator, base = random_model
+    evaluator, policy = random_model
+    decoder = evaluator.scorer.decoder
     rows = [TrainingRow([5, 6, i], [7] * 32, np.ones(32, bool), 1.0, 1) for i in range(4)]
-    call = functools.partial(scorer._token_scores, evaluator.decoder, 16, None)
-    shapes = str(jax.make_jaxpr(call)(base, one_block(rows, 16, 32)))
-    vocab = evaluator.decoder.config.vocab_size
+    call = functools.partial(scorer._score_tokens, decoder, 16, None)
+    block = one_block(rows, 16, 32)
+    shapes = str(jax.make_jaxpr(call)(policy.base, block))
+    (scored,), padded = block.target.shape[1:], block.rows.completion_mask.shape[1:]
+    vocab = decoder.config.vocab_size
     assert f"f32[16,{vocab}]" in shapes
-    assert not any(f"{lead},{vocab}]" in shapes for lead in ("4,32", "128", "8,16"))
+    every = ("4,32", "128", "8,16", f"{scored}", f"{scored // 16},16", "{},{}".format(*padded))
+    assert not any(f"{lead},{vocab}]" in shapes for lead in every)
 
 
 def test_embedded_teacher_knows_the_responses_that_its_student_does_not():
@@ -612,10 +625,10 @@ def test_embedded_teacher_knows_the_responses_that_its_student_does_not():
         new = [e for e in task.generate("test") if any(n in e.question for n in world.NEW_TRADERS)][
             :48
         ]
-        teacher, base = make_evaluator(TINY, task, new, "likelihood", rows=48, seen="privileged")
+        teacher, policy = make_evaluator(TINY, task, new, "likelihood", rows=48, seen="privileged")
         student, _ = make_evaluator(TINY, task, new, "likelihood", rows=48)
-        assert teacher(base).nll < 0.01 and teacher(base).value > 0.99
-        assert student(base).nll > 0.15
+        assert teacher(policy).nll < 0.01 and teacher(policy).accuracy > 0.99
+        assert student(policy).nll > 0.15
 
 
 def test_evaluation_that_a_task_has_no_ground_for_is_refused():

@@ -34,6 +34,7 @@ from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.packing.arrays import Batch
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
+from spear_jax.rollout.tokenized_data import TokenizedData
 
 METHODS = (Spin, Tpaw, Iris, Space, Spif, Tspin)
 COMMON = CommonHyperparams(
@@ -327,12 +328,12 @@ NUMBERS = {Tpaw: {"players": jnp.array([1.0, 1.0, 0.0])}, Iris: {"alpha": jnp.fl
 
 @flax.struct.dataclass
 class Items:
-    """Rows by item: logprobs float[N, K, T], reference float[N, K, J, T], mask bool[N, K, T], valid
-    bool[N].
+    """Rows by item: logprobs float[N, K, T], ref_logprobs float[N, K, J, T], mask bool[N, K, T],
+    valid bool[N].
     """
 
     logprobs: np.ndarray
-    reference: np.ndarray
+    ref_logprobs: np.ndarray
     mask: np.ndarray
     valid: np.ndarray
 
@@ -365,7 +366,7 @@ def batch_of(algorithm, items, chosen):
         weight=mask.astype(jnp.float32),
         advantage=jnp.zeros(len(mask)),
         label=rows(label, chosen),
-        reference=rows(items.reference, chosen)[:, :players] if players else None,
+        ref_logprobs=rows(items.ref_logprobs, chosen)[:, :players] if players else None,
     )
 
 
@@ -390,16 +391,16 @@ def step(algorithm, batch_size, normalize, items, loss_scalars):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def step_and_gradients(algorithm, batch_size, normalize, items, loss_scalars):
-    def run(logprobs, reference):
+    def run(logprobs, ref_logprobs):
         return step(
             algorithm,
             batch_size,
             normalize,
-            items.replace(logprobs=logprobs, ref_logprobs=reference),
+            items.replace(logprobs=logprobs, ref_logprobs=ref_logprobs),
             loss_scalars,
         )
 
-    return jax.value_and_grad(run, (0, 1), has_aux=True)(items.logprobs, items.reference)
+    return jax.value_and_grad(run, (0, 1), has_aux=True)(items.logprobs, items.ref_logprobs)
 
 
 def stepped(algorithm, items, batch_size, loss_scalars=None, normalize="global"):
@@ -410,7 +411,7 @@ def stepped(algorithm, items, batch_size, loss_scalars=None, normalize="global")
     (value, metrics), (grad, stopped) = step_and_gradients(
         algorithm, batch_size, normalize, items, loss_scalars
     )
-    np.testing.assert_array_equal(stopped, np.zeros_like(items.reference))
+    np.testing.assert_array_equal(stopped, np.zeros_like(items.ref_logprobs))
     return float(value), {name: mean.value() for name, mean in metrics.items()}, np.asarray(grad)
 
 
@@ -428,7 +429,7 @@ def expected(algorithm, items):
     if isinstance(algorithm, Tspin):
         y, latest, first = s.T
         return (softplus(-0.1 * (y - latest)) + softplus(-0.1 * (latest - first))).mean()
-    reference = np.where(items.mask[:, :, None], items.reference.astype(float), 0).sum(-1)[valid]
+    reference = np.where(items.mask[:, :, None], items.ref_logprobs.astype(float), 0).sum(-1)[valid]
     r = config.lam * (s[..., None] - reference)  # [n, K, J]
     real, synthetic = r[:, 0, 0], r[:, 1:, 0]
     if isinstance(algorithm, Spin):
@@ -496,7 +497,7 @@ def test_unpaired_methods_do_not_see_which_synthetic_response_stands_beside_whic
     algorithm = method_of(method)
     items, order = groups_of(algorithm, pad=()), np.random.default_rng(2).permutation(N)
     mixed = jax.tree.map(np.copy, items)
-    for name in ("logprobs", "reference", "mask"):
+    for name in ("logprobs", "ref_logprobs", "mask"):
         getattr(mixed, name)[:, 1:] = getattr(items, name)[order, 1:]
     assert stepped(algorithm, mixed, 4)[0] == pytest.approx(
         stepped(algorithm, items, 4)[0], abs=1e-5
@@ -527,7 +528,7 @@ def test_iriss_gradient_is_minus_the_real_and_plus_the_synthetic_softmax_of_the_
     items = groups_of(algorithm)
     grad = stepped(algorithm, items, 4)[2]
     total = lambda x, mask: np.where(mask, x, 0).sum(-1)
-    r = 0.1 * (total(items.logprobs, items.mask) - total(items.reference[:, :, 0], items.mask))
+    r = 0.1 * (total(items.logprobs, items.mask) - total(items.ref_logprobs[:, :, 0], items.mask))
     weight = np.exp(r * [0.5, 1.5]) * items.valid[:, None]
     weight /= weight.sum(0)
     np.testing.assert_allclose(grad, (0.1 * weight * [-1, 1])[..., None] * items.mask, atol=1e-6)
@@ -537,7 +538,7 @@ def test_iriss_effective_share_is_1_over_n_sum_of_squared_weights():
     algorithm = method_of(Iris, lam=1.0)
     items = groups_of(algorithm)
     total = lambda x, mask: np.where(mask, x, 0).sum(-1)
-    r = (total(items.logprobs, items.mask) - total(items.reference[:, :, 0], items.mask))[
+    r = (total(items.logprobs, items.mask) - total(items.ref_logprobs[:, :, 0], items.mask))[
         items.valid
     ]
     for name, z in (("real_ess", 0.5 * r[:, 0]), ("synthetic_ess", 1.5 * r[:, 1])):
@@ -590,12 +591,17 @@ class FakeWorker:
     """
 
     def __init__(self):
-        self.prompts = [[100 + i] for i in range(12)]
-        self.responses = [[50, i] for i in range(12)]
+        self.data = TokenizedData(
+            prompts=[[100 + i] for i in range(12)],
+            responses=[[50, i] for i in range(12)],
+            rejected=[[] for _ in range(12)],
+            prompt_length=8,
+            completion_length=4,
+        )
         self.asked = []
 
-    def merge(self, lora):
-        return Policy({"author": int(lora["a"][0])})
+    def policy(self, adapter):
+        return Policy({"author": int(adapter["a"][0])})
 
     def answer(self, policy, asks, key):
         self.asked += asks

@@ -97,7 +97,8 @@ def packed(rows: dict, index: np.ndarray) -> Batch:
     weight = jnp.ones(own["mask"].shape, own["logprobs"].dtype)
     return Batch(
         completion_mask=own["mask"], loss_mask=own["mask"], weight=weight,
-        advantage=own["advantage"], label=own["label"], reference=own["reference"][:, None], old=own["old"],
+        advantage=own["advantage"], label=own["label"], ref_logprobs=own["reference"][:, None],
+        old_logprobs=own["old"],
     )  # fmt: skip
 
 
