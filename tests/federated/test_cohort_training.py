@@ -9,11 +9,12 @@ import pytest
 from run_sizes import SMALL
 from small_cohort import C, P, S, T, close, local_config, make_decoder, spear
 
-from configs import grpo
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, run_logger
+from spear_jax.experiment.presets import method_config
 from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated import round as rounds
+from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
 from spear_jax.packing.rows import groups_of
@@ -39,7 +40,9 @@ def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, *
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     members = keys, np.arange(1, C + 1, dtype=np.float32), np.arange(C) != 1
     static = spear(), make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once), mesh
-    return cohort_training.train(*static, shared, rows, members, keep, carried, **more)
+    return cohort_training.train(
+        *static, Aggregation(), shared, rows, members, keep, carried, **more
+    )
 
 
 @pytest.mark.parametrize("devices, at_once, cohort_chunks", [(1, 4, 2), (2, 1, 3)])
@@ -61,8 +64,8 @@ def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_s
     parts = twice()
     for one, other in zip(whole, parts, strict=True):
         assert len(one.states) == 1 and len(other.states) == cohort_chunks
-        close(other.total, one.total)
-        assert float(other.mass) == float(one.mass) == sum(range(1, C + 1))
+        close(other.reduced[0], one.reduced[0])
+        assert float(other.reduced[1]) == float(one.reduced[1]) == sum(range(1, C + 1))
         assert (other.tokens, other.read) == (one.tokens, one.read) and one.tokens < one.read
         assert all(mean.total.shape == mean.count.shape == (C,) for mean in one.means.values())
         for name, mean in one.means.items():
@@ -73,9 +76,11 @@ def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_s
             jax.tree.map(lambda x: np.asarray(x)[:, :C], cohort_training.stacked(x.states, C))
             for x in (other, one)
         ]
-        close(*adapters)
+        close(*adapters, 1e-4)  # of single clients; Adam enlarges rounding in theirs
     moved = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), whole[0].total, whole[1].total
+        lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(),
+        whole[0].reduced[0],
+        whole[1].reduced[0],
     )
     assert max(jax.tree.leaves(moved)) > 1e-3  # the second phase did go on
 
@@ -120,10 +125,11 @@ def test_portions_are_whole_chunks_of_bounded_size_that_cover_the_cohort(
 
 
 def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_one(monkeypatch):
-    config = grpo.get_config("facts,tiny,small")
+    config = method_config("grpo", "facts,tiny,small")
     config.update_from_flattened_dict(
         SMALL
         | {
+            "federation.aggregation": "fedavg",
             "federation.clients_per_round": 3,
             "train.steps": 2,
             "rollout.max_concurrent_sequences": 8,
@@ -142,12 +148,14 @@ def test_a_grpo_round_in_portions_with_adapters_on_the_host_equals_the_round_in_
         )
     (one, said, loss), (other, again, same) = results
     assert said == again and loss == pytest.approx(same, rel=1e-4)
-    close(other, one)
+    # A chunk of one client is another program. Adam divides its rounding by gradients near zero.
+    close(other, one, 1e-3)
 
 
 def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeypatch):
     monkeypatch.setattr(run_logger, "on_terminal", lambda quiet: True)
-    progress, seen = run_logger.Progress(False, 2, 0), []
+    progress, seen = run_logger.ProgressBars(False), []
+    progress.begin(2, 0)
     for stage, rows, total in [
         ("revision", 1, 2),
         ("revision", 1, 2),
