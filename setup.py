@@ -80,7 +80,8 @@ setup(
             *DOCS,
         ],
         "docs": DOCS,
-        "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8"],
+        # ipywidgets: without it tqdm warns in a notebook
+        "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8", "ipywidgets>=8,<9"],
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -4,7 +4,7 @@
     python -m spear_jax.train --config=configs/dpo.py:facts,tiny --workdir=runs/facts-dpo
 
 Learning rates are SPEAR's; TRL's default 1e-6 is for full models. Cost and result of the paper's
-sizes: not measured. Of the embedded task: see the README.
+sizes: not measured. Of the embedded task: see docs/results/
 
 The same without this file: --config=dpo:arc_challenge,qwen2.5-1.5b. spear_jax/experiment/presets.py
 has the tasks, models and variants.

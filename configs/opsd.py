@@ -5,7 +5,7 @@
 
 The default is the official code's divergence; the variant reference is the baseline published with
 SPEAR. Batches are SPEAR's. Cost and result of the paper's sizes: not measured. Of the embedded
-task: see the README.
+task: see docs/results/
 
 The same without this file: --config=opsd:arc_challenge,qwen2.5-1.5b.
 spear_jax/experiment/presets.py has the tasks, models and variants.

@@ -6,7 +6,7 @@
     python -m spear_jax.pretrain --config=configs/pretrain.py --out=models/tiny3 --config.start_from=models/tiny2 \\
         --config.copy_steps=0 --config.steps=250 --config.rate=1e-3 --config.seed=2
 
-The README says what was measured, and how the weights of the package came about.
+docs/results/quickstart.md says what was measured.
 
 The same without this file: --config=pretrain.
 """

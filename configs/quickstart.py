@@ -4,7 +4,7 @@
     python -m spear_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
     python -m spear_jax.train --config=configs/quickstart.py:reasoned --workdir=runs/reasoned
 
-Reaches, on held-out phrasings and options: see the README's table of three seeds. Costs minutes on
+Reaches, on held-out phrasings and options: see docs/results/quickstart.md. Costs minutes on
 a CPU.
 
 The same without this file: --config=quickstart, --config=quickstart:reasoned.

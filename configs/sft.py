@@ -4,7 +4,7 @@
     python -m spear_jax.train --config=configs/sft.py:facts,tiny --workdir=runs/facts-sft
 
 Learning rates are SPEAR's. Cost and result of the paper's sizes: not measured. Of the embedded
-task: see the README.
+task: see docs/results/
 
 The same without this file: --config=sft:arc_challenge,qwen2.5-1.5b. spear_jax/experiment/presets.py
 has the tasks, models and variants.

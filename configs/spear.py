@@ -7,7 +7,7 @@
     python -m spear_jax.train --config=configs/spear.py:facts,tiny --workdir=runs/facts
 
 Cost and result of the paper's sizes: not measured. Of the variant cpu and of the embedded tasks:
-see the README.
+see docs/results/
 
 The same without this file: --config=spear:arc_challenge,qwen2.5-1.5b.
 spear_jax/experiment/presets.py has the tasks, models and variants.
