@@ -7,7 +7,7 @@ import sys
 
 # Most of the suite's time is compilation, which these flags make much cheaper: no optimisation, one
 # LLVM module a program, and fused loops from XLA's older emitters, which take half the time of the
-# newer ones. jaxlib 0.10 has them; 0.12 ends the process where it reads a flag that it does not know.
+# newer ones. Only jaxlib 0.10 has the older emitters; 0.12 ends the process at an unknown flag.
 COMPILATION = (
     "--xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level=0"
     " --xla_cpu_parallel_codegen_split_count=1"
