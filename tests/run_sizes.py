@@ -17,6 +17,7 @@ SMALL = {
     "federation.aggregation": "fedadam",
     "federation.server_rate": 0.1,
     "lora.rank": 2,
+    "lora.targets": ("q", "down"),  # each more is time to compile
 }
 
 

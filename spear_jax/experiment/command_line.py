@@ -150,13 +150,17 @@ def load_config(
     if name in named:
         return named[name](arg)
     if name.endswith(".py") or os.sep in name:
-        what, guess = "config file", nearest(pathlib.Path(name).stem, named)
+        what, guess, own = "config file", nearest(pathlib.Path(name).stem, named), ""
     else:
         what, guess = "config", nearest(name, named)
+        own = (
+            f" A method of your own is a preset once the module of --config.imports has set "
+            f"ALGORITHMS[{name!r}]."
+        )
     listed = "" if guess else f" Presets: {', '.join(named)}."
     raise UserError(
         f"no {what} {name!r}.{guess}{listed} Give a preset, --config=NAME[:ARG] as in "
-        f"--config=spear:arc_challenge,qwen2.5-1.5b, or a file, --config=FILE.py[:ARG]."
+        f"--config=spear:arc_challenge,qwen2.5-1.5b, or a file, --config=FILE.py[:ARG].{own}"
     )
 
 

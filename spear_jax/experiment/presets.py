@@ -6,7 +6,8 @@ A preset has a name and an argument, as in `--config=spear:facts,tiny`. The argu
 facts and reasoned (embedded), gsm8k, ultrachat. Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m,
 tiny (embedded; what the two embedded tasks need). Variants: reference (the method's published code,
 defects included, where it has one), cpu (real questions and a small real model on two cores), small
-(the embedded tasks at the size that `compare` is documented with).
+(the embedded tasks at the size that `compare` is documented with), smoke (the embedded tasks at the
+smallest size: seconds, to see that a part of your own runs).
 """
 
 import functools
@@ -94,7 +95,7 @@ def preset(
         method: a name of ALGORITHMS, or a class of your own, which then gets its config group.
         task: a name of TASKS, or a task of your own, to be passed to `Run` as well.
         model: a name of MODELS, a Hugging Face folder, a Hub id, or a .gguf file.
-        variants: "reference", and "small" (embedded tasks) or "cpu" (the paper's).
+        variants: "reference", and "small" or "smoke" (embedded tasks) or "cpu" (the paper's).
     Raises: UserError for an unknown name, and for variants without preset sizes.
     """
     name = method if isinstance(method, str) else register(method)
@@ -153,7 +154,7 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
     config = embedded_config(task) if task in EMBEDDED else paper_config(task, model)
     config.algorithm.name = method
     _recommend(config, task)
-    known = {"small": small} if task in EMBEDDED else {"cpu": cpu}
+    known = {"small": small, "smoke": smoke} if task in EMBEDDED else {"cpu": cpu}
     for name in variants:
         if name == "reference":
             set_preset(config, name)
@@ -244,6 +245,18 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.record_traces = False
     config.federation.clients_at_once = 1  # on a CPU one client fills the cores and the cache
     _recommend(config, config.task, "small")
+
+
+def smoke(config: ml_collections.ConfigDict) -> None:
+    """Two clients and one round of one step, to see in seconds that a part of your own runs."""
+    small(config)
+    config.rounds = 1
+    config.federation.num_clients = config.federation.clients_per_round = 2
+    config.rollout.examples = 8
+    config.train.steps = 1
+    config.train.batch_size = 4
+    config.lora.targets = ("q", "down")  # each more is time to compile
+    config.eval.limit = 100
 
 
 def cpu(config: ml_collections.ConfigDict) -> None:

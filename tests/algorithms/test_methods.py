@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_cohort import close, local_config, make_decoder
+from small_cohort import close, local_config
 
 from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, losses, opsd, rltf_sd
 from spear_jax.algorithms.base import CommonHyperparams
@@ -24,6 +24,8 @@ from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.models import token_logprobs
+from spear_jax.models.decoder import Decoder
+from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
 from spear_jax.packing.blocks import choose_block_shape, stack_blocks
 from spear_jax.packing.rows import TrainingRow
@@ -237,7 +239,20 @@ OPTIONS = [
     ("opsd", {"divergence": "forward_kl", "temperature": 2.0, "teacher": "fixed"}),
     ("iris", {"order": "per_step"}),
 ]
+# Every method is some programs here, and each target more is time to compile.
+LORA = LoraConfig(4, 8.0, 0.0, ("down",))
 NUMBERS = {"tpaw": {"players": np.array([1, 1, 0], np.float32)}, "iris": {"alpha": np.float32(1.5)}}
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    """An adapter of LORA, B not zero."""
+    tree = init_lora(jax.random.key(1), LORA, model.config)
+    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), tree)
+
+
+def make_decoder(model):
+    return Decoder(model.config, LORA, "nothing")
 
 
 def make(name, batch_size, accumulation, settings):
@@ -302,7 +317,7 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
     local = local_config(clients_at_once=at_once, head_chunk=chunk)
-    decoder = make_decoder(model, remat="nothing")
+    decoder = make_decoder(model)
     static = (algorithm, decoder, local, mesh, Aggregation(), True)
     _, means, states = run(*static, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
@@ -315,7 +330,8 @@ def in_one_block(model, lora):
     return functools.cache(lambda name: trained(model, lora, name, (1, 16), {}, chunk=5))
 
 
-@pytest.mark.parametrize("name", KINDS)
+# The others are scored as one of these: by one forward with no, one, or several references.
+@pytest.mark.parametrize("name", ["spear", "spin", "tpaw", "opsd"])
 def test_the_fused_head_gives_what_full_logits_give(model, lora, name, in_one_block, monkeypatch):
     """The loss, and its gradient by JAX's own rules through all logits at once."""
     fused, means = in_one_block(name)

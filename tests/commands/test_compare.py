@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -390,12 +389,18 @@ def test_a_dry_run_writes_nothing(fake, tmp_path):
     )
 
 
-def command(workdir):
-    flags = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return [sys.executable, "-m", "spear_jax.compare", *arguments(workdir, "--jobs=2", *flags)]
+def command(workdir, jobs=2):
+    flags = [f"--jobs={jobs}", *(f"--config.{name}={value}" for name, value in SMALL.items())]
+    return [sys.executable, "-m", "spear_jax.compare", *arguments(workdir, *flags)]
 
 
-def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_path, monkeypatch):
+def run(*args):
+    done = subprocess.run(command(*args), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen(
         command(killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -407,16 +412,9 @@ def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_pa
     process.wait()
     before = finished(killed)
     assert 1 <= len(before) < 4
-    done = subprocess.run(command(killed), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["failed"] == [] and "(4 of 4)" in done.stderr
-    # the other in this process, on one device as those that are started
-    one = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: one)
-    monkeypatch.setattr(processes, "run", run_here)
-    monkeypatch.setattr(processes, "ask", lambda work, question: work(question))
-    assert compare.main(command(whole)[3:])["failed"] == []
+    result, told = run(killed)
+    assert result["failed"] == [] and "(4 of 4)" in told
+    assert run(whole, 1)[0]["failed"] == []
     after = finished(killed)
     assert len(after) == 4 and all(after[cell] == told for cell, told in before.items())
     tables = [

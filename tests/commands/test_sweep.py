@@ -1,5 +1,5 @@
 """Sweeps: grids to cells, tables and figures from hand-made cells, job arrays, and a sweep that is
-killed and goes on.
+trained.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pandas as pd
 import pytest
 from grid_cells import POINTS, SMALL, finished, write_cell
@@ -36,6 +37,7 @@ def script(name):
 
 
 clients_sweep = script("sweep_clients")
+train = grid_module.train_cell
 
 
 def arguments(folder, *more, grid=("lora.rank=4,16", "train.steps=2,3"), seeds="0,1"):
@@ -477,51 +479,32 @@ def test_a_line_of_the_clients_figure_follows_one_cohort_rule(tmp_path, fake, mo
     assert lines[0].label == "method sft, dirichlet_alpha 0.1, cohort 10"
 
 
-def clients_command(workdir):
-    flags = [
+def test_a_trained_clients_sweep_takes_more_counts_later(fake, tmp_path, monkeypatch):
+    """The cells are trained, in this process; a grid that is killed: test_compare.py."""
+    trained = []
+
+    def train_cell(cell, config):
+        trained.append(config.federation.num_clients)
+        train(cell, config)
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    monkeypatch.setattr(grid_module, "train_cell", train_cell)
+    sizes = [
         f"--config.{name}={value}"
         for name, value in SMALL.items()
         if not name.startswith(("federation", "lora"))
     ]
-    given = [
-        "--clients=4,6,8",
-        "--cohort=2",
-        "--rank=2",
-        "--method=sft",
-        "--jobs=1",
-        "--config.rounds=2",
-    ]
-    return [sys.executable, "launch/sweep_clients.py", f"--workdir={workdir}", *given, *flags]
-
-
-def test_a_clients_sweep_killed_in_the_middle_goes_on_without_repeating_finished_cells(tmp_path):
-    folder = tmp_path / "clients"
-    paths = environment() | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    }
-    process = subprocess.Popen(
-        clients_command(folder), env=paths, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 240
-    while not finished(folder) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = finished(folder)
-    assert 1 <= len(before) < 3
-    done = subprocess.run(clients_command(folder), env=paths, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        result["failed"] == []
-        and result["waiting"] == 3 - len(before)
-        and "(3 of 3)" in done.stderr
-    )
-    after = finished(folder)
-    assert len(after) == 3 and all(after[cell] == told for cell, told in before.items())
-    found = runs.load_sweep(folder)
-    assert list(found["federation.num_clients"]) == [4, 6, 8] and set(found["algorithm.name"]) == {
-        "sft"
-    }
+    given = ["--cohort=2", "--rank=2", "--method=sft", "--config.rounds=2", *sizes]
+    given = [f"--workdir={tmp_path}", "--quiet", *given]
+    clients_sweep.main(["--clients=4", *given])
+    before = finished(tmp_path)
+    result = clients_sweep.main(["--clients=4,6", *given])
+    assert trained == [4, 6] and result["failed"] == [] and result["waiting"] == 1
+    after = finished(tmp_path)
+    assert len(after) == 2 and all(after[cell] == told for cell, told in before.items())
+    found = runs.load_sweep(tmp_path)
+    assert list(found["federation.num_clients"]) == [4, 6]
+    assert set(found["algorithm.name"]) == {"sft"}
     assert (found["rounds"] == 2).all() and (found["bytes"] > 0).all()
-    assert pd.read_csv(folder / "table.csv")["accuracy"].tolist() == found["accuracy"].tolist()
+    assert pd.read_csv(tmp_path / "table.csv")["accuracy"].tolist() == found["accuracy"].tolist()

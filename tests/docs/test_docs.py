@@ -246,13 +246,9 @@ def written_metrics(method: str, monkeypatch, folder: pathlib.Path) -> set[str]:
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
     monkeypatch.setattr(cohort_training, "_train", trace_alone)
-    config = presets.method_config(method, "facts,tiny,small")
-    small = {
-        "federation.num_clients": 2, "federation.clients_per_round": 2, "rollout.examples": 4,
-        "rollout.max_concurrent_sequences": 32, "train.steps": 2, "train.batch_size": 4,
-        "eval.limit": 8, "eval.rows": 8, "lora.rank": 2,
-    }  # fmt: skip
-    config.update_from_flattened_dict(small)
+    config = presets.method_config(method, "facts,tiny,smoke")
+    small = {"rollout.max_concurrent_sequences": 32, "eval.limit": 8, "eval.rows": 8}
+    config.update_from_flattened_dict(small | {"lora.rank": 2, "lora.targets": ("q",)})
     with sj.Run(config, folder / method, quiet=True, devices=jax.devices()[:1]) as run:
         return set(next(iter(run)).metrics) - {"round", "time"}
 

@@ -194,7 +194,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(finished, built,
     whole, _ = finished
     workdir, rng = tmp_path / "killed", random.Random(seed)
     kills = 0
-    while kills < 3:
+    while kills < 2:
         process = subprocess.Popen(
             command(workdir),
             env=environment(),
