@@ -41,11 +41,11 @@ def load_small_model():
 
 
 def make_decoder(model, dropout=0.0, remat="attention"):
-    return Decoder(model.config, LoraConfig(4, 8.0, dropout, ("q", "v", "down")), remat)
+    return Decoder(model.config, LoraConfig(4, 8.0, dropout, ("q", "down")), remat)
 
 
 def make_lora(model):
-    tree = init_lora(jax.random.key(1), LoraConfig(4, 8.0, 0.0, ("q", "v", "down")), model.config)
+    tree = init_lora(jax.random.key(1), LoraConfig(4, 8.0, 0.0, ("q", "down")), model.config)
     return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), tree)
 
 
