@@ -23,11 +23,12 @@ pytest.importorskip(
 FOLDER = pathlib.Path(__file__).parents[2] / "notebooks"
 # What stands in place of a notebook's own sizes, behind its cell tagged "parameters".
 SMALL = {
-    "quickstart": "ROUNDS = 2",
-    "compare_methods": 'METHODS, SEEDS, ROUNDS = ["spear", "feedback_sft"], [0, 1], 1; JOBS = 1',
-    "client_ablation": "CLIENTS, SEEDS, ROUNDS = [5, 20], [0, 1], 1",
+    "quickstart": "VARIANT, ROUNDS = 'smoke', 2",
+    "compare_methods": "VARIANT, EXAMPLES, JOBS = 'smoke', 8, 1\n"
+    "METHODS, SEEDS, ROUNDS = ['spear', 'feedback_sft'], [0, 1], 1",
+    "client_ablation": "VARIANT, CLIENTS, SEEDS, ROUNDS, JOBS = 'smoke', [5, 20], [0, 1], 1, 1",
     "token_confidence": "ROUNDS, EXAMPLES = 1, 16",
-    "bring_your_own": "ROUNDS = 1",
+    "bring_your_own": "VARIANT, ROUNDS = 'smoke', 1",
 }
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
