@@ -26,8 +26,8 @@ SMALL = {
     "quickstart": "VARIANT, ROUNDS = 'smoke', 2",
     "compare_methods": "VARIANT, EXAMPLES, JOBS = 'smoke', 8, 1\n"
     "METHODS, SEEDS, ROUNDS = ['spear', 'feedback_sft'], [0, 1], 1",
-    "client_ablation": "VARIANT, CLIENTS, SEEDS, ROUNDS, JOBS = 'smoke', [5, 20], [0, 1], 1, 1",
-    "token_confidence": "ROUNDS, EXAMPLES = 1, 16",
+    "client_ablation": "VARIANT, CLIENTS, SEEDS, ROUNDS, JOBS = 'smoke', [5, 20], [0], 1, 1",
+    "token_confidence": "ROUNDS, EXAMPLES = 1, 8",
     "bring_your_own": "VARIANT, ROUNDS = 'smoke', 1",
 }
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
