@@ -389,43 +389,37 @@ def test_a_dry_run_writes_nothing(fake, tmp_path):
     )
 
 
-def command(workdir, jobs=2):
-    flags = [f"--jobs={jobs}", *(f"--config.{name}={value}" for name, value in SMALL.items())]
+def command(workdir):
+    flags = ["--jobs=2", *(f"--config.{name}={value}" for name, value in SMALL.items())]
     return [sys.executable, "-m", "spear_jax.compare", *arguments(workdir, *flags)]
 
 
-def run(*args):
-    done = subprocess.run(command(*args), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-def test_a_grid_killed_in_the_middle_goes_on_and_ends_with_the_same_table(tmp_path):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+def test_a_grid_killed_in_the_middle_goes_on_without_repeating_finished_cells(tmp_path):
+    """That a run which was killed ends with the same bits: test_resume.py."""
     process = subprocess.Popen(
-        command(killed), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 240
-    while not finished(killed) and process.poll() is None and time.time() < deadline:
+    while not finished(tmp_path) and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = finished(killed)
+    before = finished(tmp_path)
     assert 1 <= len(before) < 4
-    result, told = run(killed)
-    assert result["failed"] == [] and "(4 of 4)" in told
-    assert run(whole, 1)[0]["failed"] == []
-    after = finished(killed)
+    done = subprocess.run(command(tmp_path), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["failed"] == [] and "(4 of 4)" in done.stderr
+    after = finished(tmp_path)
     assert len(after) == 4 and all(after[cell] == told for cell, told in before.items())
-    tables = [
-        pd.read_csv(folder / "table.csv").drop(columns="seconds") for folder in (killed, whole)
-    ]
-    pd.testing.assert_frame_equal(*tables, check_exact=True)
-    assert (
-        list(tables[0]["seeds"]) == [2, 2]
-        and dict(tables[0][["method", "tokens"]].to_numpy())["sft"] == 0
-    )
-    request = runs.read_request(whole)
+    table = pd.read_csv(tmp_path / "table.csv").set_index("method")
+    assert list(table["seeds"]) == [2, 2] and table["tokens"]["sft"] == 0
+    for method in ("spear", "sft"):
+        cells = [runs.load_metrics(tmp_path / method / f"seed{seed}") for seed in (0, 1)]
+        assert all(list(cell["round"]) == [0, 1, 2] for cell in cells)
+        mean = np.mean([cell["eval/accuracy"].iloc[-1] for cell in cells])
+        assert table["accuracy"][method] == pytest.approx(mean)
+    request = runs.read_request(tmp_path)
     assert request["labels"]["sft"]["gold"] == "responses" and request["budget"] == {
         "kind": "rounds",
         "amount": 2,

@@ -13,7 +13,7 @@ from spear_jax.models.decoder import Decoder, logits, unstack
 from spear_jax.models.lora import LoraConfig
 from spear_jax.models.nnx_adapter import NnxDecoder
 
-LORA = LoraConfig(4, 8.0, 0.0, ("q", "v", "down"))
+LORA = LoraConfig(4, 8.0, 0.0, ("q", "down"))
 BASE_ALONE = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
 ADAPTER = nnx.DiffState(0, nnx.LoRAParam)  # what a gradient is taken of
 
@@ -54,7 +54,7 @@ def test_both_trees_come_back_as_they_were(module, decoder, model, lora):
 
 def test_filters_tell_the_adapter_from_the_base(module, model, lora):
     own = nnx.to_pure_dict(nnx.state(module, nnx.LoRAParam))
-    assert own.keys() == {"lora"} and own["lora"].keys() == {"q", "v", "down"}
+    assert own.keys() == {"lora"} and own["lora"].keys() == {"q", "down"}
     np.testing.assert_array_equal(own["lora"]["down"]["b"], lora.down.b)
     base = nnx.to_pure_dict(nnx.state(module, BASE_ALONE))
     assert base.keys() == {"base"}
