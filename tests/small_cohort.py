@@ -40,12 +40,15 @@ def load_small_model():
     return load_model(str(FIXTURES / "qwen2"), "float32")
 
 
-def make_decoder(model, dropout=0.0, remat="attention"):
-    return Decoder(model.config, LoraConfig(4, 8.0, dropout, ("q", "down")), remat)
+TARGETS = ("q", "down")
 
 
-def make_lora(model):
-    tree = init_lora(jax.random.key(1), LoraConfig(4, 8.0, 0.0, ("q", "down")), model.config)
+def make_decoder(model, dropout=0.0, remat="attention", targets=TARGETS):
+    return Decoder(model.config, LoraConfig(4, 8.0, dropout, targets), remat)
+
+
+def make_lora(model, targets=TARGETS):
+    tree = init_lora(jax.random.key(1), LoraConfig(4, 8.0, 0.0, targets), model.config)
     return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), tree)
 
 

@@ -154,7 +154,7 @@ def load_config(
     else:
         what, guess = "config", nearest(name, named)
         own = (
-            f" A method of your own is a preset once the module of --config.imports has set "
+            " A method of your own is a preset once the module of --config.imports has set "
             f"ALGORITHMS[{name!r}]."
         )
     listed = "" if guess else f" Presets: {', '.join(named)}."

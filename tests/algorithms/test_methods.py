@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_cohort import close, local_config
+from small_cohort import close, local_config, make_decoder, make_lora
 
 from spear_jax.algorithms import ALGORITHMS, dpo, east, grpo, losses, opsd, rltf_sd
 from spear_jax.algorithms.base import CommonHyperparams
@@ -24,8 +24,6 @@ from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.federated import local_training
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.models import token_logprobs
-from spear_jax.models.decoder import Decoder
-from spear_jax.models.lora import LoraConfig, init_lora
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
 from spear_jax.packing.blocks import choose_block_shape, stack_blocks
 from spear_jax.packing.rows import TrainingRow
@@ -240,19 +238,14 @@ OPTIONS = [
     ("iris", {"order": "per_step"}),
 ]
 # Every method is some programs here, and each target more is time to compile.
-LORA = LoraConfig(4, 8.0, 0.0, ("down",))
+TARGETS = ("down",)
 NUMBERS = {"tpaw": {"players": np.array([1, 1, 0], np.float32)}, "iris": {"alpha": np.float32(1.5)}}
 
 
 @pytest.fixture(scope="module")
 def lora(model):
-    """An adapter of LORA, B not zero."""
-    tree = init_lora(jax.random.key(1), LORA, model.config)
-    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape), tree)
-
-
-def make_decoder(model):
-    return Decoder(model.config, LORA, "nothing")
+    """An adapter of TARGETS, B not zero."""
+    return make_lora(model, TARGETS)
 
 
 def make(name, batch_size, accumulation, settings):
@@ -317,7 +310,7 @@ def trained(model, lora, name, shape, settings, at_once=1, devices=1, limit=10_0
     arrays = shard_rows((work, np.zeros((count, 2), np.uint32), weight, np.ones(count, bool)), mesh)
     run = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
     local = local_config(clients_at_once=at_once, head_chunk=chunk)
-    decoder = make_decoder(model)
+    decoder = make_decoder(model, remat="nothing", targets=TARGETS)
     static = (algorithm, decoder, local, mesh, Aggregation(), True)
     _, means, states = run(*static, replicate(shared, mesh), None, *arrays)
     moments = optax.tree_utils.tree_get(states.opt_state, "mu")
@@ -391,7 +384,7 @@ def test_a_batch_without_rows_trains_nothing(model, lora, name):
         ref_logprobs=jnp.zeros((2 * algorithm.layout.rows_per_group, number, T))
     )
     numbers = NUMBERS.get(name, {})
-    scorer = TokenLogprobs(make_decoder(model), model.base, 64)
+    scorer = TokenLogprobs(make_decoder(model, targets=TARGETS), model.base, 64)
 
     def value(tree):
         lp = unpack_rows(block, algorithm.forward(scorer, tree, block, (lora,) * number))
