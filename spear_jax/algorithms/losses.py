@@ -132,11 +132,22 @@ def unlikelihood_weights(
 def anchor(theta: dict, reference: dict) -> jax.Array:
     """Returns L_anchor = Σ over tensors of mean((θ − sg θ_ref)²).
 
+    A tensor is one layer's matrix. A leaf [L', in, R] holds L' of them, and its part is the sum of
+    L' means.
+
+        >>> stack = {"a": jnp.ones((2, 3, 4))}
+        >>> float(anchor(stack, {"a": jnp.zeros((2, 3, 4))}))
+        2.0
+
     Source: SPEAR. Departure: the gradient flows to θ. The published code reads detached tensors, so
         its anchor has no gradient.
     """
-    pairs = zip(jax.tree.leaves(theta), jax.tree.leaves(reference), strict=True)
-    return sum(jnp.mean((t - jax.lax.stop_gradient(r)) ** 2) for t, r in pairs)
+
+    def mean_squares(leaf: jax.Array, start: jax.Array) -> jax.Array:
+        tensor = tuple(range(leaf.ndim)[-2:])
+        return jnp.mean((leaf - jax.lax.stop_gradient(start)) ** 2, axis=tensor).sum()
+
+    return sum(jax.tree.leaves(jax.tree.map(mean_squares, theta, reference)))
 
 
 def ratio(total: jax.Array, count: jax.Array) -> jax.Array:

@@ -102,6 +102,18 @@ def test_anchor_vector_holds_and_its_gradient_flows(x64, tolerance):
         np.testing.assert_allclose(grad[str(i)], want, atol=tolerance)
 
 
+def test_the_anchor_is_the_same_however_layers_are_stored():
+    """numpy's sum over the tensors of PEFT's file, one a layer, against leaves that stack layers."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 5, 2), "b": (3, 2, 7)}
+    theta, start = ({n: rng.normal(size=s) for n, s in shapes.items()} for _ in range(2))
+    want = sum(((theta[n][i] - start[n][i]) ** 2).mean() for n in shapes for i in range(3))
+    theta, start = (jax.tree.map(jnp.float32, tree) for tree in (theta, start))
+    np.testing.assert_allclose(losses.anchor(theta, start), want, rtol=1e-6)
+    layers = jax.tree.map(list, theta), jax.tree.map(list, start)
+    np.testing.assert_allclose(losses.anchor(*layers), want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["spear_ul_mask", "spear_ul_mask_full"])
 def test_lose_mask_removes_eos_before_the_tail_window_and_protected_ids_after(name):
     inputs = VECTORS[name]["inputs"]

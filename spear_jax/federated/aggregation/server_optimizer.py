@@ -77,10 +77,23 @@ def _second_moment(rule: str, beta2: float, v: jax.Array, square: jax.Array) -> 
 def from_optax(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns an optax optimiser as a server optimiser: it sees −g, the pseudo-gradient.
 
-    For example, `from_optax(optax.sgd(1.0))` is fedavg.
+    For example, `from_optax(optax.sgd(1.0))` is fedavg. The optimiser gets each layer's matrices as
+    leaves of their own: what it does for every tensor, such as LAMB's trust ratio, does not depend
+    on how layers are stored.
     """
 
-    def update(g: Adapter, state: Any, adapter: Adapter | None = None):
-        return optimizer.update(jax.tree.map(jnp.negative, g), state, adapter)
+    def init(adapter: Adapter) -> Any:
+        return optimizer.init(_unstacked(adapter))
 
-    return optax.GradientTransformation(optimizer.init, update)
+    def update(g: Adapter, state: Any, adapter: Adapter | None = None):
+        gradient = _unstacked(jax.tree.map(jnp.negative, g))
+        steps, state = optimizer.update(gradient, state, _unstacked(adapter))
+        stack = lambda like, step: jnp.stack(step) if like.ndim > 2 else step
+        return jax.tree.map(stack, g, steps), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _unstacked(tree: Any) -> Any:
+    """The tree with a list of L' matrices in place of each stack [L', in, out]."""
+    return jax.tree.map(lambda x: list(x) if x.ndim > 2 else x, tree)

@@ -151,6 +151,20 @@ def test_optax_sgd_on_the_pseudo_gradient_is_fedavg():
     np.testing.assert_allclose(states[0].lora["a"], states[1].lora["a"], rtol=1e-6)
 
 
+def test_an_optax_optimiser_sees_one_tensor_a_layer():
+    """LAMB divides by a norm of each tensor: as optax itself does it with a tensor a layer."""
+    rng = np.random.default_rng(0)
+    scales = np.array([1, 10, 100])[:, None, None]
+    old, new = np.float32(rng.normal(size=(2, 3, 4, 2)) * scales)
+    aggregation = Aggregation(optimizer=from_optax(optax.lamb(0.1)))
+    state, _ = step(aggregation, start(aggregation, old), [new], [1.0])
+    lamb, layers = optax.lamb(0.1), list(old)
+    moves, _ = lamb.update(
+        [a - b for a, b in zip(old, new, strict=True)], lamb.init(layers), layers
+    )
+    np.testing.assert_allclose(state.lora["a"], old + np.stack(moves), rtol=1e-5)
+
+
 def test_transforms_act_on_the_update_one_after_the_other():
     double = lambda update: jax.tree.map(lambda x: 2 * x, update)
     plus = lambda update: jax.tree.map(lambda x: x + 1, update)
