@@ -12,6 +12,18 @@ class UserError(Exception):
     """
 
 
+def shown(value: object, longest: int = 80) -> str:
+    """Returns a value's repr for a message, cut after `longest` characters.
+
+    >>> shown("a" * 1000, longest=8)
+    "'aaaaaaa... (1000 characters)"
+    """
+    if isinstance(value, str) and len(value) > longest:
+        return f"{value[:longest]!r}"[:longest] + f"... ({len(value)} characters)"
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns " Did you mean 'NAME'?" for the closest known name, "" where none is close."""
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
@@ -28,6 +40,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         spear_jax.core.errors.UserError: unknown task 'gsm8'. Did you mean 'gsm8k'? Known: facts, gsm8k.
     """
     known = sorted(known)
-    guess = nearest(name, known)
+    guess = nearest(name[:200], known)
     listed = f" Known: {', '.join(known)}." if len(known) <= 16 or not guess else ""
-    return UserError(f"unknown {kind} {name!r}.{guess}{listed}")
+    return UserError(f"unknown {kind} {shown(name)}.{guess}{listed}")

@@ -19,12 +19,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 
+_LARGEST = 2**63 - 1  # of whole numbers without a bound of their own
+_LARGEST_FLOAT = 3.4e38  # of float32
 _KINDS = {
     bool: "True or False",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number, in float32",
     str: "a text",
     tuple: "a list of texts",
 }
@@ -91,8 +93,14 @@ def parse(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         values: {field: value}; a group is a mapping of its own, a tuple may come as a list.
         prefix: the config group, for messages ("lora").
     Raises: UserError for a field that is unknown or missing, a value of the wrong type, and a value
-        out of range.
+        out of range, NaN and infinity among them.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"{prefix} is {shown(values)}; it must be a group of settings "
+            f"({', '.join(field.name for field in dataclasses.fields(kind))}). Leave it out, or set "
+            "its fields one by one."
+        )
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
@@ -121,27 +129,35 @@ def _checked(field: dataclasses.Field, value: Any, path: str) -> Any:
     value = _as_kind(kind, value, path)
     choices = field.metadata.get("choices")
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(value)[:200], choices, n=1, cutoff=0.4)
         guess = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(
-            f"{path} is {value!r}. {guess}It must be one of {', '.join(choices)}. Set "
+            f"{path} is {shown(value)}. {guess}It must be one of {', '.join(choices)}. Set "
             f"--config.{path}."
         )
     rule = _broken_rule(value, **field.metadata.get("bounds", {}))
     if rule:
-        raise UserError(f"{path} is {value}; it must be {rule}. Set --config.{path}.")
+        raise UserError(f"{path} is {shown(value)}; it must be {rule}. Set --config.{path}.")
     return value
 
 
 def _as_kind(kind: type, value: Any, path: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    """Returns the value as its kind: an int is a number, too, and a list of texts a tuple.
+
+    Raises: UserError for any other kind, for NaN and infinity, and for a text with a NUL.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and (whole or isinstance(value, float)) and abs(value) <= _LARGEST_FLOAT:
         return float(value)
+    if kind is int and whole:
+        return value
     if kind is tuple and isinstance(value, (list, tuple)):
         if all(isinstance(item, str) for item in value):
             return tuple(value)
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{path} is {value!r}; it must be {_KINDS[kind]}. Set --config.{path}.")
+    elif kind in (bool, str) and isinstance(value, kind):
+        if kind is bool or "\0" not in value:
+            return value
+    raise UserError(f"{path} is {shown(value)}; it must be {_KINDS[kind]}. Set --config.{path}.")
 
 
 def _broken_rule(
@@ -151,10 +167,9 @@ def _broken_rule(
     above: float | None = None,
     below: float | None = None,
 ) -> str:
-    """Returns how the range reads where the value lies outside of it, else "".
-
-    NaN lies outside of any range.
-    """
+    """Returns how the range reads where the value lies outside of it, else ""."""
+    if isinstance(value, int) and high is None and value > _LARGEST:
+        return f"at most {_LARGEST}"
     inside = (
         (low is None or value >= low)
         and (high is None or value <= high)

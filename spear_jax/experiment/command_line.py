@@ -16,7 +16,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from spear_jax.core.errors import UserError, nearest, unknown
+from spear_jax.core.errors import UserError, nearest, shown, unknown
 from spear_jax.experiment import presets
 from spear_jax.experiment.config import RENAMED, flatten, import_own
 
@@ -189,12 +189,15 @@ def apply_overrides(
             raise UserError(f"config field {name!r} is now {RENAMED[name]!r}; write that.")
         if name not in fields:
             raise unknown("config field", name, fields)
-    values, argv = flags.FlagValues(), ["spear_jax", *overrides]
-    config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
-    try:
-        values(argv)
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {error}") from error
+    # of a field that is given twice the last counts; ml_collections would join two lists
+    for arg in {arg.partition("=")[0]: arg for arg in overrides}.values():
+        values, argv = flags.FlagValues(), ["spear_jax", arg]
+        config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
+        try:
+            values(argv)
+        except (flags.Error, TypeError, ValueError, SyntaxError, RecursionError) as error:
+            why = shown(str(error), 200).strip("\"'")
+            raise UserError(f"{arg[:120]}: {why}") from error
     return config
 
 

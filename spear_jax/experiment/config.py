@@ -15,7 +15,7 @@ import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core import settings
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.settings import choice, group, number, one_of, positive
 from spear_jax.federated import partition
 from spear_jax.federated.aggregation.server_optimizer import RULES
@@ -44,7 +44,7 @@ class Budget:
 class Lora:
     """The adapters."""
 
-    rank: int = number(16, 1)
+    rank: int = number(16, 1, 8192)
     alpha: float = positive(32.0)
     dropout: float = number(0.1, 0, below=1)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
@@ -94,8 +94,8 @@ class Data:
 class Federation:
     """Clients, cohorts and the server."""
 
-    num_clients: int = number(10, 1)
-    clients_per_round: int = number(5, 1)
+    num_clients: int = number(10, 1, 1_000_000)
+    clients_per_round: int = number(5, 1, 1_000_000)
     sampling: str = one_of("uniform", "weighted")  # weighted: by number of examples
     partition: str = choice("dirichlet", partition.SCHEMES)  # resample: clients share examples
     dirichlet_alpha: float = positive(1.0)
@@ -187,7 +187,7 @@ class Settings:
         method: the settings of the method that `algorithm` names (its `Settings` dataclass).
     """
 
-    seed: int = number(0, 0)
+    seed: int = number(0, 0, 2**32 - 1)
     task: str = "facts"  # a key of spear_jax.tasks.TASKS
     model: str = "tiny"  # "tiny" (embedded), a Hugging Face folder, a Hub id, or a .gguf file
     dtype: str = one_of("float32", "bfloat16")  # of the base; adapters are float32
@@ -269,6 +269,11 @@ def parse(config: ml_collections.ConfigDict) -> Settings:
 def import_own(names: Sequence[str]) -> None:
     """Imports the modules of config.imports; raises UserError for one that is not there."""
     for name in names:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(
+                f"imports names {shown(name)}, which is no module's name; write "
+                "--config.imports=\"('my_module',)\"."
+            )
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:

@@ -3,9 +3,10 @@
 import abc
 import dataclasses
 import re
+import string
 from collections.abc import Callable, Mapping
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.types import Example
 
 # The revision prompt of every task; a task's own answer form enters through {format}.
@@ -256,19 +257,23 @@ def check_template(key: str, text: str) -> None:
         raise unknown("template", key, known)
     if key == "header" and text != text.rstrip():
         raise UserError(
-            f"template 'header' {text!r} ends in white space; end it with a mark such as 'Answer:'."
+            f"template 'header' {shown(text)} ends in white space; end it with a mark such as 'Answer:'."
         )
     if key not in _FIELDS:
         return
     fields, needed = _FIELDS[key]
+    names = ", ".join(f"{{{field}}}" for field in fields)
+    rule = f"it may use {names}, as they stand here; other braces are doubled."
     try:
-        text.format(**fields)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        names = ", ".join(f"{{{field}}}" for field in fields)
-        raise UserError(
-            f"template {key!r} cannot be filled in ({error!r}); it may use {names}, other braces "
-            f"are doubled."
-        ) from error
+        parts = list(string.Formatter().parse(text))
+    except ValueError as error:  # a brace without its other half
+        raise UserError(f"template {key!r} is {shown(text)} ({error}); {rule}") from error
+    for _, field, form, conversion in parts:
+        if field is not None and (field not in fields or form or conversion):
+            whole = (
+                f"{{{field}{'!' + conversion if conversion else ''}{':' + form if form else ''}}}"
+            )
+            raise UserError(f"template {key!r} has the field {shown(whole)}; {rule}")
     for field in needed:
         if f"{{{field}}}" not in text:
             raise UserError(

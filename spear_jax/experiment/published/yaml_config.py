@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import yaml
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.experiment.config import default_config, set_preset
 from spear_jax.experiment.published.keys import KEYS
 from spear_jax.experiment.published.values import METHODS, Refused
@@ -42,9 +42,12 @@ def read_yaml(path: str) -> dict[str, Any]:
         )
     try:
         text = file.read_text(encoding="utf-8")
+        _no_alias(text, path)
         _no_key_twice(yaml.compose(text, yaml.SafeLoader), path)
         nested = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} nests deeper than any such file; correct it.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"{path} is no YAML file ({' '.join(str(error).split())}); correct it."
         ) from error
@@ -71,7 +74,7 @@ def flatten(nested: Any, where: str) -> dict[str, Any]:
             flat[section] = inside
             continue
         if not isinstance(inside, dict | None):
-            raise UserError(f"{where}: {section} is {inside!r}; it must be a section of keys.")
+            raise UserError(f"{where}: {section} is {shown(inside)}; it must be a section of keys.")
         for key, value in (inside or {}).items():
             name = f"{section}.{key}"
             if name not in KEYS:
@@ -138,7 +141,20 @@ def _asking(where: str, name: str, value: Any, ask: Any) -> Any:
     try:
         return ask(value)
     except Refused as why:
-        raise UserError(f"{where}: {name} is {json.dumps(value, default=str)}; {why}.") from None
+        given = shown(json.dumps(value, default=str)).strip("'")
+        raise UserError(f"{where}: {name} is {given}; {why}.") from None
+
+
+def _no_alias(text: str, path: str) -> None:
+    """Raises UserError for an alias: a few lines of them can stand for more values than fit in
+    memory.
+    """
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(
+                f"{path} has the alias *{event.anchor} in line {event.start_mark.line + 1}; aliases "
+                "are not read. Write the value out."
+            )
 
 
 def _no_key_twice(node: yaml.Node | None, path: str) -> None:
