@@ -34,8 +34,8 @@ _OF_DISKS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV,
     errno.ENXIO, errno.ENOTCONN, errno.EREMOTEIO, errno.EACCES, errno.EPERM, errno.EMFILE,
 }  # fmt: skip
-# TensorStore writes "[OS error 28: ENOSPC No space left on device]", Rust "(os error 28)".
-_NUMBER = re.compile(r"\bos error (\d+)", re.IGNORECASE)
+# TensorStore writes "[os_error_code='28']" or "[OS error 28: ...]", Rust "(os error 28)".
+_NUMBER = re.compile(r"\bos[ _]error(?:_code)?[ =']*(\d+)", re.IGNORECASE)
 
 
 class DiskError(UserError):

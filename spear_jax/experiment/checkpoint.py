@@ -2,6 +2,7 @@
 line.
 """
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -48,6 +49,7 @@ class Checkpoints:
         # Orbax remarks on every save, and shows a traceback of what it raises anyway
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if not read_only:
+            _drop_late_answers()
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.read_only = folder.resolve(), read_only
@@ -159,6 +161,22 @@ class Checkpoints:
             say(f"warning: moved it to {target.name}; taking the one before it", sys.stderr)
         barrier(f"moved {target}")
         self.manager.reload()
+
+
+@functools.cache
+def _drop_late_answers() -> None:
+    """Keeps silent, from now on, of writes that TensorStore ends after Orbax has given up the save.
+
+    The first write that fails is what Orbax raises; for the others Python would show a traceback.
+    """
+    shown = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        late = isinstance(found.exc_value, RuntimeError) and found.object is None
+        if not (late and "Event loop is closed" in str(found.exc_value)):
+            shown(found)
+
+    sys.unraisablehook = hook
 
 
 def saved_rounds(workdir: pathlib.Path) -> list[int]:

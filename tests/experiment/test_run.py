@@ -150,13 +150,14 @@ class Impatient(sj.Callback):
 
 
 class Fills(sj.Callback):
-    """After a round the disk takes no file of more than 600 bytes."""
+    """After a round, once, the disk takes no file of more than 600 bytes."""
 
     def __init__(self, number):
         self.number, self.limits = number, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def on_round_end(self, run, round):
         if round.number == self.number:
+            self.number = None
             resource.setrlimit(resource.RLIMIT_FSIZE, (600, self.limits[1]))
 
     def empty(self):
