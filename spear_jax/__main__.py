@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     Args: argv: COMMAND and its arguments; None reads the command line.
     """
-    settle(again=argv is None)
+    settle(ours=argv is None)
     # a file of the folder can be started by a name of its own, too
     program = "spear-jax" if sys.argv[0] != __file__ else "python -m spear_jax"
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]

@@ -10,10 +10,11 @@ import io
 import os
 import signal
 import sys
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 # What they tell a shell is 128 and their number.
 _ENDS = ("SIGTERM", "SIGHUP")
+_ours = False  # whether this process does nothing but one command
 
 
 class Terminated(KeyboardInterrupt):
@@ -41,16 +42,18 @@ class _Outlet(io.FileIO):
             return memoryview(data).nbytes
 
 
-def settle(again: bool) -> None:
+def settle(ours: bool) -> None:
     """Makes a command's surroundings fit, before it does anything.
 
     Text is UTF-8 wherever a library leaves the choice to the locale. stdout and stderr never raise.
     A request to end is an exception, so that what is being written gets written.
 
-    Args: again: whether the process may start itself once more, from the command line that it was
-        given; file names in a locale of ASCII need that.
+    Args: ours: whether the process does nothing but this command. It may then start itself once
+        more from the command line that it was given, as file names in a locale of ASCII need.
     """
-    if again:
+    global _ours
+    if ours:
+        _ours = True
         _start_in_utf8()
     _open_missing()
     for name in ("stdout", "stderr"):
@@ -62,6 +65,20 @@ def settle(again: bool) -> None:
         with contextlib.suppress(ValueError):  # outside the main thread
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, _end)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits after an interruption.
+
+    What was computing in other threads does so still, and Python would take its memory away from
+    it; so a process that is ours ends at once.
+    """
+    if not _ours:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def lost(stream: Any) -> str:

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from spear_jax.core.errors import UserError, nearest, unknown
 from spear_jax.core.files import disk_error
-from spear_jax.core.surroundings import Terminated, lost, settle
+from spear_jax.core.surroundings import Terminated, leave, lost, settle
 from spear_jax.experiment import presets
 from spear_jax.experiment.config import RENAMED, flatten, import_own
 
@@ -43,14 +43,14 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
     logging.getLogger("absl").setLevel(
         logging.ERROR
     )  # Orbax remarks on every save; our own output is enough
-    settle(again=argv is None)
+    settle(ours=argv is None)
     try:
         result = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         _refuse(error)
     except KeyboardInterrupt as stop:
         print(str(stop) or STOPPED, file=sys.stderr)
-        sys.exit(stop.code if isinstance(stop, Terminated) else 130)
+        leave(stop.code if isinstance(stop, Terminated) else 130)
     except Exception as error:
         told = disk_error(error)
         if told is None:

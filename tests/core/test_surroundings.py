@@ -73,7 +73,7 @@ def test_a_request_to_end_is_an_exception_and_its_code_tells_which(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        surroundings.settle(again=False)
+        surroundings.settle(ours=False)
         with pytest.raises(KeyboardInterrupt) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
         assert isinstance(caught.value, Terminated) and caught.value.code == 143
