@@ -19,7 +19,7 @@ import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.core.files import DiskError, write_whole, writing
+from spear_jax.core.files import write_whole, writing
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.config import RENAMED, default_config, flatten
 
@@ -241,8 +241,8 @@ class FolderLock:
                 pass
 
     def check(self) -> None:
-        """Raises UserError where another object of this process has taken the lock since, DiskError
-        where the folder is no longer there.
+        """Raises UserError where another object of this process has taken the lock since, and where
+        the folder is no longer there.
         """
         if self._held is None:
             raise UserError(
@@ -254,9 +254,9 @@ class FolderLock:
         except OSError:
             same = False
         if not same:
-            raise DiskError(
-                f"{self.folder} has been removed, moved or replaced while its run went on. Put it "
-                "back, or give a new --workdir."
+            raise UserError(
+                f"{self.folder} (or its file {LOCK}) has been removed, moved or replaced while its "
+                "run went on. Put it back and give the same command again, or give a new --workdir."
             )
 
     def _wait(self, file: IO[str]) -> bool:

@@ -146,7 +146,7 @@ def test_a_folder_that_goes_away_ends_its_run(tmp_path, change):
     if change == "replaced":
         folder.mkdir()
         (folder / "lock").touch()
-    with pytest.raises(DiskError, match="removed, moved or replaced"):
+    with pytest.raises(UserError, match="removed, moved or replaced"):
         mine.check()
     mine.release()
 
