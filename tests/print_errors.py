@@ -135,7 +135,11 @@ def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
 
     def used_folder():
         (tmp / "used").mkdir()
-        held = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), 2); print(); input()"
+        held = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()"""
         command = [sys.executable, "-c", held, str(tmp / "used" / run_folder.LOCK)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             other.stdout.readline()

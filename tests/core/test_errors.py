@@ -16,6 +16,7 @@ def test_every_mistake_of_the_page_is_one_message(tmp_path, monkeypatch):
         raise AssertionError("a model was traced")
 
     monkeypatch.setattr("spear_jax.models.decoder._run", refuse)
+    monkeypatch.setattr("spear_jax.experiment.run_folder.GRACE", 0.0)
     seen = {}
     for name, make in cases(tmp_path):
         with pytest.raises(UserError) as caught:
