@@ -34,7 +34,7 @@ class _Outlet(io.FileIO):
 
     failed: OSError | None = None
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:

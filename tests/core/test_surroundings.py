@@ -2,6 +2,7 @@
 signals that ask for the end.
 """
 
+import io
 import os
 import pathlib
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from spear_jax.core import surroundings
 from spear_jax.core.surroundings import Terminated, say
+from spear_jax.experiment import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
@@ -79,6 +81,45 @@ def test_a_request_to_end_is_an_exception_and_its_code_tells_which(monkeypatch):
         assert isinstance(caught.value, Terminated) and caught.value.code == 143
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    "raised, code, words",
+    [
+        (Terminated(), 143, "stopped; what was finished is kept"),
+        (KeyboardInterrupt(), 130, "stopped; what was finished is kept"),
+        (KeyboardInterrupt("stopped; x has 3"), 130, "stopped; x has 3"),
+        (OSError(28, "No space left on device"), 2, "error: a file cannot be read or written (No"),
+        (PermissionError(13, "Permission denied", "runs/one"), 2, "error: runs/one cannot be read"),
+        (Exception("File too large (os error 27)"), 2, "error: a file cannot be read or written"),
+    ],
+)
+def test_what_ends_a_command_from_outside_is_one_line(capsys, raised, code, words):
+    def main(_):
+        raise raised
+
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(main, [])
+    told = capsys.readouterr().err
+    assert ended.value.code == code and told.startswith(words) and told.count("\n") == 1
+
+
+def test_a_bug_stays_a_traceback():
+    def main(_):
+        raise RuntimeError("a bug") from FileNotFoundError(2, "No such file", "inner")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        command_line.run(main, [])
+
+
+def test_a_result_that_stdout_does_not_take_is_told(monkeypatch, capsys):
+    with open("/dev/full", "wb") as full:
+        raw = surroundings._Outlet(full.fileno(), "w", closefd=False)
+        stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(lambda _: {"accuracy": 0.5}, [])
+    assert ended.value.code == 2 and "No space left on device" in capsys.readouterr().err
 
 
 def test_say_never_raises(tmp_path):
