@@ -5,7 +5,6 @@ import zlib
 from typing import Any
 
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.core.files import expanded
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 
@@ -88,7 +87,7 @@ def _numbered_rows(task: Task, split: str, path: str) -> list[tuple[int, dict]]:
     """Returns rows with their index in the source, checked for columns and emptiness."""
     if split not in task.splits:
         raise unknown("split", split, task.splits)
-    shared = bool(path) and expanded(path).is_file()
+    shared = bool(path) and pathlib.Path(path).expanduser().is_file()
     table = _read_files(_local_files(task, split, path)) if path else _read_hub(task, split)
     where = repr(path) if path else f"Hub dataset {task.hub[0]!r}"
     _check_columns(task, table.column_names, where)
@@ -125,7 +124,7 @@ def _check_columns(task: Task, there: list[str], where: str) -> None:
 
 def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
     """Returns the files that hold a split under a local path."""
-    root = expanded(path)
+    root = pathlib.Path(path).expanduser()
     if not root.exists():
         raise UserError(
             f"data path {path!r} does not exist. Give a folder with one file per split, a single "
