@@ -40,7 +40,8 @@ if [ -z "$dry" ]; then command -v gcloud >/dev/null || fail "gcloud is not insta
 
 at=(--worker=all "--zone=$zone" ${project:+"--project=$project"})
 if [ -n "$copy" ]; then
-  archive=$folder.tar.gz packed=${TMPDIR:-/tmp}/spear-jax-$$.tar.gz
+  [ -d "${TMPDIR:-}" ] || TMPDIR=/tmp
+  archive=$folder.tar.gz packed=$TMPDIR/spear-jax-$$.tar.gz
   trap 'rm -f "$packed"' EXIT
   run git archive --format=tar.gz "--output=$packed" HEAD
   run gcloud compute tpus tpu-vm scp "$packed" "$name:$archive" "${at[@]}"

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from spear_jax import __version__
 from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.surroundings import settle
 
 # Worker processes of a command import this file again. Nothing here imports JAX.
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     Args: argv: COMMAND and its arguments; None reads the command line.
     """
+    settle(ours=argv is None)
     # a file of the folder can be started by a name of its own, too
     program = "spear-jax" if sys.argv[0] != __file__ else "python -m spear_jax"
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]

@@ -185,7 +185,7 @@ def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
     table = comparison.grid_table(folder)
     shown = comparison.show_table(table)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(comparison.to_markdown(shown))
+    (folder / "table.md").write_text(comparison.to_markdown(shown), encoding="utf-8")
     comparison.plot_grid(folder, folder / "compare.png")
     short = comparison.short_of_budget(folder)
     if short:

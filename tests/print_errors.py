@@ -8,6 +8,7 @@ traced.
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from safetensors.numpy import load_file, save_file
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.checkpoint import Checkpoints
+from spear_jax.experiment.run import Run
+from spear_jax.experiment.run_logger import RunLogger
 from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora
@@ -130,9 +133,29 @@ def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
                 file.write_bytes(b"damaged")
         Checkpoints(tmp / "checkpoints", 3, 1).restore(built.initial_state())
 
+    def used_folder():
+        (tmp / "used").mkdir()
+        held = """import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(flush=True)
+sys.stdin.read()"""
+        command = [sys.executable, "-c", held, str(tmp / "used" / run_folder.LOCK)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            Run(command_line.read_config(["--config=quickstart"]), tmp / "used")
+
+    def full_disk():
+        logger = RunLogger(tmp, None)
+        (tmp / "metrics.jsonl").unlink()
+        (tmp / "metrics.jsonl").symlink_to("/dev/full")
+        logger.write({"round": 1, "time": 0.0})
+
     yield "adapter of another rank", foreign_adapter
     yield "workdir of another config", foreign_workdir
     yield "no whole checkpoint left", ruined_checkpoint
+    yield "folder in use", used_folder
+    yield "full disk", full_disk
 
 
 def cases(tmp: pathlib.Path) -> Iterator[Case]:

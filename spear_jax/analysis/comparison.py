@@ -5,7 +5,6 @@ The folder holds a run folder <label>/seed<k>/ for each run of the grid. Needs n
 
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
@@ -15,6 +14,7 @@ import pandas as pd
 from spear_jax.analysis import runs as run_files
 from spear_jax.analysis.runs import Folder, cell_result, find_cells, is_finished, read_request
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import write_whole, writing
 
 # column of `grid_table` -> (heading, format)
 COLUMNS = {
@@ -46,9 +46,9 @@ def write_request(folder: Folder, request: dict[str, Any], command: str = "compa
     The file is written whole or not at all.
     """
     file = pathlib.Path(folder) / f"{command}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(request, indent=1) + "\n")
-    os.replace(file.with_suffix(".tmp"), file)
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(request, indent=1) + "\n")
 
 
 def load_grid(folder: Folder) -> pd.DataFrame:

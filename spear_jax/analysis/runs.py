@@ -47,7 +47,7 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
         {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
     """
-    nested = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+    nested = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8"))
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no {file.name}; give the --workdir of a `{command}` command."
         )
-    return json.loads(file.read_text())
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def cell_result(cell: Folder) -> dict[str, float]:

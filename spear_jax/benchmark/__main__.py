@@ -84,10 +84,11 @@ def main(argv: list[str]) -> dict[str, Any]:
                 if args.against and phase in RATIOS:
                     result["ratios"][phase] = entry["ratio"]
                 keep(result, out)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         done = ", ".join(map(str, result["done"])) or "nothing"
         where = f"{out} has {done}" if out else "nothing is kept without --out"
-        raise KeyboardInterrupt(f"stopped; {where}") from None
+        stop.args = (f"stopped; {where}",)
+        raise
     if not args.quiet:
         print(report.table(result).to_string(index=False))
     return result

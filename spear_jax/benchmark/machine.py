@@ -104,7 +104,11 @@ def cores() -> int:
 def cpu_name() -> str:
     """Returns the processor's name."""
     info = pathlib.Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    named = (
+        re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8"))
+        if info.exists()
+        else None
+    )
     return named[1] if named else platform.processor() or platform.machine()
 
 
@@ -137,7 +141,7 @@ def reset_peak() -> int:
     if not CLEAR.exists():
         return peak_bytes()
     release_free_memory()  # what the allocator kept would count as used
-    CLEAR.write_text("5")
+    CLEAR.write_text("5", encoding="utf-8")
     return _status("VmRSS")
 
 
@@ -153,4 +157,4 @@ def peak_bytes() -> int:
 
 
 def _status(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
+    return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"))[1]) * 1024

@@ -153,7 +153,7 @@ def write(result: dict[str, Any], out: pathlib.Path) -> None:
 
 def _replace(file: pathlib.Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
 
 

@@ -133,7 +133,7 @@ def _llama(**changes: Any) -> dict[str, Any]:
 
 def _tiny() -> Preset:
     return Preset(
-        name="tiny", shape=json.loads((TINY / "config.json").read_text()), model=str(TINY), dtype="float32",
+        name="tiny", shape=json.loads((TINY / "config.json").read_text(encoding="utf-8")), model=str(TINY), dtype="float32",
         clients=2, prompts=4, right=1, fixed=2, lengths=(24, 16, 40), head=4, new_tokens=4, revisions=2, longer=24,
         questions=4, wins=2, loses=2, steps=2, rank=4, settle=0.0,
     )  # fmt: skip

@@ -1,1 +1,3 @@
-"""Ground that every part stands on: errors, settings, shared types, the device mesh, random keys."""
+"""Ground that every part stands on: errors, settings, shared types, files, the process's
+surroundings, the device mesh, random keys.
+"""

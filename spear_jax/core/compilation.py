@@ -10,10 +10,12 @@ import os
 import pathlib
 import platform
 import re
+import sys
 
 import jax
 
 from spear_jax.core.malloc import release_free_memory
+from spear_jax.core.surroundings import say
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 LONG = 0.2  # seconds of compiling that leave enough behind, and are worth keeping
@@ -26,9 +28,29 @@ def enable_compilation_cache() -> None:
 
     They lie in `compilation_cache_folder`.
     """
-    if FOLDER not in os.environ:  # where it is, JAX has read it
-        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_folder()))
+    folder = compilation_cache_folder()
+    if folder is not None and not _takes_files(folder):
+        say(
+            f"note: compiled programs are not kept, for {folder} cannot be written; name another "
+            f"folder in {FOLDER}",
+            sys.stderr,
+        )
+        folder = None
+    if folder is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif FOLDER not in os.environ:  # where it is, JAX has read it
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LONG)
+
+
+def _takes_files(folder: pathlib.Path) -> bool:
+    if "://" in os.environ.get(FOLDER, ""):  # a bucket, which JAX reaches by itself
+        return True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def compilation_cache_folder() -> pathlib.Path | None:
@@ -36,17 +58,23 @@ def compilation_cache_folder() -> pathlib.Path | None:
 
     JAX_COMPILATION_CACHE_DIR names it; set to nothing, it turns the cache off. Without the variable
     it is a folder in the user's cache, one for each kind of processor. Several machines may share a
-    home, and JAX does not tell their programs apart.
+    home, and JAX does not tell their programs apart. A user without a home has none.
     """
     if FOLDER in os.environ:
         return pathlib.Path(os.environ[FOLDER]) if os.environ[FOLDER] else None
     flags = (
-        re.search(r"^(flags|Features)\s*:.*$", CPU.read_text(), re.MULTILINE)
+        re.search(
+            r"^(flags|Features)\s*:.*$",
+            CPU.read_text(encoding="utf-8", errors="replace"),
+            re.MULTILINE,
+        )
         if CPU.exists()
         else None
     )
     kind = hashlib.sha256((flags[0] if flags else platform.processor()).encode()).hexdigest()[:12]
-    caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        return None
     return pathlib.Path(caches, "spear_jax", "programs", f"{platform.machine()}-{kind}")
 
 

@@ -10,17 +10,21 @@ from typing import Any
 
 
 def read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a metrics.jsonl.
+    """Reads the whole lines of a metrics.jsonl, by round.
 
-    A last line that is still being written, or was cut short, is left out.
+    A last line that is still being written, or was cut short, is left out. Of a round that stands
+    there twice, as two processes at once have left it in older run folders, the last line counts.
     """
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
+    if not file.exists():
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+            lines[line["round"]] = line
+        except (ValueError, TypeError, KeyError):  # no JSON, or no round's
             break
-    return lines
+    return [lines[number] for number in sorted(lines)]
 
 
 def wilson(p: float, n: float, z: float = 1.959963984540054) -> tuple[float, float]:

@@ -151,12 +151,13 @@ def _as_kind(kind: type, value: Any, path: str) -> Any:
         return float(value)
     if kind is int and whole:
         return value
-    if kind is tuple and isinstance(value, (list, tuple)):
-        if all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif kind in (bool, str) and isinstance(value, kind):
-        if kind is bool or "\0" not in value:
-            return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str) and "\0" not in value:
+        return value
+    listed = kind is tuple and isinstance(value, (list, tuple))
+    if listed and all(isinstance(item, str) for item in value):
+        return tuple(value)
     raise UserError(f"{path} is {shown(value)}; it must be {_KINDS[kind]}. Set --config.{path}.")
 
 

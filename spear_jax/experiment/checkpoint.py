@@ -2,6 +2,7 @@
 line.
 """
 
+import functools
 import logging
 import pathlib
 import shutil
@@ -15,7 +16,9 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from spear_jax.core import pytrees
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import writing
 from spear_jax.core.mesh import barrier, is_main_process
+from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment
 from spear_jax.federated.state import ServerState
 
@@ -36,14 +39,19 @@ class Checkpoints:
     Saving is asynchronous; `wait` blocks until everything is on disk. The newest `keep_last` rounds
     and the `keep_best` rounds of highest eval/accuracy stay, everything else is deleted.
     `read_only` leaves the folder as it is, so that a running experiment can be read.
+
+    Raises: DiskError where a file cannot be written: from `save` or `wait` that come after it, too.
     """
 
     def __init__(
         self, folder: pathlib.Path, keep_last: int, keep_best: int, read_only: bool = False
     ):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax remarks on every save
+        # Orbax remarks on every save, and shows a traceback of what it raises anyway
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
+            _drop_late_answers()
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.read_only = folder.resolve(), read_only
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["accuracy"],
@@ -57,7 +65,8 @@ class Checkpoints:
             read_only=read_only,
             best_fn=lambda metrics: metrics["accuracy"],
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with writing(self.folder):
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, state: ServerState, line: dict[str, Any], shapes: dict[str, Any]) -> None:
         """Starts saving a round.
@@ -69,25 +78,21 @@ class Checkpoints:
         tree = _as_tree(state)
         step = int(tree["round"])
         accuracy = line.get("eval/accuracy")
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree),
-                meta=ocp.args.JsonSave(
-                    {"digest": pytrees.digest(tree), "line": line, "shapes": shapes}
-                ),
-            ),
-            metrics=None if accuracy is None else {"accuracy": accuracy},
-            force=True,
-        )
+        meta = {"digest": pytrees.digest(tree), "line": line, "shapes": shapes}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        with writing(self.folder):
+            self.manager.save(step, args=args, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Blocks until all saves are on disk."""
-        self.manager.wait_until_finished()
+        with writing(self.folder):
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
-        self.manager.close()
+        with writing(self.folder):
+            self.manager.close()
 
     def rounds(self) -> list[int]:
         """Saved rounds, oldest first."""
@@ -117,9 +122,7 @@ class Checkpoints:
             state, meta, problem = self._read(step, like)
             if problem is None:
                 return state, meta
-            print(
-                f"warning: the checkpoint of round {step} is corrupt ({problem})", file=sys.stderr
-            )
+            say(f"warning: the checkpoint of round {step} is corrupt ({problem})", sys.stderr)
             if round is None and not self.read_only:
                 self._set_aside(step)
         if candidates:
@@ -152,11 +155,28 @@ class Checkpoints:
         target = self.folder / f"{step}.corrupt"
         barrier(f"read {target}")
         if is_main_process():
-            shutil.rmtree(target, ignore_errors=True)
-            (self.folder / str(step)).rename(target)
-            print(f"warning: moved it to {target.name}; taking the one before it", file=sys.stderr)
+            with writing(target):
+                shutil.rmtree(target, ignore_errors=True)
+                (self.folder / str(step)).rename(target)
+            say(f"warning: moved it to {target.name}; taking the one before it", sys.stderr)
         barrier(f"moved {target}")
         self.manager.reload()
+
+
+@functools.cache
+def _drop_late_answers() -> None:
+    """Keeps silent, from now on, of writes that TensorStore ends after Orbax has given up the save.
+
+    The first write that fails is what Orbax raises; for the others Python would show a traceback.
+    """
+    shown = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        late = isinstance(found.exc_value, RuntimeError) and found.object is None
+        if not (late and "Event loop is closed" in str(found.exc_value)):
+            shown(found)
+
+    sys.unraisablehook = hook
 
 
 def saved_rounds(workdir: pathlib.Path) -> list[int]:

@@ -17,6 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from spear_jax.core.errors import UserError, nearest, shown, unknown
+from spear_jax.core.files import disk_error
+from spear_jax.core.surroundings import Terminated, leave, lost, settle
 from spear_jax.experiment import presets
 from spear_jax.experiment.config import RENAMED, flatten, import_own
 
@@ -29,9 +31,10 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
     """Calls `main(argv)`, prints what it returns as the last stdout line (one JSON object), and
     exits.
 
-    Exit codes: 0; 2 for a UserError, whose message goes to stderr alone; 130 for Ctrl-C; 1, with
-    the traceback, for anything else, and for a result whose "failed" names parts that failed while
-    others went on.
+    Exit codes: 0; 2 for a UserError, whose message goes to stderr alone, and for a disk that takes
+    no more; 130 for Ctrl-C, 143 for SIGTERM; 1, with the traceback, for anything else, and for a
+    result whose "failed" names parts that failed while others went on. A line that nobody can take
+    ends nothing (`surroundings.settle`).
 
     Args:
         main: takes the arguments after the program's name.
@@ -40,17 +43,29 @@ def run(main: Callable[[list[str]], dict[str, Any]], argv: list[str] | None = No
     logging.getLogger("absl").setLevel(
         logging.ERROR
     )  # Orbax remarks on every save; our own output is enough
+    settle(ours=argv is None)
     try:
         result = main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     except KeyboardInterrupt as stop:
         print(str(stop) or STOPPED, file=sys.stderr)
-        sys.exit(130)
+        leave(stop.code if isinstance(stop, Terminated) else 130)
+    except Exception as error:
+        told = disk_error(error)
+        if told is None:
+            raise
+        _refuse(told)
     print(json.dumps(result), flush=True)
+    if why := lost(sys.stdout):
+        _refuse(UserError(f"stdout did not take the result ({why}); free space, and try again."))
     sys.exit(1 if "failed" in result and result["failed"] else 0)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:

@@ -9,8 +9,9 @@ import ml_collections
 import numpy as np
 
 from spear_jax.algorithms.base import WorkEstimate
+from spear_jax.core.files import writing
 from spear_jax.core.types import Example, Tally
-from spear_jax.experiment import builder
+from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.config import default_config, flatten
 from spear_jax.federated import partition
@@ -30,10 +31,15 @@ def dry_run(built: Experiment, config: ml_collections.ConfigDict, workdir: str) 
     Returns: the numbers: parameters, bytes a round, memory needed and free in bytes, tokens and
         FLOPs a round where they can be known before (None where the method's work depends on the
         run), lengths in tokens, and the fields that differ from defaults.
+    Raises: UserError for the folder of a run of another config, DiskError where the split cannot be
+        written.
     """
     folder = pathlib.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_split(built, folder)
+    if (folder / "config.json").exists():  # the split there is that run's
+        run_folder.open_workdir(workdir, config, "must")
+    run_folder.make_folder(folder)
+    with writing(folder / "split.json"):
+        write_split(built, folder)
     changed = differences(config)
     print("--- config: what differs from the defaults ---")
     for name, (value, default) in changed.items():

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import writing
 from spear_jax.experiment.builder import Experiment
 from spear_jax.federated.local_only import of_client
 from spear_jax.federated.state import ServerState
@@ -22,14 +23,16 @@ def export_adapter(
     client: int | None = None,
 ) -> pathlib.Path:
     """Writes adapter_config.json and adapter_model.safetensors. Args: client: whose adapter, of a
-    local-only run. Raises: UserError where the folder is not empty.
+    local-only run. Raises: UserError where the folder is not empty, DiskError where it cannot be
+    written.
     """
     out = check_empty(folder)
     adapter, model = chosen_adapter(experiment, state, client), experiment.model
     # PEFT loads the base from this name; the embedded model has a folder only
     named = experiment.settings.model
     base = str(model.source) if named == "tiny" else named
-    save_adapter(out, adapter, experiment.federation.decoder.lora, model.config, base)
+    with writing(out):
+        save_adapter(out, adapter, experiment.federation.decoder.lora, model.config, base)
     return out
 
 
@@ -52,7 +55,8 @@ def export_model(
     adapter, model = chosen_adapter(experiment, state, client), experiment.model
     merged = merge_lora(model.base, adapter, experiment.federation.decoder.lora)
     tree = jax.tree.map(np.asarray, merged)
-    save_model(out, tree, model.raw_config, model.tokenizer, model.generation_config)
+    with writing(out):
+        save_model(out, tree, model.raw_config, model.tokenizer, model.generation_config)
     return out
 
 

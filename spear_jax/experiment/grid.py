@@ -149,7 +149,7 @@ def train_cells(
             yield seed, str(error)
         except Exception as error:  # whatever it is, the other cells go on
             cell.mkdir(parents=True, exist_ok=True)
-            (cell / "error.txt").write_text(traceback.format_exc())
+            (cell / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
             line = (str(error).splitlines() or [""])[0]
             yield seed, f"{type(error).__name__}: {line} ({cell / 'error.txt'})"
 

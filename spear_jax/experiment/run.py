@@ -7,9 +7,11 @@
 
 The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorboard/, split.json
 and, at the end, summary.json and figures. Everything that a finished round gave is on disk before
-the next one begins, so a kill loses at most the round it falls into.
+the next one begins, so a kill loses at most the round it falls into. One process at a time writes
+there.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -26,11 +28,13 @@ import optax
 
 from spear_jax.core.compilation import Compiles, release_after_compiling
 from spear_jax.core.errors import UserError
-from spear_jax.core.mesh import barrier, is_main_process
+from spear_jax.core.files import DiskError, write_whole, writing
+from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
+from spear_jax.core.surroundings import say
 from spear_jax.core.types import TraceRecord
 from spear_jax.experiment import run_folder
 from spear_jax.experiment.builder import Experiment, OwnParts, build
-from spear_jax.experiment.checkpoint import Checkpoints, restore
+from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
 from spear_jax.experiment.dry_run import write_split
 from spear_jax.experiment.evaluator import Accuracy
 from spear_jax.experiment.export import export_adapter, export_model
@@ -91,7 +95,8 @@ class Run:
     """An experiment in a run folder.
 
     Iterating trains: each step is one round. A run whose folder holds rounds already goes on behind
-    them; a run that has ended gives no more rounds.
+    them; a run that has ended gives no more rounds. From the first round to the last the folder is
+    this run's: another process is refused, and so is this run while another process trains there.
 
     Args:
         config: as from `preset` or `load_config`.
@@ -104,7 +109,9 @@ class Run:
         task, feedback: objects in place of what the config names.
         reducer, server_optimizer, transforms: the aggregation, likewise. `server_optimizer` is an
             optax transformation that sees the pseudo-gradient.
-    Raises: UserError for every mistake that can be known before compiling.
+    Raises: UserError for every mistake that can be known before compiling, and for a folder that
+        another process writes to. Iterating raises it where the disk takes no more; the message
+        says which rounds are kept, and iterating again goes on from there.
     """
 
     def __init__(
@@ -122,19 +129,28 @@ class Run:
         transforms: Sequence[ClientTransform] = (),
     ):
         check_wandb(config)
+        run_folder.check_names(str(workdir), resume)
+        self.workdir = pathlib.Path(workdir)
+        self._lock = run_folder.FolderLock(self.workdir, self.save, self.close)
+        self._checkpoints: Checkpoints | None = None
+        self._logger: RunLogger | NullLogger = NullLogger()
+        main = is_main_process()
+        if main:
+            self._lock.check_free()
         self.config = _named(config, task, feedback, reducer)
         self.callbacks, self.quiet = list(callbacks), quiet
-        self.bars = ProgressBars(quiet or not is_main_process())
+        self.bars = ProgressBars(quiet or not main)
         aggregation = _own_aggregation(self.config, reducer, server_optimizer, transforms)
         own = OwnParts(task, feedback, reducer, aggregation)
         self.experiment: Experiment = build(self.config, devices, self.bars.stage_rows, own)
-        self.workdir = self._open_folder(str(workdir), resume)
-        self._checkpoints: Checkpoints | None = None
-        self.state: ServerState = self.experiment.initial_state()
-        self.line: dict[str, Any] = {}  # the newest line of metrics.jsonl; {} before the first
-        self._logger: RunLogger | NullLogger = NullLogger()
+        self.state: ServerState
+        self.line: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
         self._stopped = False
-        self._restore()
+        if main and resume != "must":
+            run_folder.make_folder(self.workdir)
+        with self._lock.while_opening() if main else contextlib.nullcontext():
+            self._open_folder(resume)
+            self._restore()
 
     @property
     def settings(self):
@@ -155,27 +171,19 @@ class Run:
         return int(self.state.round)
 
     def __iter__(self) -> Iterator[Round]:
-        ended_before = self._over()
-        if not ended_before:
-            release_after_compiling()
-            self._begin()
-            blocked, compiles = 0.0, Compiles()
-            while not self._over():
-                round = self._round(blocked, compiles)
-                blocked = self._save()
-                self.bars.round_done(round.metrics)
-                for callback in self.callbacks:
-                    callback.on_round_end(self, round)
-                try:
-                    yield round
-                except GeneratorExit:  # the loop was left early; a later one goes on from here
-                    self.close()
-                    raise
-        self.close()
-        if is_main_process():
-            summary = finish(self.workdir, self.quiet)
-            for callback in () if ended_before else self.callbacks:
-                callback.on_train_end(self, summary)
+        try:
+            self._take_folder()
+            ended_before = self._over()
+            if not ended_before:
+                yield from self._rounds()
+            self.close()
+            if is_main_process():
+                summary = finish(self.workdir, self.quiet)
+                for callback in () if ended_before else self.callbacks:
+                    callback.on_train_end(self, summary)
+        except BaseException as error:  # the loop was left early; a later one goes on from here
+            self._leave(error)
+            raise
 
     def train(self) -> dict[str, Any]:
         """Runs all rounds that are left. Returns the summary, as in summary.json."""
@@ -197,7 +205,8 @@ class Run:
 
     def save(self) -> None:
         """Waits until the newest checkpoint is on disk."""
-        self.checkpoints.wait()
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
 
     def export(
         self,
@@ -222,13 +231,17 @@ class Run:
         return {"workdir": str(self.workdir), **runs.summarise(self.workdir)}
 
     def close(self) -> None:
-        """Waits for checkpoints and closes the logs; the run can still be iterated."""
-        self.bars.close()
-        self._logger.close()
-        self._logger = NullLogger()
-        if self._checkpoints is not None:
-            self._checkpoints.close()
-            self._checkpoints = None
+        """Waits for checkpoints, closes the logs and leaves the folder to others; the run can still
+        be iterated.
+        """
+        logger, self._logger = self._logger, NullLogger()
+        checkpoints, self._checkpoints = self._checkpoints, None
+        with contextlib.ExitStack() as last_first:  # each of them, whatever the others raise
+            last_first.callback(self._lock.release)
+            if checkpoints is not None:
+                last_first.callback(checkpoints.close)
+            last_first.callback(logger.close)
+            last_first.callback(self.bars.close)
 
     def __enter__(self) -> "Run":
         return self
@@ -238,18 +251,65 @@ class Run:
 
     # Inside
 
-    def _open_folder(self, workdir: str, resume: str) -> pathlib.Path:
+    def _open_folder(self, resume: str) -> None:
         """The run folder: the first process makes or checks it and draws the split, the others come
         after.
         """
         if is_main_process():
-            folder, _ = run_folder.open_workdir(workdir, self.config, resume)
-            write_split(self.experiment, folder)
+            run_folder.open_workdir(str(self.workdir), self.config, resume)
+            with writing(self.workdir / "split.json"):
+                write_split(self.experiment, self.workdir)
         barrier("run folder")
-        return run_folder.open_workdir(workdir, self.config, "auto")[0]
+        run_folder.open_workdir(str(self.workdir), self.config, "auto")
+
+    def _take_folder(self) -> None:
+        """Takes the folder for this run, and takes up what is newest there.
+
+        That is another round than this run's where another run has gone on since, or where a round
+        was broken off.
+        """
+        behind = False
+        if is_main_process():
+            run_folder.make_folder(self.workdir)
+            self._lock.take()
+            run_folder.open_workdir(str(self.workdir), self.config, "auto")
+            behind = (saved_rounds(self.workdir) or [0])[-1] != self.finished_rounds
+        if broadcast_from_main(behind):
+            if self._checkpoints is not None:
+                self._checkpoints.close()
+                self._checkpoints = None
+            self._restore()
+
+    def _rounds(self) -> Iterator[Round]:
+        """Trains the rounds that are left."""
+        release_after_compiling()
+        self._begin()
+        blocked, compiles = 0.0, Compiles()
+        while not self._over():
+            self._check_folder()
+            round = self._round(blocked, compiles)
+            blocked = self._save()
+            self.bars.round_done(round.metrics)
+            for callback in self.callbacks:
+                callback.on_round_end(self, round)
+            yield round
+
+    def _leave(self, error: BaseException) -> None:
+        """Closes the run that an error has ended; where that is a disk's, says what is kept."""
+        # for a checkpoint of several processes all of them would have to wait
+        alone = jax.process_count() == 1 or isinstance(error, GeneratorExit)
+        try:
+            (self.close if alone else self._lock.release)()
+        except DiskError as failed:
+            error = error if isinstance(error, DiskError) else failed
+        if isinstance(error, DiskError):
+            saved = saved_rounds(self.workdir)
+            kept = f"Rounds up to {saved[-1]} are kept" if saved else "No round is kept so far"
+            raise UserError(f"{error} {kept}; the same command then goes on from there.") from error
 
     def _restore(self) -> None:
-        """Takes up the newest whole checkpoint."""
+        """Takes up the newest whole checkpoint, or begins."""
+        self.state, self.line = self.experiment.initial_state(), {}
         saved = self.checkpoints.restore(self.state)
         if saved is not None:
             self.state, meta = saved
@@ -269,13 +329,19 @@ class Run:
             self._logger = self._open_logger()
         self.bars.begin(self.settings.rounds, self.finished_rounds)
         if not fresh and is_main_process() and not self.quiet:
-            print(f"going on after round {self.finished_rounds}", file=sys.stderr)
+            say(f"going on after round {self.finished_rounds}", sys.stderr)
         for callback in self.callbacks:
             callback.on_train_begin(self)
         if fresh:
             self.line = {"round": 0, "time": time.time()} | self._evaluated(0)
+            self._check_folder()
             self._logger.write(self.line)
             self._save()
+
+    def _check_folder(self) -> None:
+        """Raises UserError where the folder is no longer this run's, or no longer there."""
+        if is_main_process():
+            self._lock.check()
 
     def _open_logger(self) -> RunLogger | NullLogger:
         if not is_main_process():
@@ -306,6 +372,7 @@ class Run:
         metrics["time/round"] = time.perf_counter() - began
         metrics["memory/peak_bytes"] = float(peak_bytes())
         self.line = {"round": number, "time": time.time()} | metrics | compiles.take()
+        self._check_folder()
         if self.settings.record_traces:
             self._logger.traces(number, traces, experiment.federation.worker.renderer.pieces)
         self._logger.write(self.line)
@@ -328,7 +395,7 @@ class Run:
     def _state_of(self, round: int | None) -> ServerState:
         if round is None or round == self.finished_rounds:
             return self.state
-        self.checkpoints.wait()
+        self.save()
         return restore(self.experiment, self.workdir, round)[0]
 
     def _accuracy(self, adapter: Any) -> Accuracy:
@@ -376,15 +443,18 @@ def is_due(settings: Any, number: int) -> bool:
 
 
 def finish(workdir: pathlib.Path, quiet: bool) -> dict[str, Any]:
-    """Writes summary.json and accuracy.png and, unless quiet, prints a table."""
+    """Writes accuracy.png and summary.json and, unless quiet, prints a table; raises DiskError where
+    one of them cannot be written.
+    """
     from spear_jax.analysis import runs  # here, not above: training does without pandas' memory
 
     summary = runs.summarise(workdir)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    runs.plot_accuracy([workdir], workdir / "accuracy.png")
+    figure, file = workdir / "accuracy.png", workdir / "summary.json"
+    with writing(figure):
+        runs.plot_accuracy([workdir], figure)
+    write_whole(file, json.dumps(summary, indent=1) + "\n")  # last: it says that the run has ended
     if not quiet:
-        print(runs.round_table(workdir))
-        print(f"figure: {workdir / 'accuracy.png'}   summary: {workdir / 'summary.json'}")
+        say(f"{runs.round_table(workdir)}\nfigure: {figure}   summary: {file}")
     return {"workdir": str(workdir), **summary}
 
 

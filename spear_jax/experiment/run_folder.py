@@ -1,14 +1,26 @@
-"""The run folder's config: made once, compared on every return."""
+"""The run folder: its config, made once and compared on every return, and the lock of the process
+that writes to it.
+"""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
-from typing import Any
+import platform
+import reprlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any, ClassVar
 
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.files import write_whole, writing
+from spear_jax.core.surroundings import say
 from spear_jax.experiment.config import RENAMED, default_config, flatten
 
 
@@ -21,10 +33,9 @@ def open_workdir(
         folder, "must" on an old.
     Returns: the folder; whether it holds an earlier run of this config.
     Raises: UserError for a folder of another config (naming the keys that differ), or against the
-        resume mode.
+        resume mode, and where the folder cannot be made.
     """
-    if resume not in ("auto", "never", "must"):
-        raise unknown("resume mode", resume, ("auto", "never", "must"))
+    check_names(workdir, resume)
     folder = pathlib.Path(workdir)
     file = folder / "config.json"
     if file.exists():
@@ -41,7 +52,8 @@ def open_workdir(
         )
         if differing:
             changes = ", ".join(
-                f"{name} ({old.get(name)} there, {flat.get(name)} now)" for name in differing
+                f"{name} ({_short(old.get(name))} there, {_short(flat.get(name))} now)"
+                for name in differing
             )
             raise UserError(
                 f"{workdir} holds a run of another config; differing: {changes}. Give a new "
@@ -52,11 +64,28 @@ def open_workdir(
         raise UserError(
             f"--resume=must, but {workdir} holds no run; check --workdir, or use --resume=auto."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
-    os.replace(temporary, file)
+    make_folder(folder)
+    write_whole(file, json.dumps(config.to_dict(), indent=1) + "\n")
     return folder, False
+
+
+def check_names(workdir: str, resume: str) -> None:
+    """Raises UserError for a folder without a name, and for an unknown resume mode."""
+    if resume not in ("auto", "never", "must"):
+        raise unknown("resume mode", resume, ("auto", "never", "must"))
+    if not workdir.strip():
+        raise UserError("--workdir is empty; give a folder, for example --workdir=runs/first.")
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes a run folder where there is none; raises DiskError where it cannot be."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
 
 
 RETIRED = (
@@ -67,7 +96,7 @@ RETIRED = (
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The resolved config of a run folder, fields that are younger than the run at their defaults.
 
-    Raises: UserError where there is none.
+    Raises: UserError where there is none, and where it is no config.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -76,18 +105,26 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"command."
         )
     try:
-        saved = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); get the right to.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not valid JSON ({error}); remove the folder and train again."
         ) from error
-    for group, name in RETIRED:
-        saved.get(group, {}).pop(name, None)
-    for old, new in RENAMED.items():
-        _move(saved, old.split("."), new.split("."))
     config = default_config()
-    with config.unlocked():  # a field that is no longer there stays to be seen, and differs
-        config.update(saved)
+    try:
+        for group, name in RETIRED:
+            saved.get(group, {}).pop(name, None)
+        for old, new in RENAMED.items():
+            _move(saved, old.split("."), new.split("."))
+        with config.unlocked():  # a field that is no longer there stays to be seen, and differs
+            config.update(saved)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} is no config of a run ({reprlib.repr(saved)}: {error}); remove the folder and "
+            f"train again."
+        ) from error
     return config
 
 
@@ -98,3 +135,160 @@ def _move(saved: dict[str, Any], old: list[str], new: list[str]) -> None:
         saved = saved.get(group, {})
     if name in saved:
         saved[new[-1]] = saved.pop(name)
+
+
+# Two hands on one folder
+
+LOCK = "lock"
+GRACE = 3.0  # seconds that a process may take to die before its folder is refused
+_IN_USE = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+class FolderLock:
+    """The right to write to a run folder, which one process has at a time.
+
+    It is a POSIX lock on the file `lock`. The system frees it when its process ends, however that
+    comes about, and NFS knows it. On a file system without locks a note says so, and nobody is
+    refused. Who only reads needs none.
+
+    In one process the newest taker has it: a notebook's cell, run again, goes on where the run
+    that it left was.
+
+    Args:
+        folder: the run folder.
+        finish: called before another object of this process reads the folder: waits until what
+            was begun is written.
+        leave: called before another object of this process takes the lock; releases this one.
+    """
+
+    _of_this_process: ClassVar[dict[str, "FolderLock"]] = {}
+
+    def __init__(self, folder: pathlib.Path, finish: Callable[[], None], leave: Callable[[], None]):
+        self.folder, self.file, self.finish, self.leave = folder, folder / LOCK, finish, leave
+        self._held: IO[str] | None = None
+        self._name = ""
+
+    def take(self) -> None:
+        """Takes the lock.
+
+        Raises: UserError where another process has it, naming that; DiskError where the file cannot
+            be written.
+        """
+        name = os.path.realpath(self.folder)
+        owner = self._of_this_process.get(name)
+        if owner is self:
+            return
+        if owner is not None:
+            owner.leave()
+        with writing(self.file):
+            file = self.file.open("a+", encoding="utf-8", errors="replace")
+            try:
+                if not self._wait(file):
+                    raise UserError(
+                        f"{self.folder} is in use by {_holder(file)}, and two processes would "
+                        "write the same rounds. Wait until that one ends, stop it, or give "
+                        "another --workdir; `evaluate`, `export` and `report` read the folder "
+                        "meanwhile."
+                    )
+                file.truncate(0)
+                me = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
+                file.write(json.dumps(me) + "\n")
+                file.flush()
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.close()
+                raise
+        self._held, self._name = file, name
+        self._of_this_process[name] = self
+
+    def release(self) -> None:
+        """Gives the lock back, if this object has it."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        if self._of_this_process.get(self._name) is self:
+            del self._of_this_process[self._name]
+        with contextlib.suppress(OSError):
+            held.close()
+
+    @contextlib.contextmanager
+    def while_opening(self) -> Iterator[None]:
+        """Keeps other processes out while the folder is made or checked.
+
+        An object of this process that is writing stays what it is, and has finished what it began.
+
+        Raises: as `take`.
+        """
+        owner = self._of_this_process.get(os.path.realpath(self.folder))
+        if owner is not None:
+            owner.finish()
+        if owner is not None or not self.folder.is_dir():
+            yield
+            return
+        self.take()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def check_free(self) -> None:
+        """Raises UserError where another process has the lock, as far as can be told without
+        making a folder or a file.
+        """
+        if self.file.is_file():
+            with self.while_opening():
+                pass
+
+    def check(self) -> None:
+        """Raises UserError where another object of this process has taken the lock since, and where
+        the folder is no longer there.
+        """
+        if self._held is None:
+            raise UserError(
+                f"another Run of this process has gone on with {self.folder}; iterate over that "
+                "one, or over this one anew."
+            )
+        try:
+            same = os.path.samestat(os.fstat(self._held.fileno()), os.stat(self.file))
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.folder} (or its file {LOCK}) has been removed, moved or replaced while its "
+                "run went on. Put it back and give the same command again, or give a new --workdir."
+            )
+
+    def _wait(self, file: IO[str]) -> bool:
+        """Whether the lock is there within the grace."""
+        until = time.monotonic() + GRACE
+        while not (taken := _lock(file, self.folder)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return taken
+
+
+def _lock(file: IO[str], folder: pathlib.Path) -> bool:
+    """Tries once; True also where the file system has no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _IN_USE:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(
+            f"note: the file system of {folder} has no locks ({error.strerror}); see to it that "
+            "one process alone writes there",
+            sys.stderr,
+        )
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    """The process that has the lock, in words."""
+    try:
+        file.seek(0)
+        found = json.loads(file.readline(1000))
+        return f"process {found['pid']} on host {found['host']} (since {found['since']})"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"

@@ -7,12 +7,16 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from spear_jax.core.files import write_whole, writing
 from spear_jax.core.records import read_lines
 from spear_jax.core.types import Trace, TraceRecord
 from spear_jax.experiment.wandb_logger import WandbLogger
@@ -29,6 +33,7 @@ class RunLogger:
             was cut short) are dropped.
         line: the last finished round's line, written again where the file lost it.
         tracking: a W&B run that gets the same lines, or None.
+    Raises: DiskError, here and in every method, where a file cannot be written.
     """
 
     def __init__(
@@ -44,24 +49,17 @@ class RunLogger:
         )
         if line is not None and all(x["round"] != line["round"] for x in kept):
             kept.append(line)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(x) + "\n" for x in kept))
-        os.replace(temporary, self.file)
+        write_whole(self.file, "".join(json.dumps(x) + "\n" for x in kept))
         self.tracking = tracking
-        self.board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=len(kept) or None
-        )
+        self.board = Board(workdir / "tensorboard", len(kept) or None)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a round's line and makes sure that it is on disk."""
-        with self.file.open("a") as out:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
             out.flush()
             os.fsync(out.fileno())
-        for name, value in line.items():
-            if "/" in name:
-                self.board.add_scalar(name, value, line["round"], walltime=line["time"])
-        self.board.flush()
+        self.board.write(line)
         if self.tracking:
             self.tracking.write(line)
 
@@ -71,21 +69,57 @@ class RunLogger:
 
         Args: pieces: token ids -> each token's own text.
         """
-        folder = self.file.parent / "traces"
-        folder.mkdir(exist_ok=True)
-        target = folder / f"round_{round:05d}.jsonl.gz"
+        target = self.file.parent / "traces" / f"round_{round:05d}.jsonl.gz"
         temporary = target.with_suffix(".tmp")
-        with gzip.open(temporary, "wt", encoding="utf-8") as out:
-            for trace, role, confidence in records:
-                out.write(
-                    json.dumps(_record(trace, role, confidence, pieces), ensure_ascii=False) + "\n"
-                )
-        os.replace(temporary, target)
+        with writing(target):
+            target.parent.mkdir(exist_ok=True)
+            # a text of a model may hold half a surrogate pair, which UTF-8 has no bytes for
+            with gzip.open(temporary, "wt", encoding="utf-8", errors="backslashreplace") as out:
+                for trace, role, confidence in records:
+                    record = _record(trace, role, confidence, pieces)
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            os.replace(temporary, target)
 
     def close(self) -> None:
-        self.board.close()
         if self.tracking:
             self.tracking.close()
+        self.board.close()
+
+
+class Board:
+    """A run's metrics as an event file of TensorBoard.
+
+    It is written at once: tensorboardX's own writer does so in a thread, which ends at a full disk
+    and leaves its caller waiting.
+
+    Args:
+        folder: made where it is missing.
+        purge_step: TensorBoard hides what earlier event files say of this step and later ones.
+    """
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None):
+        self.folder = folder
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            name = str(folder.resolve() / "events")
+            self._events = EventsWriter(name, filename_suffix=f".{time.time_ns()}")
+            if purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=purge_step, session_log=start))
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Adds the metrics of a round's line, at step `round`."""
+        with writing(self.folder):
+            for name, value in line.items():
+                if "/" in name:
+                    event = Event(summary=scalar(name, value))
+                    event.step, event.wall_time = line["round"], line["time"]
+                    self._events.write_event(event)
+            self._events.flush()
+
+    def close(self) -> None:
+        with writing(self.folder):
+            self._events.close()
 
 
 class NullLogger:
@@ -128,7 +162,10 @@ def _record(trace: Trace, role: str, confidence: float, pieces: Pieces) -> dict[
 
 def on_terminal(quiet: bool) -> bool:
     """Whether progress is to be shown."""
-    return not quiet and sys.stdout.isatty() and sys.stderr.isatty()
+    return not quiet and all(
+        stream is not None and not stream.closed and stream.isatty()
+        for stream in (sys.stdout, sys.stderr)
+    )
 
 
 class ProgressBars:

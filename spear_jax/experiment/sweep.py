@@ -223,7 +223,8 @@ ARRAY = """#!/usr/bin/env bash
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 cd {here} || exit 2
-export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-{programs}}}"
+programs={programs}
+export JAX_COMPILATION_CACHE_DIR="${{JAX_COMPILATION_CACHE_DIR:-$programs}}"
 case $SLURM_ARRAY_TASK_ID in
 {cells}
   *) echo "error: the array has no cell $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
@@ -258,11 +259,11 @@ def write_array(
         limit=f"%{limit}" if limit else "",
         here=shlex.quote(str(pathlib.Path.cwd())),
         python=shlex.quote(sys.executable),
-        programs=programs(folder),
+        programs=shlex.quote(str(programs(folder))),
         cells=cases,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(filled)
+    file.write_text(filled, encoding="utf-8")
 
 
 def conclude(
@@ -282,7 +283,7 @@ def conclude(
     shown = sweeps.show_table(table, fields)
     found.to_csv(folder / "cells.csv", index=False)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(comparison.to_markdown(shown))
+    (folder / "table.md").write_text(comparison.to_markdown(shown), encoding="utf-8")
     over = "seeds" if found["seed"].nunique() > 1 else "questions"
     sweeps.plot_sweep(
         split(table),

@@ -15,6 +15,8 @@ from typing import Any
 import ml_collections
 
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import write_whole
+from spear_jax.core.surroundings import say
 
 ID = "wandb_id"
 HOST = "https://api.wandb.ai"
@@ -47,16 +49,15 @@ class WandbLogger:
 
         file = workdir / ID
         if not file.exists():
-            file.write_text(secrets.token_hex(4) + "\n")
+            write_whole(file, secrets.token_hex(4) + "\n")
         mode = os.environ.get("WANDB_MODE") or ("online" if _reachable() else "offline")
         if mode == "offline":
-            print(
-                f"W&B: offline; `wandb sync {workdir / 'wandb'}/offline-run-*` sends it",
-                file=sys.stderr,
+            say(
+                f"W&B: offline; `wandb sync {workdir / 'wandb'}/offline-run-*` sends it", sys.stderr
             )
         self.run = wandb.init(
             project=config.wandb,
-            id=file.read_text().strip(),
+            id=file.read_text(encoding="utf-8").strip(),
             name="/".join(workdir.resolve().parts[-2:]),
             dir=str(workdir),
             config=config.to_dict(),

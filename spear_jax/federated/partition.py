@@ -216,7 +216,7 @@ def split_table(
 def save_split(parts: list[np.ndarray], path: str | pathlib.Path) -> None:
     """Writes a split as JSON: {"clients": [[example indices of client 0], ...]}."""
     text = json.dumps({"clients": [part.tolist() for part in parts]})
-    pathlib.Path(path).write_text(text + "\n")
+    pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def load_split(path: str | pathlib.Path, num_examples: int) -> list[np.ndarray]:
@@ -227,7 +227,7 @@ def load_split(path: str | pathlib.Path, num_examples: int) -> list[np.ndarray]:
             twice.
     """
     try:
-        clients = json.loads(pathlib.Path(path).read_text())["clients"]
+        clients = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["clients"]
         parts = [np.asarray(client, dtype=np.int64) for client in clients]
         held = np.concatenate(parts)
     except (OSError, ValueError, KeyError, TypeError) as error:

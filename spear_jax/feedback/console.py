@@ -26,7 +26,7 @@ class Human(Feedback):
 
     def __init__(self, task: Task, hint_words: int = 3):
         super().__init__(task, hint_words)
-        if not sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
             raise UserError(
                 "feedback 'human' needs a terminal, but standard input is none. Run in a "
                 "terminal, or set "

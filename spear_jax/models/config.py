@@ -59,7 +59,7 @@ def read_config(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
             "Give a Hugging Face model folder, a Hub id, or a .gguf file."
         )
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); fetch the model again.") from error
     return parse_config(raw), raw

@@ -90,7 +90,7 @@ def device_bytes() -> int | None:
     if not MEMINFO.exists():
         return None
     # MemAvailable and not MemFree: a file cache gives its pages back.
-    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 

@@ -39,9 +39,9 @@ def command(workdir):
     return [sys.executable, "-m", "spear_jax.train", *arguments(workdir), "--quiet"]
 
 
-def run(workdir, *flags):
+def run(workdir, *flags, env=None):
     shown = [sys.executable, "-m", "spear_jax.train", *arguments(workdir), *flags]
-    done = subprocess.run(shown, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(shown, env=env or environment(), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -53,11 +53,26 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: one)
 
 
+def homeless():
+    """The environment of a user without home and name, a locale that knows ASCII alone, and no
+    cache that could be written.
+    """
+    gone = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "LANG", "LC_CTYPE")
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    caches = ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR")
+    return (
+        {name: value for name, value in environment().items() if name not in gone}
+        | ascii_alone
+        | {"PYTHONCOERCECLOCALE": "0", "HOME": "/dev/null"}
+        | {name: f"/dev/null/{name}" for name in caches}
+    )
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that was never stopped."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run(workdir, "--quiet")
+    """A run that was never stopped, in surroundings that must not matter."""
+    workdir = tmp_path_factory.mktemp("runs") / "größer & weiter"
+    done = run(workdir, "--quiet", env=homeless())
     return workdir, done
 
 
@@ -81,6 +96,7 @@ def lines(workdir):
 
 def test_a_run_leaves_what_the_contract_names(finished):
     workdir, done = finished
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
     for name in (
         "config.json",
         "metrics.jsonl",

@@ -4,6 +4,7 @@ that are laid out in different ways.
 
 import json
 import pathlib
+import resource
 import shutil
 
 import jax
@@ -119,6 +120,68 @@ def test_a_loop_that_is_left_early_leaves_its_round_on_disk(tmp_path):
         break
     assert sj.load_run(tmp_path, quiet=True, devices=jax.devices()[:1]).finished_rounds == 1
     assert [round.number for round in run] == [2]
+
+
+def test_a_run_that_is_made_again_goes_on_and_the_one_that_it_left_says_so(tmp_path):
+    """As a notebook's cell, run again while the loop of the first time hangs in a traceback."""
+    left = iter(open_run(small(rounds=3), tmp_path))
+    assert next(left).number == 1
+    again = open_run(small(rounds=3), tmp_path, callbacks=[Impatient(2)])
+    with pytest.raises(KeyboardInterrupt):
+        list(again)
+    assert again.finished_rounds == 2  # trained, but not evaluated: not finished
+    assert [round.number for round in again] == [2, 3]
+    with pytest.raises(sj.UserError, match="another Run of this process has gone on"):
+        next(left)
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+
+
+class Impatient(sj.Callback):
+    """Ctrl-C in the evaluation of a round, once."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_evaluate(self, run, accuracy, round_number):
+        if round_number == self.number:
+            self.number = None
+            raise KeyboardInterrupt
+
+
+class Fills(sj.Callback):
+    """After a round, once, the disk takes no file of more than 600 bytes."""
+
+    def __init__(self, number):
+        self.number, self.limits = number, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_round_end(self, run, round):
+        if round.number == self.number:
+            self.number = None
+            resource.setrlimit(resource.RLIMIT_FSIZE, (600, self.limits[1]))
+
+    def empty(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
+def test_a_full_disk_ends_a_run_in_one_message_and_with_space_it_has_the_same_bits(
+    trained, tmp_path
+):
+    *_, whole, _, _ = trained
+    disk = Fills(1)
+    run = open_run(small(rounds=3), tmp_path, callbacks=[disk])
+    try:
+        with pytest.raises(sj.UserError) as caught:
+            run.train()
+    finally:
+        disk.empty()
+    told = str(caught.value)
+    assert str(tmp_path) in told and "cannot be written (File too large)" in told
+    assert "Rounds up to " in told and "the same command" in told and "\n" not in told
+    assert run.train()["rounds"] == 3
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    jax.tree.map(np.testing.assert_array_equal, whole.state.lora, run.state.lora)
 
 
 def test_load_run_wants_a_run_folder(tmp_path):

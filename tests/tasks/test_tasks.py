@@ -261,8 +261,11 @@ def test_unknown_task_template_or_column_key_is_named():
     [
         ("question", "What? {options}", "lacks {question}"),
         ("revision", "{task}", "lacks {feedback}"),
-        ("question", "{question} {choices}", "cannot be filled in"),
-        ("question", "{question} {", "cannot be filled in"),
+        ("question", "{question} {choices}", "has the field '{choices}'"),
+        ("question", "{question:>999999999999}", "has the field '{question:>9+}'"),
+        ("question", "{question!r}", "has the field '{question!r}'"),
+        ("question", "{question.__class__}", "has the field '{question.__class__}'"),
+        ("question", "{question} {", "is '{question} {' .Single"),
         ("header", "Answer: ", "ends in white space"),
     ],
 )

@@ -365,7 +365,7 @@ class SectionWriter:
         for run in self.runs:
             file = run.folder / "split.json"
             if file.is_file():
-                splits.setdefault(file.read_text(), []).append(run)
+                splits.setdefault(file.read_text(encoding="utf-8"), []).append(run)
         if not splits:
             return Section("split", "Data split", ["No run folder holds a split.json."])
         named, rows, pictures = {}, [], []

@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 
 from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.files import expanded
 from spear_jax.models.config import FAMILIES, ModelConfig, parse_config
 from spear_jax.models.decoder import rope_frequencies
 from spear_jax.models.io.gguf_tokenizer import build_tokenizer, special_ids
@@ -54,7 +55,7 @@ def load_gguf(
         fast tokenizer, and the tensors as a source for `weights.fill`.
     Raises: UserError for a missing, truncated or unsupported file.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"no GGUF file {str(path)!r}.")
     try:

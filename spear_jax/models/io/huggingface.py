@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import disk_error, expanded
 from spear_jax.models.config import ModelConfig, parse_config, read_config
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
@@ -111,7 +112,7 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
     """
     source = os.fspath(source)
     if source.endswith(".gguf"):
-        path = pathlib.Path(source).expanduser()
+        path = expanded(source)
         config, raw, generation, tokenizer, tensors = load_gguf(path)
     else:
         path = find_folder(source)
@@ -129,7 +130,7 @@ def find_folder(source: str) -> pathlib.Path:
 
     Raises: UserError where there is neither.
     """
-    path = pathlib.Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists():
@@ -166,7 +167,9 @@ def download(repo: str) -> pathlib.Path:
             f"the Hub knows no model {repo!r} (or it is private); check the id."
         ) from error
     except Exception as error:  # the network's, the Hub's and the disk's have no common type
-        why = f"the Hub cannot be reached ({str(error).splitlines()[0]})"
+        told = disk_error(error)
+        why = f"the cache takes no files: {told}" if told else ""
+        why = why or f"the Hub cannot be reached ({(str(error).splitlines() or [''])[0]})"
         if constants.HF_HUB_OFFLINE:
             why = f"asking the Hub is off (--offline or HF_HUB_OFFLINE; the cache is {constants.HF_HUB_CACHE})"
         raise UserError(
@@ -184,7 +187,7 @@ def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
             f"{file} is not valid JSON ({error}); fetch the model again, or delete this file."
@@ -282,7 +285,7 @@ def save_model(
 def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
-    raw = json.loads(file.read_text())
+    raw = json.loads(file.read_text(encoding="utf-8"))
     # transformers 5's name, which transformers 4 does not know
     if raw.get("tokenizer_class") == "TokenizersBackend":
         _write_json(file, {**raw, "tokenizer_class": "PreTrainedTokenizerFast"})
@@ -315,4 +318,4 @@ def _save_weights(
 
 
 def _write_json(file: pathlib.Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

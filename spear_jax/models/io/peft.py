@@ -120,7 +120,7 @@ def write_adapter(
         "use_rslora": False,
         "use_dora": False,
     }
-    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -186,7 +186,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no {CONFIG} in {str(folder)!r}; give a PEFT adapter folder.")
     try:
-        raw = json.loads(file.read_text())
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); export the adapter again.") from error
     if raw.get("peft_type") != "LORA":

@@ -88,7 +88,7 @@ def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
             "of a .gguf file itself."
         )
     try:
-        return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / INDEX} is damaged ({error!r}); fetch the model again."
