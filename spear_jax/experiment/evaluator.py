@@ -105,15 +105,26 @@ class Evaluator:
             )
 
     def __call__(self, policy: Policy) -> Accuracy:
-        """Measures a policy on all questions."""
+        """Measures a policy on all questions; raises UserError where its scores are not finite."""
         if self.method == "likelihood":
             return self._likelihood(policy)
         if self.method == "generate":
             right = self._generate(policy)
         else:
-            chosen = np.argmax(self.choice_scores(policy), axis=1)
+            scores = self.choice_scores(policy)
+            self._check(np.isfinite(scores.max(axis=1)))  # NaN in any option makes the largest NaN
+            chosen = np.argmax(scores, axis=1)
             right = chosen == [example.gold for example in self.examples]
         return Accuracy(int(np.sum(right)), len(self.examples), self.method)
+
+    def _check(self, finite: np.ndarray) -> None:
+        """Raises UserError where a score is none."""
+        if not finite.all():
+            raise UserError(
+                f"the model gives NaN or infinity as {int((~finite).sum())} of {len(finite)} "
+                f"scores of task {self.task.name!r}, which says nothing about its answers. Its "
+                "weights or its adapter overflow: set dtype=float32, or train at a lower rate."
+            )
 
     def _generate(self, policy: Policy) -> list[bool]:
         keys = np.zeros((len(self.prompts), 2), np.uint32)  # greedy: never read
@@ -133,6 +144,7 @@ class Evaluator:
         rows = [self._row(i, response) for i, response in enumerate(self.responses)]
         scores = self._score(policy, "likelihood", rows)
         logprobs, hit = np.concatenate(scores.logprobs), np.concatenate(scores.likeliest)
+        self._check(np.isfinite(logprobs))
         nll = -float(logprobs.sum(dtype=float)) / len(hit)
         return Accuracy(int(hit.sum()), len(hit), self.method, nll)
 

@@ -146,6 +146,7 @@ class Run:
         self.state: ServerState
         self.line: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
         self._stopped = False
+        self._told = False
         if main and resume != "must":
             run_folder.make_folder(self.workdir)
         with self._lock.while_opening() if main else contextlib.nullcontext():
@@ -366,6 +367,7 @@ class Run:
         if number == 2:
             experiment.shapes.freeze()  # from here on batches are padded into shapes that exist
         self.line = metrics
+        self._tell_left_out(number, metrics)
         if is_due(self.settings, number) or self._over():
             metrics |= self._evaluated(number)
         metrics["time/checkpoint"] = blocked
@@ -377,6 +379,19 @@ class Run:
             self._logger.traces(number, traces, experiment.federation.worker.renderer.pieces)
         self._logger.write(self.line)
         return Round(number, self.line, traces)
+
+    def _tell_left_out(self, number: int, metrics: dict[str, float]) -> None:
+        """Says, once in a run, that updates or steps were not finite and are left out."""
+        clients = int(metrics["round/clients_not_finite"])
+        skipped = metrics.get("train/skipped_steps", 0.0)
+        if (clients or skipped) and not self._told and is_main_process():
+            self._told = True
+            say(
+                f"note: round {number} left out {clients} clients whose updates are NaN or "
+                f"infinite, and {skipped:.0%} of the steps, whose gradients are; further rounds "
+                "are counted in round/clients_not_finite and train/skipped_steps",
+                sys.stderr,
+            )
 
     def _save(self) -> float:
         """Starts a checkpoint. Returns the seconds that it held the loop up."""

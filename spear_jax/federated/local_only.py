@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from spear_jax.federated.federation import Federation
-from spear_jax.federated.round import RoundResult, round_of, with_budget
+from spear_jax.federated.round import RoundResult, check_finite, round_of, with_budget
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.state import ServerState
 
@@ -41,7 +41,9 @@ def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> R
         put = lambda stack, new, client=client: stack.__setitem__(client, new)
         jax.tree.map(put, (lora, kept), (own.lora, own.algorithm_state))
     after = dataclasses.replace(state, lora=lora, algorithm_state=kept, round=state.round + 1)
-    return with_budget(RoundResult(after, _joined(lines), traces), used)
+    metrics = _joined(lines)
+    check_finite(metrics, number)
+    return with_budget(RoundResult(after, metrics, traces), used)
 
 
 def of_client(state: ServerState, client: int) -> ServerState:

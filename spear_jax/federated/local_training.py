@@ -33,6 +33,7 @@ from spear_jax.packing.prefix_tree import shrink
 from spear_jax.packing.shape_buckets import BlockShape
 
 DROPOUT = purpose("dropout")
+NOT_FINITE = "clients_not_finite"  # the metric of clients that are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +313,7 @@ def train_cohort(
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
             they had).
     Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
-        metrics, each (total, count) float32[C]; the clients' states where kept.
+        metrics, each (total, count) float32[C], the clients left out under NOT_FINITE; the clients' states where kept.
     """
     collects = aggregation.reducer.collects and not keep
     device = functools.partial(
@@ -359,16 +360,20 @@ def _train_on_device(
         carried, (batches, keys, weight, active) = xs
         mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
         old, new, means = mapped(carried, batches, keys)
-        shape = lambda x: active.reshape(-1, *[1] * (x.ndim - 1))
+        shape = lambda x: taken.reshape(-1, *[1] * (x.ndim - 1))
         e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
         blend = lambda a, b: e * a + (1.0 - e) * b
         ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
         if aggregation.transforms and not keep:
             ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
+        finite = jax.vmap(_has_norm, (None, 0))(broadcast.start, ended)
+        taken, left_out = active & finite, active & ~finite & (not keep)
         lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
+        weight = jnp.where(finite, weight, 0.0)
         if not reducer.collects:
             reduced = reducer.add(reduced, lora, weight)
-        means = jax.tree.map(lambda x: jnp.where(active, x, 0.0), means)
+        means = jax.tree.map(lambda x: jnp.where(taken, x, 0.0), means)
+        means |= {NOT_FINITE: Mean(left_out.astype(jnp.float32), active.astype(jnp.float32))}
         states = new.replace(lora=lora) if keep else None
         return reduced, (means, states, (lora, weight) if collects else None)
 
@@ -377,6 +382,11 @@ def _train_on_device(
     reduced, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
     means, states, adapters = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
     return jax.tree.map(lambda x: x[None], reduced), means, states, adapters
+
+
+def _has_norm(start: Adapter, lora: Adapter) -> jax.Array:
+    """Whether a client's update has a finite norm in float32, bool[]."""
+    return jnp.isfinite(pytrees.global_norm(jax.tree.map(jnp.subtract, lora, start)))
 
 
 def padded_clients(clients: int, at_once: int, devices: int) -> int:

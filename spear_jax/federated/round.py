@@ -1,6 +1,7 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
 import dataclasses
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.algorithms.base import CohortData
+from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import broadcast_from_main, to_host
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Cohort, Mean, TraceRecord
@@ -16,7 +18,7 @@ from spear_jax.federated import cohort_training
 from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
-from spear_jax.federated.local_training import Broadcast
+from spear_jax.federated.local_training import NOT_FINITE, Broadcast
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
 from spear_jax.federated.state import ClientState, ServerState
 from spear_jax.models import cost_model
@@ -102,7 +104,31 @@ class ClientUpdate:
 def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> RoundResult:
     """Runs the next round. Args: used: what the run has used before it."""
     cohort = federation.cohort(int(state.round) + 1)
-    return with_budget(round_of(federation, state, used, cohort), used)
+    result = round_of(federation, state, used, cohort)
+    check_finite(result.metrics, cohort.round)
+    return with_budget(result, used)
+
+
+def check_finite(metrics: dict[str, float], round: int) -> None:
+    """Raises UserError where a round gave no adapter to go on with: no update was finite, or the
+    new global adapter is not.
+    """
+    left_out = metrics["round/clients_not_finite"]
+    trained = metrics["round/clients"] - metrics["round/clients_without_wins"]
+    remedy = (
+        f"Lower train.learning_rate or train.max_grad_norm, and start in a new --workdir; the "
+        f"rounds before round {round} are kept."
+    )
+    if left_out and left_out >= trained:
+        raise UserError(
+            f"round {round}: the updates of all {int(left_out)} clients that trained are NaN or "
+            f"infinite, and a round needs one that is finite. {remedy}"
+        )
+    if not math.isfinite(metrics["round/update_norm"]):
+        raise UserError(
+            f"round {round}: the new global adapter is NaN or infinite after the server's step, "
+            f"and a round must end with a finite one. Lower federation.server_rate. {remedy}"
+        )
 
 
 def with_budget(result: RoundResult, used: BudgetUsed) -> RoundResult:
@@ -133,12 +159,15 @@ def round_of(
     change = float(moved)
     adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active, tally = trained.phases[-1].active, federation.worker.tally
+    means = dict(trained.means)
+    left_out = means.pop(NOT_FINITE).total
     metrics: dict[str, float] = {
         **trained.rollout_metrics(),
-        **training_metrics(federation.algorithm.name, trained.means),
+        **training_metrics(federation.algorithm.name, means),
         "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
         "round/clients_without_wins": float((~active).sum()),
+        "round/clients_not_finite": float(left_out),
         "round/bytes_up": float(adapter_bytes * int(active.sum())),
         "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
         "round/update_norm": change,

@@ -253,6 +253,23 @@ def test_a_client_transform_changes_updates_before_they_are_reduced(averaged, tm
     jax.tree.map(near, moved(averaged), moved(halved))
 
 
+def test_a_run_stops_at_its_last_finite_round(tmp_path):
+    """A learning rate at which float32 ends: each client is left out, and nothing is averaged."""
+    config = plain(**{"train.learning_rate": 3e38, "train.learning_rate_min": 3e38})
+    run = open_run(config, tmp_path)
+    with pytest.raises(sj.UserError, match="round 1: the updates of all .* are NaN or infinite"):
+        run.train()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0]
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_the_servers_step_ends_a_run_where_it_overflows(tmp_path):
+    config = plain(**{"federation.server_rate": 3e38})
+    with pytest.raises(sj.UserError, match="round 1: the new global adapter is NaN or infinite"):
+        open_run(config, tmp_path).train()
+
+
 class Terse(sj.Feedback):
     """Says the same of every answer."""
 

@@ -42,6 +42,7 @@ def run(
     limit=64,
     small=False,
     shared_prefix=(),
+    transforms=(),
 ):
     decoder = decoder or make_decoder(model)
     local = local or local_config()
@@ -63,7 +64,15 @@ def run(
         local_training.Broadcast(lora, {}, references, loss_scalars or {}, jnp.float32(1e-2)), mesh
     ).replace(base=base)
     reduced, means, _ = TRAIN(
-        algorithm, decoder, local, mesh, Aggregation(), False, shared, None, *arrays
+        algorithm,
+        decoder,
+        local,
+        mesh,
+        Aggregation(transforms=transforms),
+        False,
+        shared,
+        None,
+        *arrays,
     )
     return *reduced, means
 
@@ -325,6 +334,25 @@ def test_prox_gradient_is_mu_times_the_distance_and_the_published_anchor_has_non
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
     same, grads = regulariser(anchor_weight=1e4)
     assert float(same) == float(value) and all(np.any(g) for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_a_client_without_a_finite_update_is_left_out_and_counted(model, lora, cohort, bad):
+    """NaN, and numbers whose squares float32 does not hold; against a cohort without them."""
+
+    def spoil(update):
+        return jax.tree.map(lambda x: jnp.where(update.q.a.sum() > 0, bad, x), update)
+
+    found = run(model, lora, cohort, transforms=(spoil,))
+    counts = found[2].pop(local_training.NOT_FINITE)
+    left_out = np.asarray(counts.total) > 0
+    assert 0 < left_out.sum() < C and np.array_equal(counts.count, np.ones(C))
+    weight = np.where(left_out, 0, np.arange(1, C + 1)).astype(np.float32)
+    wanted = run(model, lora, cohort, active=~left_out, weight=weight)
+    assert float(found[1]) == float(wanted[1]) == weight.sum()
+    close(found[0], wanted[0])
+    for name, mean in found[2].items():
+        np.testing.assert_allclose(mean.total, wanted[2][name].total, rtol=1e-4, err_msg=name)
 
 
 def test_ema_returns_the_blend_of_old_and_new(model, lora, cohort, oracle):
