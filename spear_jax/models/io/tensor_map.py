@@ -135,7 +135,7 @@ def fill(
         dtype: "float32" or "bfloat16"; every leaf gets it, rounded to nearest even.
         place_leaf: (the leaf's name, such as "q" or "embed", its array on the host) -> the leaf.
     Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any
-        is read.
+        is read; for a tensor with NaN or infinity.
     """
     check_dtype(dtype)
     check_tensors(config, source)  # reads headers only
@@ -145,9 +145,29 @@ def fill(
         for row, name in zip(leaf if place.of_layer else [leaf], place.tensors, strict=True):
             tensor = source.read(name)
             row[...] = tensor.T if place.transposed else tensor
+            _check_finite(row, name, source.where)
         return place_leaf(place.name, leaf)
 
     return build_params(config, read)
+
+
+_EXPONENT = {2: (np.uint16, 0x7F80), 4: (np.uint32, 0x7F800000)}  # bits of bfloat16, float32
+_AT_ONCE = 1 << 22  # numbers that are looked at together
+
+
+def _check_finite(values: np.ndarray, name: str, where: str) -> None:
+    """Raises UserError where a tensor holds NaN or infinity, in its stored bits all exponent."""
+    kind, exponent = _EXPONENT[values.itemsize]
+    bits = values.reshape(-1).view(kind)
+    for begin in range(0, len(bits), _AT_ONCE):
+        bad = np.flatnonzero(bits[begin : begin + _AT_ONCE] & exponent == exponent)
+        if len(bad):
+            value = float(values.reshape(-1)[begin + bad[0]])
+            raise UserError(
+                f"{where}: tensor {name!r} holds {value} in {values.dtype.name}; weights must be "
+                "finite. Fetch the model again, or take dtype float32 where it holds larger "
+                "numbers than bfloat16."
+            )
 
 
 def check_dtype(dtype: str) -> None:
@@ -161,6 +181,12 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     for.
     """
     shapes = source.shapes()
+    if config.layers > len(shapes):  # before as many names are made
+        raise UserError(
+            f"config.json's num_hidden_layers (a GGUF's block_count) is {config.layers}, but "
+            f"{source.where} holds {len(shapes)} tensors in all. Check it, or fetch the model "
+            "again."
+        )
     wanted = {name: place.shape for place in places(config) for name in place.tensors}
     for name, shape in wanted.items():
         if name not in shapes:
@@ -175,8 +201,8 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
         if shapes[name] != shape:
             raise UserError(
                 f"{source.where}: tensor {name!r} has shape {list(shapes[name])}, but its config "
-                f"calls for "
-                f"{list(shape)}. Check config.json, or fetch the model again."
+                f"calls for {list(shape)} ({_sizes(config)}). Check config.json, or fetch the "
+                "model again."
             )
     spare = [name for name in shapes.keys() - wanted.keys() if not _ignorable(name, config)]
     if spare:
@@ -187,6 +213,15 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
             f"adapter-wrapped "
             "or multimodal one), or check config.json."
         )
+
+
+def _sizes(config: ModelConfig) -> str:
+    """What config.json says of a tensor's shape, by its keys."""
+    return (
+        f"vocab_size {config.vocab_size}, hidden_size {config.width}, intermediate_size "
+        f"{config.mlp_width}, num_attention_heads {config.heads}, num_key_value_heads "
+        f"{config.kv_heads}, head_dim {config.head_width}"
+    )
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:
