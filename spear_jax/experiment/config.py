@@ -60,6 +60,7 @@ class Columns:
     options: str = ""
     answer: str = ""
     hint: str = ""
+    answer_base: str = one_of("", "0", "1", "letter", "text")  # no column: how answers are read
     prompt: str = ""
     response: str = ""
     chosen: str = ""
