@@ -21,6 +21,7 @@ from spear_jax.core.errors import UserError
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MAX_TEXT = 1_000_000  # characters of one cell
+MAX_COLUMNS = 10_000
 
 # Longer marks first: that of UTF-32 starts with that of UTF-16.
 _MARKS = {
@@ -38,8 +39,8 @@ class Table(NamedTuple):
     """The rows of a file.
 
     Attributes:
-        columns: their names, in the file's order.
-        rows: a dict of every column each; None where a row has no value.
+        columns: the names of all columns, in the file's order.
+        rows: {column: value} of each.
     """
 
     columns: list[str]
@@ -65,18 +66,18 @@ def read_table(files: Sequence[pathlib.Path], needed: Iterable[str]) -> Table:
 
     Args:
         files: paths that end in one of `SUFFIXES`.
-        needed: names of columns that the caller will look for; they help to tell the separator of a
-            CSV file.
+        needed: the columns that the caller reads. A row without one gets it, as None. They help to
+            tell the separator of a CSV file.
     Raises: UserError naming the file, the line where there is one, and what to do.
     """
-    tables = [_read_file(file, tuple(needed)) for file in files]
+    nothing = dict.fromkeys(needed)
+    tables = [_read_file(file, tuple(nothing)) for file in files]
     if not any(table.rows for table in tables):
         raise UserError(
             f"data file {brief(str(files[0]))} is empty; a split needs at least one row. Give a "
             f"file with rows."
         )
     columns = list(dict.fromkeys(name for table in tables for name in table.columns))
-    nothing = dict.fromkeys(columns)
     return Table(columns, [{**nothing, **row} for table in tables for row in table.rows])
 
 
@@ -139,7 +140,8 @@ def _read_text(file: pathlib.Path) -> str:
         if encoding != "utf-8":
             _refuse(file, f"it is no valid {encoding.upper()} text", "Save it as UTF-8")
         line = body.count(b"\n", 0, error.start) + 1
-        near = body[max(0, error.start - 20) : error.start + 20].decode("cp1252", "replace")
+        start = max(body.rfind(b"\n", 0, error.start) + 1, error.start - 20)
+        near = body[start : error.start + 20].splitlines()[0].decode("cp1252", "replace")
         _refuse(
             file,
             f"byte 0x{body[error.start]:02X} in line {line} is not UTF-8 (as Windows-1252 it would "
@@ -158,17 +160,13 @@ def _read_text(file: pathlib.Path) -> str:
 
 
 def _unmarked(data: bytes) -> str:
-    """Returns the encoding of bytes without a mark: UTF-16 where half of them are NUL, all on one
-    side.
-    """
+    """Returns the encoding of bytes without a mark: UTF-16 where one half of most pairs is NUL."""
     if len(data) % 2 or b"\0" not in data:
         return "utf-8"
     first, second = data[::2].count(0), data[1::2].count(0)
-    if not first and second > len(data) // 4:
-        return "utf-16-le"
-    if not second and first > len(data) // 4:
-        return "utf-16-be"
-    return "utf-8"
+    if max(first, second) <= len(data) // 4 or min(first, second) > max(first, second) // 10:
+        return "utf-8"
+    return "utf-16-le" if second > first else "utf-16-be"
 
 
 # --- CSV ---
@@ -182,30 +180,39 @@ def _read_csv(file: pathlib.Path, needed: tuple[str, ...]) -> Table:
         separator = "\t" if file.suffix.lower() == ".tsv" else _separator(text, needed)
         records = _records(file, text, separator)
         line, header = next(records, (1, []))
-        names = [name.strip() for name in header]
-        kept = [(name, i) for i, name in enumerate(names) if name]
-        for name, i in kept:
-            if names.index(name) != i:
-                _refuse(
-                    file,
-                    f"line {line} names column {brief(name)} twice (cells {names.index(name) + 1} "
-                    f"and {i + 1})",
-                    "Rename one of them",
-                )
+        columns = _columns(file, line, header)
         rows = []
         for line, cells in records:
-            if len(cells) != len(names):
+            if len(cells) != len(header):
                 _refuse(
                     file,
                     f"the row in line {line} has {len(cells)} cells, but the header has "
-                    f"{len(names)}, parted by {SEPARATORS[separator]}",
+                    f"{len(header)}, parted by {SEPARATORS[separator]}",
                     "Correct the row: a cell that holds the separator or a line break stands in "
                     "double quotes",
                 )
-            rows.append({name: cells[i] for name, i in kept})
+            rows.append({name: cells[i] for name, i in columns.items()})
     finally:
         csv.field_size_limit(limit)
-    return Table([name for name, _ in kept], rows)
+    return Table(list(columns), rows)
+
+
+def _columns(file: pathlib.Path, line: int, header: list[str]) -> dict[str, int]:
+    """Returns {name: position} of a header's columns; those without a name are left out."""
+    if len(header) > MAX_COLUMNS:
+        _refuse(file, f"line {line} names {len(header):,} columns, more than {MAX_COLUMNS:,}")
+    columns: dict[str, int] = {}
+    for i, name in enumerate(map(str.strip, header)):
+        if name in columns:
+            _refuse(
+                file,
+                f"line {line} names column {brief(name)} twice (cells {columns[name] + 1} and "
+                f"{i + 1})",
+                "Rename one of them",
+            )
+        if name:
+            columns[name] = i
+    return columns
 
 
 def _separator(text: str, needed: tuple[str, ...]) -> str:
@@ -238,7 +245,7 @@ def _records(file: pathlib.Path, text: str, separator: str) -> Iterator[tuple[in
             elif "end of data" in str(error):
                 problem = "opens a quote that is never closed"
             else:
-                problem = "goes on behind a closing quote, or breaks off"
+                problem = "has a quoted cell with more text behind its closing quote"
             _refuse(
                 file,
                 f"the row in line {line} {problem}",
@@ -293,10 +300,20 @@ def _values(file: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
             )
         except RecursionError:
             _refuse(file, f"what starts in line {line} is nested too deeply", "Write it flat")
-        except ValueError as error:
-            _refuse(file, f"what starts in line {line} {error}", "Correct the line")
+        except _BadValue as error:
+            _refuse(file, f"what starts in line {line} holds {error}", "Correct the line")
+        except ValueError:  # of `int`: more digits than Python reads
+            _refuse(
+                file,
+                f"what starts in line {line} holds a number of thousands of digits",
+                "Write it as a text in quotes",
+            )
         yield line, value
         position = _space_end(text, end)
+
+
+class _BadValue(ValueError):
+    """A value that `json` reads and we do not."""
 
 
 def _space_end(text: str, position: int) -> int:
@@ -309,14 +326,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     """Builds an object; refuses a name that stands twice, of which `json` would drop the first."""
     built = dict(pairs)
     if len(built) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"holds an object that names {brief(twice)} twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise _BadValue(f"an object that names {brief(twice)} twice")
     return built
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"holds {name}, which JSON does not have: write null, or a text in quotes")
+    raise _BadValue(f"{name}, which JSON does not have: write null, or a text in quotes")
 
 
 def _check_surrogates(file: pathlib.Path, where: str, row: dict) -> None:
@@ -338,7 +355,7 @@ def _read_parquet(file: pathlib.Path) -> Table:
     try:
         table = pyarrow.parquet.ParquetFile(file).read()
         rows = table.to_pylist() if len(set(table.column_names)) == table.num_columns else None
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    except Exception as error:  # the reader's errors have no common type
         line = (str(error).splitlines() or [""])[0].rstrip(". ")
         _refuse(file, f"{type(error).__name__}: {line[:200]}")
     if rows is None:

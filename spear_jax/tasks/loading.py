@@ -1,6 +1,7 @@
 """Loading of rows: from the Hugging Face Hub by default, or from local files with the same columns."""
 
 import functools
+import math
 import pathlib
 import re
 import zlib
@@ -9,7 +10,7 @@ from typing import Any
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
-from spear_jax.tasks.files import MAX_TEXT, SUFFIXES, Table, brief, listed, read_table
+from spear_jax.tasks.files import MAX_TEXT, SUFFIXES, Number, Table, brief, listed, read_table
 
 
 def load_rows(task: Task, split: str, path: str = "") -> list[dict]:
@@ -71,7 +72,8 @@ def cell_text(value: Any, column: str, index: int) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (list, tuple, dict, bytes)) or value != value:
+    none = isinstance(value, float) and not isinstance(value, Number) and not math.isfinite(value)
+    if none or isinstance(value, (list, tuple, dict, bytes)):
         raise row_error(
             index, f"column {column!r} holds {brief(value)}, but a text is needed there"
         )
