@@ -125,6 +125,13 @@ class Mcqa(Task):
         """Returns a row's options; of several columns, the empty ones at the end are left out."""
         column = self.mapping["options"]
         if len(self.option_columns) == 1:
+            if isinstance(row[column], str):
+                raise row_error(
+                    index,
+                    f"column {column!r} holds {brief(row[column])}, but a list of options is "
+                    f"needed there, or a column for each option, named in data.columns.options as "
+                    f"a,b,c,d",
+                )
             return row_options(row[column], index, column)
         values = [cell_text(row[name], name, index) for name in self.option_columns]
         while values and not values[-1]:

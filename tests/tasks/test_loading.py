@@ -242,6 +242,7 @@ def test_answer_base_settles_what_an_answer_is(tmp_path, options, answer, readin
         ),
         (["1", "2", "3"], 2, "", r"as an index from 0 it is option 3 \('3'\).*answer_base"),
         (["B", "A"], "A", "", r"as a text it is option 2 \('A'\), as a letter it is option 1"),
+        ('["x", "y"]', "x", "", "a list of options is needed there, or a column for each"),
         (["x", "x"], "x", "", "fits more than one option"),
         (["x", "y"], "x", "letter", "'x' is no option's letter"),
         (["x", "y"], 1, "text", "1 is no option's text"),
