@@ -3,9 +3,10 @@
 They are answered by a letter.
 """
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief, listed
+from spear_jax.tasks.files import listed
 from spear_jax.tasks.hints import option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
 from spear_jax.tasks.loading import cell_lines, row_error, row_options, row_text
@@ -37,7 +38,7 @@ class ArcChallenge(Task):
         if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
             raise row_error(
                 index,
-                f"column 'choices' holds {brief(choices)}, but lists 'text' and 'label' are needed",
+                f"column 'choices' holds {shown(choices)}, but lists 'text' and 'label' are needed",
             )
         options = row_options(choices["text"], index, "choices")
         names = cell_lines(choices["label"], "choices", index)
@@ -45,7 +46,7 @@ class ArcChallenge(Task):
             raise row_error(index, f"{len(options)} option texts but {len(names)} option labels")
         if key not in names:
             raise row_error(
-                index, f"answerKey {brief(key)} is none of the option labels {listed(names)}"
+                index, f"answerKey {shown(key)} is none of the option labels {listed(names)}"
             )
         return Example(
             id=row_text(row, "id", index),

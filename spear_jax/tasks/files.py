@@ -12,16 +12,16 @@ import io
 import json
 import pathlib
 import re
-import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MAX_TEXT = 1_000_000  # characters of one cell
 MAX_COLUMNS = 10_000
+LONGEST_PATH = 300  # characters of a path in a message
 
 # Longer marks first: that of UTF-32 starts with that of UTF-16.
 _MARKS = {
@@ -74,26 +74,17 @@ def read_table(files: Sequence[pathlib.Path], needed: Iterable[str]) -> Table:
     tables = [_read_file(file, tuple(nothing)) for file in files]
     if not any(table.rows for table in tables):
         raise UserError(
-            f"data file {brief(str(files[0]))} is empty; a split needs at least one row. Give a "
+            f"data file {shown(str(files[0]), LONGEST_PATH)} is empty; a split needs at least one row. Give a "
             f"file with rows."
         )
     columns = list(dict.fromkeys(name for table in tables for name in table.columns))
     return Table(columns, [{**nothing, **row} for table in tables for row in table.rows])
 
 
-def brief(value: Any) -> str:
-    """Returns a value as Python writes it, cut where it is long or deep."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 160
-    short.maxlist = short.maxtuple = short.maxdict = 4
-    short.maxlevel = 3
-    return " ".join(short.repr(value).split())
-
-
 def listed(names: Sequence[str]) -> str:
     """Returns names in a list for a message, cut where they are long or many."""
-    shown = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, names[:16])]
-    return ", ".join(shown + ["..."] * (len(names) > 16)) or "none"
+    some = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, names[:16])]
+    return ", ".join(some + ["..."] * (len(names) > 16)) or "none"
 
 
 def _read_file(file: pathlib.Path, needed: tuple[str, ...]) -> Table:
@@ -114,7 +105,9 @@ def _refuse(file: pathlib.Path, problem: str, remedy: str = "") -> NoReturn:
     """Raises the error of a file that cannot be read."""
     remedy = remedy or "Check the file, or save it as .parquet or .jsonl"
     kind = file.suffix.lower()
-    raise UserError(f"data file {brief(str(file))} cannot be read as {kind}: {problem}. {remedy}.")
+    raise UserError(
+        f"data file {shown(str(file), LONGEST_PATH)} cannot be read as {kind}: {problem}. {remedy}."
+    )
 
 
 # --- characters ---
@@ -145,7 +138,7 @@ def _read_text(file: pathlib.Path) -> str:
         _refuse(
             file,
             f"byte 0x{body[error.start]:02X} in line {line} is not UTF-8 (as Windows-1252 it would "
-            f"read {brief(near)})",
+            f"read {shown(near)})",
             "Save the file as UTF-8, such as 'CSV UTF-8' in a spreadsheet, or by iconv -f cp1252 "
             "-t utf-8 with the encoding that it has",
         )
@@ -206,7 +199,7 @@ def _columns(file: pathlib.Path, line: int, header: list[str]) -> dict[str, int]
         if name in columns:
             _refuse(
                 file,
-                f"line {line} names column {brief(name)} twice (cells {columns[name] + 1} and "
+                f"line {line} names column {shown(name)} twice (cells {columns[name] + 1} and "
                 f"{i + 1})",
                 "Rename one of them",
             )
@@ -271,7 +264,7 @@ def _read_json(file: pathlib.Path) -> Table:
         if not isinstance(row, dict):
             _refuse(
                 file,
-                f"{where} holds {brief(row)}, but an object is needed there",
+                f"{where} holds {shown(row)}, but an object is needed there",
                 "Write a list of objects, or one object a line",
             )
     if _SURROGATE.search(text):
@@ -328,7 +321,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     if len(built) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _BadValue(f"an object that names {brief(twice)} twice")
+        raise _BadValue(f"an object that names {shown(twice)} twice")
     return built
 
 

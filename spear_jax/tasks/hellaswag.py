@@ -5,9 +5,9 @@ It is answered by the letter alone.
 
 import re
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief
 from spear_jax.tasks.hints import option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
 from spear_jax.tasks.loading import cell_number, row_error, row_options, row_text
@@ -49,7 +49,7 @@ class HellaSwag(Task):
         label = cell_number(row["label"])  # a string on the Hub
         if label is None or not 0 <= label < len(endings):
             raise row_error(
-                index, f"label {brief(row['label'])} is no index of the {len(endings)} endings"
+                index, f"label {shown(row['label'])} is no index of the {len(endings)} endings"
             )
         topic = row_text(row, "activity_label", index)
         return Example(

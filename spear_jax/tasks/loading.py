@@ -7,10 +7,18 @@ import re
 import zlib
 from typing import Any
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
-from spear_jax.tasks.files import MAX_TEXT, SUFFIXES, Number, Table, brief, listed, read_table
+from spear_jax.tasks.files import (
+    LONGEST_PATH,
+    MAX_TEXT,
+    SUFFIXES,
+    Number,
+    Table,
+    listed,
+    read_table,
+)
 
 
 def load_rows(task: Task, split: str, path: str = "") -> list[dict]:
@@ -43,7 +51,7 @@ def load_examples(task: Task, split: str, path: str = "", limit: int = 0) -> lis
     if generated is not None:
         if path:
             raise UserError(
-                f"task {task.name!r} makes its own examples, but data.path is {brief(path)}; leave "
+                f"task {task.name!r} makes its own examples, but data.path is {shown(path, LONGEST_PATH)}; leave "
                 f"data.path empty."
             )
         return generated[: limit or None]
@@ -75,14 +83,13 @@ def cell_text(value: Any, column: str, index: int) -> str:
     none = isinstance(value, float) and not isinstance(value, Number) and not math.isfinite(value)
     if none or isinstance(value, (list, tuple, dict, bytes)):
         raise row_error(
-            index, f"column {column!r} holds {brief(value)}, but a text is needed there"
+            index, f"column {column!r} holds {shown(value)}, but a text is needed there"
         )
     text = str(value).strip()
     if len(text) > MAX_TEXT:
         raise row_error(
             index,
-            f"column {column!r} holds a text of {len(text):,} characters ({brief(text[:40])} ...), "
-            f"over the limit of {MAX_TEXT:,}",
+            f"column {column!r} holds {shown(text)}, but at most {MAX_TEXT:,} are read",
         )
     return text
 
@@ -123,7 +130,7 @@ def row_options(values: Any, index: int, column: str) -> tuple[str, ...]:
     """
     if not isinstance(values, (list, tuple)):
         raise row_error(
-            index, f"column {column!r} holds {brief(values)}, but a list of options is needed there"
+            index, f"column {column!r} holds {shown(values)}, but a list of options is needed there"
         )
     options = tuple(cell_text(value, column, index) for value in values)
     if not 2 <= len(options) <= 26:
@@ -182,7 +189,7 @@ def _all_rows(task: Task, table: Table, split: str, path: str) -> list[dict]:
 def _source(task: Task, path: str) -> str:
     """Returns where rows come from, for messages."""
     if path or not task.hub:
-        return brief(path)
+        return shown(path, LONGEST_PATH)
     return f"Hub dataset {task.hub[0]!r}"
 
 
@@ -195,7 +202,7 @@ def _check_columns(task: Task, table: Table, where: str) -> None:
     for column in task.columns:
         if column not in table.columns:
             raise UserError(
-                f"column {brief(column)} is missing in {where}; task {task.name!r} needs "
+                f"column {shown(column)} is missing in {where}; task {task.name!r} needs "
                 f"{listed(task.columns)}. Columns there: {listed(table.columns)}. "
                 f"{_column_remedy(table)}"
             )
@@ -207,7 +214,7 @@ def _column_remedy(table: Table) -> str:
     for name, value in first.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return (
-                f"The file is one object whose {brief(name)} holds a list of {len(value)} objects: "
+                f"The file is one object whose {shown(name)} holds a list of {len(value)} objects: "
                 f"save that list alone."
             )
     remedy = (
@@ -226,26 +233,26 @@ def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
         if root.is_file():
             if root.suffix.lower() not in SUFFIXES:
                 raise UserError(
-                    f"data file {brief(path)} has no known ending; known: {', '.join(SUFFIXES)}."
+                    f"data file {shown(path, LONGEST_PATH)} has no known ending; known: {', '.join(SUFFIXES)}."
                 )
             return [root]
         files = _split_files(task, split, root) if root.is_dir() else []
         there = sorted(file.name for file in root.iterdir()) if root.is_dir() else []
     except (OSError, RuntimeError) as error:  # no right to look, a name too long, no such home
         raise UserError(
-            f"data path {brief(path)} cannot be opened: {brief(str(error))}. Give a folder with "
+            f"data path {shown(path, LONGEST_PATH)} cannot be opened: {shown(str(error), LONGEST_PATH)}. Give a folder with "
             f"one file per split, or a single file, in config.data.path."
         ) from error
     if not root.is_dir():
         problem = "is neither a file nor a folder" if root.exists() else "does not exist"
         raise UserError(
-            f"data path {brief(path)} {problem}. Give a folder with one file per split, a single "
+            f"data path {shown(path, LONGEST_PATH)} {problem}. Give a folder with one file per split, a single "
             'file, or "" for the Hub in config.data.path.'
         )
     if not files:
         names = dict.fromkeys((task.splits[split], split))
         raise UserError(
-            f"data folder {brief(path)} has no file for split {split!r}; expected "
+            f"data folder {shown(path, LONGEST_PATH)} has no file for split {split!r}; expected "
             f"{' or '.join(names)} with one of {', '.join(SUFFIXES)}. There: "
             f"{listed(there) if there else 'nothing'}. Rename the file or change config.data.path."
         )

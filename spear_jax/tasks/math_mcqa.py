@@ -2,9 +2,9 @@
 
 import re
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import MARKERS, extract_letter, letter_labels
 from spear_jax.tasks.loading import cell_lines, cell_number, row_error, row_options, row_text
@@ -62,7 +62,7 @@ class MathMcqa(Task):
         answer = cell_number(row["answer"])
         if answer is None or not 0 <= answer < len(options):
             raise row_error(
-                index, f"answer {brief(row['answer'])} is no index of the {len(options)} choices"
+                index, f"answer {shown(row['answer'])} is no index of the {len(options)} choices"
             )
         return Example(
             id=str(index),

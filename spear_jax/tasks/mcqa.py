@@ -4,10 +4,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
 from spear_jax.tasks.loading import (
@@ -64,14 +63,14 @@ class Mcqa(Task):
         self.answer_base = str(columns.get("answer_base", ""))  # 0 in Python is "0"
         if self.answer_base not in READINGS:
             raise UserError(
-                f"data.columns.answer_base is {brief(self.answer_base)}; it must be one of "
+                f"data.columns.answer_base is {shown(self.answer_base)}; it must be one of "
                 f"{', '.join(READINGS[1:])}, or empty to take what fits."
             )
         super().__init__(columns, *wording)
         self.option_columns = tuple(name.strip() for name in self.mapping["options"].split(","))
         if not all(self.option_columns):
             raise UserError(
-                f"mcqa options {brief(self.mapping['options'])} hold an empty name; give a column "
+                f"mcqa options {shown(self.mapping['options'])} hold an empty name; give a column "
                 f"between commas."
             )
         self.columns = (self.mapping["question"], *self.option_columns, self.mapping["answer"])
@@ -128,7 +127,7 @@ class Mcqa(Task):
             if isinstance(row[column], str):
                 raise row_error(
                     index,
-                    f"column {column!r} holds {brief(row[column])}, but a list of options is "
+                    f"column {column!r} holds {shown(row[column])}, but a list of options is "
                     f"needed there, or a column for each option, named in data.columns.options as "
                     f"a,b,c,d",
                 )
@@ -147,11 +146,11 @@ class Mcqa(Task):
             return readings[0][1]
         if readings:
             said = ", ".join(
-                f"as {how} it is option {at + 1} ({brief(options[at])})" for how, at in readings
+                f"as {how} it is option {at + 1} ({shown(options[at])})" for how, at in readings
             )
             raise row_error(
                 index,
-                f"answer {brief(answer)} fits more than one option: {said}. Say how answers are "
+                f"answer {shown(answer)} fits more than one option: {said}. Say how answers are "
                 f"read in data.columns.answer_base ({', '.join(READINGS[1:])}), or make the "
                 f"options differ",
             )
@@ -160,9 +159,11 @@ class Mcqa(Task):
         elif cell_number(answer) is not None:
             last = base + len(options) - 1
             problem = f"is no index of the {len(options)} options ({base} to {last})"
+            if not self.answer_base and cell_number(answer) == last + 1:
+                problem += "; if indices count from 1, set data.columns.answer_base=1"
         else:
             problem = "is neither an index, nor a letter, nor the text of an option"
-        raise row_error(index, f"answer {brief(answer)} {problem}")
+        raise row_error(index, f"answer {shown(answer)} {problem}")
 
     def _own_base(self) -> int:
         return 1 if self.answer_base == "1" else 0
@@ -170,29 +171,30 @@ class Mcqa(Task):
     def _base(self, rows: list[dict], where: str) -> int:
         """Returns what the file's index answers count from: 0 or 1.
 
-        Where some index is 0, they count from 0. Else, where some index is the number of its row's
-        options, they count from 1. Else it cannot be known: they are taken to count from 0. A note
-        on stderr says so wherever no index is 0.
+        Where some index is 0, they count from 0. Else, where all answers are indices and some is
+        the number of its row's options, they count from 1. Else it cannot be known: they are taken
+        to count from 0. A note on stderr says so wherever no index is 0.
         """
+        column = self.mapping["answer"]
         indices = [index for row in rows if (index := self._index(row))]
-        if not any(alone for *_, alone in indices):
-            said = ""
-        elif any(number == count for number, count, _ in indices):
-            said = (
-                "are read as counted from 1: none is 0, and one is the number of its options "
-                "(data.columns.answer_base=0 reads them from 0)"
-            )
-        else:
-            said = (
-                "are read as counted from 0, though none is 0; if they count from 1, set "
-                "data.columns.answer_base=1, else 0"
-            )
         if any(number == 0 for number, *_ in indices):
             return 0
-        if said:
-            column = self.mapping["answer"]
-            print(f"note: {where}: the indices in column {column!r} {said}", file=sys.stderr)
-        return int(any(number == count for number, count, _ in indices))
+        given = [row[column] for row in rows if row.get(column) not in (None, "")]
+        ends = any(number == count for number, count, _ in indices)
+        base = int(ends and all(cell_number(answer) is not None for answer in given))
+        said = (
+            "none is 0, and one is the number of its options (data.columns.answer_base=0 reads "
+            "them from 0)"
+            if base
+            else "though none is 0: set data.columns.answer_base=1 if they count from 1, else 0"
+        )
+        if any(alone for *_, alone in indices):
+            print(
+                f"note: {where}: the indices in column {column!r} are read as counted from {base}, "
+                f"{said}",
+                file=sys.stderr,
+            )
+        return base
 
     def _index(self, row: dict) -> tuple[int, int, bool] | None:
         """Returns a row's index answer, the number of its options, and whether it is no option's

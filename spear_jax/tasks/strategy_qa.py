@@ -3,9 +3,9 @@
 They are answered after a short chain of reasoning.
 """
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief
 from spear_jax.tasks.hints import clean_lines, names_label, sentences
 from spear_jax.tasks.letters import MARKERS, extract_word
 from spear_jax.tasks.loading import cell_lines, cell_text, row_error, row_text
@@ -40,7 +40,7 @@ class StrategyQa(Task):
     def example(self, row: dict, index: int) -> Example:
         answer = cell_text(row["answer"], "answer", index).lower()  # a CSV file has it as a text
         if answer not in ("true", "false"):
-            raise row_error(index, f"answer {brief(row['answer'])} is neither true nor false")
+            raise row_error(index, f"answer {shown(row['answer'])} is neither true nor false")
         facts = row["facts"]
         if not isinstance(facts, (list, tuple)):
             facts = sentences(cell_text(facts, "facts", index))

@@ -5,9 +5,10 @@ Their columns may hold lists of messages.
 
 from typing import Any
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.files import brief, listed
+from spear_jax.tasks.files import listed
 from spear_jax.tasks.loading import cell_text, row_error, row_text
 
 
@@ -90,7 +91,7 @@ def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
     turns: Any = row[column]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise row_error(
-            index, f"column {column!r} holds {brief(turns)}, but a list of messages is needed there"
+            index, f"column {column!r} holds {shown(turns)}, but a list of messages is needed there"
         )
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not all(
