@@ -183,7 +183,7 @@ class Mcqa(Task):
         ends = any(number == count for number, count, _ in indices)
         base = int(ends and all(cell_number(answer) is not None for answer in given))
         said = (
-            "none is 0, and one is the number of its options (data.columns.answer_base=0 reads "
+            "as none is 0 and some are the number of their options (data.columns.answer_base=0 reads "
             "them from 0)"
             if base
             else "though none is 0: set data.columns.answer_base=1 if they count from 1, else 0"

@@ -184,7 +184,7 @@ def test_indices_count_from_what_the_whole_file_says(tmp_path, capsys, kind):
     assert golds(tmp_path, {"train.jsonl": rows([1, 0, 3])}) == ["x", "w", "z"]
     assert capsys.readouterr().err == ""
     assert golds(tmp_path, {"train.jsonl": rows([1, 2, 4])}) == ["w", "x", "z"]
-    assert "counted from 1, none is 0" in capsys.readouterr().err
+    assert "counted from 1, as none is 0" in capsys.readouterr().err
     assert golds(tmp_path, {"train.jsonl": rows([1, 2, 3])}) == ["x", "y", "z"]
     note = capsys.readouterr().err
     assert "counted from 0, though none is 0" in note and "data.columns.answer_base=1" in note
