@@ -104,6 +104,17 @@ def data_cases(tmp: pathlib.Path) -> Iterator[Case]:
     yield table("empty split", [], list(good))
     yield table("gold label outside the options", [good, good | {"answerKey": "E"}])
 
+    def csv(name: str, data: bytes) -> Case:
+        def make():
+            (tmp / "questions.csv").write_bytes(b"question,a,b,c,answer\n" + data)
+            started("task=mcqa", f"data.path={tmp / 'questions.csv'}", "data.columns.options=a,b,c")
+
+        return name, make
+
+    yield csv("row of a CSV file with a cell too many", b"Which?,x,y, or z,w,A\n")
+    yield csv("text that is not UTF-8", "Which?,café,thé,eau,A\n".encode("cp1252"))
+    yield csv("answer that can be read in two ways", b"1 + 1?,1,2,3,2\n")
+
 
 def run_cases(tmp: pathlib.Path) -> Iterator[Case]:
     def foreign_adapter():

@@ -20,7 +20,10 @@ def shown(value: object, longest: int = 80) -> str:
     """
     if isinstance(value, str) and len(value) > longest:
         return f"{value[:longest]!r}"[:longest] + f"... ({len(value)} characters)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested too deeply"
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 

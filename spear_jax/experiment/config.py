@@ -54,12 +54,17 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The file's column names, for tasks mcqa, pairs and preferences; "" keeps the task's own."""
+    """The file's column names, for tasks mcqa, pairs and preferences; "" keeps the task's own.
+
+    `answer_base` is no column. It says how answers are read: as an index from 0 or 1 where they are
+    whole numbers, or always as a letter or a text. "" takes what fits.
+    """
 
     question: str = ""
     options: str = ""
     answer: str = ""
     hint: str = ""
+    answer_base: str = one_of("", "0", "1", "letter", "text")
     prompt: str = ""
     response: str = ""
     chosen: str = ""

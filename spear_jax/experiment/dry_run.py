@@ -22,6 +22,8 @@ from spear_jax.models.lora import init_lora
 
 SHOWN_CLIENTS = 20  # rows of the split table
 SHOWN_PROMPTS = 3
+SHOWN_ANSWERS = 3
+SHOWN_CHARS = 300
 
 
 def dry_run(built: Experiment, config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def dry_run(built: Experiment, config: ml_collections.ConfigDict, workdir: str) 
     for name, value in numbers.items():
         print(f"{name}: {'not known before the run' if value is None else shown(name, value)}")
     print_prompts(built)
+    print_answers(built.federation.worker.examples)
     fields = {name: value for name, (value, _) in changed.items()}
     return {"workdir": workdir, **numbers, "config": fields}
 
@@ -189,6 +192,27 @@ def print_prompts(built: Experiment) -> None:
         for ids in revision_prompts(built, 1):
             print(f"--- revision prompt of client 0, after a wrong answer ---\n{decode(ids)}")
     print("---")
+
+
+def print_answers(examples: list[Example]) -> None:
+    """The gold answers of the first training examples: where a file is misread, they are wrong."""
+    for example in examples[:SHOWN_ANSWERS]:
+        print(f"--- gold answer of example {example.id} ---")
+        print(f"{cut(example.question)}\n-> {cut(gold_answer(example))}")
+    print("---")
+
+
+def gold_answer(example: Example) -> str:
+    """Returns the gold label with its option's text, or the gold response."""
+    if not example.options:
+        return example.response.strip()
+    label, option = example.labels[example.gold], example.options[example.gold]
+    return label if label == option else f"{label}. {option}"
+
+
+def cut(text: str) -> str:
+    """Returns the start of a long text."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]} ..."
 
 
 def print_split(built: Experiment, folder: pathlib.Path) -> None:

@@ -3,11 +3,13 @@
 They are answered by a letter.
 """
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
+from spear_jax.tasks.files import listed
 from spear_jax.tasks.hints import option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
-from spear_jax.tasks.loading import row_error, row_options, row_text
+from spear_jax.tasks.loading import cell_lines, row_error, row_options, row_text
 
 
 class ArcChallenge(Task):
@@ -36,15 +38,15 @@ class ArcChallenge(Task):
         if not isinstance(choices, dict) or not {"text", "label"} <= choices.keys():
             raise row_error(
                 index,
-                f"column 'choices' holds {choices!r}, but lists 'text' and 'label' are needed",
+                f"column 'choices' holds {shown(choices)}, but lists 'text' and 'label' are needed",
             )
         options = row_options(choices["text"], index, "choices")
-        names = [str(name) for name in choices["label"]]
+        names = cell_lines(choices["label"], "choices", index)
         if len(names) != len(options):
             raise row_error(index, f"{len(options)} option texts but {len(names)} option labels")
         if key not in names:
             raise row_error(
-                index, f"answerKey {key!r} is none of the option labels {', '.join(names)}"
+                index, f"answerKey {shown(key)} is none of the option labels {listed(names)}"
             )
         return Example(
             id=row_text(row, "id", index),

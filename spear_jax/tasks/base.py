@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.types import Example
@@ -144,6 +144,22 @@ class Task(abc.ABC):
 
         Raises: UserError naming the row and the rule that it breaks.
         """
+
+    def examples(
+        self,
+        rows: Sequence[tuple[int, dict]],
+        everything: Callable[[], list[dict]],
+        where: str,
+    ) -> list[Example]:
+        """Turns the rows of a split into examples, by `example` unless a task reads them together.
+
+        Args:
+            rows: (index in the source, row) of the rows that become examples.
+            everything: returns all rows of the source, of both splits.
+            where: names the split and its source, for notes.
+        Raises: as `example`.
+        """
+        return [self.example(row, index) for index, row in rows]
 
     @abc.abstractmethod
     def extract(self, text: str, example: Example) -> Answer | None:

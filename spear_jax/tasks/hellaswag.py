@@ -5,11 +5,12 @@ It is answered by the letter alone.
 
 import re
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import option_hint
 from spear_jax.tasks.letters import extract_letter, letter_labels
-from spear_jax.tasks.loading import row_error, row_options, row_text
+from spear_jax.tasks.loading import cell_number, row_error, row_options, row_text
 
 
 def strip_markers(text: str) -> str:
@@ -45,10 +46,10 @@ class HellaSwag(Task):
     def example(self, row: dict, index: int) -> Example:
         endings = row_options(row["endings"], index, "endings")
         endings = row_options([strip_markers(ending) for ending in endings], index, "endings")
-        label = str(row["label"]).strip()  # a string on the Hub
-        if not label.isdecimal() or int(label) >= len(endings):
+        label = cell_number(row["label"])  # a string on the Hub
+        if label is None or not 0 <= label < len(endings):
             raise row_error(
-                index, f"label {row['label']!r} is no index of the {len(endings)} endings"
+                index, f"label {shown(row['label'])} is no index of the {len(endings)} endings"
             )
         topic = row_text(row, "activity_label", index)
         return Example(
@@ -56,7 +57,7 @@ class HellaSwag(Task):
             question=f"{topic}: {strip_markers(row_text(row, 'ctx', index))}",
             options=endings,
             labels=letter_labels(len(endings)),
-            gold=int(label),
+            gold=label,
         )
 
     def extract(self, text: str, example: Example) -> Answer | None:

@@ -2,11 +2,12 @@
 
 import re
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, option_hint
 from spear_jax.tasks.letters import MARKERS, extract_letter, letter_labels
-from spear_jax.tasks.loading import row_error, row_options, row_text
+from spear_jax.tasks.loading import cell_lines, cell_number, row_error, row_options, row_text
 
 # Every solution, right or wrong, is written with these; `spear.skip_math_ops` keeps unlikelihood
 # off them.
@@ -58,21 +59,18 @@ class MathMcqa(Task):
 
     def example(self, row: dict, index: int) -> Example:
         options = row_options(row["choices"], index, "choices")
-        answer = row["answer"]
-        if (
-            not isinstance(answer, int)
-            or isinstance(answer, bool)
-            or not 0 <= answer < len(options)
-        ):
-            raise row_error(index, f"answer {answer!r} is no index of the {len(options)} choices")
-        lines = str(row["solution"] or "").splitlines()
+        answer = cell_number(row["answer"])
+        if answer is None or not 0 <= answer < len(options):
+            raise row_error(
+                index, f"answer {shown(row['answer'])} is no index of the {len(options)} choices"
+            )
         return Example(
             id=str(index),
             question=row_text(row, "problem", index),
             options=options,
             labels=letter_labels(len(options)),
             gold=answer,
-            support=tuple(line.strip() for line in lines if line.strip()),
+            support=tuple(cell_lines(row["solution"], "solution", index)),
         )
 
     def response(self, example: Example) -> str:

@@ -3,11 +3,12 @@
 They are answered after a short chain of reasoning.
 """
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
 from spear_jax.tasks.hints import clean_lines, names_label, sentences
 from spear_jax.tasks.letters import MARKERS, extract_word
-from spear_jax.tasks.loading import row_error, row_text
+from spear_jax.tasks.loading import cell_lines, cell_text, row_error, row_text
 
 LABELS = ("yes", "no")
 
@@ -37,19 +38,19 @@ class StrategyQa(Task):
     protected = MARKERS
 
     def example(self, row: dict, index: int) -> Example:
-        if not isinstance(row["answer"], bool):
-            raise row_error(index, f"answer {row['answer']!r} is neither true nor false")
-        facts = row["facts"] or ()
-        facts = (
-            sentences(facts) if isinstance(facts, str) else [str(fact).strip() for fact in facts]
-        )
+        answer = cell_text(row["answer"], "answer", index).lower()  # a CSV file has it as a text
+        if answer not in ("true", "false"):
+            raise row_error(index, f"answer {shown(row['answer'])} is neither true nor false")
+        facts = row["facts"]
+        if not isinstance(facts, (list, tuple)):
+            facts = sentences(cell_text(facts, "facts", index))
         return Example(
             id=row_text(row, "qid", index),
             question=row_text(row, "question", index),
             options=LABELS,
             labels=LABELS,
-            gold=0 if row["answer"] else 1,
-            support=tuple(fact for fact in facts if fact),
+            gold=0 if answer == "true" else 1,
+            support=tuple(cell_lines(facts, "facts", index)),
         )
 
     def response(self, example: Example) -> str:

@@ -1,6 +1,7 @@
 """UltraChat 200k: a user's first request and the assistant's response."""
 
 from spear_jax.core.types import Example
+from spear_jax.tasks.files import listed
 from spear_jax.tasks.loading import row_error
 from spear_jax.tasks.ungraded import Ungraded, row_turns
 
@@ -21,7 +22,7 @@ class UltraChat(Ungraded):
     def example(self, row: dict, index: int) -> Example:
         turns = row_turns(row, "messages", index)
         if [role for role, _ in turns[:2]] != ["user", "assistant"]:
-            roles = ", ".join(role for role, _ in turns[:2])
+            roles = listed([role for role, _ in turns[:2]])
             raise row_error(
                 index,
                 f"column 'messages' opens with {roles}, but a user and then an assistant must "

@@ -5,9 +5,11 @@ Their columns may hold lists of messages.
 
 from typing import Any
 
+from spear_jax.core.errors import shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import REVISION, Answer, Task, Templates
-from spear_jax.tasks.loading import row_error, row_text
+from spear_jax.tasks.files import listed
+from spear_jax.tasks.loading import cell_text, row_error, row_text
 
 
 class Ungraded(Task):
@@ -61,7 +63,7 @@ def row_prompt(row: dict, column: str, index: int) -> str:
     if [role for role, _ in turns] != ["user"]:
         raise row_error(
             index,
-            f"column {column!r} holds messages of {', '.join(role for role, _ in turns)}, but a "
+            f"column {column!r} holds messages of {listed([role for role, _ in turns])}, but a "
             f"prompt is a text or one "
             "message of a user (write a longer conversation as one text)",
         )
@@ -89,7 +91,7 @@ def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
     turns: Any = row[column]
     if not isinstance(turns, (list, tuple)) or not turns:
         raise row_error(
-            index, f"column {column!r} holds {turns!r}, but a list of messages is needed there"
+            index, f"column {column!r} holds {shown(turns)}, but a list of messages is needed there"
         )
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict) or not all(
@@ -100,4 +102,4 @@ def row_turns(row: dict, column: str, index: int) -> list[tuple[str, str]]:
                 f"message {number} in column {column!r} lacks 'role' or 'content', or has no "
                 f"text there",
             )
-    return [(turn["role"], turn["content"].strip()) for turn in turns]
+    return [(turn["role"], cell_text(turn["content"], column, index)) for turn in turns]

@@ -345,6 +345,7 @@ def test_every_tasks_columns_are_named_by_its_own_keys_alone():
         "options",
         "answer",
         "hint",
+        "answer_base",
         "prompt",
         "response",
         "chosen",

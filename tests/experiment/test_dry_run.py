@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from spear_jax import train
+from spear_jax.core.types import Example
 from spear_jax.experiment import builder, dry_run
 from spear_jax.experiment.config import default_config, flatten
 from spear_jax.experiment.evaluator import Evaluator
@@ -55,6 +56,7 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
         told.count("--- first prompt of client") == 3 and "--- revision prompt of client 0" in told
     )
     assert "That answer is wrong" in told and "memory_free" in told
+    assert told.count("--- gold answer of example train-") == 3
     assert (
         found["adapter_bytes"] == 4 * found["adapter_parameters"] and found["train_examples"] > 500
     )
@@ -64,6 +66,16 @@ def test_dry_run_shows_config_split_sizes_and_prompts_and_trains_nothing(tmp_pat
     assert found["config"] == {
         name: value for name, value in mine.items() if value != default[name]
     }
+
+
+def test_gold_answers_are_shown_as_label_and_text_or_as_the_response(capsys):
+    options = Example("7", "Which?", ("tin", "oak"), ("A", "B"), 1)
+    number = Example("8", "How many?", ("42",), ("42",), 0)
+    reply = Example("9", "Say it.", (), (), 0, response=" " + "word " * 200)
+    dry_run.print_answers([options, number, reply, options])
+    told = capsys.readouterr().out
+    assert "example 7 ---\nWhich?\n-> B. oak\n" in told and told.count("oak") == 1
+    assert "How many?\n-> 42\n" in told and "-> word word" in told and len(told) < 600
 
 
 def test_the_revision_prompt_follows_an_answer_that_is_wrong(built):

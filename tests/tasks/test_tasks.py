@@ -112,8 +112,10 @@ def test_strategy_facts_as_one_string_or_as_list_give_the_same_example():
         (["p", "q", "r"], 2, 2),
         (["p", "q", "r"], "B", 1),
         (["p", "q", "r"], " q ", 1),
-        (["4", "2", "1"], "2", 1),  # the text of an option, not an index
-        ([4, 2, 1], 0, 0),  # an integer is an index
+        (["p", "q", "r"], "2", 2),
+        (["4", "2", "1"], "4", 0),  # the text of an option: there is no index 4
+        (["4", "1", "2"], "1", 1),  # the text and the index are one option
+        ([4, 2, 1], 0, 0),
     ],
 )
 def test_mcqa_answer_is_index_letter_or_text(options, answer, gold):
