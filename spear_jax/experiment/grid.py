@@ -114,8 +114,17 @@ def machine(jobs: int) -> dict[str, Any]:
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
     """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns
-    those that failed.
+    those that failed. Raises: UserError where another process is training the grid.
     """
+    lock = run_folder.FolderLock(folder)
+    lock.take()
+    try:
+        return _run(folder, rows, jobs, quiet)
+    finally:
+        lock.release()
+
+
+def _run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
     # most of the labels' programs are the same
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs(folder)))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

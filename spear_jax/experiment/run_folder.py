@@ -145,6 +145,10 @@ _IN_USE = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
+class InUse(UserError):
+    """Another process writes to the folder."""
+
+
 class FolderLock:
     """The right to write to a run folder, which one process has at a time.
 
@@ -159,21 +163,28 @@ class FolderLock:
         folder: the run folder.
         finish: called before another object of this process reads the folder: waits until what
             was begun is written.
-        leave: called before another object of this process takes the lock; releases this one.
+        leave: called before another object of this process takes the lock; releases this one
+            (None: nothing but that).
     """
 
     _of_this_process: ClassVar[dict[str, "FolderLock"]] = {}
 
-    def __init__(self, folder: pathlib.Path, finish: Callable[[], None], leave: Callable[[], None]):
-        self.folder, self.file, self.finish, self.leave = folder, folder / LOCK, finish, leave
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        finish: Callable[[], None] = lambda: None,
+        leave: Callable[[], None] | None = None,
+    ):
+        self.folder, self.file = folder, folder / LOCK
+        self.finish, self.leave = finish, leave or self.release
         self._held: IO[str] | None = None
         self._name = ""
 
     def take(self) -> None:
         """Takes the lock.
 
-        Raises: UserError where another process has it, naming that; DiskError where the file cannot
-            be written.
+        Raises: InUse where another process has it, naming that; DiskError where the file cannot be
+            written.
         """
         name = os.path.realpath(self.folder)
         owner = self._of_this_process.get(name)
@@ -185,7 +196,7 @@ class FolderLock:
             file = self.file.open("a+", encoding="utf-8", errors="replace")
             try:
                 if not self._wait(file):
-                    raise UserError(
+                    raise InUse(
                         f"{self.folder} is in use by {_holder(file)}, and two processes would "
                         "write the same rounds. Wait until that one ends, stop it, or give "
                         "another --workdir; `evaluate`, `export` and `report` read the folder "
@@ -233,9 +244,7 @@ class FolderLock:
             self.release()
 
     def check_free(self) -> None:
-        """Raises UserError where another process has the lock, as far as can be told without
-        making a folder or a file.
-        """
+        """Raises InUse where another process has the lock; makes neither folder nor file."""
         if self.file.is_file():
             with self.while_opening():
                 pass

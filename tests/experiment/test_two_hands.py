@@ -16,7 +16,7 @@ import spear_jax as sj
 from spear_jax import train as train_command
 from spear_jax.core.errors import UserError
 from spear_jax.core.files import DiskError
-from spear_jax.experiment import command_line, run_folder
+from spear_jax.experiment import command_line, grid, run_folder
 from spear_jax.experiment.run_folder import FolderLock
 from spear_jax.experiment.run_logger import Board, RunLogger
 
@@ -65,7 +65,9 @@ def leave(made, calls):
 def test_a_folder_in_use_is_refused_by_name_until_the_process_is_killed(tmp_path, holder, capsys):
     words = f"in use by process {holder.pid} on host elsewhere .since noon."
     with pytest.raises(UserError, match=words):
-        sj.Run(small(), tmp_path)  # before anything is built
+        sj.Run(small(), tmp_path)
+    with pytest.raises(UserError, match=words):
+        grid.run(tmp_path, [], 1, quiet=True)
     with pytest.raises(SystemExit) as ended:
         command_line.run(train_command.main, ["--config=quickstart", f"--workdir={tmp_path}"])
     told = capsys.readouterr().err
