@@ -52,12 +52,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     args, rest = parser.parse_known_args(argv)
     command_line.go_offline(args.offline)
     config = command_line.read_config(rest)
+    run_folder.check_names(args.workdir, args.resume)
     check_wandb(config)
     enable_compilation_cache()
     init_distributed(args.distributed)
     if args.dry_run:
         return dry_run(build(config), config, args.workdir)
-    run_folder.check_names(args.workdir, args.resume)
     if is_main_process():
         run_folder.FolderLock(pathlib.Path(args.workdir)).check_free()
     run = Run(config, args.workdir, args.resume, quiet=args.quiet)

@@ -53,6 +53,7 @@ def check_folder(folder: pathlib.Path, rows: Sequence[GridRow]) -> None:
     """Raises UserError where the folder is itself a run folder, or holds a cell of another
     config.
     """
+    run_folder.check_names(str(folder), "auto")
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is the run folder of a `train` command; give a new --workdir.")
     for row in rows:

@@ -69,12 +69,24 @@ def open_workdir(
     return folder, False
 
 
+_PATTERNS = "*?[\\"  # Orbax finds its files by glob; what is no UTF-8 TensorStore cannot open
+
+
 def check_names(workdir: str, resume: str) -> None:
-    """Raises UserError for a folder without a name, and for an unknown resume mode."""
+    """Raises UserError for an unknown resume mode, and for a folder without a name or with one that
+    checkpoints cannot have.
+    """
     if resume not in ("auto", "never", "must"):
         raise unknown("resume mode", resume, ("auto", "never", "must"))
     if not workdir.strip():
         raise UserError("--workdir is empty; give a folder, for example --workdir=runs/first.")
+    path = os.path.realpath(workdir)
+    strange = [mark for mark in path if mark in _PATTERNS or 0xD800 <= ord(mark) < 0xE000]
+    if strange:
+        raise UserError(
+            f"--workdir is {path[-200:]!r}, and no folder on the way may have {strange[0]!r} in its "
+            "name: checkpoints there could not be read back. Give another folder, or rename that."
+        )
 
 
 def make_folder(folder: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,26 @@ def test_a_folder_that_goes_away_ends_its_run(tmp_path, change):
     with pytest.raises(UserError, match="removed, moved or replaced"):
         mine.check()
     mine.release()
+
+
+@pytest.mark.parametrize("name", ["", " ", "a[1]", "b*", "c?", "d\\e", "f\udcff"])
+def test_a_folder_in_which_checkpoints_could_not_be_read_is_refused(tmp_path, name):
+    """Orbax looks for its files by a pattern that holds the folder's path: a[1] finds nothing, b*
+    may find another run's. What is no UTF-8 it cannot open.
+    """
+    workdir = f"{tmp_path}/{name}" if name.strip() else name
+    for refused in (
+        lambda: train_command.main(["--config=quickstart", f"--workdir={workdir}", "--dry-run"]),
+        lambda: (
+            grid.check_folder(pathlib.Path(workdir), [])
+            if name.strip()
+            else sj.Run(small(), workdir)
+        ),
+    ):
+        with pytest.raises(UserError, match="--workdir is ") as caught:
+            refused()
+        caught.value.args[0].encode()  # a message that every terminal takes
+    assert not list(tmp_path.iterdir())
 
 
 # Disks
