@@ -8,13 +8,14 @@ The run folder holds config.json, metrics.jsonl, checkpoints/, traces/, tensorbo
 and, at the end, summary.json and figures.
 """
 
+import pathlib
 from typing import Any
 
 import jax
 
 from spear_jax.core.compilation import enable_compilation_cache
 from spear_jax.core.mesh import init_distributed, is_main_process
-from spear_jax.experiment import command_line
+from spear_jax.experiment import command_line, run_folder
 from spear_jax.experiment.builder import build
 from spear_jax.experiment.dry_run import dry_run
 from spear_jax.experiment.run import Run
@@ -51,11 +52,14 @@ def main(argv: list[str]) -> dict[str, Any]:
     args, rest = parser.parse_known_args(argv)
     command_line.go_offline(args.offline)
     config = command_line.read_config(rest)
+    run_folder.check_names(args.workdir, args.resume)
     check_wandb(config)
     enable_compilation_cache()
     init_distributed(args.distributed)
     if args.dry_run:
         return dry_run(build(config), config, args.workdir)
+    if is_main_process():
+        run_folder.FolderLock(pathlib.Path(args.workdir)).check_free()
     run = Run(config, args.workdir, args.resume, quiet=args.quiet)
     summary = run.train()
     return summary if is_main_process() else worker_result(args.workdir)

@@ -53,6 +53,7 @@ def check_folder(folder: pathlib.Path, rows: Sequence[GridRow]) -> None:
     """Raises UserError where the folder is itself a run folder, or holds a cell of another
     config.
     """
+    run_folder.check_names(str(folder), "auto")
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is the run folder of a `train` command; give a new --workdir.")
     for row in rows:
@@ -114,8 +115,17 @@ def machine(jobs: int) -> dict[str, Any]:
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
     """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns
-    those that failed.
+    those that failed. Raises: UserError where another process is training the grid.
     """
+    lock = run_folder.FolderLock(folder)
+    lock.take()
+    try:
+        return _run(folder, rows, jobs, quiet)
+    finally:
+        lock.release()
+
+
+def _run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
     # most of the labels' programs are the same
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs(folder)))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -96,7 +96,8 @@ class Run:
 
     Iterating trains: each step is one round. A run whose folder holds rounds already goes on behind
     them; a run that has ended gives no more rounds. From the first round to the last the folder is
-    this run's: another process is refused, and so is this run while another process trains there.
+    this run's. While another process trains there, this run is refused; it can still be read:
+    evaluated and exported.
 
     Args:
         config: as from `preset` or `load_config`.
@@ -109,9 +110,9 @@ class Run:
         task, feedback: objects in place of what the config names.
         reducer, server_optimizer, transforms: the aggregation, likewise. `server_optimizer` is an
             optax transformation that sees the pseudo-gradient.
-    Raises: UserError for every mistake that can be known before compiling, and for a folder that
-        another process writes to. Iterating raises it where the disk takes no more; the message
-        says which rounds are kept, and iterating again goes on from there.
+    Raises: UserError for every mistake that can be known before compiling. Iterating raises it for
+        a folder that another process writes to, and where the disk takes no more: the message says
+        which rounds are kept, and iterating again goes on from there.
     """
 
     def __init__(
@@ -134,12 +135,9 @@ class Run:
         self._lock = run_folder.FolderLock(self.workdir, self.save, self.close)
         self._checkpoints: Checkpoints | None = None
         self._logger: RunLogger | NullLogger = NullLogger()
-        main = is_main_process()
-        if main:
-            self._lock.check_free()
         self.config = _named(config, task, feedback, reducer)
         self.callbacks, self.quiet = list(callbacks), quiet
-        self.bars = ProgressBars(quiet or not main)
+        self.bars = ProgressBars(quiet or not is_main_process())
         aggregation = _own_aggregation(self.config, reducer, server_optimizer, transforms)
         own = OwnParts(task, feedback, reducer, aggregation)
         self.experiment: Experiment = build(self.config, devices, self.bars.stage_rows, own)
@@ -147,11 +145,7 @@ class Run:
         self.line: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
         self._stopped = False
         self._told = False
-        if main and resume != "must":
-            run_folder.make_folder(self.workdir)
-        with self._lock.while_opening() if main else contextlib.nullcontext():
-            self._open_folder(resume)
-            self._restore()
+        self._open(resume)
 
     @property
     def settings(self):
@@ -162,8 +156,7 @@ class Run:
     def checkpoints(self) -> Checkpoints:
         """The run folder's checkpoints, open for writing."""
         if self._checkpoints is None:
-            keep, folder = self.settings.checkpoint, self.workdir / "checkpoints"
-            self._checkpoints = Checkpoints(folder, keep.keep_last, keep.keep_best)
+            self._checkpoints = self._open_checkpoints()
         return self._checkpoints
 
     @property
@@ -252,7 +245,24 @@ class Run:
 
     # Inside
 
-    def _open_folder(self, resume: str) -> None:
+    def _open(self, resume: str) -> None:
+        """Opens the folder and takes up what is there; reads it alone where another process has it
+        in use, and where it cannot be written.
+        """
+        main = is_main_process()
+        if main and resume != "must":
+            run_folder.make_folder(self.workdir)
+        try:
+            with self._lock.while_opening() if main else contextlib.nullcontext():
+                self._make_folder(resume)
+                self._restore(self.checkpoints)
+        except (run_folder.InUse, DiskError):
+            if jax.process_count() > 1 or not saved_rounds(self.workdir):
+                raise
+            run_folder.open_workdir(str(self.workdir), self.config, resume)
+            self._restore(self._open_checkpoints(read_only=True))
+
+    def _make_folder(self, resume: str) -> None:
         """The run folder: the first process makes or checks it and draws the split, the others come
         after.
         """
@@ -262,6 +272,10 @@ class Run:
                 write_split(self.experiment, self.workdir)
         barrier("run folder")
         run_folder.open_workdir(str(self.workdir), self.config, "auto")
+
+    def _open_checkpoints(self, read_only: bool = False) -> Checkpoints:
+        keep, folder = self.settings.checkpoint, self.workdir / "checkpoints"
+        return Checkpoints(folder, keep.keep_last, keep.keep_best, read_only)
 
     def _take_folder(self) -> None:
         """Takes the folder for this run, and takes up what is newest there.
@@ -279,7 +293,7 @@ class Run:
             if self._checkpoints is not None:
                 self._checkpoints.close()
                 self._checkpoints = None
-            self._restore()
+            self._restore(self.checkpoints)
 
     def _rounds(self) -> Iterator[Round]:
         """Trains the rounds that are left."""
@@ -308,10 +322,10 @@ class Run:
             kept = f"Rounds up to {saved[-1]} are kept" if saved else "No round is kept so far"
             raise UserError(f"{error} {kept}; the same command then goes on from there.") from error
 
-    def _restore(self) -> None:
+    def _restore(self, checkpoints: Checkpoints) -> None:
         """Takes up the newest whole checkpoint, or begins."""
         self.state, self.line = self.experiment.initial_state(), {}
-        saved = self.checkpoints.restore(self.state)
+        saved = checkpoints.restore(self.state)
         if saved is not None:
             self.state, meta = saved
             self.line = meta["line"]

@@ -69,12 +69,24 @@ def open_workdir(
     return folder, False
 
 
+_PATTERNS = "*?[\\"  # Orbax finds its files by glob; what is no UTF-8 TensorStore cannot open
+
+
 def check_names(workdir: str, resume: str) -> None:
-    """Raises UserError for a folder without a name, and for an unknown resume mode."""
+    """Raises UserError for an unknown resume mode, and for a folder without a name or with one that
+    checkpoints cannot have.
+    """
     if resume not in ("auto", "never", "must"):
         raise unknown("resume mode", resume, ("auto", "never", "must"))
     if not workdir.strip():
         raise UserError("--workdir is empty; give a folder, for example --workdir=runs/first.")
+    path = os.path.realpath(workdir)
+    strange = [mark for mark in path if mark in _PATTERNS or 0xD800 <= ord(mark) < 0xE000]
+    if strange:
+        raise UserError(
+            f"--workdir is {path[-200:]!r}, and no folder on the way may have {strange[0]!r} in its "
+            "name: checkpoints there could not be read back. Give another folder, or rename that."
+        )
 
 
 def make_folder(folder: pathlib.Path) -> None:
@@ -145,6 +157,10 @@ _IN_USE = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
+class InUse(UserError):
+    """Another process writes to the folder."""
+
+
 class FolderLock:
     """The right to write to a run folder, which one process has at a time.
 
@@ -159,21 +175,28 @@ class FolderLock:
         folder: the run folder.
         finish: called before another object of this process reads the folder: waits until what
             was begun is written.
-        leave: called before another object of this process takes the lock; releases this one.
+        leave: called before another object of this process takes the lock; releases this one
+            (None: nothing but that).
     """
 
     _of_this_process: ClassVar[dict[str, "FolderLock"]] = {}
 
-    def __init__(self, folder: pathlib.Path, finish: Callable[[], None], leave: Callable[[], None]):
-        self.folder, self.file, self.finish, self.leave = folder, folder / LOCK, finish, leave
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        finish: Callable[[], None] = lambda: None,
+        leave: Callable[[], None] | None = None,
+    ):
+        self.folder, self.file = folder, folder / LOCK
+        self.finish, self.leave = finish, leave or self.release
         self._held: IO[str] | None = None
         self._name = ""
 
     def take(self) -> None:
         """Takes the lock.
 
-        Raises: UserError where another process has it, naming that; DiskError where the file cannot
-            be written.
+        Raises: InUse where another process has it, naming that; DiskError where the file cannot be
+            written.
         """
         name = os.path.realpath(self.folder)
         owner = self._of_this_process.get(name)
@@ -185,7 +208,7 @@ class FolderLock:
             file = self.file.open("a+", encoding="utf-8", errors="replace")
             try:
                 if not self._wait(file):
-                    raise UserError(
+                    raise InUse(
                         f"{self.folder} is in use by {_holder(file)}, and two processes would "
                         "write the same rounds. Wait until that one ends, stop it, or give "
                         "another --workdir; `evaluate`, `export` and `report` read the folder "
@@ -233,9 +256,7 @@ class FolderLock:
             self.release()
 
     def check_free(self) -> None:
-        """Raises UserError where another process has the lock, as far as can be told without
-        making a folder or a file.
-        """
+        """Raises InUse where another process has the lock; makes neither folder nor file."""
         if self.file.is_file():
             with self.while_opening():
                 pass

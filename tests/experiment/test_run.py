@@ -15,7 +15,7 @@ from run_sizes import SMALL, small
 
 import spear_jax as sj
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.experiment import builder
+from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.config import parse
 from spear_jax.experiment.run import is_due
 from spear_jax.experiment.run_folder import read_run_config
@@ -135,6 +135,18 @@ def test_a_run_that_is_made_again_goes_on_and_the_one_that_it_left_says_so(tmp_p
         next(left)
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_a_run_that_another_process_trains_can_be_read_and_not_trained(trained, monkeypatch):
+    folder, _, rounds, *_ = trained
+    monkeypatch.setattr(run_folder, "_lock", lambda *_: False)
+    monkeypatch.setattr(run_folder, "GRACE", 0.0)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+    run = sj.load_run(folder, quiet=True, devices=jax.devices()[:1])
+    assert run.finished_rounds == 3 and run.evaluate().accuracy == rounds[0].accuracy
+    with pytest.raises(sj.UserError, match="in use by process"):
+        next(iter(run))
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 class Impatient(sj.Callback):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import spear_jax as sj
 from spear_jax import train as train_command
 from spear_jax.core.errors import UserError
 from spear_jax.core.files import DiskError
-from spear_jax.experiment import command_line, run_folder
+from spear_jax.experiment import command_line, grid, run_folder
 from spear_jax.experiment.run_folder import FolderLock
 from spear_jax.experiment.run_logger import Board, RunLogger
 
@@ -65,7 +66,9 @@ def leave(made, calls):
 def test_a_folder_in_use_is_refused_by_name_until_the_process_is_killed(tmp_path, holder, capsys):
     words = f"in use by process {holder.pid} on host elsewhere .since noon."
     with pytest.raises(UserError, match=words):
-        sj.Run(small(), tmp_path)  # before anything is built
+        sj.Run(small(), tmp_path)
+    with pytest.raises(UserError, match=words):
+        grid.run(tmp_path, [], 1, quiet=True)
     with pytest.raises(SystemExit) as ended:
         command_line.run(train_command.main, ["--config=quickstart", f"--workdir={tmp_path}"])
     told = capsys.readouterr().err
@@ -149,6 +152,26 @@ def test_a_folder_that_goes_away_ends_its_run(tmp_path, change):
     with pytest.raises(UserError, match="removed, moved or replaced"):
         mine.check()
     mine.release()
+
+
+@pytest.mark.parametrize("name", ["", " ", "a[1]", "b*", "c?", "d\\e", "f\udcff"])
+def test_a_folder_in_which_checkpoints_could_not_be_read_is_refused(tmp_path, name):
+    """Orbax looks for its files by a pattern that holds the folder's path: a[1] finds nothing, b*
+    may find another run's. What is no UTF-8 it cannot open.
+    """
+    workdir = f"{tmp_path}/{name}" if name.strip() else name
+    for refused in (
+        lambda: train_command.main(["--config=quickstart", f"--workdir={workdir}", "--dry-run"]),
+        lambda: (
+            grid.check_folder(pathlib.Path(workdir), [])
+            if name.strip()
+            else sj.Run(small(), workdir)
+        ),
+    ):
+        with pytest.raises(UserError, match="--workdir is ") as caught:
+            refused()
+        caught.value.args[0].encode()  # a message that every terminal takes
+    assert not list(tmp_path.iterdir())
 
 
 # Disks
