@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from spear_jax.core.errors import UserError
 from spear_jax.models.decoder import Decoder, logits
-from spear_jax.models.io.gguf import GgufTensors
-from spear_jax.models.io.huggingface import load_model, save_model
+from spear_jax.models.io.gguf import FIXED, GgufTensors
+from spear_jax.models.io.huggingface import load_model, open_model, save_model
 from spear_jax.models.io.tensor_map import places
 from spear_jax.models.lora import LoraConfig
 
@@ -24,7 +24,8 @@ def test_unquantised_gguf_gives_the_folders_tree_and_config(family, tmp_path):
     want = load_model(FIXTURES / family, "float32")
     got = load_model(write_gguf(tmp_path / "m.gguf", family), "float32")
     assert got.config == want.config
-    assert (got.eos_ids, got.pad_id) == (want.eos_ids, want.pad_id)
+    assert (got.eos_ids[0], got.pad_id) == (want.eos_ids[0], want.pad_id)
+    assert set(want.eos_ids) <= set(got.eos_ids)
     jax.tree.map(np.testing.assert_array_equal, got.base, want.base)
 
 
@@ -122,7 +123,12 @@ PIECES = {  # how each pre-tokenizer cuts, by its model's published rule
 
 @pytest.mark.parametrize("pre", PIECES)
 def test_each_pre_tokenizer_cuts_text_its_own_way(pre, tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", "llama", tokenizer__ggml__pre=pre)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        tokenizer__ggml__pre=pre,
+        tokenizer__ggml__bos_token_id=np.uint32(2),
+    )
     tokenizer = load_model(path, "float32").tokenizer.backend_tokenizer
     pieces = [
         piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("Don't mix 12345\n\nok")
@@ -142,6 +148,90 @@ def test_gguf_tokenizer_merges_keeps_special_tokens_whole_and_comes_back_to_text
     )
 
 
+def opened(tmp_path, **meta):
+    meta = {f"tokenizer__ggml__{name}": value for name, value in meta.items()}
+    return open_model(write_gguf(tmp_path / "m.gguf", "llama", **meta))
+
+
+@pytest.mark.parametrize(
+    "pre, stated, added",
+    [
+        ("llama-bpe", None, True),
+        ("llama3", None, True),
+        ("llama-v3", True, True),
+        ("llama-bpe", False, False),
+        ("gpt-2", None, False),
+        ("qwen2", None, False),
+        ("smollm", True, True),
+    ],
+)
+def test_bos_stands_before_a_text_where_llama_cpp_puts_it(tmp_path, pre, stated, added):
+    """llama-vocab.cpp: add_bos is on for the Llama-3-like pre-tokenizers unless the key is there."""
+    model = opened(tmp_path, pre=pre, bos_token_id=np.uint32(2), add_bos_token=stated)
+    assert (model.tokenizer("ab")["input_ids"][0] == 2) == added
+
+
+def test_a_default_bos_without_a_token_is_refused(tmp_path):
+    with pytest.raises(UserError, match="'llama-bpe'.*no tokenizer.ggml.bos_token_id"):
+        opened(tmp_path, pre="llama-bpe")
+
+
+def test_generation_ends_at_eos_eot_and_eom(tmp_path):
+    model = opened(tmp_path, eot_token_id=np.uint32(250), eom_token_id=np.uint32(251))
+    assert model.eos_ids == (0, 250, 251)
+    assert model.generation_config["eos_token_id"] == [0, 250, 251]
+
+
+def test_generation_ends_at_tokens_that_llama_cpp_knows_by_their_text(tmp_path):
+    tokens = [model_token(i) for i in range(264)]
+    tokens[5] = "<|eot_id|>"
+    assert opened(tmp_path, tokens=tokens).eos_ids == (0, 5)
+
+
+def model_token(index):
+    return "ab" if index == 263 else {0: "<|end|>", 100: "a", 101: "b"}.get(index, f"t{index}")
+
+
+@pytest.mark.parametrize("template, closes", [("{{ x }}t7", 7), ("{{ x }}", 0)])
+def test_a_completion_ends_as_the_template_ends_a_turn(tmp_path, template, closes):
+    tokens = [model_token(i) for i in range(264)]
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        "llama",
+        tokenizer__ggml__tokens=tokens,
+        tokenizer__ggml__eot_token_id=np.uint32(7),
+        tokenizer__chat_template=template,
+    )
+    assert open_model(path).tokenizer.eos_token_id == closes
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_key_that_changes_numbers_is_refused_by_name(tmp_path, name):
+    value = {"rope.scaling.type": "yarn", "attention.causal": False}.get(name, 4.0)
+    path = write_gguf(tmp_path / "m.gguf", "llama", **{f"llama.{name}": value})
+    with pytest.raises(UserError, match=f"'llama.{name}' is"):
+        open_model(path)
+
+
+def test_a_factor_counts_only_where_its_type_is_not_none(tmp_path):
+    """llama.cpp scales linearly by a factor that has no type."""
+    factor = {"llama.rope.scaling.factor": 2.0}
+    path = write_gguf(tmp_path / "a.gguf", "llama", **factor, **{"llama.rope.scaling.type": "none"})
+    assert open_model(path).config.rope_scaling is None
+    with pytest.raises(UserError, match="'llama.rope.scaling.factor' is 2.0; only 0 or 1 is"):
+        open_model(write_gguf(tmp_path / "b.gguf", "llama", **factor))
+
+
+def test_numbers_that_are_none_in_a_tensor_are_refused_by_name(tmp_path):
+    def spoil(tensors):
+        tensors["blk.1.ffn_up.weight"][0, 0] = np.inf
+        return tensors
+
+    path = write_gguf(tmp_path / "m.gguf", "llama", change=spoil)
+    with pytest.raises(UserError, match="model.layers.1.mlp.up_proj.weight.*holds inf"):
+        load_model(path, "float32")
+
+
 def test_gguf_that_asks_for_bos_gets_it(tmp_path):
     path = write_gguf(
         tmp_path / "m.gguf",
@@ -158,11 +248,14 @@ REFUSED = {
     "pre-tokenizer": ({"tokenizer__ggml__pre": "qwen3"}, ["'qwen3'", "qwen2"]),
     "no tokens": ({"tokenizer__ggml__tokens": None}, ["tokenizer.ggml.tokens"]),
     "foreign merges": ({"tokenizer__ggml__merges": ["zz yy"]}, ["merges"]),
-    "EOS out of range": ({"tokenizer__ggml__eos_token_id": np.uint32(999)}, ["eos id 999"]),
+    "EOS out of range": ({"tokenizer__ggml__eos_token_id": np.uint32(999)}, ["eos_token_id 999"]),
     "no EOS": ({"tokenizer__ggml__eos_token_id": None}, ["no EOS"]),
     "no metadata": ({"llama__block_count": None}, ["llama.block_count"]),
     "yarn": ({"llama__rope__scaling__type": "yarn"}, ["'yarn'"]),
-    "partial rope": ({"llama__rope__dimension_count": np.uint32(4)}, ["4 of 8"]),
+    "partial rope": (
+        {"llama__rope__dimension_count": np.uint32(4)},
+        ["rope.dimension_count is 4", "8 dimensions"],
+    ),
     "missing tensor": (
         {"change": lambda t: {k: v for k, v in t.items() if k != "output_norm.weight"}},
         ["model.norm"],

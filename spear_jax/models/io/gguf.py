@@ -1,8 +1,10 @@
 """GGUF files: config from metadata, tensors under Hugging Face names, and the tokenizer that the
 metadata spells out.
 
-Sources: the GGUF specification (ggml's docs/gguf.md) and the `gguf` package, which decodes every
-quantisation.
+A metadata key that changes numbers in llama.cpp is computed, or refused by name (`FIXED`).
+
+Sources: the GGUF specification (ggml's docs/gguf.md); the `gguf` package, which decodes every
+quantisation; llama.cpp's llama-model.cpp for what its keys do and for their defaults.
 
 Departures from llama.cpp:
   1. Quantised blocks are decoded once, on load, to the model's dtype; products run in that dtype,
@@ -18,11 +20,11 @@ from typing import Any
 import gguf
 import numpy as np
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.files import expanded
 from spear_jax.models.config import FAMILIES, ModelConfig, parse_config
 from spear_jax.models.decoder import rope_frequencies
-from spear_jax.models.io.gguf_tokenizer import build_tokenizer, special_ids
+from spear_jax.models.io.gguf_tokenizer import build_tokenizer, end_of_generation, special_ids
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -39,6 +41,36 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_TABLE = "rope_freqs.weight"
+# Keys of an architecture that change numbers and are not computed, with the values that change
+# none. Without a type, llama.cpp scales RoPE linearly by the factor.
+FIXED = {
+    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.factor": (0, 1),
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.dimension_sections": (),
+    "attention.layer_norm_epsilon": (),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.sliding_window": (0,),
+    "attention.sliding_window_pattern": (),
+    "attention.temperature_scale": (0,),
+    "attention.temperature_length": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "pooling_type": (0,),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+}
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -72,22 +104,34 @@ def load_gguf(
         raise UserError(
             f"{str(path)!r} is truncated or no GGUF file ({error}); fetch it again."
         ) from error
+    if meta.get("general.type", str) not in (None, "model"):
+        raise UserError(
+            f"{str(path)!r} holds a {meta.get('general.type', str)!r} (general.type), not a model; "
+            "give the model's GGUF."
+        )
+    if (meta.get("split.count", int) or 1) > 1:
+        raise UserError(
+            f"{str(path)!r} is one of {meta.get('split.count', int)} parts (split.count); join "
+            "them with llama.cpp's `llama-gguf-split --merge`."
+        )
     family = meta.get("general.architecture", str)
     if family not in FAMILIES:
         raise unknown("GGUF architecture", str(family), FAMILIES)
     raw = _raw_config(meta, family, tensors)
     config = parse_config(raw)
-    return (
-        config,
-        raw,
-        {
-            key: raw[key]
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if raw[key] is not None
-        },
-        build_tokenizer(meta, str(path), config.max_positions),
-        GgufTensors(path, config, tensors),
-    )
+    tokenizer = build_tokenizer(meta, str(path), config.max_positions)
+    generation = {key: raw[key] for key in ("bos_token_id", "pad_token_id") if raw[key] is not None}
+    generation["eos_token_id"] = end_of_generation(meta)
+    return config, raw, generation, tokenizer, GgufTensors(path, config, tensors)
+
+
+_TYPES = {
+    int: "a whole number of at least 1, or a token's id",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+}
 
 
 class _Metadata:
@@ -99,41 +143,76 @@ class _Metadata:
     def get(self, key: str, kind: type) -> Any:
         """The value, or None where the key is absent; floats as the shortest decimal of their 32
         bits.
+
+        Raises: UserError for a value of another type, and for a number that is none.
         """
         if key not in self._fields:
             return None
-        value = self._fields[key].contents()
-        return float(str(np.float32(value))) if kind is float else kind(value)
+        try:
+            value = self._fields[key].contents()
+        except (ValueError, IndexError) as error:  # a text that is not UTF-8 among them
+            raise self._wrong(key, f"unreadable ({shown(str(error))})", kind) from error
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            if np.isfinite(np.float32(value)):
+                return float(str(np.float32(value)))
+        elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+            return value
+        raise self._wrong(key, shown(value), kind)
 
-    def need(self, key: str, kind: type) -> Any:
-        """The value; raises UserError where the key is absent."""
-        value = self.get(key, kind)
-        if value is None:
-            raise UserError(
-                f"{str(self._path)!r} has no metadata {key!r}; convert or fetch the GGUF again."
-            )
+    def _wrong(self, key: str, value: str, kind: type) -> UserError:
+        return UserError(
+            f"{str(self._path)!r}: metadata {key!r} is {value}; it must be {_TYPES[kind]}. Convert "
+            "or fetch the GGUF again."
+        )
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A count of at least 1; raises UserError for any other value, and without a default."""
+        value = self.get(key, int)
+        value = default if value is None else value
+        if value is None or not 1 <= value < 2**31:
+            raise self._wrong(key, str(value), int)
+        return value
+
+    def check_fixed(self, family: str) -> None:
+        """Raises UserError for a key of `FIXED` with a value that changes numbers."""
+        for name, harmless in FIXED.items():
+            key = f"{family}.{name}"
+            value = self._fields[key].contents() if key in self._fields else None
+            if name == "rope.scaling.factor" and self.get(f"{family}.rope.scaling.type", str) == (
+                "none"
+            ):
+                continue
+            if value is not None and value not in harmless:
+                rule = f"only {' or '.join(map(str, harmless))} is" if harmless else "it is not"
+                raise UserError(
+                    f"{str(self._path)!r}: metadata {key!r} is {shown(value)}; {rule} supported. "
+                    "Use the model's safetensors folder, or another model."
+                )
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A positive number; raises UserError for any other value, and without a default."""
+        value = self.get(key, float)
+        value = default if value is None else value
+        if value is None or value <= 0:
+            raise self._wrong(key, str(value), float)
         return value
 
 
 def _raw_config(meta: _Metadata, family: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The metadata as a config.json."""
+    meta.check_fixed(family)
     width, heads = (
-        meta.need(f"{family}.embedding_length", int),
-        meta.need(f"{family}.attention.head_count", int),
+        meta.count(f"{family}.embedding_length"),
+        meta.count(f"{family}.attention.head_count"),
     )
-    head_width = meta.get(f"{family}.attention.key_length", int) or width // heads
-    turned = meta.get(f"{family}.rope.dimension_count", int) or head_width
-    if turned != head_width:
-        raise UserError(
-            f"the GGUF turns {turned} of {head_width} head dimensions; partial RoPE is not "
-            f"supported."
-        )
-    scaling = meta.get(f"{family}.rope.scaling.type", str) or "none"
-    if scaling != "none":
-        raise UserError(
-            f"the GGUF's RoPE scaling {scaling!r} is not supported; supported: none, Llama 3's "
-            f"table."
-        )
+    head_width = meta.count(f"{family}.attention.key_length", max(1, width // heads))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        other = meta.count(f"{family}.{name}", head_width)
+        if other != head_width:
+            raise UserError(
+                f"the GGUF's {family}.{name} is {other}, but a head has {head_width} dimensions; "
+                "only heads of one width, turned whole, are supported. Use another model."
+            )
     if "token_embd.weight" not in tensors:
         raise UserError(
             "the GGUF has no tensor 'token_embd.weight'; fetch a whole model, not an adapter or "
@@ -144,15 +223,15 @@ def _raw_config(meta: _Metadata, family: str, tensors: dict[str, Any]) -> dict[s
         "model_type": family,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "hidden_size": width,
-        "num_hidden_layers": meta.need(f"{family}.block_count", int),
+        "num_hidden_layers": meta.count(f"{family}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.get(f"{family}.attention.head_count_kv", int) or heads,
+        "num_key_value_heads": meta.count(f"{family}.attention.head_count_kv", heads),
         "head_dim": head_width,
-        "intermediate_size": meta.need(f"{family}.feed_forward_length", int),
+        "intermediate_size": meta.count(f"{family}.feed_forward_length"),
         "hidden_act": "silu",
-        "rms_norm_eps": meta.need(f"{family}.attention.layer_norm_rms_epsilon", float),
-        "rope_theta": meta.get(f"{family}.rope.freq_base", float) or 10000.0,
-        "max_position_embeddings": meta.get(f"{family}.context_length", int) or 2048,
+        "rms_norm_eps": meta.positive(f"{family}.attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.positive(f"{family}.rope.freq_base", 10000.0),
+        "max_position_embeddings": meta.count(f"{family}.context_length", 2048),
         "tie_word_embeddings": "output.weight" not in tensors,
         **special_ids(meta),
     }

@@ -1,7 +1,7 @@
 """The byte-level BPE tokenizer that a GGUF's metadata spells out, as a transformers fast tokenizer.
 
 Source: the GGUF specification; for each `tokenizer.ggml.pre`, the pre-tokenizer of that model's own
-tokenizer.json.
+tokenizer.json; llama.cpp's llama-vocab.cpp for BOS and for what ends a generation.
 """
 
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from tokenizers import (
     processors,
 )
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 
 # How text is cut before merging. GPT-2's own pattern is built into ByteLevel; the others differ in
 # digits and case.
@@ -35,6 +35,12 @@ _KINDS = {
     "qwen2": "qwen2",
     "deepseek-r1-qwen": "qwen2",
 }
+# Tokens that llama.cpp ends a generation at by their text, whatever the metadata says.
+_END_TEXTS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>",
+    "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>",
+}  # fmt: skip
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 _ROLES = {
     "bos": "bos",
@@ -58,8 +64,22 @@ def special_ids(meta: Metadata) -> dict[str, int | None]:
     }
 
 
+def end_of_generation(meta: Metadata) -> list[int]:
+    """Every id that ends a generation: EOS, end of turn (EOT), end of message (EOM), and the tokens
+    that llama.cpp knows by their text.
+    """
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    ids = [meta.get(key, int) for key in keys]
+    tokens = meta.get("tokenizer.ggml.tokens", list) or []
+    ids += [index for index, token in enumerate(tokens) if token in _END_TEXTS]
+    return list(dict.fromkeys(index for index in ids if index is not None))
+
+
 def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
     """A transformers fast tokenizer with special tokens and chat template.
+
+    Its EOS, which closes a training completion, is the token that the chat template closes a turn
+    with, where the file names that one as EOT.
 
     Raises: UserError for a tokenizer that is not byte-level BPE, an unknown pre-tokenizer, or ids
         out of range.
@@ -81,20 +101,43 @@ def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
         raise UserError(
             f"{where!r} has no tokenizer.ggml.tokens or no tokenizer.ggml.merges; fetch it again."
         )
+    if not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise UserError(f"{where!r} has tokens or merges that are no texts; fetch it again.")
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"{where!r} has a token twice in tokenizer.ggml.tokens; fetch it again.")
+    types = meta.get("tokenizer.ggml.token_type", list) or []
+    if types and len(types) != len(tokens):
+        raise UserError(
+            f"{where!r} has {len(types)} entries in tokenizer.ggml.token_type for {len(tokens)} "
+            "tokens; fetch it again."
+        )
     pre = meta.get("tokenizer.ggml.pre", str) or "default"
     if pre not in _KINDS:
         raise unknown("GGUF pre-tokenizer", pre, _KINDS)
     try:
         tokenizer = _byte_level(_KINDS[pre], tokens, merges)
-    except (
-        Exception
-    ) as error:  # tokenizers raises bare Exception for merges of tokens that are not there
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, or panics
         raise UserError(
-            f"the merges of {where!r} do not fit its tokens ({error}); fetch it again."
+            f"the merges of {where!r} do not fit its tokens ({shown(str(error))}); fetch it again."
         ) from error
-    _add_tokens(tokenizer, tokens, meta.get("tokenizer.ggml.token_type", list) or [])
+    _add_tokens(tokenizer, tokens, types)
     roles = _role_tokens(meta, tokens, where)
-    if meta.get("tokenizer.ggml.add_bos_token", bool) and "bos_token" in roles:
+    template = meta.get("tokenizer.chat_template", str)
+    turn_end = _token(meta, "eot", tokens, where)
+    if template and turn_end and turn_end in template:
+        roles["eos_token"] = turn_end
+    adds_bos = meta.get("tokenizer.ggml.add_bos_token", bool)
+    if adds_bos is None:
+        adds_bos = _KINDS[pre] == "llama3"
+    if adds_bos and "bos_token" not in roles:
+        raise UserError(
+            f"{where!r} puts a BOS before every text (tokenizer.ggml.add_bos_token, or by default "
+            f"with tokenizer.ggml.pre {pre!r}), but has no tokenizer.ggml.bos_token_id; convert it "
+            "again."
+        )
+    if adds_bos:
         bos = roles["bos_token"]
         tokenizer.post_processor = processors.Sequence(
             [
@@ -106,7 +149,7 @@ def build_tokenizer(meta: Metadata, where: str, max_positions: int) -> Any:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=meta.get("tokenizer.chat_template", str),
+        chat_template=template,
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
         **roles,
@@ -147,15 +190,16 @@ def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> No
 
 def _role_tokens(meta: Metadata, tokens: list[str], where: str) -> dict[str, str]:
     """{"eos_token": "<|im_end|>", ...} for the roles that the metadata fills."""
-    roles = {}
-    for role, name in _ROLES.items():
-        index = meta.get(f"tokenizer.ggml.{name}_token_id", int)
-        if index is None:
-            continue
-        if not 0 <= index < len(tokens):
-            raise UserError(
-                f"{where!r}: {role} id {index} is outside its {len(tokens)} tokens; fetch the "
-                f"GGUF again."
-            )
-        roles[f"{role}_token"] = tokens[index]
-    return roles
+    found = {role: _token(meta, name, tokens, where) for role, name in _ROLES.items()}
+    return {f"{role}_token": token for role, token in found.items() if token is not None}
+
+
+def _token(meta: Metadata, name: str, tokens: list[str], where: str) -> str | None:
+    """The token of a role; None where the metadata names none."""
+    index = meta.get(f"tokenizer.ggml.{name}_token_id", int)
+    if index is not None and not 0 <= index < len(tokens):
+        raise UserError(
+            f"{where!r}: tokenizer.ggml.{name}_token_id {index} is outside its {len(tokens)} "
+            "tokens; fetch the GGUF again."
+        )
+    return None if index is None else tokens[index]
