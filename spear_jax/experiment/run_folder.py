@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import platform
-import reprlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +17,11 @@ from typing import IO, Any, ClassVar
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.files import write_whole, writing
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.config import RENAMED, default_config, flatten
+from spear_jax.models.config import read_json_object
 
 
 def open_workdir(
@@ -117,25 +117,28 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"command."
         )
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = read_json_object(file, "remove the folder and train again")
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); get the right to.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error}); remove the folder and train again."
-        ) from error
     config = default_config()
+    for name, value in config.items():
+        given = saved.get(name, {})
+        if isinstance(value, ml_collections.ConfigDict) and not isinstance(given, dict):
+            raise UserError(
+                f"{file} is no config of a run: {name} is {shown(given)}, not a group of settings; "
+                "remove the folder and train again."
+            )
+    for group, name in RETIRED:
+        saved.get(group, {}).pop(name, None)
+    for old, new in RENAMED.items():
+        _move(saved, old.split("."), new.split("."))
     try:
-        for group, name in RETIRED:
-            saved.get(group, {}).pop(name, None)
-        for old, new in RENAMED.items():
-            _move(saved, old.split("."), new.split("."))
         with config.unlocked():  # a field that is no longer there stays to be seen, and differs
             config.update(saved)
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file} is no config of a run ({reprlib.repr(saved)}: {error}); remove the folder and "
-            f"train again."
+            f"{file} is no config of a run ({shown(str(error), 200)}); remove the folder and train "
+            "again."
         ) from error
     return config
 

@@ -54,6 +54,36 @@ def test_adapted_and_merged_logits_equal_pefts(family, kind):
         np.testing.assert_allclose(got[mask], want[f"{side}_logits"][mask], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj", "W_pack"]},
+        {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+        {"target_modules": "all-linear"},
+        {"rank_pattern": {"W_pack": 4}, "alpha_pattern": {}, "modules_to_save": []},
+    ],
+)
+def test_the_tensors_say_what_is_adapted_as_in_peft(folder, changes):
+    model = read_config(FIXTURES / "llama")[0]
+    whole, lora = load_adapter(folder, model)
+    changes = changes | (
+        {"rank_pattern": {"W_pack": lora.rank}} if "rank_pattern" in changes else {}
+    )
+    edit(folder, **changes)
+    again, same = load_adapter(folder, model)
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    assert same == lora
+
+
+def test_rslora_is_scaled_by_the_root_of_the_rank(folder):
+    """PEFT: alpha / sqrt(r), where plain LoRA has alpha / r."""
+    model = read_config(FIXTURES / "llama")[0]
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    edit(folder, use_rslora=True)
+    lora = load_adapter(folder, model)[1]
+    assert lora.scale == pytest.approx(raw["lora_alpha"] / np.sqrt(raw["r"]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_of_peft_survives_in_and_out_bit_for_bit(kind, tmp_path):
     source = FIXTURES / "qwen3/adapters" / kind
@@ -105,15 +135,19 @@ DAMAGE = {
         ["adapter_model.safetensors", "truncated"],
     ),
     "other kind": (lambda f: edit(f, peft_type="IA3"), ["'IA3'", "LORA"]),
-    "rslora": (lambda f: edit(f, use_rslora=True), ["use_rslora=True"]),
+    "rslora": (lambda f: edit(f, use_rslora="yes"), ["use_rslora 'yes'"]),
     "dora": (lambda f: edit(f, use_dora=True), ["use_dora=True"]),
     "alpha pattern": (lambda f: edit(f, alpha_pattern={"q_proj": 3}), ["alpha_pattern"]),
     "rank pattern": (lambda f: edit(f, rank_pattern={"q_proj": 3}), ["rank_pattern"]),
     "bias": (lambda f: edit(f, bias="all"), ["bias='all'"]),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), ["pissa", "base weights"]),
     "rank": (lambda f: edit(f, r=8), ["[2, 32]", "[8, 32]"]),
-    "rank zero": (lambda f: edit(f, r=0), ["rank is 0"]),
-    "named but absent": (lambda f: edit(f, target_modules=["q_proj", "o_proj"]), ["'o_proj'"]),
+    "rank zero": (lambda f: edit(f, r=0), ["r 0", "from 1"]),
+    "alpha of none": (lambda f: edit(f, lora_alpha=float("nan")), ["lora_alpha nan"]),
+    "no number": (
+        lambda f: retensor(f, lambda t: t.update({A: np.full_like(t[A], np.nan)})),
+        [A, "NaN"],
+    ),
     "other projection": (
         lambda f: retensor(f, lambda t: t.update({"x.lora_A.weight": t[A]})),
         ["x.lora_A.weight"],

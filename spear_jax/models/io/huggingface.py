@@ -255,7 +255,7 @@ def end_ids(
     ids = [tokenizer.eos_token_id]
     stated = {"config.json": raw, "generation_config.json": generation or {}}
     for file, held in stated.items():
-        ids += _stated_ends(held.get("eos_token_id"), f"{file} of {where!r}")
+        ids += _stated_ends(held.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
     pad = raw.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pad = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else ids[0]
     top = max(len(tokenizer) - 1, *ids)
@@ -268,15 +268,16 @@ def end_ids(
     return tuple(dict.fromkeys(ids)), pad
 
 
-def _stated_ends(stated: Any, where: str) -> list[int]:
+def _stated_ends(stated: Any, where: str, vocab_size: int) -> list[int]:
     """Returns the ids of an eos_token_id; none where it is null."""
     ids = stated if isinstance(stated, list) else [stated]
     if stated is None:
         return []
-    if not ids or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+    fits = lambda i: isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size
+    if not ids or not all(map(fits, ids)):
         raise UserError(
-            f"{where}: eos_token_id is {shown(stated)}; it must be a token id, or a list of them. "
-            "Correct it, or fetch the model again."
+            f"{where}: eos_token_id is {shown(stated)}; it must be a token id below the vocab_size "
+            f"{vocab_size}, or a list of them. Correct it, or fetch the model again."
         )
     return ids
 

@@ -5,10 +5,10 @@ Source: PEFT's LoRA checkpoint format. A file holds A [R, in] and B [out, R] of 
 """
 
 import json
+import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from spear_jax.core.errors import UserError
-from spear_jax.models.config import ModelConfig
+from spear_jax.core.errors import UserError, shown
+from spear_jax.models.config import ModelConfig, read_json_object
 from spear_jax.models.io.safetensors import write_safetensors
 from spear_jax.models.io.tensor_map import MODULES
 from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, projection_shapes
@@ -29,13 +29,10 @@ _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([
 # Settings that change an adapter's arithmetic in a way that is not computed here; each must be
 # absent or falsy.
 _UNSUPPORTED = (
-    "use_rslora",
     "use_dora",
     "use_qalora",
     "lora_bias",
     "fan_in_fan_out",
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
@@ -127,8 +124,9 @@ def write_adapter(
 def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[Adapter, LoraConfig]:
     """Reads a PEFT LoRA folder.
 
-    The tensors say which projections and layers carry an adapter, however `target_modules` is
-    spelled (names, paths, patterns, "all-linear").
+    The tensors say which projections and layers carry an adapter, as PEFT loads them: names in
+    `target_modules` that match nothing there, exclusions and patterns change nothing. An adapter
+    with `use_rslora`, whose scale is alpha / √r, is given the alpha √r times as large.
 
     Returns: the adapter in float32, and its settings.
     Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not
@@ -136,6 +134,7 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[Adapter
     """
     folder = pathlib.Path(folder)
     raw = _read_config(folder)
+    rank, alpha, dropout = _read_numbers(folder / CONFIG, raw)
     tensors = _read_tensors(folder)
     layers_of: dict[str, set[int]] = {}  # target -> numbers of the layers that carry it
     for name in tensors:
@@ -151,14 +150,13 @@ def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[Adapter
         raise UserError(f"{folder / WEIGHTS} holds no LoRA tensors; export the adapter again.")
     last_layers = _last_layers(folder, layers_of, model)
     lora = LoraConfig(
-        rank=int(raw["r"]),
-        alpha=float(raw["lora_alpha"]),
-        dropout=float(raw.get("lora_dropout", 0.0)),
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
         targets=tuple(target for target in TARGETS if target in layers_of),
         last_layers=last_layers,
     )
     check_lora(lora, model)
-    _check_named_targets(folder, raw, layers_of.keys())
     shapes = projection_shapes(model)
     numbers = range(model.layers - lora_layers(lora, model), model.layers)
     pairs = {}
@@ -185,32 +183,54 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         raise UserError(f"no {CONFIG} in {str(folder)!r}; give a PEFT adapter folder.")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); export the adapter again.") from error
+    raw = read_json_object(file, "export the adapter again")
     if raw.get("peft_type") != "LORA":
         raise UserError(
-            f"{file} holds a {raw.get('peft_type')!r} adapter; only 'LORA' is supported."
+            f"{file} has the peft_type {shown(raw.get('peft_type'))}; only 'LORA' is supported."
         )
-    for name in ("r", "lora_alpha"):
-        if name not in raw:
-            raise UserError(f"{file} lacks {name!r}; export the adapter again.")
     for name in _UNSUPPORTED:
         if raw.get(name):
             raise UserError(
-                f"{file} sets {name}={raw[name]!r}, which is not supported; train or convert to "
-                f"plain LoRA."
+                f"{file} sets {name}={shown(raw[name])}, which is not supported; train or convert "
+                f"to plain LoRA."
             )
     if raw.get("bias", "none") != "none":
-        raise UserError(f"{file} sets bias={raw['bias']!r}; only 'none' is supported.")
+        raise UserError(f"{file} sets bias={shown(raw['bias'])}; only 'none' is supported.")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise UserError(
-            f"{file} sets init_lora_weights={raw['init_lora_weights']!r}, which changes the base "
+            f"{file} sets init_lora_weights={shown(raw['init_lora_weights'])}, which changes the base "
             f"weights too; convert "
             "the adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
         )
     return raw
+
+
+def _read_numbers(file: pathlib.Path, raw: dict[str, Any]) -> tuple[int, float, float]:
+    """Returns rank, alpha and dropout; raises UserError for a value that is none of these."""
+    rules = {
+        "r": ("a whole number from 1 to 65536", int, lambda x: 1 <= x <= 65536),
+        "lora_alpha": ("a positive number", (int, float), lambda x: 0 < x < 3.4e38),
+        "lora_dropout": ("a number in [0, 1)", (int, float), lambda x: 0 <= x < 1),
+        "use_rslora": ("true or false", (bool, type(None)), lambda x: True),
+    }
+    defaults = {"lora_dropout": 0.0, "use_rslora": False}
+    for name, (rule, kind, holds) in rules.items():
+        value = raw.get(name, defaults.get(name))
+        numeric = name != "use_rslora"
+        if not isinstance(value, kind) or (numeric and isinstance(value, bool)) or not holds(value):
+            raise UserError(
+                f"{file} has {name} {shown(value)}; it must be {rule}. Export the adapter again."
+            )
+    rank, alpha = raw["r"], float(raw["lora_alpha"])
+    for name, plain in (("rank_pattern", rank), ("alpha_pattern", raw["lora_alpha"])):
+        pattern = raw.get(name) or {}
+        if not isinstance(pattern, dict) or any(value != plain for value in pattern.values()):
+            raise UserError(
+                f"{file} sets {name}={shown(pattern)}, other than the adapter's {plain}; only one "
+                "rank and one alpha for all modules are supported."
+            )
+    alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
+    return rank, alpha, float(raw.get("lora_dropout", 0.0))
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -224,11 +244,20 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"no {WEIGHTS} in {str(folder)!r}.{old}")
     try:
         with safe_open(file, framework="numpy") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except SafetensorError as error:
+            held = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy lacks
         raise UserError(
             f"{str(file)!r} is truncated or damaged ({error}); export the adapter again."
         ) from error
+    for name, tensor in held.items():
+        values = np.asarray(tensor, np.float32) if tensor.dtype.kind not in "iub" else None
+        if values is None or not np.isfinite(values).all():
+            problem = f"is {tensor.dtype.name}" if values is None else "holds NaN or infinity"
+            raise UserError(
+                f"{file}: tensor {name!r} {problem}; an adapter holds finite numbers. Export it "
+                "again."
+            )
+    return held
 
 
 def _last_layers(folder: pathlib.Path, layers_of: dict[str, set[int]], model: ModelConfig) -> int:
@@ -256,18 +285,6 @@ def _last_layers(folder: pathlib.Path, layers_of: dict[str, set[int]], model: Mo
                 "every adapted layer must have the same targets."
             )
     return 0 if count == model.layers else count
-
-
-def _check_named_targets(folder: pathlib.Path, raw: dict[str, Any], targets: Iterable[str]) -> None:
-    """Raises UserError where the config lists a target that no tensor belongs to."""
-    held = {MODULES[target].split(".")[1] for target in targets}
-    named = raw.get("target_modules")
-    for name in named if isinstance(named, list) else []:
-        if name.split(".")[-1] not in held:
-            raise UserError(
-                f"{folder / CONFIG} targets {name!r}, but {WEIGHTS} has no such tensors; export "
-                f"the adapter again."
-            )
 
 
 def _take(

@@ -216,11 +216,12 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
 
 
 def _sizes(config: ModelConfig) -> str:
-    """What config.json says of a tensor's shape, by its keys."""
+    """What config.json, or a GGUF's metadata, says of a tensor's shape."""
     return (
-        f"vocab_size {config.vocab_size}, hidden_size {config.width}, intermediate_size "
-        f"{config.mlp_width}, num_attention_heads {config.heads}, num_key_value_heads "
-        f"{config.kv_heads}, head_dim {config.head_width}"
+        f"vocab_size {config.vocab_size}, hidden_size or embedding_length {config.width}, "
+        f"intermediate_size or feed_forward_length {config.mlp_width}, num_attention_heads or "
+        f"head_count {config.heads}, num_key_value_heads or head_count_kv {config.kv_heads}, "
+        f"head_dim or key_length {config.head_width}"
     )
 
 
