@@ -6,11 +6,13 @@ It reads files only, needs no JAX, and works while a run is going.
 import gzip
 import json
 import pathlib
+import zlib
 from typing import Any
 
 import pandas as pd
 
 from spear_jax.core.errors import UserError
+from spear_jax.core.files import damaged, read_object
 from spear_jax.core.records import (
     read_lines,  # offered from here, too, as is wilson
     wilson,
@@ -47,7 +49,7 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
         {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
     """
-    nested = json.loads((pathlib.Path(workdir) / "config.json").read_text(encoding="utf-8"))
+    nested = read_object(pathlib.Path(workdir) / "config.json")
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: dict[str, Any]) -> None:
@@ -79,8 +81,11 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
         raise UserError(
             f"{file} does not exist; traces are written with config.record_traces=True."
         )
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise damaged(file, f"cannot be read ({error})") from error
 
 
 def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
@@ -116,7 +121,7 @@ def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no {file.name}; give the --workdir of a `{command}` command."
         )
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_object(file)
 
 
 def cell_result(cell: Folder) -> dict[str, float]:

@@ -6,12 +6,14 @@ A disk may be full, read-only, failing or gone. Libraries tell of it in errors o
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 
 # What the system says -> what to do about it.
 _REMEDIES = {
@@ -122,6 +124,27 @@ def write_whole(path: str | pathlib.Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()  # a full disk needs the space
             raise
+
+
+def read_object(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file of ours that holds an object.
+
+    Raises: UserError where it cannot be read, is no JSON, or holds something else.
+    """
+    try:
+        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"is not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise damaged(path, f"holds {shown(found)}, which is no object")
+    return found
+
+
+def damaged(path: str | pathlib.Path, what: str) -> UserError:
+    """Returns the error for a file of ours that is not as it was written."""
+    return UserError(f"{path} {' '.join(what.split())[:300]}. Put it back as it was written.")
 
 
 def expanded(path: str | pathlib.Path) -> pathlib.Path:

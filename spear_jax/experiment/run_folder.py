@@ -18,10 +18,9 @@ import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, shown, unknown
-from spear_jax.core.files import write_whole, writing
+from spear_jax.core.files import damaged, read_object, write_whole, writing
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.config import RENAMED, default_config, flatten
-from spear_jax.models.config import read_json_object
 
 
 def open_workdir(
@@ -52,7 +51,7 @@ def open_workdir(
         )
         if differing:
             changes = ", ".join(
-                f"{name} ({_short(old.get(name))} there, {_short(flat.get(name))} now)"
+                f"{name} ({shown(old.get(name))} there, {shown(flat.get(name))} now)"
                 for name in differing
             )
             raise UserError(
@@ -95,11 +94,6 @@ def make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
-
-
 RETIRED = (
     ("rollout", "segment"),
 )  # fields of older versions that changed speed alone; they are dropped
@@ -116,18 +110,11 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` "
             f"command."
         )
-    try:
-        saved = read_json_object(file, "remove the folder and train again")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); get the right to.") from error
-    config = default_config()
+    saved, config = read_object(file), default_config()
     for name, value in config.items():
         given = saved.get(name, {})
         if isinstance(value, ml_collections.ConfigDict) and not isinstance(given, dict):
-            raise UserError(
-                f"{file} is no config of a run: {name} is {shown(given)}, not a group of settings; "
-                "remove the folder and train again."
-            )
+            raise damaged(file, f"is no config: {name} is {shown(given)}, not a group of settings")
     for group, name in RETIRED:
         saved.get(group, {}).pop(name, None)
     for old, new in RENAMED.items():
@@ -136,10 +123,7 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         with config.unlocked():  # a field that is no longer there stays to be seen, and differs
             config.update(saved)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{file} is no config of a run ({shown(str(error), 200)}); remove the folder and train "
-            "again."
-        ) from error
+        raise damaged(file, f"is no config of a run ({shown(saved)}: {error})") from error
     return config
 
 

@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown, unknown
+from spear_jax.core.files import expanded
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.files import (
@@ -180,7 +181,7 @@ def _all_rows(task: Task, table: Table, split: str, path: str) -> list[dict]:
     if not path or _is_shared(path):
         return rows
     for other in task.splits:
-        files = _split_files(task, other, pathlib.Path(path).expanduser())
+        files = _split_files(task, other, expanded(path))
         if other != split and files:
             rows += read_table(files, task.columns).rows
     return rows
@@ -194,7 +195,7 @@ def _source(task: Task, path: str) -> str:
 
 
 def _is_shared(path: str) -> bool:
-    return bool(path) and pathlib.Path(path).expanduser().is_file()
+    return bool(path) and expanded(path).is_file()
 
 
 def _check_columns(task: Task, table: Table, where: str) -> None:
@@ -229,7 +230,7 @@ def _column_remedy(table: Table) -> str:
 def _local_files(task: Task, split: str, path: str) -> list[pathlib.Path]:
     """Returns the files that hold a split under a local path."""
     try:
-        root = pathlib.Path(path).expanduser()
+        root = expanded(path)
         if root.is_file():
             if root.suffix.lower() not in SUFFIXES:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import gzip
 import pathlib
 import resource
 
@@ -10,9 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 
 import spear_jax
+from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
-from spear_jax.core.files import DiskError, disk_error, expanded, write_whole, writing
+from spear_jax.core.files import DiskError, disk_error, expanded, read_object, write_whole, writing
 from spear_jax.core.records import read_lines
+from spear_jax.experiment.run_folder import read_run_config
 
 FULL = pathlib.Path("/dev/full")  # every write to it is refused for want of space
 
@@ -85,6 +88,38 @@ def test_a_home_that_nobody_has_is_a_users_mistake(monkeypatch):
         expanded("~nobody-of-this-name/x")
     monkeypatch.setenv("HOME", "/home/me")
     assert expanded("~/x") == pathlib.Path("/home/me/x")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"5", b"null", b'"x"', b"\xff\xfe{}", b"[" * 100_000, b"{\n\n]"]
+)
+def test_a_file_of_ours_that_is_damaged_is_one_message(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="config.json (is not valid JSON|holds)") as caught:
+        read_object(file)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(UserError, match="No such file"):
+        read_object(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"train": 5}', '{"train": {"steps": {"a": 1}}}', '{"task": [1]}', '{"lora": null}']
+)
+def test_a_config_of_a_run_with_other_types_is_one_message(tmp_path, content):
+    (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="config.json is no config of a run") as caught:
+        read_run_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_traces_that_are_cut_short_are_one_message(tmp_path):
+    (tmp_path / "traces").mkdir()
+    whole = gzip.compress(b'{"client": 0}\n' * 1000)
+    for content in (whole[:-30], b"no gzip", gzip.compress(b"{")):
+        (tmp_path / "traces" / "round_00001.jsonl.gz").write_bytes(content)
+        with pytest.raises(UserError, match="round_00001.jsonl.gz cannot be read"):
+            runs.load_traces(tmp_path, 1)
 
 
 def test_a_round_that_stands_twice_counts_once(tmp_path):
