@@ -114,7 +114,9 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     for name, value in config.items():
         given = saved.get(name, {})
         if isinstance(value, ml_collections.ConfigDict) and not isinstance(given, dict):
-            raise damaged(file, f"is no config: {name} is {shown(given)}, not a group of settings")
+            raise damaged(
+                file, f"is no config of a run: {name} is {shown(given)}, not a group of settings"
+            )
     for group, name in RETIRED:
         saved.get(group, {}).pop(name, None)
     for old, new in RENAMED.items():
