@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from spear_jax.core.errors import UserError
-from spear_jax.core.files import damaged, read_object
+from spear_jax.core.errors import UserError, shown
+from spear_jax.core.files import damaged, read_json_object
 from spear_jax.core.records import (
     read_lines,  # offered from here, too, as is wilson
     wilson,
@@ -49,7 +49,7 @@ def load_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
         {"lora": {"rank": 16}}  ->  {"lora.rank": 16}
     """
-    nested = read_object(pathlib.Path(workdir) / "config.json")
+    nested = read_json_object(pathlib.Path(workdir) / "config.json")
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, node: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def load_traces(workdir: str | pathlib.Path, round: int) -> list[dict[str, Any]]
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise damaged(file, f"cannot be read ({error})") from error
+        raise damaged(file, f"cannot be read ({shown(str(error))})") from error
 
 
 def find_cells(folder: Folder) -> list[tuple[str, int, pathlib.Path]]:
@@ -121,7 +121,7 @@ def read_request(folder: Folder, command: str = "compare") -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no {file.name}; give the --workdir of a `{command}` command."
         )
-    return read_object(file)
+    return read_json_object(file)
 
 
 def cell_result(cell: Folder) -> dict[str, float]:

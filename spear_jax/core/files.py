@@ -126,25 +126,30 @@ def write_whole(path: str | pathlib.Path, text: str) -> None:
             raise
 
 
-def read_object(path: str | pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON file of ours that holds an object.
+_AS_WRITTEN = "put it back as it was written"
+
+
+def read_json_object(path: str | pathlib.Path, remedy: str = _AS_WRITTEN) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
 
     Raises: UserError where it cannot be read, is no JSON, or holds something else.
     """
     try:
         found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, f"is not valid JSON ({error})") from error
+        raise damaged(path, f"cannot be read ({error.strerror})", remedy) from error
+    except RecursionError:
+        raise damaged(path, "nests deeper than any such file", remedy) from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise damaged(path, f"is not valid JSON ({shown(str(error))})", remedy) from error
     if not isinstance(found, dict):
-        raise damaged(path, f"holds {shown(found)}, which is no object")
+        raise damaged(path, f"holds {shown(found)}, not an object of keys", remedy)
     return found
 
 
-def damaged(path: str | pathlib.Path, what: str) -> UserError:
-    """Returns the error for a file of ours that is not as it was written."""
-    return UserError(f"{path} {' '.join(what.split())[:300]}. Put it back as it was written.")
+def damaged(path: str | pathlib.Path, what: str, remedy: str = _AS_WRITTEN) -> UserError:
+    """Returns the error for a file that is not as it was written."""
+    return UserError(f"{path} {what}; {remedy}.")
 
 
 def expanded(path: str | pathlib.Path) -> pathlib.Path:

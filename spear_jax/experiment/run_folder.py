@@ -5,6 +5,7 @@ that writes to it.
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, shown, unknown
-from spear_jax.core.files import damaged, read_object, write_whole, writing
+from spear_jax.core.files import damaged, read_json_object, write_whole, writing
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.config import RENAMED, default_config, flatten
 
@@ -110,13 +111,12 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` "
             f"command."
         )
-    saved, config = read_object(file), default_config()
+    saved, config = read_json_object(file), default_config()
     for name, value in config.items():
         given = saved.get(name, {})
         if isinstance(value, ml_collections.ConfigDict) and not isinstance(given, dict):
-            raise damaged(
-                file, f"is no config of a run: {name} is {shown(given)}, not a group of settings"
-            )
+            what = f"is no config of a run: {name} is {shown(given)}, not a group of settings"
+            raise damaged(file, what)
     for group, name in RETIRED:
         saved.get(group, {}).pop(name, None)
     for old, new in RENAMED.items():
@@ -125,7 +125,7 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         with config.unlocked():  # a field that is no longer there stays to be seen, and differs
             config.update(saved)
     except (AttributeError, TypeError, ValueError) as error:
-        raise damaged(file, f"is no config of a run ({shown(saved)}: {error})") from error
+        raise damaged(file, f"is no config of a run ({shown(str(error), 200)})") from error
     return config
 
 
@@ -286,12 +286,18 @@ def _lock(file: IO[str], folder: pathlib.Path) -> bool:
             return False
         if error.errno not in _NO_LOCKS:
             raise
-        say(
-            f"note: the file system of {folder} has no locks ({error.strerror}); see to it that "
-            "one process alone writes there",
-            sys.stderr,
-        )
+        _note_no_locks(folder, str(error.strerror))
     return True
+
+
+@functools.cache
+def _note_no_locks(folder: pathlib.Path, why: str) -> None:
+    """Says so, once for a folder."""
+    say(
+        f"note: the file system of {folder} has no locks ({why}); see to it that one process alone "
+        "writes there",
+        sys.stderr,
+    )
 
 
 def _holder(file: IO[str]) -> str:

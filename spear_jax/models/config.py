@@ -7,11 +7,11 @@ Source: transformers 5, LlamaConfig, Qwen2Config, Qwen3Config and the standardis
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown, unknown
+from spear_jax.core.files import read_json_object
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 MAX_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}  # transformers' defaults
@@ -96,21 +96,8 @@ def read_config(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"and *.safetensors. "
             "Give a Hugging Face model folder, a Hub id, or a .gguf file."
         )
-    raw = read_json_object(file)
+    raw = read_json_object(file, "fetch the model again")
     return parse_config(raw), raw
-
-
-def read_json_object(file: pathlib.Path, remedy: str = "fetch the model again") -> dict[str, Any]:
-    """Reads a JSON file that holds an object; raises UserError for any other content."""
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise UserError(f"{file} nests deeper than any such file; {remedy}.") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{file} is not valid JSON ({shown(str(error))}); {remedy}.") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} holds {shown(raw)}, not an object of keys; {remedy}.")
-    return raw
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:

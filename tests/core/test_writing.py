@@ -13,7 +13,14 @@ from safetensors.numpy import save_file
 import spear_jax
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
-from spear_jax.core.files import DiskError, disk_error, expanded, read_object, write_whole, writing
+from spear_jax.core.files import (
+    DiskError,
+    disk_error,
+    expanded,
+    read_json_object,
+    write_whole,
+    writing,
+)
 from spear_jax.core.records import read_lines
 from spear_jax.experiment.run_folder import read_run_config
 
@@ -96,11 +103,11 @@ def test_a_home_that_nobody_has_is_a_users_mistake(monkeypatch):
 def test_a_file_of_ours_that_is_damaged_is_one_message(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_bytes(content)
-    with pytest.raises(UserError, match="config.json (is not valid JSON|holds)") as caught:
-        read_object(file)
+    with pytest.raises(UserError, match="config.json (is not valid JSON|holds|nests)") as caught:
+        read_json_object(file)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     with pytest.raises(UserError, match="No such file"):
-        read_object(tmp_path / "nothing")
+        read_json_object(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,10 @@ def test_a_file_system_without_locks_gives_a_note(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     mine, _ = lock(tmp_path)
-    mine.take()
-    mine.check()
-    mine.release()
+    for _ in range(2):
+        mine.take()
+        mine.check()
+        mine.release()
     told = capsys.readouterr().err
     assert told.startswith("note: ") and "has no locks" in told and told.count("\n") == 1
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.core.files import disk_error, expanded
+from spear_jax.core.files import disk_error, expanded, read_json_object
 from spear_jax.core.surroundings import say
-from spear_jax.models.config import ModelConfig, parse_config, read_config, read_json_object
+from spear_jax.models.config import ModelConfig, parse_config, read_config
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
 from spear_jax.models.io.tensor_map import (

@@ -17,7 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.models.config import ModelConfig, read_json_object
+from spear_jax.core.files import read_json_object
+from spear_jax.models.config import ModelConfig
 from spear_jax.models.io.safetensors import write_safetensors
 from spear_jax.models.io.tensor_map import MODULES
 from spear_jax.models.lora import TARGETS, LoraConfig, check_lora, lora_layers, projection_shapes
