@@ -211,8 +211,9 @@ class _Metadata:
         if value is None:
             return None
         inner = typing.get_args(kind)
-        items = value if inner and isinstance(value, list) else [value]
-        if any(type(item) is not (inner[0] if inner else kind) for item in items):
+        items = value if isinstance(value, list) else [value]
+        of_kind = all(type(item) is (inner[0] if inner else kind) for item in items)
+        if not of_kind or isinstance(value, list) != bool(inner):
             wanted = f"list of {inner[0].__name__}" if inner else kind.__name__
             raise self.wrong(key, f"it must be of type {wanted}; convert or fetch the GGUF again")
         if kind is int and not 0 <= value < 1 << 31:

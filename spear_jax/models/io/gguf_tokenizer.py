@@ -138,8 +138,8 @@ def read_vocabulary(meta: Metadata, where: str) -> Vocabulary:
     types = meta.get("tokenizer.ggml.token_type", list[int]) or []
     if types and len(types) != len(tokens):
         raise UserError(
-            f"{where!r}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} "
-            f"tokens; convert or fetch the GGUF again."
+            f"{where!r}: tokenizer.ggml.token_type has {len(types)} entries, but "
+            f"tokenizer.ggml.tokens {len(tokens)}; convert or fetch the GGUF again."
         )
     roles = {
         role: index
@@ -216,7 +216,7 @@ def build_tokenizer(vocabulary: Vocabulary, meta: Metadata, where: str, max_posi
         Exception
     ) as error:  # tokenizers raises bare Exception for merges of tokens that are not there
         raise UserError(
-            f"the merges of {where!r} do not fit its tokens ({shown(str(error), 200)}); fetch it "
+            f"tokenizer.ggml.merges of {where!r} do not fit its tokens ({shown(str(error), 200)}); fetch it "
             f"again."
         ) from error
     _add_tokens(tokenizer, vocabulary)
