@@ -1,7 +1,13 @@
 """PEFT adapter folders: adapter_config.json and adapter_model.safetensors.
 
-Source: PEFT's LoRA checkpoint format. A file holds A [R, in] and B [out, R] of each layer; an
-`Adapter` holds [L', in, R] and [L', R, out].
+Source: PEFT's LoRA checkpoint format (`peft.utils.save_and_load`, `peft.tuners.lora`). A file holds
+A [R, in] and B [out, R] of each layer; an `Adapter` holds [L', in, R] and [L', R, out].
+
+Departures from PEFT:
+  1. Tensors that PEFT would leave out with a warning, or not at all, are refused: names of another
+     tool, modules and layers that the config does not target.
+  2. Where `target_modules` is a pattern, the tensors alone say what is adapted.
+  3. One rank and one alpha serve all modules, and a layer set is all layers or the last n.
 """
 
 import json
@@ -26,14 +32,18 @@ from spear_jax.models.params import Adapter, LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGET_OF = {module: target for target, module in MODULES.items()}
-_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(model\.layers\.([0-9]{1,9})\.(\w+\.\w+))\.lora_([AB])\.weight"
+)
+_DTYPES = ("F64", "F32", "F16", "BF16")
+# Keys of rank_pattern and alpha_pattern are regular expressions; those of more than names are refused.
+_PLAIN_PATTERN = re.compile(r"[\w.\\^$]+")
 # Settings that change an adapter's arithmetic in a way that is not computed here; each must be
-# absent or falsy.
+# absent or falsy. (PEFT turns `fan_in_fan_out` off for the projections of these models.)
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
     "lora_bias",
-    "fan_in_fan_out",
     "modules_to_save",
     "layer_replication",
     "trainable_token_indices",
@@ -125,35 +135,40 @@ def write_adapter(
 def load_adapter(folder: str | os.PathLike, model: ModelConfig) -> tuple[Adapter, LoraConfig]:
     """Reads a PEFT LoRA folder.
 
-    The tensors say which projections and layers carry an adapter, as PEFT loads them: names in
-    `target_modules` that match nothing there, exclusions and patterns change nothing. An adapter
-    with `use_rslora`, whose scale is alpha / √r, is given the alpha √r times as large.
+    The tensors say which projections and layers carry an adapter, however `target_modules` is
+    spelled (names, paths, patterns, "all-linear"); names in it that match nothing do no harm. Alpha
+    of rank-stabilised LoRA comes back as alpha * sqrt(r), which plain LoRA scales alike.
 
     Returns: the adapter in float32, and its settings.
-    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, or it does not
-        fit the model.
+    Raises: UserError where the folder is incomplete, the adapter is not plain LoRA, has numbers that
+        are none, or does not fit the model.
     """
     folder = pathlib.Path(folder)
     raw = _read_config(folder)
-    rank, alpha, dropout = _read_numbers(folder / CONFIG, raw)
     tensors = _read_tensors(folder)
     layers_of: dict[str, set[int]] = {}  # target -> numbers of the layers that carry it
+    modules = {}  # name of an adapted module -> its layer
     for name in tensors:
         match = _KEY.fullmatch(name)
-        if match is None or match[2] not in _TARGET_OF:
+        if match is None or match[3] not in _TARGET_OF:
             raise UserError(
-                f"{folder / WEIGHTS}: tensor {name!r} belongs to no projection of a layer; only "
-                f"adapters on "
-                f"{', '.join(MODULES.values())} are supported."
+                f"{folder / WEIGHTS}: tensor {shown(name, 120)} belongs to no projection of a "
+                f"layer as PEFT names it ({_key(0, 'q', 'A')!r}); only adapters on "
+                f"{', '.join(MODULES.values())} are supported. Save the adapter with PEFT's "
+                f"`save_pretrained`."
             )
-        layers_of.setdefault(_TARGET_OF[match[2]], set()).add(int(match[1]))
+        modules[match[1]] = int(match[2])
+        layers_of.setdefault(_TARGET_OF[match[3]], set()).add(int(match[2]))
     if not layers_of:
         raise UserError(f"{folder / WEIGHTS} holds no LoRA tensors; export the adapter again.")
     last_layers = _last_layers(folder, layers_of, model)
+    _check_targeted(folder / CONFIG, raw, modules)
+    _check_patterns(folder / CONFIG, raw, modules)
+    stable = math.sqrt(raw["r"]) if raw.get("use_rslora") else 1.0
     lora = LoraConfig(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
+        rank=raw["r"],
+        alpha=float(raw["lora_alpha"]) * stable,
+        dropout=float(raw.get("lora_dropout", 0.0)),
         targets=tuple(target for target in TARGETS if target in layers_of),
         last_layers=last_layers,
     )
@@ -185,10 +200,20 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"no {CONFIG} in {str(folder)!r}; give a PEFT adapter folder.")
     raw = read_json_object(file, "export the adapter again")
-    if raw.get("peft_type") != "LORA":
+    if "peft_type" not in raw:
         raise UserError(
-            f"{file} has the peft_type {shown(raw.get('peft_type'))}; only 'LORA' is supported."
+            f"{file} has no 'peft_type', so PEFT did not write it (MLX and others have formats of "
+            f"their own); convert the adapter to PEFT's format."
         )
+    if raw["peft_type"] != "LORA":
+        raise UserError(
+            f"{file} holds a {shown(raw['peft_type'])} adapter (peft_type); only 'LORA' is "
+            f"supported."
+        )
+    for name in ("r", "lora_alpha"):
+        if name not in raw:
+            raise UserError(f"{file} lacks {name!r}; export the adapter again.")
+    _check_numbers(file, raw)
     for name in _UNSUPPORTED:
         if raw.get(name):
             raise UserError(
@@ -199,39 +224,100 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{file} sets bias={shown(raw['bias'])}; only 'none' is supported.")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise UserError(
-            f"{file} sets init_lora_weights={shown(raw['init_lora_weights'])}, which changes the base "
-            f"weights too; convert "
+            f"{file} sets init_lora_weights={shown(raw['init_lora_weights'])}, which changes the "
+            f"base weights too; convert "
             "the adapter to plain LoRA with PEFT (`path_initial_model_for_weight_conversion`)."
         )
     return raw
 
 
-def _read_numbers(file: pathlib.Path, raw: dict[str, Any]) -> tuple[int, float, float]:
-    """Returns rank, alpha and dropout; raises UserError for a value that is none of these."""
+def _check_numbers(file: pathlib.Path, raw: dict[str, Any]) -> None:
+    """Raises UserError for settings of another type, or numbers that are none."""
+    rank, alpha, dropout = raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0)
     rules = {
-        "r": ("a whole number from 1 to 65536", int, lambda x: 1 <= x <= 65536),
-        "lora_alpha": ("a positive number", (int, float), lambda x: 0 < x < 3.4e38),
-        "lora_dropout": ("a number in [0, 1)", (int, float), lambda x: 0 <= x < 1),
-        "use_rslora": ("true or false", (bool, type(None)), lambda x: True),
+        "r": (type(rank) is int and 1 <= rank < 1 << 31, "a count of 1 or more"),
+        "lora_alpha": (_is_finite(alpha) and alpha > 0, "a number above 0"),
+        "lora_dropout": (_is_finite(dropout) and 0 <= dropout < 1, "a number in [0, 1)"),
     }
-    defaults = {"lora_dropout": 0.0, "use_rslora": False}
-    for name, (rule, kind, holds) in rules.items():
-        value = raw.get(name, defaults.get(name))
-        numeric = name != "use_rslora"
-        if not isinstance(value, kind) or (numeric and isinstance(value, bool)) or not holds(value):
+    for name in ("use_rslora", "use_dora"):
+        rules[name] = (raw.get(name) in (None, False, True), "true or false")
+    for name in ("target_modules", "exclude_modules"):
+        value = raw.get(name)
+        names = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        rules[name] = (value is None or isinstance(value, str) or names, "names or a pattern")
+    for name in ("rank_pattern", "alpha_pattern"):
+        rules[name] = (isinstance(raw.get(name) or {}, dict), "an object")
+    layers = raw.get("layers_to_transform")
+    whole = type(layers) is int or (
+        isinstance(layers, list) and all(type(item) is int for item in layers)
+    )
+    rules["layers_to_transform"] = (layers is None or whole, "numbers of layers")
+    for name, (holds, rule) in rules.items():
+        if not holds:
             raise UserError(
-                f"{file} has {name} {shown(value)}; it must be {rule}. Export the adapter again."
+                f"{file}: {name} is {shown(raw.get(name))}; it must be {rule}. Export the adapter "
+                f"again."
             )
-    rank, alpha = raw["r"], float(raw["lora_alpha"])
-    for name, plain in (("rank_pattern", rank), ("alpha_pattern", raw["lora_alpha"])):
-        pattern = raw.get(name) or {}
-        if not isinstance(pattern, dict) or any(value != plain for value in pattern.values()):
-            raise UserError(
-                f"{file} sets {name}={shown(pattern)}, other than the adapter's {plain}; only one "
-                "rank and one alpha for all modules are supported."
-            )
-    alpha = alpha * math.sqrt(rank) if raw.get("use_rslora") else alpha
-    return rank, alpha, float(raw.get("lora_dropout", 0.0))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that float32 holds."""
+    return type(value) in (int, float) and abs(value) <= float(np.finfo(np.float32).max)
+
+
+def _check_targeted(file: pathlib.Path, raw: dict[str, Any], modules: dict[str, int]) -> None:
+    """Raises UserError where tensors belong to a module that PEFT would not adapt, by the names and
+    layers of the config.
+    """
+    named, left_out = raw.get("target_modules"), raw.get("exclude_modules")
+    layers = raw.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    for module, layer in modules.items():
+        if isinstance(named, list) and not _is_named(module, named):
+            setting = "target_modules"
+        elif isinstance(left_out, list) and _is_named(module, left_out):
+            setting = "exclude_modules"
+        elif layers and layer not in layers:
+            setting = "layers_to_transform"
+        else:
+            continue
+        raise UserError(
+            f"{file} sets {setting}={shown(raw[setting])}, which leaves {module!r} out, but "
+            f"{WEIGHTS} has its tensors; export the adapter again, or mend {setting}."
+        )
+
+
+def _is_named(module: str, names: list[str]) -> bool:
+    """PEFT's match of a module with a list: the whole name, or its end behind a dot."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _check_patterns(file: pathlib.Path, raw: dict[str, Any], modules: dict[str, int]) -> None:
+    """Raises UserError where rank_pattern or alpha_pattern gives an adapted module another value
+    than r or lora_alpha.
+    """
+    for setting, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        given = raw.get(setting) or {}
+        patterns = {}
+        for key, value in given.items():
+            try:
+                if value != raw[default] and not _PLAIN_PATTERN.fullmatch(key):
+                    raise re.error("more than a name")
+                if _PLAIN_PATTERN.fullmatch(key):
+                    patterns[key] = re.compile(rf"(?:.*\.)?({key})$")
+            except re.error as error:
+                raise UserError(
+                    f"{file}: {setting} has the key {shown(key)}, a pattern that is not supported "
+                    f"({error}); train or convert to one rank and one alpha."
+                ) from error
+        for module in modules:
+            first = next((key for key, pattern in patterns.items() if pattern.match(module)), None)
+            if first is not None and given[first] != raw[default]:
+                raise UserError(
+                    f"{file} sets {setting}={shown(given)}, which gives {module!r} "
+                    f"{shown(given[first])} instead of {default}={raw[default]}; one {default} for "
+                    f"all modules is supported. Train or convert to that."
+                )
 
 
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -245,20 +331,29 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"no {WEIGHTS} in {str(folder)!r}.{old}")
     try:
         with safe_open(file, framework="numpy") as reader:
-            held = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
-    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that numpy lacks
+            return {name: _read_tensor(file, reader, name) for name in reader.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
         raise UserError(
             f"{str(file)!r} is truncated or damaged ({error}); export the adapter again."
         ) from error
-    for name, tensor in held.items():
-        values = np.asarray(tensor, np.float32) if tensor.dtype.kind not in "iub" else None
-        if values is None or not np.isfinite(values).all():
-            problem = f"is {tensor.dtype.name}" if values is None else "holds NaN or infinity"
-            raise UserError(
-                f"{file}: tensor {name!r} {problem}; an adapter holds finite numbers. Export it "
-                "again."
-            )
-    return held
+
+
+def _read_tensor(file: pathlib.Path, reader: Any, name: str) -> np.ndarray:
+    """Reads one tensor as float32; raises UserError for whole numbers and numbers that are none."""
+    dtype = reader.get_slice(name).get_dtype()
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"{str(file)!r}: tensor {shown(name, 120)} is stored as {dtype}; only "
+            f"{', '.join(_DTYPES)} are supported. Save the adapter unquantised."
+        )
+    with np.errstate(over="ignore"):
+        values = reader.get_tensor(name).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(
+            f"{str(file)!r}: tensor {shown(name, 120)} holds NaN or infinity; the training that "
+            f"wrote it failed. Take an earlier checkpoint of the adapter."
+        )
+    return values
 
 
 def _last_layers(folder: pathlib.Path, layers_of: dict[str, set[int]], model: ModelConfig) -> int:
@@ -274,7 +369,7 @@ def _last_layers(folder: pathlib.Path, layers_of: dict[str, set[int]], model: Mo
         )
     if numbers != set(range(model.layers - count, model.layers)):
         raise UserError(
-            f"{str(folder)!r} adapts layers {sorted(numbers)} of {model.layers}; only all "
+            f"{str(folder)!r} adapts layers {shown(sorted(numbers))} of {model.layers}; only all "
             f"layers, or the last n, "
             "are supported."
         )
