@@ -9,13 +9,15 @@ import dataclasses
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.files import disk_error, expanded
-from spear_jax.models.config import ModelConfig, parse_config, read_config
+from spear_jax.core.surroundings import say
+from spear_jax.models.config import ModelConfig, parse_config, read_config, read_json
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
 from spear_jax.models.io.tensor_map import (
@@ -119,10 +121,31 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
         config, raw = read_config(path)
         generation = read_generation_config(path)
         tensors = SafetensorsFolder(path)
+        config, raw = _untied(config, raw, tensors)
+        check_tensors(config, tensors)
         tokenizer = load_tokenizer(path)
     check_tensors(config, tensors)
     eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
     return ModelFiles(config, tensors, raw, path, tokenizer, eos_ids, pad_id, generation)
+
+
+def _untied(
+    config: ModelConfig, raw: dict[str, Any], tensors: SafetensorsFolder
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of a folder that says it is tied, with the head that its file may hold.
+
+    As transformers 5: a head unlike the embedding is used, and said; a copy of it is left unread.
+    """
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    shapes = tensors.shapes()
+    if not config.tied or embed not in shapes or head not in shapes or tensors.same(embed, head):
+        return config, raw
+    say(
+        f"note: config.json of {tensors.where!r} says tie_word_embeddings=true, but its {head} is "
+        "unlike the embedding; the head of the file is used (tie_word_embeddings=false).",
+        sys.stderr,
+    )
+    return dataclasses.replace(config, tied=False), {**raw, "tie_word_embeddings": False}
 
 
 def find_folder(source: str) -> pathlib.Path:
@@ -182,16 +205,11 @@ def download(repo: str) -> pathlib.Path:
 
 
 def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Reads generation_config.json; None without one, UserError where it is not JSON."""
+    """Reads generation_config.json; None without one, UserError where it is no JSON object."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error}); fetch the model again, or delete this file."
-        ) from error
+    return read_json(file, "fetch the model again, or delete this file")
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -205,11 +223,17 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         )
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_json(folder / name, "fetch the model with its tokenizer again")
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, and panics beside it
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({error}); fetch the model again."
+            f"the tokenizer in {str(folder)!r} cannot be read ({str(error)[:300]}); fetch the model "
+            "again."
         ) from error
 
 
@@ -224,7 +248,8 @@ def end_ids(
 
     Returns: (eos_ids, pad_id); eos_ids are those of the tokenizer, config.json and
         generation_config.json, in that order, once each.
-    Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
+    Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks, and for
+        an eos_token_id or pad_token_id that is no id; a pad_token_id out of range is left out.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -233,9 +258,15 @@ def end_ids(
             "tokenizer_config.json."
         )
     ids = [tokenizer.eos_token_id]
-    for stated in (raw.get("eos_token_id"), (generation or {}).get("eos_token_id")):
-        ids += stated if isinstance(stated, list) else [] if stated is None else [stated]
-    pad = raw.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    for file, stated in (("config.json", raw), ("generation_config.json", generation or {})):
+        ids += _stated_eos(stated.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
+    stated = raw.get("pad_token_id")
+    if stated is not None and not _whole(stated):
+        raise UserError(
+            f"config.json of {where!r}: pad_token_id is {shown(stated)}, not a token id; set it to "
+            "the tokenizer's, or to null."
+        )
+    pad = stated if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pad = ids[0] if pad is None or not 0 <= pad < config.vocab_size else pad
     top = max(len(tokenizer) - 1, *ids)
     if top >= config.vocab_size:
@@ -245,6 +276,29 @@ def end_ids(
             "(config.json's vocab_size); use the tokenizer that belongs to the model."
         )
     return tuple(dict.fromkeys(ids)), pad
+
+
+def _stated_eos(stated: Any, where: str, vocab_size: int) -> list[int]:
+    """A file's eos_token_id as a list; raises UserError for what is no id of the embedding."""
+    if stated is None:
+        return []
+    ids = stated if isinstance(stated, list) else [stated]
+    for token in ids:
+        if not _whole(token) or not 0 <= token < vocab_size:
+            raise UserError(
+                f"{where}: eos_token_id has {shown(token)}, not an id from 0 to {vocab_size - 1} "
+                "(vocab_size - 1); set it to the id of the tokenizer's EOS."
+            )
+    if not ids:
+        raise UserError(
+            f"{where}: eos_token_id is [], so nothing ends a completion; set it to the id of the "
+            "tokenizer's EOS, or remove the key."
+        )
+    return ids
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def save_model(

@@ -14,14 +14,15 @@ Source: tensor names as in transformers' Llama, Qwen2 and Qwen3.
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import projection_shapes
 from spear_jax.models.params import DecoderParams, LayerParams
@@ -36,6 +37,25 @@ MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+# the keys of config.json that make a leaf's shape, named where a file's shape is another
+_KEYS = {
+    "embed": "vocab_size, hidden_size",
+    "head": "vocab_size, hidden_size",
+    "q": "num_attention_heads, head_dim, hidden_size",
+    "k": "num_key_value_heads, head_dim, hidden_size",
+    "v": "num_key_value_heads, head_dim, hidden_size",
+    "o": "num_attention_heads, head_dim, hidden_size",
+    "q_bias": "num_attention_heads, head_dim",
+    "k_bias": "num_key_value_heads, head_dim",
+    "v_bias": "num_key_value_heads, head_dim",
+    "gate": "intermediate_size, hidden_size",
+    "up": "intermediate_size, hidden_size",
+    "down": "intermediate_size, hidden_size",
+    "q_norm": "head_dim",
+    "k_norm": "head_dim",
+}
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_PIECE = 1 << 18  # numbers that are checked at once, so that they stay in the cache
 # old checkpoints save these; nothing reads them
 _BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 
@@ -135,7 +155,7 @@ def fill(
         dtype: "float32" or "bfloat16"; every leaf gets it, rounded to nearest even.
         place_leaf: (the leaf's name, such as "q" or "embed", its array on the host) -> the leaf.
     Raises: UserError for an unknown dtype, and for missing, extra or misshapen tensors, before any
-        is read.
+        is read; and for a tensor with NaN or infinity, as stored or in `dtype`, when it is read.
     """
     check_dtype(dtype)
     check_tensors(config, source)  # reads headers only
@@ -144,10 +164,32 @@ def fill(
         leaf = np.empty(place.leaf_shape, DTYPES[dtype])
         for row, name in zip(leaf if place.of_layer else [leaf], place.tensors, strict=True):
             tensor = source.read(name)
-            row[...] = tensor.T if place.transposed else tensor
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+                row[...] = tensor.T if place.transposed else tensor
+            if not _finite(row):
+                raise UserError(
+                    f"{source.where}: tensor {name!r} holds NaN or infinity (in {dtype}); a model "
+                    "with such weights gives no numbers. Fetch or train it again."
+                )
         return place_leaf(place.name, leaf)
 
     return build_params(config, read)
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether a contiguous float32 or bfloat16 array has neither NaN nor infinity.
+
+    Reads bits: with the sign cut off, every number that is not finite is at least infinity. That is
+    several times faster than np.isfinite where the processor has no bfloat16.
+    """
+    wide = array.dtype.itemsize == 4
+    bits = array.reshape(-1).view(np.uint32 if wide else np.uint16)
+    magnitude, infinity = (0x7FFFFFFF, 0x7F800000) if wide else (0x7FFF, 0x7F80)
+    magnitude = bits.dtype.type(magnitude)
+    return all(
+        (bits[start : start + _PIECE] & magnitude).max() < infinity
+        for start in range(0, bits.size, _PIECE)
+    )
 
 
 def check_dtype(dtype: str) -> None:
@@ -161,8 +203,9 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
     for.
     """
     shapes = source.shapes()
-    wanted = {name: place.shape for place in places(config) for name in place.tensors}
-    for name, shape in wanted.items():
+    _check_depth(config, source.where, shapes)
+    wanted = {name: place for place in places(config) for name in place.tensors}
+    for name, place in wanted.items():
         if name not in shapes:
             near = difflib.get_close_matches(name, shapes.keys() - wanted.keys(), n=1)
             near_text = f" The nearest unused name is {near[0]!r}." if near else ""
@@ -172,11 +215,11 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
                 f"tied={config.tied}) calls for.{near_text} Check config.json, or fetch the "
                 f"model again."
             )
-        if shapes[name] != shape:
+        if shapes[name] != place.shape:
             raise UserError(
                 f"{source.where}: tensor {name!r} has shape {list(shapes[name])}, but its config "
-                f"calls for "
-                f"{list(shape)}. Check config.json, or fetch the model again."
+                f"calls for {shown(list(place.shape))}. Check config.json "
+                f"({_KEYS.get(place.name, 'hidden_size')}), or fetch the model again."
             )
     spare = [name for name in shapes.keys() - wanted.keys() if not _ignorable(name, config)]
     if spare:
@@ -186,6 +229,19 @@ def check_tensors(config: ModelConfig, source: TensorSource) -> None:
             f"not use, such as {min(spare)!r}. Use the plain model (not a quantised, "
             f"adapter-wrapped "
             "or multimodal one), or check config.json."
+        )
+
+
+def _check_depth(config: ModelConfig, where: str, names: Iterable[str]) -> None:
+    """Raises UserError where a source has other layers than its config; before a tensor of each is
+    listed, for a config may state any number.
+    """
+    found = {int(layer[1]) for layer in map(_LAYER.match, names) if layer}
+    if config.layers > max(len(found), max(found, default=-1) + 1):
+        raise UserError(
+            f"{where} has the tensors of {len(found)} layers, but its config calls for "
+            f"{shown(config.layers)} (config.json's num_hidden_layers). Check config.json, or "
+            "fetch the model again."
         )
 
 
