@@ -25,22 +25,23 @@ class Key:
         families: those that read it.
         default: {family: value} where the key is absent; a family that is not in it needs the key,
             or works the value out of others.
-        built: the values that are built, or () for all of the kind; others are refused.
-        null: families for which null is the same as an absent key.
+        built: the values that are built, or () for all of the kind; others are refused. Of layers,
+            the entries; of rope, the types.
+        null: {family: what null stands for}; other families refuse null.
     """
 
     kind: str
     families: tuple[str, ...] = tuple(FAMILIES)
     default: dict[str, Any] = dataclasses.field(default_factory=dict)
     built: tuple[Any, ...] = ()
-    null: tuple[str, ...] = ()
+    null: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _all(value: Any) -> dict[str, Any]:
     return dict.fromkeys(FAMILIES, value)
 
 
-_QWEN = ("qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3")
 
 # Every key that changes numbers. A key in no row here has no effect on them (UNUSED), or is unknown
 # to transformers, too.
@@ -51,36 +52,39 @@ KEYS = {
     "num_attention_heads": Key("count"),
     "intermediate_size": Key("count"),
     "num_key_value_heads": Key(
-        "count", default={"llama": None, "qwen2": 32, "qwen3": 32}, null=tuple(FAMILIES)
+        "count", default={"llama": None, "qwen2": 32, "qwen3": 32}, null=_all(None)
     ),
     "head_dim": Key(
-        "count", default={"llama": None, "qwen2": None, "qwen3": 128}, null=("llama", "qwen2")
+        "count",
+        default={"llama": None, "qwen2": None, "qwen3": 128},
+        null={"llama": None, "qwen2": None},
     ),
     "max_position_embeddings": Key(
         "count", default={"llama": 2048, "qwen2": 32768, "qwen3": 32768}
     ),
     "rms_norm_eps": Key("number", default=_all(1e-6)),
     "tie_word_embeddings": Key("flag", default=_all(False)),
-    "attention_bias": Key("flag", ("llama", "qwen3"), _all(False)),
+    "attention_bias": Key("flag", ("llama", "qwen3"), {"llama": False, "qwen3": False}),
     "mlp_bias": Key("flag", ("llama",), _all(False), (False,)),
     "hidden_act": Key("text", default=_all("silu"), built=("silu", "swish")),
-    "attention_dropout": Key("number or zero", default=_all(0.0), built=(0,), null=tuple(FAMILIES)),
+    "attention_dropout": Key("number or zero", default=_all(0.0), built=(0,), null=_all(None)),
     "use_sliding_window": Key("flag", default=_all(False), built=(False,)),
-    "sliding_window": Key("whole number", ("llama",), _all(None), (None,), ("llama",)),
-    "layer_types": Key("layers", default=_all(None), null=tuple(FAMILIES)),
-    "attention_chunk_size": Key(
-        "whole number", default=_all(None), built=(None,), null=tuple(FAMILIES)
+    "sliding_window": Key("whole number", ("llama",), _all(None), (None,), _all(None)),
+    "layer_types": Key(
+        "layers",
+        default=_all(None),
+        built=("full_attention", "attention"),
+        null=_all(None),
     ),
-    "kv_sharing_modes": Key("list", default=_all(None), built=(None,), null=tuple(FAMILIES)),
-    "per_layer_config": Key("object", default=_all(None), built=(None,), null=tuple(FAMILIES)),
-    "quantization_config": Key("object", default=_all(None), built=(None,), null=tuple(FAMILIES)),
+    "attention_chunk_size": Key("whole number", default=_all(None), built=(None,), null=_all(None)),
+    "kv_sharing_modes": Key("list", default=_all(None), built=(None,), null=_all(None)),
+    "per_layer_config": Key("object", default=_all(None), built=(None,), null=_all(None)),
+    "quantization_config": Key("object", default=_all(None), built=(None,), null=_all(None)),
     "rope_theta": Key("base", default=_all(10000.0)),
-    "rope_parameters": Key("object", default=_all(None), null=tuple(FAMILIES)),
-    "rope_scaling": Key("object", default=_all(None), null=tuple(FAMILIES)),
-    "partial_rotary_factor": Key(
-        "number", default=_all(None), built=(None, 1), null=tuple(FAMILIES)
-    ),
-    "original_max_position_embeddings": Key("count", default=_all(None), null=tuple(FAMILIES)),
+    "rope_parameters": Key("rope", default=_all(None), built=ROPE_TYPES, null=_all(None)),
+    "rope_scaling": Key("rope", default=_all(None), built=ROPE_TYPES, null=_all(None)),
+    "partial_rotary_factor": Key("number", default=_all(None), built=(None, 1), null=_all(None)),
+    "original_max_position_embeddings": Key("count", default=_all(None), null=_all(None)),
 }
 
 # Keys of the three classes that change no number of a base: what it is for each.
@@ -119,6 +123,7 @@ _KINDS = {
     "list": "a list",
     "layers": "a list with a text for each layer",
     "object": "an object",
+    "rope": "an object",
 }
 
 
@@ -248,9 +253,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
             f"config.json's max_position_embeddings {shown(value['max_position_embeddings'])} is "
             f"more than {MOST_POSITIONS}, the positions that are told apart; write the model's own."
         )
-    _check_layers(value)
     theta, scaling = _rope(value)
-    bias = family != "qwen2" and value["attention_bias"]
+    bias = bool(value["attention_bias"])  # None for Qwen2, which does not read it
     return ModelConfig(
         family=family,
         vocab_size=value["vocab_size"],
@@ -273,30 +277,34 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 def _value(name: str, key: Key, family: str, raw: dict[str, Any]) -> Any:
     """A key's value in `raw`, checked; its default where it is absent or not of the family."""
-    default = key.default.get(family)
-    if family not in key.families:
-        return default
-    if name not in raw and family in key.default:
-        return default
+    if family not in key.families or (name not in raw and family in key.default):
+        return key.default.get(family)
     value = raw.get(name)
     if value is None and family in key.null:
-        # an absent count of key heads is 32 in Qwen, a null one that of the query heads
-        return None if name == "num_key_value_heads" else default
+        return key.null[family]
     _check(name, key.kind, value)
-    if key.built and value not in key.built:
-        built = " or ".join(json.dumps(one) for one in key.built)
+    held = value if key.kind == "layers" else [rope_type(value) if key.kind == "rope" else value]
+    other = [one for one in held if key.built and one not in key.built]
+    if other:
+        built = ", ".join(json.dumps(one) for one in key.built)
         raise UserError(
-            f"config.json's {name} is {shown(value)}, which is not supported for {family}; "
-            f"supported: {built}. {_REMEDIES.get(name, 'Use another model.')}"
+            f"config.json's {name} {_VERBS.get(key.kind, 'is')} {shown(other[0])}, which is not "
+            f"supported for {family}; supported: {built}. {_REMEDIES.get(name, 'Use another model.')}"
         )
     return value
 
 
+def rope_type(rope: dict[str, Any]) -> Any:
+    """The type of a `rope_scaling` or `rope_parameters`, whichever release wrote it."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+_VERBS = {"layers": "has", "rope": "is of type"}
 _REMEDIES = {
     "quantization_config": "Use the unquantised model, or a .gguf file.",
     "attention_dropout": "Set it to 0.0: it acts in training alone, where lora.dropout is used.",
     "sliding_window": "Use another model, or set it to null if it is to see all positions.",
-    "use_sliding_window": "Sliding-window attention is not built; use another model.",
+    "use_sliding_window": "Use another model, without sliding-window attention.",
 }
 
 
@@ -304,40 +312,22 @@ def _check(name: str, kind: str, value: Any) -> None:
     """Raises UserError for a value that is not of its kind."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     whole = number and isinstance(value, int)
-    least = {"count": 1, "base": 1, "number or zero": 0}.get(kind, 0)
     fits = {
-        "count": whole and value >= least,
+        "count": whole and value >= 1,
         "whole number": whole,
         "number": number and 0 < value < 1e30,
-        "number or zero": number and least <= value < 1e30,
-        "base": number and least <= value < 1e30,
+        "number or zero": number and 0 <= value < 1e30,
+        "base": number and 1 <= value < 1e30,
         "flag": isinstance(value, bool),
         "text": isinstance(value, str),
         "list": isinstance(value, list),
         "layers": isinstance(value, list) and all(isinstance(one, str) for one in value),
         "object": isinstance(value, dict),
+        "rope": isinstance(value, dict),
     }[kind]
     if not fits:
         raise UserError(
             f"config.json's {name!r} is {shown(value)}, not {_KINDS[kind]}; fetch the model again."
-        )
-
-
-def _check_layers(value: dict[str, Any]) -> None:
-    """Raises UserError for layers that see less than every position before them."""
-    kinds, layers = value["layer_types"], value["num_hidden_layers"]
-    if kinds is None:
-        return
-    other = sorted(set(kinds) - {"full_attention", "attention"})
-    if other:
-        raise UserError(
-            f"config.json's layer_types has {shown(other[0])}, which is not supported; supported: "
-            "'full_attention'. Use another model."
-        )
-    if len(kinds) != layers:
-        raise UserError(
-            f"config.json's layer_types has {len(kinds)} entries for num_hidden_layers "
-            f"{shown(layers)}; fetch the model again."
         )
 
 
@@ -365,17 +355,12 @@ def _rope(value: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             f"config.json's {name}.partial_rotary_factor is {shown(partial)}; RoPE of a part of a "
             "head is not supported. Use another model."
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_type(rope)
     if kind == "default":
         return float(theta), None
     if kind == "linear":
         factor = _factors(name, kind, rope, ("factor",))["factor"]
         return float(theta), RopeScaling(factor, 1.0, 4.0, 0)
-    if kind != "llama3":
-        raise UserError(
-            f"config.json's rope type {shown(kind)} ({name}) is not supported; supported: default, "
-            "linear, llama3. Use another model."
-        )
     factors = _factors(name, kind, rope, ("factor", "low_freq_factor", "high_freq_factor"))
     if factors["high_freq_factor"] <= factors["low_freq_factor"]:
         raise UserError(

@@ -123,6 +123,7 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
         tensors = SafetensorsFolder(path)
         config, raw = _untied(config, raw, tensors)
         check_tensors(config, tensors)
+        _stated_ids(config, raw, generation, str(path))  # the tokenizer reads config.json, too
         tokenizer = load_tokenizer(path)
     check_tensors(config, tensors)
     eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
@@ -223,7 +224,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         )
     from transformers import AutoTokenizer
 
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             read_json(folder / name, "fetch the model with its tokenizer again")
     try:
@@ -232,8 +233,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         raise
     except BaseException as error:  # tokenizers raises bare Exception, and panics beside it
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({str(error)[:300]}); fetch the model "
-            "again."
+            f"the tokenizer in {str(folder)!r} cannot be read ({' '.join(str(error).split())[:300]});"
+            " fetch the model again."
         ) from error
 
 
@@ -258,15 +259,9 @@ def end_ids(
             "tokenizer_config.json."
         )
     ids = [tokenizer.eos_token_id]
-    for file, stated in (("config.json", raw), ("generation_config.json", generation or {})):
-        ids += _stated_eos(stated.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
-    stated = raw.get("pad_token_id")
-    if stated is not None and not _whole(stated):
-        raise UserError(
-            f"config.json of {where!r}: pad_token_id is {shown(stated)}, not a token id; set it to "
-            "the tokenizer's, or to null."
-        )
-    pad = stated if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stated, pad = _stated_ids(config, raw, generation, where)
+    ids += stated
+    pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     pad = ids[0] if pad is None or not 0 <= pad < config.vocab_size else pad
     top = max(len(tokenizer) - 1, *ids)
     if top >= config.vocab_size:
@@ -276,6 +271,22 @@ def end_ids(
             "(config.json's vocab_size); use the tokenizer that belongs to the model."
         )
     return tuple(dict.fromkeys(ids)), pad
+
+
+def _stated_ids(
+    config: ModelConfig, raw: dict[str, Any], generation: dict[str, Any] | None, where: str
+) -> tuple[list[int], int | None]:
+    """The EOS ids of config.json and generation_config.json, and config.json's pad_token_id."""
+    eos = []
+    for file, stated in (("config.json", raw), ("generation_config.json", generation or {})):
+        eos += _stated_eos(stated.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
+    pad = raw.get("pad_token_id")
+    if pad is not None and not _whole(pad):
+        raise UserError(
+            f"config.json of {where!r}: pad_token_id is {shown(pad)}, not a token id; set it to the "
+            "tokenizer's, or to null."
+        )
+    return eos, pad
 
 
 def _stated_eos(stated: Any, where: str, vocab_size: int) -> list[int]:

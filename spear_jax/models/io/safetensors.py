@@ -5,6 +5,7 @@ Source: the safetensors format (safetensors.safe_open) and Hugging Face's
 `model.safetensors.index.json`.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -45,8 +46,10 @@ class SafetensorsFolder:
                 )
 
     def _open(self, file: pathlib.Path) -> None:
-        if not file.is_file():
-            raise UserError(f"weight file {str(file)!r} is missing; fetch the model again.")
+        if not os.path.isfile(file):  # of a name that no disk takes, too
+            raise UserError(
+                f"weight file {shown(str(file), 300)} is missing; fetch the model again."
+            )
         try:
             reader = safe_open(file, framework="numpy")
             names = list(reader.keys())
