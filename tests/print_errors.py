@@ -58,6 +58,13 @@ def model_cases(tmp: pathlib.Path) -> Iterator[Case]:
 
         return apply
 
+    def config(**changes) -> Callable[[pathlib.Path], None]:
+        def apply(folder: pathlib.Path) -> None:
+            file = folder / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+        return apply
+
     def without_eos(folder: pathlib.Path) -> None:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / file).exists():
@@ -77,6 +84,11 @@ def model_cases(tmp: pathlib.Path) -> Iterator[Case]:
         "tensor extra", tensors(lambda held: held.update(surplus=np.zeros(3, np.float32)))
     )
     yield damaged("tensor of wrong shape", tensors(lambda held: held.update({key: held[key][:-1]})))
+    yield damaged("key that is not supported", config(rope_scaling={"type": "yarn", "factor": 4.0}))
+    yield damaged("value of a wrong type", config(hidden_size="32"))
+    yield damaged("more layers than tensors", config(num_hidden_layers=10**9))
+    yield damaged("weights that are no numbers", tensors(lambda held: held[key].fill(np.nan)))
+    yield damaged("EOS that is no id", config(eos_token_id=-1))
     yield damaged("tokenizer without EOS", without_eos)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.core.files import disk_error, expanded, read_json_object
+from spear_jax.core.files import disk_error, expanded
 from spear_jax.core.surroundings import say
-from spear_jax.models.config import ModelConfig, parse_config, read_config
+from spear_jax.models.config import ModelConfig, parse_config, read_config, read_json
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
 from spear_jax.models.io.tensor_map import (
@@ -116,32 +116,34 @@ def open_model(source: str | os.PathLike) -> ModelFiles:
     if source.endswith(".gguf"):
         path = expanded(source)
         config, raw, generation, tokenizer, tensors = load_gguf(path)
-        check_tensors(config, tensors)
     else:
         path = find_folder(source)
         config, raw = read_config(path)
         generation = read_generation_config(path)
         tensors = SafetensorsFolder(path)
-        config, raw = _with_own_head(config, raw, tensors)
-        check_tensors(config, tensors)  # first: transformers reads config.json with a tokenizer
+        config, raw = _untied(config, raw, tensors)
+        check_tensors(config, tensors)
+        _stated_ids(config, raw, generation, str(path))  # the tokenizer reads config.json, too
         tokenizer = load_tokenizer(path)
+    check_tensors(config, tensors)
     eos_ids, pad_id = end_ids(config, raw, generation, tokenizer, str(path))
     return ModelFiles(config, tensors, raw, path, tokenizer, eos_ids, pad_id, generation)
 
 
-def _with_own_head(
-    config: ModelConfig, raw: dict[str, Any], tensors: TensorSource
+def _untied(
+    config: ModelConfig, raw: dict[str, Any], tensors: SafetensorsFolder
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    """Unties a model whose files hold a head unlike the embedding, as transformers does."""
-    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    """The config of a folder that says it is tied, with the head that its file may hold.
+
+    As transformers 5: a head unlike the embedding is used, and said; a copy of it is left unread.
+    """
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
     shapes = tensors.shapes()
-    if not config.tied or head not in shapes or embed not in shapes:
-        return config, raw
-    if shapes[head] == shapes[embed] and np.array_equal(tensors.read(head), tensors.read(embed)):
+    if not config.tied or embed not in shapes or head not in shapes or tensors.same(embed, head):
         return config, raw
     say(
-        f"note: tie_word_embeddings is true, but {tensors.where} holds {head!r} unlike the "
-        "embedding; it is used as the head, as transformers does",
+        f"note: config.json of {tensors.where!r} says tie_word_embeddings=true, but its {head} is "
+        "unlike the embedding; the head of the file is used (tie_word_embeddings=false).",
         sys.stderr,
     )
     return dataclasses.replace(config, tied=False), {**raw, "tie_word_embeddings": False}
@@ -208,7 +210,7 @@ def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    return read_json_object(file, "fetch the model again, or delete this file")
+    return read_json(file, "fetch the model again, or delete this file")
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -222,14 +224,17 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         )
     from transformers import AutoTokenizer
 
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_json(folder / name, "fetch the model with its tokenizer again")
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, or panics
+    except BaseException as error:  # tokenizers raises bare Exception, and panics beside it
         raise UserError(
-            f"the tokenizer in {str(folder)!r} cannot be read ({shown(str(error), 300)}); fetch "
-            "the model again."
+            f"the tokenizer in {str(folder)!r} cannot be read ({' '.join(str(error).split())[:300]});"
+            " fetch the model again."
         ) from error
 
 
@@ -244,7 +249,8 @@ def end_ids(
 
     Returns: (eos_ids, pad_id); eos_ids are those of the tokenizer, config.json and
         generation_config.json, in that order, once each.
-    Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks.
+    Raises: UserError where the tokenizer has no EOS, or has ids that the embedding lacks, and for
+        an eos_token_id or pad_token_id that is no id; a pad_token_id out of range is left out.
     """
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -253,11 +259,10 @@ def end_ids(
             "tokenizer_config.json."
         )
     ids = [tokenizer.eos_token_id]
-    stated = {"config.json": raw, "generation_config.json": generation or {}}
-    for file, held in stated.items():
-        ids += _stated_ends(held.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
-    pad = raw.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    pad = pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else ids[0]
+    stated, pad = _stated_ids(config, raw, generation, where)
+    ids += stated
+    pad = pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = ids[0] if pad is None or not 0 <= pad < config.vocab_size else pad
     top = max(len(tokenizer) - 1, *ids)
     if top >= config.vocab_size:
         raise UserError(
@@ -268,18 +273,43 @@ def end_ids(
     return tuple(dict.fromkeys(ids)), pad
 
 
-def _stated_ends(stated: Any, where: str, vocab_size: int) -> list[int]:
-    """Returns the ids of an eos_token_id; none where it is null."""
-    ids = stated if isinstance(stated, list) else [stated]
+def _stated_ids(
+    config: ModelConfig, raw: dict[str, Any], generation: dict[str, Any] | None, where: str
+) -> tuple[list[int], int | None]:
+    """The EOS ids of config.json and generation_config.json, and config.json's pad_token_id."""
+    eos = []
+    for file, stated in (("config.json", raw), ("generation_config.json", generation or {})):
+        eos += _stated_eos(stated.get("eos_token_id"), f"{file} of {where!r}", config.vocab_size)
+    pad = raw.get("pad_token_id")
+    if pad is not None and not _whole(pad):
+        raise UserError(
+            f"config.json of {where!r}: pad_token_id is {shown(pad)}, not a token id; set it to the "
+            "tokenizer's, or to null."
+        )
+    return eos, pad
+
+
+def _stated_eos(stated: Any, where: str, vocab_size: int) -> list[int]:
+    """A file's eos_token_id as a list; raises UserError for what is no id of the embedding."""
     if stated is None:
         return []
-    fits = lambda i: isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size
-    if not ids or not all(map(fits, ids)):
+    ids = stated if isinstance(stated, list) else [stated]
+    for token in ids:
+        if not _whole(token) or not 0 <= token < vocab_size:
+            raise UserError(
+                f"{where}: eos_token_id has {shown(token)}, not an id from 0 to {vocab_size - 1} "
+                "(vocab_size - 1); set it to the id of the tokenizer's EOS."
+            )
+    if not ids:
         raise UserError(
-            f"{where}: eos_token_id is {shown(stated)}; it must be a token id below the vocab_size "
-            f"{vocab_size}, or a list of them. Correct it, or fetch the model again."
+            f"{where}: eos_token_id is [], so nothing ends a completion; set it to the id of the "
+            "tokenizer's EOS, or remove the key."
         )
     return ids
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def save_model(

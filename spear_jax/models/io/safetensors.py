@@ -5,7 +5,7 @@ Source: the safetensors format (safetensors.safe_open) and Hugging Face's
 `model.safetensors.index.json`.
 """
 
-import json
+import os
 import pathlib
 from typing import Any
 
@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spear_jax.core.errors import UserError, shown
+from spear_jax.models.config import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PIECE = 1 << 24  # numbers of a tensor that are compared at once
 
 
 def write_safetensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
@@ -44,15 +46,23 @@ class SafetensorsFolder:
                 )
 
     def _open(self, file: pathlib.Path) -> None:
-        if not file.is_file():
-            raise UserError(f"weight file {str(file)!r} is missing; fetch the model again.")
+        if not os.path.isfile(file):  # of a name that no disk takes, too
+            raise UserError(
+                f"weight file {shown(str(file), 300)} is missing; fetch the model again."
+            )
         try:
             reader = safe_open(file, framework="numpy")
-        except SafetensorError as error:
+            names = list(reader.keys())
+        except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
             raise UserError(
-                f"{str(file)!r} is truncated or damaged ({error}); fetch this file again."
+                f"{str(file)!r} is truncated or damaged ({str(error)[:200]}); fetch this file again."
             ) from error
-        for name in reader.keys():  # noqa: SIM118 (safe_open is no dict)
+        for name in names:
+            if name in self._files:
+                raise UserError(
+                    f"{self.where!r}: tensor {shown(name)} stands in {file.name!r} and in another "
+                    "weight file, too; fetch the model again into an empty folder."
+                )
             view = reader.get_slice(name)
             if view.get_dtype() not in ("F32", "F16", "BF16"):
                 raise UserError(
@@ -67,6 +77,19 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
+
+    def same(self, left: str, right: str) -> bool:
+        """Whether two tensors have one shape and the same numbers; reads some rows at a time."""
+        shape = self._shapes[left]
+        if shape != self._shapes[right] or not shape:
+            return False
+        views = [self._files[name].get_slice(name) for name in (left, right)]
+        rows = max(1, _PIECE // max(1, int(np.prod(shape[1:]))))
+        starts = range(0, shape[0], rows)
+        return all(
+            np.array_equal(*(view[start:stop].astype(np.float32) for view in views))
+            for start, stop in zip(starts, [*starts[1:], shape[0]], strict=True)
+        )
 
 
 def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
@@ -87,13 +110,16 @@ def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
             f"safetensors weights, or the path "
             "of a .gguf file itself."
         )
-    try:
-        named = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        for shard in named.values():
-            if pathlib.PurePath(shard).name != shard:
-                raise ValueError(f"{shown(shard)} is no file of this folder")
-        return named
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    index = read_json(folder / INDEX, "fetch the model again").get("weight_map")
+    if not isinstance(index, dict) or not index:
         raise UserError(
-            f"{folder / INDEX} is damaged ({error!r}); fetch the model again."
-        ) from error
+            f"{folder / INDEX} is damaged (its 'weight_map' is {shown(index)}, not an object of "
+            "tensor names and files); fetch the model again."
+        )
+    for name, shard in index.items():
+        if not isinstance(shard, str) or not shard:
+            raise UserError(
+                f"{folder / INDEX} is damaged (it gives tensor {shown(name)} the file "
+                f"{shown(shard)}); fetch the model again."
+            )
+    return index
