@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from spear_jax import evaluate, export, score, train
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.experiment import command_line, run_folder
 from spear_jax.experiment import config as experiment_config
 from spear_jax.models.config import read_config
@@ -45,7 +45,7 @@ def config_fields(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
     del tmp
     wrong = {
         "float": [NAN, INF, -INF, "x", None, [1.0], {"a": 1.0}, True, "9" * 3000],
-        "int": [0.5, "5", None, True, [1], NAN, -(10**30), {"a": 1}, "9" * 3000],
+        "int": [0.5, "5", None, True, [1], NAN, -(10**30), {"a": 1}, "9" * 3000, 10**5000],
         "bool": ["yes", 1, None, 0.0, [True]],
         "str": [None, 5, ["x"], 0.5, {"a": "b"}, True],
         "tuple": [5, None, [1], {"a": "b"}, True, 0.5],
@@ -66,7 +66,7 @@ def config_fields(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
             held[name] = value
             return experiment_config.parse(ml_collections.ConfigDict(values))
 
-        yield f"{path} = {str(value)[:40]!r}", path, parse
+        yield f"{path} = {shown(value, 40)}", path, parse
 
 
 def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -82,7 +82,7 @@ def command_lines(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
     work = f"--workdir={tmp / 'run'}"
     fields = {
         "rounds": ["abc", "1e3", "", "1.5", "None", "-1", "nan", "9" * 3000],
-        "lora.targets": ["5", "(", "q,", "('z',)", "None", "(1,)"],
+        "lora.targets": ["5", "(", "q,", "('z',)", "None", "(1,)", "-" * 20_000 + "1"],
         "lora.alpha": ["nan", "inf", "-1", "0", "x", ""],
         "rollout.temperature": ["nan", "-0.1", "1e400", "hot"],
         "federation.tau": ["nan", "0", "-inf"],

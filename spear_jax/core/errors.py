@@ -22,8 +22,8 @@ def shown(value: object, longest: int = 80) -> str:
         return f"{value[:longest]!r}"[:longest] + f"... ({len(value)} characters)"
     try:
         text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__} that is nested too deeply"
+    except Exception:  # nested too deeply, more digits than Python writes, a repr that fails
+        text = f"a {type(value).__name__} that cannot be written out"
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 

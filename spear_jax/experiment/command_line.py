@@ -130,7 +130,9 @@ def read_config(
     given = [arg for arg in args if arg.split("=")[0] == "--config"]
     strange = [arg for arg in args if not arg.startswith("--config")]
     if strange:
-        raise UserError(f"unknown argument {strange[0]!r}; run with --help for the flags. {FIELDS}")
+        raise UserError(
+            f"unknown argument {shown(strange[0])}; run with --help for the flags. {FIELDS}"
+        )
     if not given and not default:
         raise UserError(
             "no config: give --config=NAME[:ARG], for example --config=quickstart, or "
@@ -159,22 +161,22 @@ def load_config(
         it does not take.
     """
     name, _, arg = source.partition(":")
-    if pathlib.Path(name).is_file():
+    if os.path.isfile(name):  # False also for a name that no disk takes
         return _load(source)
     named = presets.named_presets() if named is None else named
     if name in named:
         return named[name](arg)
     if name.endswith(".py") or os.sep in name:
-        what, guess, own = "config file", nearest(pathlib.Path(name).stem, named), ""
+        what, guess, own = "config file", nearest(pathlib.Path(name[-200:]).stem, named), ""
     else:
-        what, guess = "config", nearest(name, named)
+        what, guess = "config", nearest(name[:200], named)
         own = (
             " A method of your own is a preset once the module of --config.imports has set "
-            f"ALGORITHMS[{name!r}]."
+            f"ALGORITHMS[{shown(name)}]."
         )
     listed = "" if guess else f" Presets: {', '.join(named)}."
     raise UserError(
-        f"no {what} {name!r}.{guess}{listed} Give a preset, --config=NAME[:ARG] as in "
+        f"no {what} {shown(name)}.{guess}{listed} Give a preset, --config=NAME[:ARG] as in "
         f"--config=spear:arc_challenge,qwen2.5-1.5b, or a file, --config=FILE.py[:ARG].{own}"
     )
 
@@ -197,9 +199,11 @@ def apply_overrides(
     for arg in overrides:
         name = arg.partition("=")[0].removeprefix("--config.")
         if not arg.startswith("--config."):
-            raise UserError(f"unknown argument {arg!r}; run with --help for the flags. {FIELDS}")
+            raise UserError(
+                f"unknown argument {shown(arg)}; run with --help for the flags. {FIELDS}"
+            )
         if "=" not in arg:
-            raise UserError(f"{arg!r} has no value; write it as --config.{name}=VALUE.")
+            raise UserError(f"{shown(arg)} has no value; write it as --config.{name[:80]}=VALUE.")
         if name in RENAMED:
             raise UserError(f"config field {name!r} is now {RENAMED[name]!r}; write that.")
         if name not in fields:
@@ -210,7 +214,14 @@ def apply_overrides(
         config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
         try:
             values(argv)
-        except (flags.Error, TypeError, ValueError, SyntaxError, RecursionError) as error:
+        except (
+            flags.Error,
+            TypeError,
+            ValueError,
+            SyntaxError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             why = shown(str(error), 200).strip("\"'")
             raise UserError(f"{arg[:120]}: {why}") from error
     return config

@@ -18,7 +18,7 @@ import ml_collections
 import tqdm
 
 from spear_jax.analysis import runs
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.versions import PACKAGES
 from spear_jax.experiment import builder, processes, run_folder
 from spear_jax.experiment.run import Run
@@ -39,7 +39,7 @@ def read_seeds(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
         raise UserError(
-            f"--seeds is {text!r}; give different whole numbers from 0, for example --seeds=0,1,2."
+            f"--seeds is {shown(text)}; give different whole numbers from 0, for example --seeds=0,1,2."
         )
     return [int(part) for part in parts]
 

@@ -16,7 +16,7 @@ import ml_collections
 import pandas as pd
 
 from spear_jax.analysis import comparison, runs, sweeps
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.experiment import command_line
 from spear_jax.experiment.config import flatten, parse
 from spear_jax.experiment.grid import (
@@ -81,7 +81,7 @@ def read_grid(texts: list[str]) -> dict[str, list[str]]:
         found = re.split(r",(?![^(\[]*[)\]])", values)
         if not name or not all(found):
             raise UserError(
-                f"--grid is {text!r}; write it as FIELD=VALUE,VALUE..., for example lora.rank=4,16."
+                f"--grid is {shown(text)}; write it as FIELD=VALUE,VALUE..., for example lora.rank=4,16."
             )
         if name in grid or name == "seed":
             raise UserError(

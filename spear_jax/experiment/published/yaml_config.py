@@ -44,12 +44,13 @@ def read_yaml(path: str) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         _no_alias(text, path)
         _no_key_twice(yaml.compose(text, yaml.SafeLoader), path)
-        nested = yaml.safe_load(text) or {}
+        nested = yaml.safe_load(text)
+        nested = {} if nested is None else nested
     except RecursionError:
         raise UserError(f"{path} nests deeper than any such file; correct it.") from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
-            f"{path} is no YAML file ({' '.join(str(error).split())}); correct it."
+            f"{path} is no YAML file ({' '.join(str(error).split())[:300]}); correct it."
         ) from error
     return flatten(nested, path)
 
@@ -160,11 +161,13 @@ def _no_alias(text: str, path: str) -> None:
 def _no_key_twice(node: yaml.Node | None, path: str) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
-    names = [key.value for key, _ in node.value]
-    for name in names:
-        if names.count(name) > 1:
+    names = set()
+    for key, inside in node.value:
+        name = str(key.value)
+        if name in names:
             raise UserError(
-                f"{path} gives {name!r} twice in one section; the later one would win. Delete one."
+                f"{path} gives {shown(name)} twice in one section; the later one would win. Delete "
+                "one."
             )
-    for _, inside in node.value:
+        names.add(name)
         _no_key_twice(inside, path)
