@@ -25,7 +25,7 @@ check_train() { # check_train ARGUMENT...: those of train, which then checks the
     case $flag in
       --config=?*) config=${flag#--config=} ;;
       --workdir=?*) workdir=${flag#--workdir=} ;;
-      --config.?*=* | --quiet | --resume=auto | --resume=never | --resume=must) ;;
+      --config.?*=* | --quiet | --offline | --resume=auto | --resume=never | --resume=must) ;;
       --distributed=*) fail "$flag: this script sets --distributed itself; leave it out." ;;
       *) fail "unknown argument '$flag'; run with --help. A flag of train is written --flag=VALUE, a config field --config.NAME=VALUE." ;;
     esac

@@ -178,14 +178,20 @@ def check_request(folder: pathlib.Path, request: dict[str, Any]) -> dict[str, An
 def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
     """Writes table and figure from the finished runs, and prints the table.
 
-    The files are table.csv, table.md, compare.png and compare.svg.
+    The files are table.csv, table.md, compare.png and compare.svg. table.md and the screen also have
+    the paired differences.
     """
     if not any(folder.glob("*/seed*/summary.json")):
-        return {"table": [], "files": []}
+        return {"table": [], "paired": [], "files": []}
     table = comparison.grid_table(folder)
     shown = comparison.show_table(table)
     table.to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(comparison.to_markdown(shown), encoding="utf-8")
+    paired = comparison.paired_table(folder)
+    told = comparison.show_paired(paired)
+    markdown = comparison.to_markdown(shown)
+    if len(paired):
+        markdown += f"\nPaired differences, seed by seed:\n\n{comparison.to_markdown(told)}"
+    (folder / "table.md").write_text(markdown, encoding="utf-8")
     comparison.plot_grid(folder, folder / "compare.png")
     short = comparison.short_of_budget(folder)
     if short:
@@ -196,8 +202,14 @@ def conclude(folder: pathlib.Path, quiet: bool) -> dict[str, Any]:
         )
     if not quiet:
         print(shown.to_string(index=False))
-    rows = table.astype(object).where(pd.notna(table), None).to_dict("records")
-    return {"table": rows, "files": ["table.csv", "table.md", "compare.png", "compare.svg"]}
+        if len(paired):
+            print(f"\npaired differences, seed by seed:\n{told.to_string(index=False)}")
+    records = lambda x: x.astype(object).where(pd.notna(x), None).to_dict("records")
+    return {
+        "table": records(table),
+        "paired": records(paired),
+        "files": ["table.csv", "table.md", "compare.png", "compare.svg"],
+    }
 
 
 if __name__ == "__main__":

@@ -55,9 +55,27 @@ def main(argv: list[str]) -> dict[str, Any]:
         },
         "self_test": self_test(),
     }
+    findings["verdict"] = verdict()
     if not args.quiet:
         show(findings)
     return findings
+
+
+def verdict() -> str:
+    """Returns whether this machine is ready, and what would make runs on it faster or possible.
+
+    It stands behind a self-test that went through; one that fails ends the command.
+    """
+    notes = []
+    if jax.default_backend() == "cpu" and any(
+        pathlib.Path(path).exists() for path in ("/dev/nvidia0", "/dev/accel0")
+    ):
+        notes.append(
+            'an accelerator is there that JAX does not see: pip install "spear-jax[cuda]" or "[tpu]"'
+        )
+    if compilation_cache_folder() is None:
+        notes.append("programs are compiled anew in every run: set JAX_COMPILATION_CACHE_DIR")
+    return "; ".join([f"ready on {jax.default_backend()}", *notes])
 
 
 def show(findings: dict[str, Any]) -> None:
@@ -84,6 +102,7 @@ def show(findings: dict[str, Any]) -> None:
         "self-test, seconds: "
         + ", ".join(f"{name} {value}" for name, value in findings["self_test"].items())
     )
+    print(findings["verdict"])
 
 
 def version_of(package: str) -> str | None:

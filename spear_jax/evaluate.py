@@ -1,6 +1,7 @@
 """Measures accuracy with its 95 % confidence interval.
 
-Of a run's checkpoint, or of a model with or without a PEFT adapter.
+Of a run's checkpoint, or of a model with or without a PEFT adapter. With --model,
+--config.a.b=VALUE changes how it is asked: columns, templates, lengths.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import pathlib
 from typing import Any
 
 from spear_jax.core.compilation import enable_compilation_cache
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.checkpoint import restore
@@ -27,8 +28,9 @@ NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
 
 EXAMPLES = """
     python -m spear_jax.evaluate --workdir=runs/quickstart
-    python -m spear_jax.evaluate --workdir=runs/quickstart --round=5
+    python -m spear_jax.evaluate --workdir=runs/quickstart --round=11
     python -m spear_jax.evaluate --model=models/smollm2-135m-instruct --task=arc_challenge --data=PATH --limit=200
+    python -m spear_jax.evaluate --model=tiny --task=mcqa --data=own.csv --config.data.columns.options=a,b,c,d
     python -m spear_jax.evaluate --model=Qwen/Qwen2.5-1.5B --adapter=adapters/arc --task=arc_challenge
 """
 
@@ -48,14 +50,19 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--quantize", default="none", help="none, int8 or nf4, for --model")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     command_line.add_offline(parser)
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     command_line.go_offline(args.offline)
     if bool(args.workdir) == bool(args.model):
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:
         raise UserError("--model needs --task, for example --task=arc_challenge.")
+    if args.workdir and overrides:
+        raise UserError(
+            f"unknown argument {shown(overrides[0])}; a run is evaluated by its own config, and "
+            "--config.NAME=VALUE goes with --model."
+        )
     enable_compilation_cache()
-    accuracy, where = of_run(args) if args.workdir else of_model(args)
+    accuracy, where = of_run(args) if args.workdir else of_model(args, overrides)
     low, high = accuracy.interval
     if not args.quiet:
         print(
@@ -92,13 +99,13 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     return mean_accuracy(accuracies), where
 
 
-def of_model(args: argparse.Namespace) -> tuple[Accuracy, str]:
-    """Measures a model, with its adapter where one is given."""
+def of_model(args: argparse.Namespace, overrides: list[str]) -> tuple[Accuracy, str]:
+    """Measures a model, with its adapter where one is given. Args: overrides: of config fields."""
     config = default_config()
     config.model, config.task, config.data.path = args.model, args.task, args.data
     config.dtype, config.quantize, config.eval.limit = args.dtype, args.quantize, args.limit
     config.eval.max_new_tokens = 256
-    settings = parse(config)
+    settings = parse(command_line.apply_overrides(config, overrides))
     task = build_task(settings)
     examples = load_examples(task, "test", settings.data.path, settings.eval.limit)
     mesh = make_mesh()

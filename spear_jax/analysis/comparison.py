@@ -102,6 +102,44 @@ def grid_table(folder: Folder) -> pd.DataFrame:
     return table.sort_values(["accuracy", "method"], ascending=[False, True], ignore_index=True)
 
 
+def paired_table(folder: Folder) -> pd.DataFrame:
+    """Returns how each method differs from the best one, seed by seed.
+
+    Seeds share split, cohorts and test questions across methods, so a difference has less noise
+    than two means have.
+
+    Returns: one row for each other label with a seed in common: method, against, seeds (in common),
+        difference (mean of its final accuracies less the other's), half_width (of the 95 % t
+        interval of that mean; NaN for one seed).
+    """
+    finished = [x for x in find_cells(folder) if is_finished(x[2])]
+    found: dict[str, dict[int, float]] = {}
+    for label, seed, cell in finished:
+        found.setdefault(label, {})[seed] = cell_result(cell)["accuracy"]
+    order = list(grid_table(folder)["method"])
+    rows = []
+    for label in order[1:]:
+        best, own = found[order[0]], found[label]
+        gaps = [own[seed] - best[seed] for seed in sorted(own.keys() & best.keys())]
+        if gaps:
+            rows.append([label, order[0], len(gaps), float(np.mean(gaps)), half_width(gaps)])
+    return pd.DataFrame(rows, columns=["method", "against", "seeds", "difference", "half_width"])
+
+
+def show_paired(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns `paired_table` as text for readers; "-" where there is no number."""
+    interval = ["-" if pd.isna(half) else f"{half:.3f}" for half in table["half_width"]]
+    return pd.DataFrame(
+        {
+            "method": table["method"],
+            "less": table["against"],
+            "seeds in common": table["seeds"].astype(str),
+            "difference": [f"{value:+.3f}" for value in table["difference"]],
+            "± 95 %": interval,
+        }
+    )
+
+
 def short_of_budget(folder: Folder) -> list[str]:
     """Returns the finished runs, as label/seedK, that ended before the budget was used up.
 

@@ -60,6 +60,7 @@ from spear_jax.tasks.loading import load_examples
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 LORA_INIT = purpose("lora init")
+LABEL_TOKENS = 8  # room behind a prompt for an option's label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,12 +230,18 @@ def build_decoder(settings: Settings, model: LoadedModel) -> Decoder:
     return Decoder(model.config, lora, settings.train.remat, kernel)
 
 
-def build_renderer(settings: Settings, model: LoadedModel) -> PromptRenderer:
-    """Builds the renderer; raises UserError where completions leave no room for prompts."""
+def build_renderer(
+    settings: Settings, model: LoadedModel, longest: int | None = None
+) -> PromptRenderer:
+    """Builds the renderer; raises UserError where completions leave no room for prompts.
+
+    Args: longest: of the completions, in tokens; None: the longest of rollouts and evaluation.
+    """
     rollout = settings.rollout
-    longest = max(
-        rollout.max_new_tokens, rollout.max_new_tokens_revision, settings.eval.max_new_tokens
-    )
+    if longest is None:
+        longest = max(
+            rollout.max_new_tokens, rollout.max_new_tokens_revision, settings.eval.max_new_tokens
+        )
     room = model.config.max_positions - longest
     if room < 8:
         raise UserError(
@@ -290,11 +297,16 @@ def build_evaluator(
     """Builds the evaluator of a test set, its prompts rendered and checked, with the sampler, the
     scorer and the shape buckets that the rest of a run shares.
     """
-    renderer = build_renderer(settings, model)
+    method = task.scoring if settings.eval.method == "auto" else settings.eval.method
+    completions = {
+        "generate": settings.eval.max_new_tokens,
+        "likelihood": settings.data.max_response_tokens,
+        "choice": LABEL_TOKENS,
+    }
+    renderer = build_renderer(settings, model, completions[method])
     place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
     count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
     prefixes = renderer.shared_prefixes(task, examples)
-    method = task.scoring if settings.eval.method == "auto" else settings.eval.method
     limit, responses = settings.data.max_response_tokens, []
     if method == "likelihood":
         responses = [renderer.response(task, example, limit)[0] for example in examples]

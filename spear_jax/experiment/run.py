@@ -361,6 +361,7 @@ class Run:
     def _open_logger(self) -> RunLogger | NullLogger:
         if not is_main_process():
             return NullLogger()
+        run_folder.record_start(self.workdir)
         resumed = self.finished_rounds if self.line else None
         wandb = WandbLogger(self.workdir, self.config) if self.settings.wandb else None
         return RunLogger(self.workdir, resumed, self.line or None, wandb)

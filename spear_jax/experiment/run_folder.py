@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, ClassVar
 
+import jax
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.files import damaged, read_json_object, write_whole, writing
 from spear_jax.core.surroundings import say
+from spear_jax.core.versions import commit, versions
 from spear_jax.experiment.config import RENAMED, default_config, flatten
 
 
@@ -93,6 +95,24 @@ def make_folder(folder: pathlib.Path) -> None:
     """Makes a run folder where there is none; raises DiskError where it cannot be."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def record_start(folder: pathlib.Path) -> None:
+    """Adds a line to environment.jsonl: when and with what this process goes on with the run.
+
+    It holds time, command, versions, the commit of a checkout, and the devices.
+    """
+    devices = [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
+    entry = {
+        "time": time.time(),
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": commit(),
+        "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
+    }
+    file = folder / "environment.jsonl"
+    with writing(file), file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(entry) + "\n")
 
 
 RETIRED = (

@@ -52,8 +52,9 @@ class PromptRenderer:
         if len(ids) > self.limit:
             raise UserError(
                 f"example {example.id!r} has a prompt of {len(ids)} tokens, over the limit of "
-                f"{self.limit}. "
-                "Raise data.max_prompt_tokens, or shorten data.templates or the example."
+                f"{self.limit} (data.max_prompt_tokens, or what completions leave of the model's "
+                "positions). Raise data.max_prompt_tokens or lower max_new_tokens, or shorten "
+                "data.templates or the example."
             )
         return ids
 

@@ -5,6 +5,7 @@ and goes on.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,18 @@ def test_the_shown_table_has_a_dash_for_one_seed(grid):
         and set(lines[1]) <= set("| -")
         and all(line.count("|") == 12 for line in lines)
     )
+
+
+def test_paired_differences_are_those_of_common_seeds(grid):
+    """two less three: -0.1 and 0.0; mean -0.05, s = 0.1 / sqrt 2, half width t(1) * s / sqrt 2."""
+    assert comparison.paired_table(grid).empty  # the best one has a seed of its own
+    shutil.rmtree(grid / "one")
+    (row,) = comparison.paired_table(grid).to_dict("records")
+    assert (row["method"], row["against"], row["seeds"]) == ("two", "three", 2)
+    assert row["difference"] == pytest.approx(-0.05)
+    assert row["half_width"] == pytest.approx(12.7062 * 0.05, abs=1e-5)
+    shown = comparison.show_paired(comparison.paired_table(grid))
+    assert list(shown.iloc[0]) == ["two", "three", "2", "-0.050", "0.635"]
 
 
 def test_load_grid_is_tidy_and_holds_unfinished_cells(grid):

@@ -265,6 +265,15 @@ def test_a_client_transform_changes_updates_before_they_are_reduced(averaged, tm
     jax.tree.map(near, moved(averaged), moved(halved))
 
 
+def test_a_run_records_each_start(trained):
+    """Command, versions and devices; the run of the fixture was started twice."""
+    folder = trained[0]
+    entries = [json.loads(line) for line in (folder / "environment.jsonl").read_text().splitlines()]
+    assert len(entries) == 2
+    assert entries[0]["versions"]["jax"] == jax.__version__
+    assert entries[0]["devices"] == {"cpu: cpu": 8} and entries[0]["command"]
+
+
 def test_a_run_stops_at_its_last_finite_round(tmp_path):
     """A learning rate at which float32 ends: each client is left out, and nothing is averaged."""
     config = plain(**{"train.learning_rate": 3e38, "train.learning_rate_min": 3e38})
