@@ -5,8 +5,11 @@ sampler and scorer, worker, federation, experiment. Nothing is patched in afterw
 """
 
 import dataclasses
+import datetime
 import functools
+import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ from jax.sharding import Mesh
 
 from spear_jax.algorithms import build_algorithm
 from spear_jax.algorithms.base import Algorithm
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import (
     CLIENTS,
     base_placer,
@@ -28,7 +31,7 @@ from spear_jax.core.mesh import (
 from spear_jax.core.rng import purpose
 from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
-from spear_jax.experiment.config import Settings
+from spear_jax.experiment.config import Data, Settings
 from spear_jax.experiment.data import build_task, split_clients
 from spear_jax.experiment.evaluator import Evaluator
 from spear_jax.federated.aggregation.pipeline import Aggregation, init_server, make_aggregation
@@ -250,7 +253,37 @@ def build_renderer(
             "rollout.max_new_tokens_revision or eval.max_new_tokens."
         )
     limit = min(settings.data.max_prompt_tokens, room)
-    return PromptRenderer(model.tokenizer, settings.data.chat_template, limit)
+    arguments, date = template_arguments(settings.data)
+    return PromptRenderer(model.tokenizer, settings.data.chat_template, limit, arguments, date)
+
+
+def template_arguments(data: Data) -> tuple[dict[str, Any], datetime.date]:
+    """Returns the chat template's arguments and the date that it is told.
+
+    Raises: UserError for a text that is no JSON object, and for a date of another form.
+    """
+    given = data.chat_template_kwargs
+    try:
+        arguments = json.loads(given) if given else {}
+        if not isinstance(arguments, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"data.chat_template_kwargs is {shown(given)}; it must be a JSON object, for example "
+            "--config.data.chat_template_kwargs='{\"enable_thinking\": false}'."
+        ) from error
+    taken = {"messages", "conversation", "tokenize", "add_generation_prompt"} & arguments.keys()
+    if taken:
+        raise UserError(
+            f"data.chat_template_kwargs sets {min(taken)!r}, which is set here; leave it out."
+        )
+    try:
+        return arguments, datetime.date.fromisoformat(data.date)
+    except ValueError as error:
+        raise UserError(
+            f"data.date is {shown(data.date)}; it must be a day such as 2024-07-26. Set "
+            "--config.data.date."
+        ) from error
 
 
 def sampling_configs(

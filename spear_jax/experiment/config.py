@@ -89,6 +89,8 @@ class Data:
     columns: Columns = group(Columns)
     templates: PromptTemplates = group(PromptTemplates)
     chat_template: str = one_of("auto", "always", "never")
+    chat_template_kwargs: str = ""  # the template's arguments as JSON: '{"enable_thinking": false}'
+    date: str = "2024-07-26"  # what templates that ask for today's date are told
     max_prompt_tokens: int = number(1024, 8)
     max_response_tokens: int = number(256, 1)  # gold responses are cut there, then without an EOS
     train_limit: int = number(0, 0)  # first n training examples; 0 means all

@@ -153,7 +153,8 @@ class Evaluator:
         options.
         """
         labels = sorted({label for example in self.examples for label in example.labels})
-        ids = {label: self.renderer.continuation(label) for label in labels}
+        header = self.task.templates.header
+        ids = {label: self.renderer.continuation(label, header) for label in labels}
         shared = {tuple(tokens[:-1]) for tokens in ids.values()}
         if len(shared) == 1:
             return self._last_tokens(policy, ids, list(next(iter(shared))))

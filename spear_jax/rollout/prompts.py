@@ -1,14 +1,26 @@
 """Text to prompt ids and back: the chat template where the model has one, the header, and the
 length limit.
+
+The tokens of a gold completion are those of prompt and completion encoded as one text, behind the
+prompt's own. A tokenizer that puts a space before a text that is encoded alone does not put it there.
+
+Source: multiple choice as lm-evaluation-harness scores it. Departure: where the tokens of the whole do
+not begin with the prompt's (a merge across the boundary), the prompt keeps its own, as in generation,
+and the completion is encoded behind a line's end.
 """
 
+import datetime
 import functools
 import os.path
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from spear_jax.core.errors import UserError
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 CHAT_MODES = ("auto", "always", "never")
 MIN_SHARED_PREFIX = 16  # the shortest opening in tokens that is worth a pass of its own
 
@@ -20,15 +32,28 @@ class PromptRenderer:
     turn; without one the header is the prompt's last line. Either way a completion continues the
     header.
 
+    What a template writes between its generation prompt and a reply, such as an empty block of
+    thought, stands before the header and before a gold completion.
+
     Args:
         tokenizer: a transformers tokenizer.
         chat: "auto" uses the template when there is one, "always" insists on it, "never" ignores
             it.
         limit: the longest prompt, in tokens.
-    Raises: UserError for an unknown mode, or "always" with a tokenizer that has no template.
+        arguments: further arguments of the template, such as {"enable_thinking": False}.
+        date: what a template is told that asks for today's date.
+    Raises: UserError for an unknown mode, "always" with a tokenizer that has no template, and a
+        template that fails or leaves the question out.
     """
 
-    def __init__(self, tokenizer, chat: str, limit: int):
+    def __init__(
+        self,
+        tokenizer,
+        chat: str,
+        limit: int,
+        arguments: Mapping[str, Any] | None = None,
+        date: datetime.date = datetime.date(2024, 7, 26),
+    ):
         if chat not in CHAT_MODES:
             raise UserError(
                 f"data.chat_template is {chat!r}; it must be one of {', '.join(CHAT_MODES)}."
@@ -40,9 +65,11 @@ class PromptRenderer:
             )
         self.tokenizer, self.limit = tokenizer, limit
         self.chat = chat != "never" and bool(tokenizer.chat_template)
+        self.arguments, self.date = dict(arguments or {}), date
         self.piece = functools.cache(
             lambda id: tokenizer.decode([id], clean_up_tokenization_spaces=False)
         )
+        self.opening = self._find_opening() if self.chat else ""
 
     def prompt(self, task: Task, example: Example) -> list[int]:
         """Token ids of the question; raises UserError naming the example when it exceeds the
@@ -124,7 +151,7 @@ class PromptRenderer:
         Returns: the ids; and whether they were cut to `limit`, which leaves no EOS.
         Raises: UserError for a response with EOS inside.
         """
-        return self._completion(task.response(example), example, limit)
+        return self._completion(task, task.response(example), example, limit)
 
     def rejected(self, task: Task, example: Example, limit: int) -> tuple[list[int], bool]:
         """As `response`, for the dispreferred completion; raises UserError where the example has
@@ -135,11 +162,14 @@ class PromptRenderer:
                 f"example {example.id!r} of task {task.name!r} has no rejected response; only "
                 f"task 'preferences' has them."
             )
-        return self._completion(example.rejected, example, limit)
+        return self._completion(task, example.rejected, example, limit)
 
-    def _completion(self, text: str, example: Example, limit: int) -> tuple[list[int], bool]:
-        eos = self.tokenizer.eos_token_id
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
+    def _completion(
+        self, task: Task, text: str, example: Example, limit: int
+    ) -> tuple[list[int], bool]:
+        eos, header = self.tokenizer.eos_token_id, task.templates.header
+        prompt = self._text(task.question(example), header)
+        ids = self._behind(prompt, text if header else self.opening + text)
         while ids and ids[-1] == eos:  # written out in the data; exactly one is added here
             ids.pop()
         if eos in ids:
@@ -163,9 +193,9 @@ class PromptRenderer:
         """
         return [self.piece(id) for id in ids]
 
-    def continuation(self, label: str) -> list[int]:
+    def continuation(self, label: str, header: str = "") -> list[int]:
         """Token ids of a label as it follows the header."""
-        return self.tokenizer.encode(f" {label}", add_special_tokens=False)
+        return self._behind(header or "\n", f" {label}")
 
     def token_span(self, ids: list[int], start: int, end: int) -> range:
         """The positions of `ids` whose text overlaps the characters start..end of the decoded
@@ -177,15 +207,76 @@ class PromptRenderer:
         return range(inside[0], inside[-1] + 1) if inside else range(0)
 
     def _encode(self, text: str, header: str) -> list[int]:
-        if self.chat:
-            message = [{"role": "user", "content": text}]
-            whole = (
-                self.tokenizer.apply_chat_template(
-                    message, add_generation_prompt=True, tokenize=False
-                )
-                + header
+        return self._ids(self._text(text, header))
+
+    def _text(self, text: str, header: str) -> str:
+        """The whole prompt as text."""
+        if not self.chat:
+            return f"{text}\n{header}"
+        prompt = self._rendered([{"role": "user", "content": text}], add_generation_prompt=True)
+        if text.strip() not in prompt:
+            raise UserError(
+                f"the chat template leaves the question out: of {shown(text)} it makes "
+                f"{shown(prompt)}. Set --config.data.chat_template=never, or use a tokenizer whose "
+                "template takes plain text."
             )
-            return self.tokenizer.encode(whole, add_special_tokens=False)
-        ids = self.tokenizer.encode(f"{text}\n{header}")
+        return f"{prompt}{self.opening}{header}" if header else prompt
+
+    def _ids(self, whole: str) -> list[int]:
+        ids = self.tokenizer.encode(whole, add_special_tokens=not self.chat)
         # Some tokenizers close every text with EOS; a prompt is to be continued.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        ends = not self.chat and ids and ids[-1] == self.tokenizer.eos_token_id
+        return ids[:-1] if ends else ids
+
+    def _behind(self, prompt: str, text: str) -> list[int]:
+        """Token ids of a text as it follows a prompt."""
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        for before in (prompt, "\n"):
+            whole, own = encode(before + text), encode(before)
+            if whole[: len(own)] == own:
+                return whole[len(own) :]
+        return encode(text)
+
+    def _rendered(self, messages: list[dict[str, str]], **switches: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                chat_template=self._template,
+                **switches,
+                **self.arguments,
+            )
+        except UserError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise UserError(
+                f"the tokenizer's chat template fails: {shown(str(error), 300)}. Set "
+                "--config.data.chat_template=never, give it what it asks for in "
+                "--config.data.chat_template_kwargs, or mend the template."
+            ) from error
+
+    @functools.cached_property
+    def _template(self) -> str:
+        """The chat template, with the date in place of its calls for today's."""
+        dated = lambda call: repr(self.date.strftime(call[2]))
+        template = _TODAY.sub(dated, self.tokenizer.get_chat_template())
+        if "strftime_now(" in template:
+            raise UserError(
+                "the chat template asks for today's date in a form that cannot be fixed, and "
+                "prompts would differ from day to day. Set --config.data.chat_template=never, or "
+                "write strftime_now('%d %b %Y') in the template."
+            )
+        return template
+
+    def _find_opening(self) -> str:
+        """What the template writes between its generation prompt and a reply."""
+        question, reply = "What is it?", "It is this."
+        asked = [{"role": "user", "content": question}]
+        prompt = self._rendered(asked, add_generation_prompt=True)
+        try:
+            whole = self._rendered([*asked, {"role": "assistant", "content": reply}])
+        except UserError:
+            return ""  # a template of questions alone
+        if not whole.startswith(prompt) or reply not in whole[len(prompt) :]:
+            return ""
+        return whole[len(prompt) : whole.index(reply, len(prompt))]
