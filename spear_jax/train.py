@@ -37,6 +37,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no table")
     command_line.add_offline(parser)
+    command_line.add_fields(parser)
     parser.add_argument(
         "--distributed",
         default="",

@@ -117,6 +117,29 @@ def parse(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     return kind(**parsed)
 
 
+def describe(kind: type, prefix: str = "") -> dict[str, str]:
+    """Returns {field: its default and its rule, in words} of a settings dataclass and its groups.
+
+    describe(Lora, "lora")["lora.rank"]     # "16; at least 1"
+    """
+    told: dict[str, str] = {}
+    for field in dataclasses.fields(kind):
+        path, default = _path(prefix, field.name), _default(field)
+        if dataclasses.is_dataclass(default):
+            told |= describe(type(default), path)
+        else:
+            told[path] = f"{default!r}; {_rule(field)}"
+    return told
+
+
+def _rule(field: dataclasses.Field) -> str:
+    if field.metadata.get("choices"):
+        return f"one of {', '.join(name or '(empty)' for name in field.metadata['choices'])}"
+    bounds = field.metadata.get("bounds")
+    kind: Any = typing.get_origin(field.type) or field.type
+    return _range(**bounds) if bounds else _KINDS.get(kind, "any value")
+
+
 def _path(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
@@ -177,8 +200,16 @@ def _broken_rule(
         and (above is None or value > above)
         and (below is None or value < below)
     )
-    if inside:
-        return ""
+    return "" if inside else _range(low, high, above, below)
+
+
+def _range(
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> str:
+    """How a range reads."""
     if above == 0 and high is None and below is None:
         return "positive"
     left = f"[{low}" if low is not None else f"({above}" if above is not None else "(-inf"

@@ -20,7 +20,7 @@ from spear_jax.core.errors import UserError, nearest, shown, unknown
 from spear_jax.core.files import disk_error
 from spear_jax.core.surroundings import Terminated, leave, lost, settle
 from spear_jax.experiment import presets
-from spear_jax.experiment.config import RENAMED, flatten, import_own
+from spear_jax.experiment.config import RENAMED, describe, flatten, import_own
 
 FIELDS = "Config fields are --config.NAME=VALUE."
 MODULE = "python -m spear_jax."  # how examples are written; shown as the user started the command
@@ -87,6 +87,34 @@ def parser(program: str, doc: str, examples: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+class _Fields(argparse.Action):
+    """--fields prints every config field with its default and its range, and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        told = describe()
+        width = max(map(len, told))
+        for name, rule in told.items():
+            print(f"--config.{name:<{width}}  {rule}")
+        parser.exit()
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """Adds --fields, and the fields' names to --help."""
+    parser.add_argument(
+        "--fields", action=_Fields, nargs=0, help="list every config field: default and range"
+    )
+    groups: dict[str, list[str]] = {}
+    for name in describe():
+        group, _, field = name.rpartition(".")
+        groups.setdefault(group, []).append(field)
+    lines = [
+        textwrap.fill(f"{group or '(top)'}: {', '.join(names)}", 98, subsequent_indent="    ")
+        for group, names in groups.items()
+    ]
+    listed = textwrap.indent("\n".join(lines), "  ")
+    parser.epilog = f"{parser.epilog}\n\nconfig fields, --config.GROUP.FIELD=VALUE:\n{listed}"
 
 
 def add_offline(parser: argparse.ArgumentParser) -> None:

@@ -237,6 +237,15 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(values).lock()
 
 
+def describe() -> dict[str, str]:
+    """Returns {field: its default and its rule} of every field, the methods' own among them."""
+    told = settings.describe(Settings)
+    del told["method"]
+    for name, method in ALGORITHMS.items():
+        told |= settings.describe(method.Settings, name)
+    return told
+
+
 def parse(config: ml_collections.ConfigDict) -> Settings:
     """Turns a config into settings.
 

@@ -9,10 +9,11 @@ from processes import environment
 
 import spear_jax
 from spear_jax import __main__ as entry
-from spear_jax import pretrain
+from spear_jax import pretrain, train
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line, presets
+from spear_jax.experiment.config import default_config, describe, flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMMANDS = (
@@ -197,3 +198,20 @@ def test_a_method_of_a_module_of_one_s_own_is_a_preset(tmp_path, monkeypatch):
     assert config.algorithm.name == "own" and config.imports == ("own_preset",)
     assert "own" in config  # the group of its settings
     del sys.modules["own_preset"]
+
+
+def test_fields_are_listed_with_their_defaults_and_named_in_help(capsys):
+    fields = flatten(default_config())
+    told = describe()
+    assert told.keys() == fields.keys()
+    shown = lambda value: repr(tuple(value) if isinstance(value, list) else value)
+    assert all(told[name].startswith(f"{shown(value)}; ") for name, value in fields.items())
+    assert told["lora.dropout"] == "0.1; in [0, 1)"
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--fields"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(fields) and lines[0].startswith("--config.seed ")
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name.rpartition(".")[2] in text for name in fields)

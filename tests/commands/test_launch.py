@@ -23,6 +23,7 @@ TRAIN = [
     "--workdir=/shared/my run",
     "--config.lora.targets=('q','v')",
     "--quiet",
+    "--offline",
 ]
 
 
