@@ -30,7 +30,7 @@ class Run:
         table: its metrics, one row a round (`analysis.load_metrics`).
         config: its resolved config, flat; empty where config.json is missing.
         finished: whether it has ended.
-        versions: of Python and packages, where `compare` recorded them.
+        versions: of Python and packages, as `compare` or the run's newest start recorded them.
         gold: the gold text that its method trains on, as compare.json has it; None where there is
             none.
     """
@@ -123,9 +123,18 @@ def _read(label: str, name: str, folder: pathlib.Path, request: dict[str, Any]) 
         table,
         config,
         run_files.is_finished(folder),
-        request.get("versions", {}),
+        request.get("versions") or _recorded_versions(folder),
         asked.get("gold"),
     )
+
+
+def _recorded_versions(folder: pathlib.Path) -> dict[str, str]:
+    """Returns the versions of a run's newest start; {} where none is recorded, or not whole."""
+    try:
+        lines = (folder / "environment.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1])["versions"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:

@@ -82,8 +82,8 @@ class SectionWriter:
         Args: default: the flat default config.
         """
         return [
-            self.overview(default),
             self.outcome(),
+            self.overview(),
             self.lines("feedback", "Answers and feedback", FEEDBACK),
             self.lines("losses", "Losses", LOSSES),
             self.lines("bytes", "Communication", BYTES),
@@ -99,8 +99,8 @@ class SectionWriter:
         self.files += [f"{name}.png", f"{name}.svg"]
         return figures.save(figure, self.out / name)
 
-    def overview(self, default: dict[str, Any]) -> Section:
-        """Returns the section of the runs: versions, wall time, and the settings that they share."""
+    def overview(self) -> Section:
+        """Returns the section of the runs: versions and wall time."""
         rows = []
         for label in dict.fromkeys(run.label for run in self.runs):
             group = [run for run in self.runs if run.label == label]
@@ -140,11 +140,7 @@ class SectionWriter:
             notes.append(
                 f"Left out, because nothing has been evaluated yet: {', '.join(self.begun)}."
             )
-        _, common = runs.differences(self.runs, default)
-        tables = [Table("Runs", headings, rows, words=True)]
-        if len(common):
-            tables.append(words("Settings of all runs that are not the defaults", common))
-        return Section("runs", "What was run", notes, tables)
+        return Section("runs", "What was run", notes, [Table("Runs", headings, rows, words=True)])
 
     def outcome(self) -> Section:
         """Returns the section of results: a table and the accuracies.
@@ -428,16 +424,16 @@ class SectionWriter:
         )
 
     def differing(self, default: dict[str, Any]) -> Section:
-        """Returns the fields in which the labels' configs differ."""
-        between, _ = runs.differences(self.runs, default)
-        labels = len(runs.label_configs(self.runs))
-        if labels < 2:
-            return Section(
-                "config",
-                "Config differences",
-                ["Only one config is here: there is nothing to compare."],
-            )
-        if not len(between):
-            return Section("config", "Config differences", ["All runs have the same config."])
-        caption = "The fields that differ; several values of a label are those of its seeds"
-        return Section("config", "Config differences", [], [words(caption, between)])
+        """Returns the fields in which the labels' configs differ, and those that all of them set."""
+        between, common = runs.differences(self.runs, default)
+        notes, tables = [], []
+        if len(runs.label_configs(self.runs)) < 2:
+            notes.append("Only one config is here: there is nothing to compare.")
+        elif not len(between):
+            notes.append("All runs have the same config.")
+        else:
+            caption = "The fields that differ; several values of a label are those of its seeds"
+            tables.append(words(caption, between))
+        if len(common):
+            tables.append(words("Settings of all runs that are not the defaults", common))
+        return Section("config", "Configs", notes, tables)
