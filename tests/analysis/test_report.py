@@ -24,8 +24,8 @@ from spear_jax.core.errors import UserError
 from spear_jax.experiment.config import default_config, flatten
 
 SECTIONS = [
-    "runs",
     "results",
+    "runs",
     "feedback",
     "losses",
     "bytes",
