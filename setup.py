@@ -50,7 +50,8 @@ setup(
         "transformers>=5.0,<6",
         "jinja2>=3.1,<4",  # renders chat templates, and the page of report
         "tokenizers>=0.22,<0.24",  # trains and reads tokenizer.json
-        "datasets>=4.0,<6",
+        "datasets>=4.0,<6",  # the Hub's rows
+        "pyarrow>=21,<30",  # parquet files, which datasets brings along
         "huggingface_hub>=1.0,<3",
         "safetensors>=0.6,<1",
         "gguf>=0.17,<1",  # decodes GGUF files
