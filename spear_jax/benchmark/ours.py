@@ -90,7 +90,7 @@ class Labels:
     def __init__(self, options: list[int]):
         self.options = options
 
-    def continuation(self, label: str) -> list[int]:
+    def continuation(self, label: str, header: str = "") -> list[int]:
         return [self.options[int(label)]]
 
 

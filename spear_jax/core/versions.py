@@ -38,7 +38,11 @@ def commit() -> str | None:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+            timeout=10,
         )
         return done.stdout.strip()
 

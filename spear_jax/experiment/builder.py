@@ -31,7 +31,7 @@ from spear_jax.core.mesh import (
 from spear_jax.core.rng import purpose
 from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
-from spear_jax.experiment.config import Data, Settings
+from spear_jax.experiment.config import Settings
 from spear_jax.experiment.data import build_task, split_clients
 from spear_jax.experiment.evaluator import Evaluator
 from spear_jax.federated.aggregation.pipeline import Aggregation, init_server, make_aggregation
@@ -253,23 +253,23 @@ def build_renderer(
             "rollout.max_new_tokens_revision or eval.max_new_tokens."
         )
     limit = min(settings.data.max_prompt_tokens, room)
-    arguments, date = template_arguments(settings.data)
+    arguments, date = template_arguments(settings)
     return PromptRenderer(model.tokenizer, settings.data.chat_template, limit, arguments, date)
 
 
-def template_arguments(data: Data) -> tuple[dict[str, Any], datetime.date]:
+def template_arguments(settings: Settings) -> tuple[dict[str, Any], datetime.date]:
     """Returns the chat template's arguments and the date that it is told.
 
     Raises: UserError for a text that is no JSON object, and for a date of another form.
     """
-    given = data.chat_template_kwargs
+    text, date = settings.data.chat_template_kwargs, settings.data.date
     try:
-        arguments = json.loads(given) if given else {}
+        arguments = json.loads(text) if text else {}
         if not isinstance(arguments, dict):
             raise ValueError("no object")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"data.chat_template_kwargs is {shown(given)}; it must be a JSON object, for example "
+            f"data.chat_template_kwargs is {shown(text)}; it must be a JSON object, for example "
             "--config.data.chat_template_kwargs='{\"enable_thinking\": false}'."
         ) from error
     taken = {"messages", "conversation", "tokenize", "add_generation_prompt"} & arguments.keys()
@@ -278,10 +278,10 @@ def template_arguments(data: Data) -> tuple[dict[str, Any], datetime.date]:
             f"data.chat_template_kwargs sets {min(taken)!r}, which is set here; leave it out."
         )
     try:
-        return arguments, datetime.date.fromisoformat(data.date)
+        return arguments, datetime.date.fromisoformat(date)
     except ValueError as error:
         raise UserError(
-            f"data.date is {shown(data.date)}; it must be a day such as 2024-07-26. Set "
+            f"data.date is {shown(date)}; it must be a day such as 2024-07-26. Set "
             "--config.data.date."
         ) from error
 

@@ -153,7 +153,7 @@ class Evaluator:
         options.
         """
         labels = sorted({label for example in self.examples for label in example.labels})
-        header = self.task.templates.header
+        header = self.task.templates.header if self.task else ""  # the benchmark has no task
         ids = {label: self.renderer.continuation(label, header) for label in labels}
         shared = {tuple(tokens[:-1]) for tokens in ids.values()}
         if len(shared) == 1:

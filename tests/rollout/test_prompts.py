@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Example
 from spear_jax.experiment import builder
-from spear_jax.experiment.config import Data
+from spear_jax.experiment.config import Data, Settings
 from spear_jax.models.io.huggingface import load_tokenizer
 from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.tasks import get_task
@@ -265,11 +265,13 @@ def test_a_template_that_fails_or_loses_the_question_is_one_message(template, wo
 @pytest.mark.parametrize("given", ["{", "[1]", "5", '{"messages": []}', "{'a': 1}", "[" * 100_000])
 def test_template_arguments_that_are_none_are_refused(given):
     with pytest.raises(UserError, match="data.chat_template_kwargs"):
-        builder.template_arguments(Data(chat_template_kwargs=given))
+        builder.template_arguments(Settings(data=Data(chat_template_kwargs=given)))
 
 
 def test_a_date_of_another_form_is_refused():
     with pytest.raises(UserError, match="data.date is 'yesterday'"):
-        builder.template_arguments(Data(date="yesterday"))
-    found = builder.template_arguments(Data(chat_template_kwargs='{"a": 1}', date="2026-01-31"))
+        builder.template_arguments(Settings(data=Data(date="yesterday")))
+    found = builder.template_arguments(
+        Settings(data=Data(chat_template_kwargs='{"a": 1}', date="2026-01-31"))
+    )
     assert found == ({"a": 1}, datetime.date(2026, 1, 31))
