@@ -26,6 +26,16 @@ from spear_jax.tasks.loading import load_examples
 
 NO_LORA = LoraConfig(rank=1, alpha=1.0, dropout=0.0, targets=())
 
+# config fields that have flags of their own
+FLAGS = {
+    "model": "--model",
+    "task": "--task",
+    "data.path": "--data",
+    "dtype": "--dtype",
+    "quantize": "--quantize",
+    "eval.limit": "--limit",
+}
+
 EXAMPLES = """
     python -m spear_jax.evaluate --workdir=runs/quickstart
     python -m spear_jax.evaluate --workdir=runs/quickstart --round=11
@@ -61,6 +71,10 @@ def main(argv: list[str]) -> dict[str, Any]:
             f"unknown argument {shown(overrides[0])}; a run is evaluated by its own config, and "
             "--config.NAME=VALUE goes with --model."
         )
+    for override in overrides:
+        name = override.partition("=")[0].removeprefix("--config.")
+        if name in FLAGS:
+            raise UserError(f"{shown(override)}: this field has a flag here; give {FLAGS[name]}.")
     enable_compilation_cache()
     accuracy, where = of_run(args) if args.workdir else of_model(args, overrides)
     low, high = accuracy.interval

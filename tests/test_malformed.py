@@ -112,6 +112,7 @@ def command_lines(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
         (evaluate.main, ["--model=tiny", "--task=facts", "--quantize=int3"], "int3"),
         (evaluate.main, [f"--workdir={tmp / 'none'}"], "none"),
         (export.main, [f"--workdir={tmp / 'none'}", f"--out={tmp / 'out'}"], "none"),
+        (evaluate.main, ["--model=tiny", "--task=facts", "--config.model=other"], "--model"),
         (export.main, [f"--workdir={tmp / 'none'}"], "--out"),
         (score.main, [], "--workdir"),
         (score.main, [f"--workdir={tmp / 'none'}"], "none"),

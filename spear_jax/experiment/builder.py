@@ -63,6 +63,11 @@ from spear_jax.tasks.loading import load_examples
 
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 LORA_INIT = purpose("lora init")
+# arguments of the template that are not the user's
+RESERVED = {
+    "messages", "conversation", "tokenize", "add_generation_prompt", "continue_final_message",
+    "chat_template", "tools", "documents", "return_dict", "return_tensors", "strftime_now",
+}  # fmt: skip
 LABEL_TOKENS = 8  # room behind a prompt for an option's label
 
 
@@ -272,7 +277,7 @@ def template_arguments(settings: Settings) -> tuple[dict[str, Any], datetime.dat
             f"data.chat_template_kwargs is {shown(text)}; it must be a JSON object, for example "
             "--config.data.chat_template_kwargs='{\"enable_thinking\": false}'."
         ) from error
-    taken = {"messages", "conversation", "tokenize", "add_generation_prompt"} & arguments.keys()
+    taken = RESERVED & arguments.keys()
     if taken:
         raise UserError(
             f"data.chat_template_kwargs sets {min(taken)!r}, which is set here; leave it out."

@@ -20,7 +20,7 @@ from spear_jax.core.errors import UserError, shown
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 
-_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_TODAY = re.compile(r"""strftime_now\s*\(\s*(['"])(.*?)\1\s*\)""")
 CHAT_MODES = ("auto", "always", "never")
 MIN_SHARED_PREFIX = 16  # the shortest opening in tokens that is worth a pass of its own
 
@@ -260,7 +260,7 @@ class PromptRenderer:
         """The chat template, with the date in place of its calls for today's."""
         dated = lambda call: repr(self.date.strftime(call[2]))
         template = _TODAY.sub(dated, self.tokenizer.get_chat_template())
-        if "strftime_now(" in template:
+        if re.search(r"strftime_now(?!\s+is\b)", template):  # is it defined? may be asked
             raise UserError(
                 "the chat template asks for today's date in a form that cannot be fixed, and "
                 "prompts would differ from day to day. Set --config.data.chat_template=never, or "

@@ -230,7 +230,9 @@ def test_what_a_template_writes_before_a_reply_stands_before_header_and_reply():
 
 def test_the_date_of_a_template_is_the_configs_whatever_day_it_is():
     tokenizer = TOKENIZERS["Llama 3"]()
-    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHAT
+    tokenizer.chat_template = (
+        "{% if strftime_now is defined %}Today: {{ strftime_now ('%d %b %Y') }}\n{% endif %}" + CHAT
+    )
     task, example = get_task("pairs"), Example("0", "hello", (), (), 0, response="yes")
     for date, shown in (
         (datetime.date(2024, 7, 26), "26 Jul 2024"),
@@ -238,6 +240,16 @@ def test_the_date_of_a_template_is_the_configs_whatever_day_it_is():
     ):
         renderer = PromptRenderer(tokenizer, "auto", 400, date=date)
         assert tokenizer.decode(renderer.prompt(task, example)).startswith(f"Today: {shown}\n")
+
+
+@pytest.mark.parametrize(
+    "call", ["{% set f = strftime_now %}{{ f('%d') }}", "{{ strftime_now(form) }}"]
+)
+def test_a_date_that_cannot_be_fixed_is_refused(call):
+    tokenizer = TOKENIZERS["Qwen"]()
+    tokenizer.chat_template = call + CHAT
+    with pytest.raises(UserError, match="asks for today's date in a form that cannot be fixed"):
+        PromptRenderer(tokenizer, "auto", 400)
 
 
 @pytest.mark.parametrize(
