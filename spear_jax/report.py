@@ -1,7 +1,7 @@
 """Writes a page, tables and figures from run folders.
 
 Run folders of `train` or folders of `compare`, finished or still running.
-Writes report.html, which needs no other file and no network: what was run, results with 95 %
+Writes report.html, which needs no other file and no network: results with 95 %
 intervals, wins and loses, what feedback fixed, losses, bytes, time by phase, a heat map of clients,
 the data split, sample traces, and the fields in which the configs differ. Beside it every figure as
 PNG and SVG, and metrics.csv (tidy: run, round, metric, value), summary.csv (a row a run),

@@ -4,11 +4,9 @@ told of as they end.
 
 import dataclasses
 import functools
-import importlib.metadata
 import logging
 import os
 import pathlib
-import platform
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ import tqdm
 
 from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError, shown
-from spear_jax.core.versions import PACKAGES
+from spear_jax.core.versions import versions
 from spear_jax.experiment import builder, processes, run_folder
 from spear_jax.experiment.run import Run
 from spear_jax.experiment.run_logger import on_terminal
@@ -107,10 +105,7 @@ def _check(rows: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, str] 
 
 def machine(jobs: int) -> dict[str, Any]:
     """What a request tells of the machine: worker processes, cores, versions."""
-    versions = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
-    return {"jobs": jobs, "cores": os.cpu_count(), "versions": versions}
+    return {"jobs": jobs, "cores": os.cpu_count(), "versions": versions()}
 
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
