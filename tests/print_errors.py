@@ -195,7 +195,7 @@ def cases(tmp: pathlib.Path) -> Iterator[Case]:
         ("temperature out of range", "rollout.temperature=-1.0"),
         (
             "not enough memory",
-            "federation.clients_at_once=4 train.batch_size=400000000 train.max_tokens_per_block=4000000000",
+            "federation.clients_at_once=4 train.batch_size=1000000 train.max_tokens_per_block=1000000",
         ),
         ("DPO without pairs", "algorithm.name=dpo dpo.source=data"),
         ("RLTF-SD without feedback", "algorithm.name=rltf_sd rollout.feedback=none"),

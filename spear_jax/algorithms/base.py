@@ -425,7 +425,7 @@ def needs_verdicts(name: str, task: Task) -> None:
         raise UserError(
             f"method {name!r} learns from right and wrong answers, but nothing grades task "
             f"{task.name!r}; take a task with an "
-            "answer to compare with (gsm8k, mcqa), or a method that learns from responses (sft, "
+            "answer to compare with (qa, mcqa), or a method that learns from responses (sft, "
             "spin)."
         )
 

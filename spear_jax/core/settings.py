@@ -21,7 +21,7 @@ from typing import Any
 
 from spear_jax.core.errors import UserError, shown, unknown
 
-_LARGEST = 2**63 - 1  # of whole numbers without a bound of their own
+_LARGEST = 1_000_000  # of whole numbers without a bound of their own: more takes all memory
 _LARGEST_FLOAT = 3.4e38  # of float32
 _KINDS = {
     bool: "True or False",
@@ -193,7 +193,7 @@ def _broken_rule(
 ) -> str:
     """Returns how the range reads where the value lies outside of it, else ""."""
     if isinstance(value, int) and high is None and value > _LARGEST:
-        return f"at most {_LARGEST}"
+        return f"at most {_LARGEST:,}"
     inside = (
         (low is None or value >= low)
         and (high is None or value <= high)

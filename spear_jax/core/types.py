@@ -52,6 +52,7 @@ class Example:
             never shown in a prompt.
         response: the gold completion's text as it follows the header; "" where the task derives it.
         rejected: the dispreferred completion of a preference row, likewise; "" elsewhere.
+        also_right: texts that are as right as the gold option, where answers are free; () elsewhere.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Example:
     support: tuple[str, ...] = ()
     response: str = ""
     rejected: str = ""
+    also_right: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass

@@ -254,8 +254,9 @@ def build_renderer(
     if room < 8:
         raise UserError(
             f"completions of {longest} tokens leave no room for prompts in the model's "
-            f"{model.config.max_positions} positions; lower rollout.max_new_tokens, "
-            "rollout.max_new_tokens_revision or eval.max_new_tokens."
+            f"{model.config.max_positions} positions; lower whichever of rollout.max_new_tokens, "
+            "rollout.max_new_tokens_revision, eval.max_new_tokens and data.max_response_tokens is "
+            "that long."
         )
     limit = min(settings.data.max_prompt_tokens, room)
     arguments, date = template_arguments(settings)

@@ -36,7 +36,7 @@ class AlgorithmChoice:
 class Budget:
     """A run ends after the round that reaches a limit; 0 means no limit."""
 
-    tokens: int = number(0, 0)  # generated tokens
+    tokens: int = number(0, 0, 2**63 - 1)  # generated tokens
     seconds: float = number(0.0, 0)  # of rounds, without evaluation and checkpoints
 
 
@@ -54,7 +54,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The file's column names, for tasks mcqa, pairs and preferences; "" keeps the task's own.
+    """The file's column names, for tasks qa, mcqa, pairs and preferences; "" keeps the task's own.
 
     `answer_base` is no column. It says how answers are read: as an index from 0 or 1 where they are
     whole numbers, or always as a letter or a text. "" takes what fits.
@@ -63,6 +63,7 @@ class Columns:
     question: str = ""
     options: str = ""
     answer: str = ""
+    answers: str = ""
     hint: str = ""
     answer_base: str = one_of("", "0", "1", "letter", "text")
     prompt: str = ""
@@ -93,7 +94,7 @@ class Data:
     date: str = "2024-07-26"  # what templates that ask for today's date are told
     max_prompt_tokens: int = number(1024, 8)
     max_response_tokens: int = number(256, 1)  # gold responses are cut there, then without an EOS
-    train_limit: int = number(0, 0)  # first n training examples; 0 means all
+    train_limit: int = number(0, 0, 2**31 - 1)  # first n training examples; 0 means all
     extractor: str = one_of("bounded", "published")  # published: without word boundaries (A5)
 
 
@@ -166,7 +167,7 @@ class Eval:
     every: int = number(5, 1)  # rounds
     first_rounds: int = number(1, 0)  # each of the first n rounds is evaluated too
     method: str = one_of("auto", "choice", "generate", "likelihood")  # auto: the task's own
-    limit: int = number(0, 0)  # first n test examples; 0 means all
+    limit: int = number(0, 0, 2**31 - 1)  # first n test examples; 0 means all
     rows: int = number(32, 1)  # questions in one forward pass
     max_new_tokens: int = number(64, 1)
 

@@ -11,7 +11,13 @@ from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
 
-UNPUBLISHED = ("gsm8k", "ultrachat", "pairs", "preferences")  # the published code has none like it
+UNPUBLISHED = (
+    "gsm8k",
+    "qa",
+    "ultrachat",
+    "pairs",
+    "preferences",
+)  # the published code has none like it
 
 
 def build_task(settings: Any) -> Task:

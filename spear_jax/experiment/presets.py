@@ -2,22 +2,27 @@
 name and its own numbers.
 
 A preset has a name and an argument, as in `--config=spear:facts,tiny`. The argument of a method is
-"<task>,<model>[,variant...]". Tasks: arc_challenge, arc_easy, hellaswag, math_mcqa, strategy_qa,
-facts and reasoned (embedded), gsm8k, ultrachat. Models: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m,
-tiny (embedded; what the two embedded tasks need). Variants: reference (the method's published code,
-defects included, where it has one), cpu (real questions and a small real model on two cores), small
-(the embedded tasks at the size that `compare` is documented with), smoke (the embedded tasks at the
-smallest size: seconds, to see that a part of your own runs).
+"<task>,<model>[,variant...]":
+
+- task: any of TASKS. facts and reasoned (embedded) have sizes for minutes on a CPU; arc_challenge,
+  arc_easy, hellaswag, math_mcqa, strategy_qa, gsm8k and ultrachat the published ones; qa, mcqa,
+  pairs, preferences and tasks of your own the sizes for own data (`own_config`).
+- model: qwen2.5-1.5b, llama-3.2-3b, smollm2-135m, tiny (embedded; what the two embedded tasks need);
+  or a Hugging Face folder, a .gguf file, or a Hub id.
+- variant: reference (the method's published code, defects included, where it has one), cpu (a small
+  real model on two cores), small (the embedded tasks at the size that `compare` is documented with),
+  smoke (the embedded tasks at the smallest size: seconds, to see that a part of your own runs).
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import ml_collections
 
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.algorithms.base import EMBEDDED, Algorithm
-from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.errors import UserError, nearest, shown, unknown
 from spear_jax.experiment.config import default_config, set_preset
 from spear_jax.experiment.published import yaml_config
 from spear_jax.tasks import TASKS
@@ -88,35 +93,20 @@ def preset(
     ```
     preset("spear", task="facts", model="tiny", variants=["small"])
     preset("dpo", task="arc_challenge", model="qwen2.5-1.5b")      # the paper's sizes
-    preset("spear", task="mcqa", model="Qwen/Qwen2.5-0.5B")        # the defaults of every field
+    preset("spear", task="qa", model="Qwen/Qwen2.5-0.5B-Instruct")  # for data of your own
     ```
 
     Args:
         method: a name of ALGORITHMS, or a class of your own, which then gets its config group.
         task: a name of TASKS, or a task of your own, to be passed to `Run` as well.
         model: a name of MODELS, a Hugging Face folder, a Hub id, or a .gguf file.
-        variants: "reference", and "small" or "smoke" (embedded tasks) or "cpu" (the paper's).
-    Raises: UserError for an unknown name, and for variants without preset sizes.
+        variants: "reference", and "small" or "smoke" (embedded tasks) or "cpu" (all others).
+    Raises: UserError for an unknown name.
     """
     name = method if isinstance(method, str) else register(method)
-    if name not in ALGORITHMS:
-        raise unknown("algorithm", name, ALGORITHMS)
-    task_name = task if isinstance(task, str) else task.name
-    sized = task_name in (*EMBEDDED, *PAPER) and model in MODELS
-    if sized or task_name in EMBEDDED:
-        return method_config(name, ",".join([task_name, model, *variants]))
     if isinstance(task, str) and task not in TASKS:
         raise unknown("task", task, TASKS)
-    if variants:
-        raise UserError(
-            f"variants {list(variants)} belong to preset sizes, which task {task_name!r} with "
-            f"model {model!r} has not; leave them out and set the config's fields."
-        )
-    config = default_config()
-    config.task, config.algorithm.name = task_name, name
-    config.model, config.dtype = MODELS.get(model, (model, config.dtype))
-    _recommend(config, task_name)
-    return config
+    return _config(name, task if isinstance(task, str) else task.name, model, variants)
 
 
 def register(method: type[Algorithm]) -> str:
@@ -142,19 +132,34 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
             f"--config={method}:arc_challenge,qwen2.5-1.5b; got {arg!r}."
         )
     task, model, *variants = parts
-    if task not in (*EMBEDDED, *PAPER):
-        raise unknown("task", task, (*EMBEDDED, *PAPER))
-    if model not in MODELS:
-        raise unknown("model", model, MODELS)
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    return _config(method, task, model, variants)
+
+
+def _config(
+    method: str, task: str, model: str, variants: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """The config of a method, a task and a model at the task's sizes, with its variants."""
+    if method not in ALGORITHMS:
+        raise unknown("algorithm", method, ALGORITHMS)
     if task in EMBEDDED and model != "tiny":
         raise UserError(
             f"task {task!r} is about facts that only the embedded model lacks; give {task},tiny "
             f"instead of model {model!r}."
         )
-    config = embedded_config(task) if task in EMBEDDED else paper_config(task, model)
+    known = {"small": small, "smoke": smoke} if task in EMBEDDED else {"cpu": cpu}
+    config = default_config()
+    config.task = task
+    config.model, config.dtype = _model(model)
+    if task in EMBEDDED:
+        embedded_config(config)
+    elif task in PAPER:
+        paper_config(config)
+    else:
+        own_config(config)
     config.algorithm.name = method
     _recommend(config, task)
-    known = {"small": small, "smoke": smoke} if task in EMBEDDED else {"cpu": cpu}
     for name in variants:
         if name == "reference":
             set_preset(config, name)
@@ -165,22 +170,32 @@ def method_config(method: str, arg: str) -> ml_collections.ConfigDict:
     return config
 
 
+def _model(name: str) -> tuple[str, str]:
+    """Returns the model that a name of MODELS, a path or a Hub id stands for, and its dtype."""
+    if name in MODELS:
+        return MODELS[name]
+    if not (os.sep in name or os.path.exists(name)):
+        raise UserError(
+            f"unknown model {shown(name)}.{nearest(name[:200], MODELS)} Give one of "
+            f"{', '.join(MODELS)}, a model folder, a .gguf file, or a Hub id (owner/name)."
+        )
+    return name, "bfloat16"
+
+
 def _recommend(config: ml_collections.ConfigDict, task: str, variant: str = "") -> None:
     """Sets what the config's method recommends for a task."""
     fields = ALGORITHMS[config.algorithm.name].recommended(task, variant)
     config.update_from_flattened_dict(dict(fields))
 
 
-def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
-    """SPEAR's published settings for a task and a model.
+def paper_config(config: ml_collections.ConfigDict) -> None:
+    """SPEAR's published settings for a config's task and model.
 
     Source: the configs published with SPEAR (arXiv 2605.07977), 4 datasets x 2 models. Other models
         take Qwen2.5-1.5B's.
     """
-    config = default_config()
+    task = config.task
     config.seed = 42  # published seeds: 42, 43, 44
-    config.task = task
-    config.model, config.dtype = MODELS[model]
     rounds, clients, examples, rollouts, steps, tokens, words, length = PAPER[task]
     config.rounds = rounds
     config.federation.num_clients = 50
@@ -197,20 +212,36 @@ def paper_config(task: str, model: str) -> ml_collections.ConfigDict:
     batch, accumulation = 16, 1
     if task == "math_mcqa":
         batch, accumulation = 4, 4
-    elif model == "llama-3.2-3b" and task != "strategy_qa":
+    elif config.model == MODELS["llama-3.2-3b"][0] and task != "strategy_qa":
         batch, accumulation = 8, 2
     config.train.batch_size, config.train.accumulation = batch, accumulation
     rate, low = {"math_mcqa": (5.05e-5, 1e-5), "strategy_qa": (1e-4, 5e-5)}.get(task, (5e-5, 1e-5))
     config.train.learning_rate, config.train.learning_rate_min = rate, low
     config.train.remat = "layers"
-    return config
 
 
-def embedded_config(task: str) -> ml_collections.ConfigDict:
+def own_config(config: ml_collections.ConfigDict) -> None:
+    """Data of your own: four clients that share the examples equally, and a model of 0.1B to 8B.
+
+    The rate is QLoRA's for models up to 13B (arXiv 2305.14314); the other numbers are ours, for
+    files from 20 rows on.
+    """
+    config.rounds = 10
+    config.federation.num_clients = config.federation.clients_per_round = 4
+    config.federation.partition = "iid"
+    config.rollout.examples = 16
+    config.data.max_prompt_tokens = 2048
+    config.data.max_response_tokens = 512
+    config.eval.every = 2
+    config.eval.limit = 500
+    config.train.steps = 5
+    config.train.batch_size = 8
+    config.train.learning_rate, config.train.learning_rate_min = 2e-4, 2e-5
+    config.train.remat = "layers"  # memory before speed: the model's size is not known here
+
+
+def embedded_config(config: ml_collections.ConfigDict) -> None:
     """The embedded tasks: a tiny model, eight clients, minutes on a CPU."""
-    config = default_config()
-    config.task = task
-    config.model = "tiny"
     config.rounds = 12
     config.federation.num_clients = 8
     config.federation.clients_per_round = 8
@@ -227,11 +258,10 @@ def embedded_config(task: str) -> ml_collections.ConfigDict:
     config.train.batch_size = 32
     config.train.learning_rate = 5e-3
     config.train.learning_rate_min = 1e-3
-    if task == "reasoned":
+    if config.task == "reasoned":
         config.rollout.max_new_tokens = 24
         config.rollout.max_new_tokens_revision = 24
         config.eval.max_new_tokens = 24
-    return config
 
 
 def small(config: ml_collections.ConfigDict) -> None:
@@ -260,18 +290,10 @@ def smoke(config: ml_collections.ConfigDict) -> None:
 
 
 def cpu(config: ml_collections.ConfigDict) -> None:
-    """A few clients and rounds, short answers: real questions and a small real model on two
-    cores.
-    """
+    """A few clients, questions and rounds: real questions and a small real model on two cores."""
+    config.dtype = "float32"
     config.rounds = 8
-    config.federation.num_clients = 10
-    config.federation.clients_per_round = 3
-    config.federation.max_examples_per_client = 100
-    config.rollout.examples = 24
     config.rollout.num_revisions = 1
-    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = (
-        config.eval.max_new_tokens
-    ) = 8
     config.rollout.max_concurrent_sequences = 32
     config.federation.clients_at_once = 1
     config.train.steps = 2
@@ -282,3 +304,12 @@ def cpu(config: ml_collections.ConfigDict) -> None:
     config.eval.every = 4
     config.eval.limit = 200
     config.eval.rows = 16
+    answer = 24
+    if config.task in PAPER:
+        config.federation.num_clients = 10
+        config.federation.clients_per_round = 3
+        config.federation.max_examples_per_client = 100
+        config.rollout.examples = 24
+        answer = 8
+    config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = answer
+    config.eval.max_new_tokens = answer

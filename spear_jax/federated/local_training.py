@@ -313,7 +313,8 @@ def train_cohort(
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
             they had).
     Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
-        metrics, each (total, count) float32[C], the clients left out under NOT_FINITE; the clients' states where kept.
+        metrics, each (total, count) float32[C], the clients left out under NOT_FINITE; the clients'
+        states where kept.
     """
     collects = aggregation.reducer.collects and not keep
     device = functools.partial(
@@ -354,13 +355,13 @@ def _train_on_device(
             client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
         key = jax.random.wrap_key_data(key)
         new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key)
-        return client.lora, new, means
+        return client, new, means
 
     def chunk(reduced, xs):
         carried, (batches, keys, weight, active) = xs
         mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
         old, new, means = mapped(carried, batches, keys)
-        shape = lambda x: taken.reshape(-1, *[1] * (x.ndim - 1))
+        where = lambda flag: lambda a, b: jnp.where(flag.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
         blend = lambda a, b: e * a + (1.0 - e) * b
         ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
@@ -368,13 +369,15 @@ def _train_on_device(
             ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
         finite = jax.vmap(_has_norm, (None, 0))(broadcast.start, ended)
         taken, left_out = active & finite, active & ~finite & (not keep)
-        lora = jax.tree.map(lambda a, b: jnp.where(shape(a), a, b), ended, old)
+        lora = jax.tree.map(where(taken), ended, old.lora)
         weight = jnp.where(finite, weight, 0.0)
         if not reducer.collects:
             reduced = reducer.add(reduced, lora, weight)
         means = jax.tree.map(lambda x: jnp.where(taken, x, 0.0), means)
         means |= {NOT_FINITE: Mean(left_out.astype(jnp.float32), active.astype(jnp.float32))}
-        states = new.replace(lora=lora) if keep else None
+        # a client that goes back to the adapter it had goes back to that one's moments
+        moments = jax.tree.map(where(finite), new.opt_state, old.opt_state)
+        states = ClientState(lora, moments) if keep else None
         return reduced, (means, states, (lora, weight) if collects else None)
 
     split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])

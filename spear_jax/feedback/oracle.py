@@ -2,6 +2,7 @@
 
 from spear_jax.core.types import Example
 from spear_jax.feedback.base import Feedback, Request
+from spear_jax.tasks.base import MISSHAPEN
 
 # Tried in order when everything longer would leak. They share no word, and a gold label and a gold
 # option can rule out one each, so one of the three always remains.
@@ -33,7 +34,7 @@ class Oracle(Feedback):
         if read is not None and read.option == example.gold:
             return None
         verdict = "That answer is wrong. Do not repeat your previous choice."
-        if read is None:
+        if read is None or read.option == MISSHAPEN:
             verdict = "That cannot be read as an answer."
         shape = self.task.templates.format
         hint = self.task.hint(example, self.hint_words)
@@ -44,4 +45,5 @@ class Oracle(Feedback):
             verdict,
             *_LAST_RESORTS,
         )
-        return next(text for text in texts if not self.task.leaks(text, example))
+        # right texts could be all of these words; a mark alone is none of them
+        return next((text for text in texts if not self.task.leaks(text, example)), "?")

@@ -13,6 +13,7 @@ from spear_jax.tasks.math_mcqa import MathMcqa
 from spear_jax.tasks.mcqa import Mcqa
 from spear_jax.tasks.pairs import Pairs
 from spear_jax.tasks.preferences import Preferences
+from spear_jax.tasks.qa import Qa
 from spear_jax.tasks.reasoned import Reasoned
 from spear_jax.tasks.strategy_qa import StrategyQa
 from spear_jax.tasks.ultrachat import UltraChat
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "strategy_qa": StrategyQa,
     "gsm8k": Gsm8k,
     "mcqa": Mcqa,
+    "qa": Qa,
     "ultrachat": UltraChat,
     "pairs": Pairs,
     "preferences": Preferences,

@@ -37,12 +37,16 @@ PRIVILEGED_CHARS = 2000
 # model learnt it.
 WRONG = "That answer is wrong. Do not repeat your previous choice."
 
+MISSHAPEN = -2  # Answer.option where a right text stands among words that should not be there
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """An answer in a completion's text: the option's index and its label's span in characters.
 
     In "Answer: (C) heat" it is option 2, characters 9 to 10: `Answer(option=2, start=9, end=10)`.
+    Where answers are free, -1 is a wrong one, and MISSHAPEN one that holds a right text among other
+    words: the span is then of those words.
     """
 
     option: int

@@ -205,11 +205,11 @@ def _check_columns(task: Task, table: Table, where: str) -> None:
             raise UserError(
                 f"column {shown(column)} is missing in {where}; task {task.name!r} needs "
                 f"{listed(task.columns)}. Columns there: {listed(table.columns)}. "
-                f"{_column_remedy(table)}"
+                f"{_column_remedy(task, table, column)}"
             )
 
 
-def _column_remedy(table: Table) -> str:
+def _column_remedy(task: Task, table: Table, column: str) -> str:
     """Returns what to do about a column that is not there."""
     first = table.rows[0] if len(table.rows) == 1 else {}
     for name, value in first.items():
@@ -218,9 +218,14 @@ def _column_remedy(table: Table) -> str:
                 f"The file is one object whose {shown(name)} holds a list of {len(value)} objects: "
                 f"save that list alone."
             )
+    keys = [
+        key for key, named in task.mapping.items() if column in map(str.strip, named.split(","))
+    ]
     remedy = (
-        "Rename it, or name your own columns in config.data.columns with task mcqa, pairs or "
-        "preferences."
+        f"Name the file's own by --config.data.columns.{keys[0]}=COLUMN."
+        if keys
+        else "Rename it, or take task qa, mcqa, pairs or preferences, whose columns are named by "
+        "--config.data.columns."
     )
     if len(table.columns) == 1:
         remedy += " The cells of a CSV file are parted by commas, semicolons or tabs."

@@ -344,6 +344,7 @@ def test_every_tasks_columns_are_named_by_its_own_keys_alone():
         "question",
         "options",
         "answer",
+        "answers",
         "hint",
         "answer_base",
         "prompt",

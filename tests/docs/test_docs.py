@@ -18,7 +18,9 @@ from pages import GENERATED, PAGES, ROOT, anchors, blocks, checked_commands, scr
 from processes import environment
 
 import spear_jax as sj
+from spear_jax import train
 from spear_jax.algorithms import ALGORITHMS
+from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line, presets
 from spear_jax.experiment.config import parse
@@ -214,6 +216,28 @@ def test_a_guide_works_as_it_is_written(page, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{where}: {done.stderr[-3000:]}"
     assert list((tmp_path / "runs").glob("*/summary.json"))
+
+
+def test_the_guide_to_own_data_trains_with_a_qwen2_folder(tmp_path, monkeypatch):
+    """Its two files and its train commands; the model is small and random, so one round is enough."""
+    page = ROOT / "docs" / "guides" / "own-data.md"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2-135m-instruct").symlink_to(ROOT / "tests/fixtures/qwen2")
+    for block in blocks(page):
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+    given = [words for where, words in checked_commands() if where.startswith("docs/guides/own-")]
+    trained = [words[3:] for words in given if words[2] == "spear_jax.train"]
+    small = ["rounds=1", "lora.targets=('q',)", "train.steps=1", "data.max_response_tokens=128"]
+    small = [f"--config.{field}" for field in small]
+    results = [train.main([*argv, *small, "--offline"]) for argv in trained]
+    looked, asked, replied = results
+    assert looked["train_examples"] == 27 and looked["test_examples"] == 3
+    assert asked["eval"]["last"]["count"] == 3 and "accuracy" in asked["eval"]["last"]
+    assert asked["tokens"]["rollout"] > 0 and replied["tokens"].get("rollout", 0) == 0
+    held_out = list(runs.load_metrics(tmp_path / "runs" / "pairs")["eval/nll"])
+    assert held_out[-1] != held_out[0] > 0
 
 
 def test_the_guides_that_bring_code_are_run():

@@ -1,6 +1,6 @@
 """Every notebook runs from scratch, here at small sizes, and is committed with its output.
 
-At full size, all five: `python -m pytest -m slow tests/test_notebooks.py`.
+At full size, all five: `python -m pytest -m slow tests/docs/test_notebooks.py`.
 """
 
 import pathlib

@@ -15,7 +15,7 @@ from run_sizes import SMALL, small
 
 import spear_jax as sj
 from spear_jax.algorithms import ALGORITHMS
-from spear_jax.experiment import builder, run_folder
+from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.config import parse
 from spear_jax.experiment.run import is_due
 from spear_jax.experiment.run_folder import read_run_config
@@ -334,7 +334,8 @@ def test_a_method_of_ones_own_gets_a_config_group(tmp_path):
     [
         ({"method": "speer"}, "Did you mean 'spear'"),
         ({"task": "factz"}, "Did you mean 'facts'"),
-        ({"task": "mcqa", "variants": ["small"]}, "leave them out"),
+        ({"task": "mcqa", "variants": ["small"]}, "unknown variant 'small'.*Known: cpu, reference"),
+        ({"task": "qa", "model": "qwen2.5-1.5"}, "unknown model.*Did you mean 'qwen2.5-1.5b'"),
         ({"task": "facts", "model": "qwen2.5-1.5b"}, "only the embedded model lacks"),
     ],
 )
@@ -343,9 +344,15 @@ def test_a_preset_that_cannot_be_is_a_user_error(arguments, words):
         sj.preset(**arguments)
 
 
-def test_a_preset_without_sizes_has_the_defaults_and_what_the_method_recommends():
-    config = sj.preset("spin", task="mcqa", model="models/mine")
-    assert (config.task, config.model, config.rounds) == ("mcqa", "models/mine", 10)
+@pytest.mark.parametrize("task", ["qa", "mcqa", "pairs", "preferences"])
+@pytest.mark.parametrize("variant", ["", ",cpu"])
+def test_own_data_has_a_preset_that_is_the_same_from_the_command_line(task, variant):
+    config = sj.preset("spin", task=task, model="models/mine", variants=variant.split(",")[1:])
+    assert config == command_line.load_config(f"spin:{task},models/mine{variant}")
+    parse(config)
+    assert (config.task, config.model, config.federation.num_clients) == (task, "models/mine", 4)
+    assert config.dtype == ("float32" if variant else "bfloat16")
+    # what the method recommends
     assert config.rollout.temperature == 1.0 and config.algorithm.name == "spin"
 
 

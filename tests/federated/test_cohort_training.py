@@ -32,11 +32,11 @@ def rows_of(cohort):
     )
 
 
-def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, **more):
+def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, rate=1e-2, **more):
     mesh, rows = make_mesh(jax.devices()[:devices]), rows_of(cohort)
     if at_once > 1:
         rows = cohort_training.Rows(rows.blocks, rows.depth, rows.shape, None)
-    shared = replicate(local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2)), mesh)
+    shared = replicate(local_training.Broadcast(lora, model.base, (), {}, jnp.float32(rate)), mesh)
     keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(9), C)))
     members = keys, np.arange(1, C + 1, dtype=np.float32), np.arange(C) != 1
     static = spear(), make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once), mesh
@@ -167,3 +167,18 @@ def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeyp
         seen.append((progress.stage.n, progress.stage.total))
     progress.close()
     assert seen == [(1, 2), (2, 2), (1, 3), (0, 5), (4, 5)]
+
+
+def test_a_client_that_loses_its_update_goes_on_with_its_old_adapter_and_moments(
+    model, lora, cohort
+):
+    """A rate at which Adam's step is infinite, though gradients are finite."""
+    first = train(model, lora, cohort, keep=True)
+    lost = train(model, lora, cohort, keep=True, carried=first.states, rate=np.inf)
+    (before,), (after,) = first.states, lost.states
+    active = np.arange(C) != 1
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[:C][active], np.asarray(old)[:C][active])
+    moved = train(model, lora, cohort, keep=True, carried=first.states).states[0]
+    counts = lambda states: np.asarray(jax.tree.leaves(states.opt_state)[0])[:C][active]
+    assert (counts(moved) > counts(before)).all()
