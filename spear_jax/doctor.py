@@ -1,7 +1,8 @@
 """Shows devices, versions and caches, and runs a self-test of ten seconds.
 
 The self-test builds the embedded experiment, evaluates it, and runs one small federated round.
-Optional packages are named with what they are for.
+Optional packages are named with what they are for. The last line is a verdict; where it is "not
+ready", the exit code is 1.
 """
 
 import importlib.metadata
@@ -9,6 +10,8 @@ import os
 import pathlib
 import platform
 import time
+import traceback
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,28 +47,43 @@ def main(argv: list[str]) -> dict[str, Any]:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     )
+    seconds, failed = self_test()
     findings: dict[str, Any] = {
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "optional": {name: version_of(name) for name in OPTIONAL},
-        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
-        "memory_free": cost_model.device_bytes(),
+        "devices": devices(),
+        "memory_free": cost_model.device_bytes() if devices() else None,
         "caches": {
             name: {"path": str(path), "bytes": size_of(path)} for name, path in caches().items()
         },
-        "self_test": self_test(),
+        "self_test": seconds,
+        "failed": failed,
     }
-    findings["verdict"] = verdict()
+    findings["failed"] += [
+        f"package {name} is absent" for name, version in findings["versions"].items() if not version
+    ]
+    findings["verdict"] = verdict(findings["failed"])
     if not args.quiet:
         show(findings)
     return findings
 
 
-def verdict() -> str:
+def devices() -> list[str]:
+    """Returns the devices that JAX sees; none where it cannot start."""
+    try:
+        return [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
+    except RuntimeError:  # the self-test says why
+        return []
+
+
+def verdict(failed: list[str]) -> str:
     """Returns whether this machine is ready, and what would make runs on it faster or possible.
 
-    It stands behind a self-test that went through; one that fails ends the command.
+    Args: failed: what keeps it from being ready.
     """
+    if failed:
+        return f"not ready: {'; '.join(failed)}"
     notes = []
     if jax.default_backend() == "cpu" and any(
         pathlib.Path(path).exists() for path in ("/dev/nvidia0", "/dev/accel0")
@@ -88,7 +106,7 @@ def show(findings: dict[str, Any]) -> None:
         print(f"optional {name}: {version or 'absent'} ({OPTIONAL[name]})")
     free = findings["memory_free"]
     print(
-        f"devices: {', '.join(findings['devices'])}; "
+        f"devices: {', '.join(findings['devices']) or 'none'}; "
         f"{'unknown' if free is None else f'{free / 1e9:.1f} GB'} free on one"
     )
     for name, cache in findings["caches"].items():
@@ -100,7 +118,7 @@ def show(findings: dict[str, Any]) -> None:
         )
     print(
         "self-test, seconds: "
-        + ", ".join(f"{name} {value}" for name, value in findings["self_test"].items())
+        + (", ".join(f"{name} {value}" for name, value in findings["self_test"].items()) or "none")
     )
     print(findings["verdict"])
 
@@ -137,10 +155,11 @@ def size_of(folder: pathlib.Path) -> int:
     return total
 
 
-def self_test() -> dict[str, float]:
+def self_test() -> tuple[dict[str, float], list[str]]:
     """Times building, evaluating and one small round of the embedded experiment.
 
-    Returns: seconds by name, compilation included.
+    Returns: seconds by name, compilation included, of what went through; what did not, with the
+        reason. The traceback goes to stderr.
     """
     config = presets.quickstart()
     config.update_from_flattened_dict(
@@ -153,17 +172,24 @@ def self_test() -> dict[str, float]:
             "eval.limit": 16,
         }
     )
-    seconds = {}
-    began = time.perf_counter()
-    built = builder.build(config)
-    seconds["build"] = round(time.perf_counter() - began, 2)
-    began = time.perf_counter()
-    built.evaluator(Policy(built.model.base))
-    seconds["evaluate"] = round(time.perf_counter() - began, 2)
-    began = time.perf_counter()
-    run_round(built.federation, built.initial_state(), BudgetUsed())
-    seconds["round"] = round(time.perf_counter() - began, 2)
-    return seconds
+    steps: dict[str, Callable[[Any], Any]] = {
+        "build": lambda _: builder.build(config),
+        "evaluate": lambda built: built.evaluator(Policy(built.model.base)),
+        "round": lambda built: run_round(built.federation, built.initial_state(), BudgetUsed()),
+    }
+    seconds: dict[str, float] = {}
+    built = None
+    for name, step in steps.items():
+        began = time.perf_counter()
+        try:
+            done = step(built)
+        except Exception as error:  # whatever keeps the embedded experiment from running
+            traceback.print_exc()
+            line = (str(error).splitlines() or [""])[0][:300]
+            return seconds, [f"self-test {name}: {type(error).__name__}: {line}"]
+        built = built or done
+        seconds[name] = round(time.perf_counter() - began, 2)
+    return seconds, []
 
 
 if __name__ == "__main__":

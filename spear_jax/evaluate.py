@@ -13,7 +13,7 @@ from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.checkpoint import restore
-from spear_jax.experiment.config import default_config, parse
+from spear_jax.experiment.config import default_config, flatten, parse
 from spear_jax.experiment.data import build_task
 from spear_jax.experiment.evaluator import Accuracy
 from spear_jax.experiment.run import mean_accuracy
@@ -36,11 +36,22 @@ FLAGS = {
     "eval.limit": "--limit",
 }
 
+# config fields that evaluation reads, beside those
+READ = (
+    "imports",
+    "data.",
+    "eval.method",
+    "eval.rows",
+    "eval.max_new_tokens",
+    "rollout.kv_cache_mb",
+    "rollout.max_concurrent_sequences",
+)
+
 EXAMPLES = """
     python -m spear_jax.evaluate --workdir=runs/quickstart
     python -m spear_jax.evaluate --workdir=runs/quickstart --round=11
     python -m spear_jax.evaluate --model=models/smollm2-135m-instruct --task=arc_challenge --data=PATH --limit=200
-    python -m spear_jax.evaluate --model=tiny --task=mcqa --data=own.csv --config.data.columns.options=a,b,c,d
+    python -m spear_jax.evaluate --model=models/smollm2-135m-instruct --task=qa --data=own.csv --config.data.columns.answers=key
     python -m spear_jax.evaluate --model=Qwen/Qwen2.5-1.5B --adapter=adapters/arc --task=arc_challenge
 """
 
@@ -56,8 +67,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--task", help="the task for --model")
     parser.add_argument("--data", default="", help="a local dataset file or folder for --model")
     parser.add_argument("--limit", type=int, default=0, help="first n examples (default: all)")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16, for --model")
-    parser.add_argument("--quantize", default="none", help="none, int8 or nf4, for --model")
+    parser.add_argument("--dtype", help="float32 (default) or bfloat16, for --model")
+    parser.add_argument("--quantize", help="none (default), int8 or nf4, for --model")
     parser.add_argument("--quiet", action="store_true", help="print the JSON line only")
     command_line.add_offline(parser)
     args, overrides = parser.parse_known_args(argv)
@@ -66,15 +77,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         raise UserError("give either --workdir (a run) or --model with --task; see --help.")
     if args.model and not args.task:
         raise UserError("--model needs --task, for example --task=arc_challenge.")
-    if args.workdir and overrides:
-        raise UserError(
-            f"unknown argument {shown(overrides[0])}; a run is evaluated by its own config, and "
-            "--config.NAME=VALUE goes with --model."
-        )
-    for override in overrides:
-        name = override.partition("=")[0].removeprefix("--config.")
-        if name in FLAGS:
-            raise UserError(f"{shown(override)}: this field has a flag here; give {FLAGS[name]}.")
+    _check(args, overrides)
     enable_compilation_cache()
     accuracy, where = of_run(args) if args.workdir else of_model(args, overrides)
     low, high = accuracy.interval
@@ -92,6 +95,31 @@ def main(argv: list[str]) -> dict[str, Any]:
         "method": accuracy.method,
         **({} if accuracy.nll is None else {"nll": accuracy.nll}),
     }
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Raises UserError for an argument that would do nothing."""
+    if args.workdir:
+        beside = [f"--{name}" for name in ("adapter", "task", "data", "dtype", "quantize")]
+        given = [flag for flag in beside if getattr(args, flag[2:])] + overrides
+        if given:
+            raise UserError(
+                f"{shown(given[0])} does nothing beside --workdir: a run is evaluated by its own "
+                "config; the flag goes with --model."
+            )
+    elif args.round is not None:
+        raise UserError(
+            f"--round={args.round} does nothing beside --model; it goes with --workdir."
+        )
+    for override in overrides:
+        name = override.partition("=")[0].removeprefix("--config.")
+        if name in FLAGS:
+            raise UserError(f"{shown(override)}: this field has a flag here; give {FLAGS[name]}.")
+        if name in flatten(default_config()) and not name.startswith(READ):
+            raise UserError(
+                f"{shown(override)}: evaluation does not read this field; leave it out. It reads "
+                f"{', '.join(name.removesuffix('.') for name in READ)}."
+            )
 
 
 def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
@@ -115,9 +143,11 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
 
 def of_model(args: argparse.Namespace, overrides: list[str]) -> tuple[Accuracy, str]:
     """Measures a model, with its adapter where one is given. Args: overrides: of config fields."""
+    command_line.import_named(overrides)
     config = default_config()
     config.model, config.task, config.data.path = args.model, args.task, args.data
-    config.dtype, config.quantize, config.eval.limit = args.dtype, args.quantize, args.limit
+    config.dtype, config.quantize = args.dtype or "float32", args.quantize or "none"
+    config.eval.limit = args.limit
     config.eval.max_new_tokens = 256
     settings = parse(command_line.apply_overrides(config, overrides))
     task = build_task(settings)

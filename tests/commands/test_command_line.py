@@ -92,6 +92,26 @@ def test_the_package_is_a_command_and_hands_over_flags_and_exit_codes(tmp_path):
     assert done.stdout.startswith("usage: python -m spear_jax COMMAND")
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--workdir=x", "--model=tiny"], "give either --workdir"),
+        (["--workdir=x", "--adapter=y"], "'--adapter' does nothing beside --workdir"),
+        (["--workdir=x", "--dtype=bfloat16"], "'--dtype' does nothing beside --workdir"),
+        (["--workdir=x", "--config.eval.rows=4"], "'--config.eval.rows=4' does nothing beside"),
+        (["--model=tiny", "--task=facts", "--round=3"], "--round=3 does nothing beside --model"),
+        (["--model=tiny", "--task=facts", "--config.task=x"], "give --task"),
+        (["--model=tiny", "--task=facts", "--config.rounds=3"], "does not read this field"),
+        (["--model=tiny", "--task=facts", "--config.eval.every=3"], "does not read this field"),
+        (["--model=tiny", "--task=facts", "--config.eval.row=3"], "Did you mean 'eval.rows'"),
+        (["--model=tiny", "--task=x", "--config.imports=('no_such',)"], "'no_such', which is not"),
+    ],
+)
+def test_evaluate_refuses_what_would_do_nothing(typed, capsys, argv, words):
+    code, shown, told = run_main(capsys, "evaluate", *argv)
+    assert (code, shown) == (2, "") and words in told
+
+
 def test_every_method_is_a_preset_and_so_are_quickstart_and_from_yaml():
     assert set(presets.named_presets()) == {*ALGORITHMS, "quickstart", "from_yaml"}
 

@@ -35,6 +35,25 @@ def test_doctor_names_devices_versions_optional_packages_and_caches_and_runs_a_r
     assert any(line.startswith("self-test") for line in told)
 
 
+def test_a_machine_that_cannot_run_is_not_ready(tmp_path):
+    """JAX finds no device of the platform that it is told to use."""
+    env = environment() | {"HF_HOME": str(tmp_path), "JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "spear_jax.doctor"], env=env, capture_output=True, text=True
+    )
+    *told, last = done.stdout.splitlines()
+    found = json.loads(last)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert found["self_test"] == {} and found["devices"] == []
+    assert told[-1] == found["verdict"] == f"not ready: {found['failed'][0]}"
+    assert found["failed"][0].startswith("self-test build: RuntimeError: Unable to initialize")
+
+
+def test_an_absent_package_is_named_in_the_verdict():
+    assert doctor.verdict(["package orbax is absent"]) == "not ready: package orbax is absent"
+    assert doctor.verdict([]).startswith("ready on cpu")
+
+
 def test_a_package_that_is_not_there_is_absent_and_not_an_error():
     assert doctor.version_of("jax")
     assert doctor.version_of("no-such-package-at-all") is None

@@ -10,14 +10,26 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
 import pytest
-from pages import GENERATED, PAGES, ROOT, anchors, blocks, checked_commands, scripts
+from pages import (
+    GENERATED,
+    PAGES,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    checked_commands,
+    commands,
+    scripts,
+)
 from processes import environment
 
 import spear_jax as sj
+from spear_jax import __main__ as entry
 from spear_jax import train
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.analysis import runs
@@ -126,6 +138,26 @@ def check_launch(file: str, argv: list[str], folder: pathlib.Path) -> None:
     "where, words", [pytest.param(*found, id=found[0]) for found in checked_commands()]
 )
 def test_a_command_is_one_that_its_program_takes(monkeypatch, tmp_path, where, words):
+    check_command(monkeypatch, tmp_path, where, words)
+
+
+@pytest.mark.parametrize("name", entry.commands())
+def test_the_examples_of_help_are_commands_that_it_takes(name, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        entry.main([name, "--help"])
+    _, found, below = capsys.readouterr().out.partition("examples:\n")
+    text = textwrap.dedent(below.partition("\n\n")[0])
+    text = text.replace("experiments/mine.py", "configs/quickstart.py")  # a file of the reader's
+    examples = commands(Block(ROOT / "README.md", 0, "", "bash", text))
+    assert found and any(words[2] == f"spear_jax.{name}" for words in examples)
+    for words in examples:
+        if words[0] == "sbatch":  # of a file that the line before writes
+            continue
+        check_command(monkeypatch, tmp_path, f"{name} --help", words)
+
+
+def check_command(monkeypatch, tmp_path, where: str, words: list[str]) -> None:
+    """A command's flags, config, fields and values are ones that its program takes."""
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "published.yaml").write_text("fl: {rounds: 50, clients_per_round: 3}\n")
