@@ -46,7 +46,7 @@ setup(
         "jax>=0.10,<0.13",
         "flax>=0.12,<0.14",
         "optax>=0.2.6,<0.3",
-        "orbax-checkpoint>=0.11.30,<0.13",
+        "orbax-checkpoint>=0.11.31,<0.13",
         "transformers>=5.0,<6",
         "jinja2>=3.1,<4",  # renders chat templates, and the page of report
         "tokenizers>=0.22,<0.24",  # trains and reads tokenizer.json

@@ -24,6 +24,8 @@ from spear_jax import evaluate, export, score, train
 from spear_jax.core.errors import UserError, shown
 from spear_jax.experiment import command_line, run_folder
 from spear_jax.experiment import config as experiment_config
+from spear_jax.experiment.checkpoint import Checkpoints
+from spear_jax.federated.state import ServerState
 from spear_jax.models.config import read_config
 from spear_jax.models.io.huggingface import load_model, open_model
 from spear_jax.models.io.peft import load_adapter
@@ -407,8 +409,49 @@ def run_folders(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
         yield what, word, read
 
 
+def checkpoints(draw: random.Random, tmp: pathlib.Path) -> Iterator[Broken]:
+    """Checkpoints with a file that is cut, gone, changed, or says something else."""
+    state = ServerState(
+        {"a": np.arange(4096, dtype=np.float32)}, {}, {}, np.int32(3), np.arange(2, dtype=np.uint32)
+    )
+    line, shapes = {"round": 3, "eval/accuracy": 0.5}, {"first": [[8, 16]]}
+    saved = Checkpoints(tmp / "whole", 3, 1)
+    saved.save(state, line, shapes)
+    saved.close()
+    texts = [b"", b"[]", b"5", b"{", b"{}", b"null", b'{"digest": 5}', b"\xff\xfa"]
+    number = 0
+    while True:
+        number += 1
+        folder = pathlib.Path(shutil.copytree(tmp / "whole", tmp / str(number)))
+        file = draw.choice(sorted(x for x in (folder / "3").rglob("*") if x.is_file()))
+        raw = file.read_bytes()
+        kind = draw.choice(["cut", "gone", "text", "bit"])
+        if kind == "gone":
+            file.unlink()
+        elif kind == "text":
+            file.write_bytes(draw.choice(texts))
+        elif raw:
+            at = draw.randrange(len(raw))
+            bit = bytes([raw[at] ^ 1 << draw.randrange(8)])
+            file.write_bytes(raw[:at] + (bit + raw[at + 1 :] if kind == "bit" else b""))
+        what = f"{kind}: {file.relative_to(folder)}"
+
+        def restore(folder=folder):
+            found = Checkpoints(folder, 3, 1, read_only=True).restore(state)
+            if found is None:
+                raise UserError(f"{folder} has no checkpoint")
+            restored, meta = found
+            np.testing.assert_equal(vars(restored), vars(state))
+            if (meta["line"], meta["shapes"]) == (line, shapes):  # that byte says nothing
+                raise UserError(f"{folder} is whole")
+            return meta
+
+        yield what, str(folder), restore
+
+
 KINDS = {
-    config_fields: 150,
+    config_fields: 130,
+    checkpoints: 20,
     command_lines: 70,
     data_files: 80,
     model_folders: 90,

@@ -7,6 +7,7 @@ A disk may be full, read-only, failing or gone. Libraries tell of it in errors o
 import contextlib
 import errno
 import json
+import math
 import os
 import pathlib
 import re
@@ -129,22 +130,41 @@ def write_whole(path: str | pathlib.Path, text: str) -> None:
 _AS_WRITTEN = "put it back as it was written"
 
 
-def read_json_object(path: str | pathlib.Path, remedy: str = _AS_WRITTEN) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
+LARGEST_JSON = 64 << 20  # bytes; the index of a model of a thousand layers has some megabytes
 
-    Raises: UserError where it cannot be read, is no JSON, or holds something else.
+
+def read_json_object(path: str | pathlib.Path, remedy: str = _AS_WRITTEN) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args: remedy: what the user may do, the end of the message.
+    Raises: UserError for a file that cannot be read, is larger than LARGEST_JSON or no UTF-8, no
+        JSON or no object, nested too deep, states a key twice, or a number that is not finite.
     """
+    file = pathlib.Path(path)
     try:
-        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if file.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        found = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=_fields)
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror})", remedy) from error
     except RecursionError:
-        raise damaged(path, "nests deeper than any such file", remedy) from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise damaged(path, f"is not valid JSON ({shown(str(error))})", remedy) from error
+        raise damaged(path, "is not valid JSON (nested too deep)", remedy) from None
+    except ValueError as error:
+        raise damaged(path, f"is not valid JSON ({str(error)[:200]})", remedy) from error
     if not isinstance(found, dict):
-        raise damaged(path, f"holds {shown(found)}, not an object of keys", remedy)
+        raise damaged(path, f"holds {shown(found)}, not a JSON object ({{...}})", remedy)
     return found
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in held:
+            raise ValueError(f"{shown(name)} stands twice in an object")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{shown(name)} is {value}, no finite number")
+        held[name] = value
+    return held
 
 
 def damaged(path: str | pathlib.Path, what: str, remedy: str = _AS_WRITTEN) -> UserError:

@@ -3,10 +3,12 @@ line.
 """
 
 import functools
+import json
 import logging
 import pathlib
 import shutil
 import sys
+import zlib
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from spear_jax.core import pytrees
-from spear_jax.core.errors import UserError
-from spear_jax.core.files import writing
+from spear_jax.core.errors import UserError, shown
+from spear_jax.core.files import read_json_object, writing
 from spear_jax.core.mesh import barrier, is_main_process
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment
@@ -31,6 +33,8 @@ TREE = {
     "round": "round",
     "key": "key",
 }
+
+_TOLD = ("line", "shapes")
 
 
 class Checkpoints:
@@ -53,6 +57,8 @@ class Checkpoints:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.read_only = folder.resolve(), read_only
+        if not read_only:
+            self._set_aside_unreadable_metrics()
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["accuracy"],
             n=keep_best,
@@ -64,6 +70,8 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             best_fn=lambda metrics: metrics["accuracy"],
+            # a reader does without the metrics, which may be damaged
+            lightweight_initialize=read_only,
         )
         with writing(self.folder):
             self.manager = ocp.CheckpointManager(self.folder, options=options)
@@ -79,6 +87,7 @@ class Checkpoints:
         step = int(tree["round"])
         accuracy = line.get("eval/accuracy")
         meta = {"digest": pytrees.digest(tree), "line": line, "shapes": shapes}
+        meta["crc"] = _checksum(meta)
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
         metrics = None if accuracy is None else {"accuracy": accuracy}
         with writing(self.folder):
@@ -143,15 +152,34 @@ class Checkpoints:
             found = self.manager.restore(step, args=args)
         except Exception as error:
             return None, {}, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-        if pytrees.digest(found.state) != found.meta["digest"]:
+        meta = found.meta
+        if not isinstance(meta, dict) or not all(name in meta for name in ("digest", *_TOLD)):
+            return None, {}, f"its metadata is not what was saved: {shown(meta)}"
+        if meta.get("crc", _checksum(meta)) != _checksum(meta):  # 0.10 saved none
+            return None, {}, "its metadata does not match its checksum"
+        if pytrees.digest(found.state) != meta["digest"]:
             return None, {}, "its content does not match its digest"
         fields = {
             name: pytrees.from_dicts(found.state[key], getattr(like, name))
             for key, name in TREE.items()
         }
-        return ServerState(**fields), found.meta, None
+        return ServerState(**fields), meta, None
+
+    def _set_aside_unreadable_metrics(self) -> None:
+        """Moves steps aside whose metrics no manager could read."""
+        for file in sorted(self.folder.glob("*/metrics/metrics")):
+            if file.parts[-3].isdecimal():
+                try:
+                    read_json_object(file)
+                except UserError as error:
+                    say(f"warning: a checkpoint is corrupt: {error}", sys.stderr)
+                    self._move_aside(int(file.parts[-3]))
 
     def _set_aside(self, step: int) -> None:
+        self._move_aside(step)
+        self.manager.reload()
+
+    def _move_aside(self, step: int) -> None:
         target = self.folder / f"{step}.corrupt"
         barrier(f"read {target}")
         if is_main_process():
@@ -160,7 +188,11 @@ class Checkpoints:
                 (self.folder / str(step)).rename(target)
             say(f"warning: moved it to {target.name}; taking the one before it", sys.stderr)
         barrier(f"moved {target}")
-        self.manager.reload()
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    """Returns the CRC-32 of what a checkpoint's metadata tells beside the digest."""
+    return zlib.crc32(json.dumps([meta[name] for name in _TOLD]).encode())
 
 
 @functools.cache

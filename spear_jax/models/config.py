@@ -5,14 +5,13 @@ Source: transformers' LlamaConfig, Qwen2Config and Qwen3Config (release 5), whos
 
 import dataclasses
 import json
-import math
 import pathlib
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown, unknown
+from spear_jax.core.files import read_json_object
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-LARGEST_JSON = 64 << 20  # bytes; the index of a model of a thousand layers has some megabytes
 MOST_POSITIONS = 1 << 24  # float32 counts no further, and angles are made of float32 positions
 
 
@@ -178,44 +177,8 @@ def read_config(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"and *.safetensors. "
             "Give a Hugging Face model folder, a Hub id, or a .gguf file."
         )
-    raw = read_json(file, "fetch the model again")
+    raw = read_json_object(file, "fetch the model again")
     return parse_config(raw), raw
-
-
-def read_json(file: pathlib.Path, remedy: str) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Args: remedy: what the user may do, the end of the message.
-    Raises: UserError for a file that cannot be read, is larger than LARGEST_JSON or no UTF-8, no
-        JSON or no object, nested too deep, states a key twice, or a number that is not finite.
-    """
-
-    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        held: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in held:
-                raise ValueError(f"{shown(name)} stands twice in an object")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{shown(name)} is {value}, no finite number")
-            held[name] = value
-        return held
-
-    try:
-        if file.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"it has more than {LARGEST_JSON} bytes")
-        raw = json.loads(file.read_bytes().decode("utf-8"), object_pairs_hook=fields)
-    except RecursionError:
-        raise UserError(f"{file} is not valid JSON (nested too deep); {remedy}.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is not valid JSON ({_cut(error)}); {remedy}.") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{file} holds {shown(raw)}, not a JSON object ({{...}}); {remedy}.")
-    return raw
-
-
-def _cut(error: BaseException) -> str:
-    text = str(error)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:

@@ -285,6 +285,23 @@ def test_the_last_and_the_best_rounds_are_kept(built, tmp_path):
     assert Checkpoints(tmp_path / "c", 2, 1, read_only=True).rounds() == [1, 4, 5]
 
 
+def test_a_checkpoint_with_unreadable_metrics_is_set_aside_and_can_still_be_read(
+    built, tmp_path, capsys
+):
+    state = built.initial_state()
+    checkpoints = Checkpoints(tmp_path / "c", keep_last=2, keep_best=1)
+    for number in (1, 2):
+        line = {"round": number, "eval/accuracy": 0.5}
+        checkpoints.save(state.replace(round=np.int32(number)), line, {})
+    checkpoints.close()
+    (tmp_path / "c" / "2" / "metrics" / "metrics").write_text("{")
+    found, _ = Checkpoints(tmp_path / "c", 2, 1, read_only=True).restore(state)
+    assert int(found.round) == 2  # its state is whole
+    found, _ = Checkpoints(tmp_path / "c", 2, 1).restore(state)
+    assert int(found.round) == 1 and (tmp_path / "c" / "2.corrupt").is_dir()
+    assert "a checkpoint is corrupt: " in capsys.readouterr().err
+
+
 def test_evaluate_export_and_report_work_on_the_run(finished, tmp_path):
     workdir, _ = finished
     accuracy = evaluate_command.main([f"--workdir={workdir}", "--quiet"])

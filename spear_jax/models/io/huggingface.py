@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.core.files import disk_error, expanded
+from spear_jax.core.files import disk_error, expanded, read_json_object
 from spear_jax.core.surroundings import say
-from spear_jax.models.config import ModelConfig, parse_config, read_config, read_json
+from spear_jax.models.config import ModelConfig, parse_config, read_config
 from spear_jax.models.io.gguf import load_gguf
 from spear_jax.models.io.safetensors import INDEX, SINGLE, SafetensorsFolder, write_safetensors
 from spear_jax.models.io.tensor_map import (
@@ -210,7 +210,7 @@ def read_generation_config(folder: pathlib.Path) -> dict[str, Any] | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    return read_json(file, "fetch the model again, or delete this file")
+    return read_json_object(file, "fetch the model again, or delete this file")
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -226,7 +226,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            read_json(folder / name, "fetch the model with its tokenizer again")
+            read_json_object(folder / name, "fetch the model with its tokenizer again")
     try:
         return AutoTokenizer.from_pretrained(str(folder), use_fast=True, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):

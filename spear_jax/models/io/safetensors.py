@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.models.config import read_json
+from spear_jax.core.files import read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PIECE = 1 << 24  # numbers of a tensor that are compared at once
@@ -110,7 +110,7 @@ def _shard_index(folder: pathlib.Path) -> dict[str, str] | None:
             f"safetensors weights, or the path "
             "of a .gguf file itself."
         )
-    index = read_json(folder / INDEX, "fetch the model again").get("weight_map")
+    index = read_json_object(folder / INDEX, "fetch the model again").get("weight_map")
     if not isinstance(index, dict) or not index:
         raise UserError(
             f"{folder / INDEX} is damaged (its 'weight_map' is {shown(index)}, not an object of "
