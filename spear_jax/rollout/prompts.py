@@ -13,16 +13,24 @@ import datetime
 import functools
 import os.path
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown
+from spear_jax.core.surroundings import say
 from spear_jax.core.types import Example
 from spear_jax.tasks.base import Task
 
+_OPEN_TAG = re.compile(r"<((?:think|thought|reason)\w*)>\s*\Z")
 _TODAY = re.compile(r"""strftime_now\s*\(\s*(['"])(.*?)\1\s*\)""")
 CHAT_MODES = ("auto", "always", "never")
 MIN_SHARED_PREFIX = 16  # the shortest opening in tokens that is worth a pass of its own
+
+
+@functools.cache  # a run has several renderers of one template
+def _note(text: str) -> None:
+    say(f"note: {text}", sys.stderr)
 
 
 class PromptRenderer:
@@ -269,10 +277,25 @@ class PromptRenderer:
         return template
 
     def _find_opening(self) -> str:
-        """What the template writes between its generation prompt and a reply."""
+        """What the template writes between its generation prompt and a reply.
+
+        A note says so where a block of thought is open then, in which the header and gold
+        completions will stand.
+        """
         question, reply = "What is it?", "It is this."
         asked = [{"role": "user", "content": question}]
         prompt = self._rendered(asked, add_generation_prompt=True)
+        opening = self._between(prompt, asked, reply)
+        if tag := _OPEN_TAG.search(prompt + opening):
+            _note(
+                f"the chat template opens <{tag[1]}> before a reply, and closes it in none: the "
+                "header, answers and gold responses stand inside. To keep them out, set "
+                "--config.data.chat_template=never, or what closes it in "
+                "--config.data.chat_template_kwargs"
+            )
+        return opening
+
+    def _between(self, prompt: str, asked: list[dict[str, str]], reply: str) -> str:
         try:
             whole = self._rendered([*asked, {"role": "assistant", "content": reply}])
         except UserError:

@@ -287,3 +287,13 @@ def test_a_date_of_another_form_is_refused():
         Settings(data=Data(chat_template_kwargs='{"a": 1}', date="2026-01-31"))
     )
     assert found == ({"a": 1}, datetime.date(2026, 1, 31))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_block_of_thought_that_stays_open_before_answers_is_said(tokenizer, capsys, closed):
+    """DeepSeek-R1's distilled models: past replies are written without the block."""
+    ending = "<think></think>" if closed else "<think>\n"
+    tokenizer.chat_template = TEMPLATE.replace("<assistant>", f"<assistant>{ending}")
+    PromptRenderer(tokenizer, "auto", 200)
+    told = capsys.readouterr().err
+    assert ("opens <think> before a reply" in told) == (not closed)
