@@ -176,6 +176,7 @@ class Algorithm(abc.ABC):
         Settings: the frozen dataclass of its settings.
         reference: the fields that preset "reference" sets, from the method's published code; empty
             where there is none.
+        takes_verdicts: whether people may say right and wrong in the task's place.
         client_state: the keys of the algorithm's state that hold clients' own texts. Between real
             devices they stay with their client; the other keys are the server's.
         layout: the layout of rows; a property where it depends on settings.
@@ -189,6 +190,7 @@ class Algorithm(abc.ABC):
     Settings: ClassVar[type]
     reference: ClassVar[Mapping[str, object]] = {}
     client_state: ClassVar[tuple[str, ...]] = ()
+    takes_verdicts: ClassVar[bool] = False
     layout = RowLayout()
     scoring = Scoring()
 

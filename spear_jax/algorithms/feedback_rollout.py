@@ -62,8 +62,12 @@ class FeedbackRollout:
         return float(len(self.of(client)) if not wins and skip_weight == "rollouts" else len(wins))
 
     def of(self, client: int) -> list[int]:
-        """Returns the trace numbers of a client."""
-        return [number for number, trace in enumerate(self.traces) if trace.client == client]
+        """Returns the trace numbers of a client, those that nobody answered left out."""
+        return [
+            number
+            for number, trace in enumerate(self.traces)
+            if trace.client == client and trace.answered
+        ]
 
 
 def rollout_with_feedback(
@@ -79,7 +83,10 @@ def rollout_with_feedback(
     Args: strict_format: rewrite right answers of wrong form.
     """
     requests = requests_of(cohort, count)
-    traces = worker.answer(policy, requests, key)
+    asked = list(zip(worker.answer(policy, requests, key), requests, strict=True))
+    # of a first answer that was to be judged and was not, nothing is known
+    traces = [trace for trace, _ in asked if trace.answered]
+    requests = [request for trace, request in asked if trace.answered]
     rewrites = worker.rewrite(policy, traces, requests, key) if strict_format else {}
     worker.revise_until_right(policy, traces, requests, key)
     return FeedbackRollout(traces, requests, rewrites)

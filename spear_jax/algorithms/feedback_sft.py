@@ -53,6 +53,7 @@ class FeedbackSft(Algorithm):
     """Maximum likelihood of SPEAR's wins."""
 
     name = "feedback_sft"
+    takes_verdicts = True
     Settings = FeedbackSftSettings
     reference: ClassVar = {
         "federation.aggregation": "last",

@@ -93,6 +93,7 @@ class Spear(Algorithm):
     """
 
     name = "spear"
+    takes_verdicts = True
     Settings = SpearSettings
     reference: ClassVar = {
         "federation.aggregation": "last",  # A1

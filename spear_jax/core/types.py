@@ -96,11 +96,16 @@ class Trace:
     """A client's attempts at one example: a first answer, then revisions.
 
     Revisions end with a right one, or when their number is used up.
+
+    Attributes:
+        answered: False where feedback was asked for and nobody gave any; the trace then gives neither
+            a win nor a lose.
     """
 
     client: int
     example: Example
     attempts: list[Attempt]
+    answered: bool = True
 
     @property
     def first(self) -> Attempt:

@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from spear_jax.algorithms import build_algorithm
+from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import (
@@ -143,7 +143,7 @@ def build(
     settings = configs.parse(config)
     task = own.task or build_task(settings)
     feedback = own.feedback or get_feedback(
-        settings.rollout.feedback, task, settings.rollout.hint_words
+        settings.rollout.feedback, task, settings.rollout.hint_words, settings.feedback
     )
     check_processes(feedback)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
@@ -152,7 +152,10 @@ def build(
     mesh = make_mesh(devices, settings.devices.model)
     model = open_model(settings, mesh)
     algorithm = build_algorithm(settings, model.eos_ids)
-    algorithm.check(task, train_set, settings.rollout.feedback)
+    if feedback.judges:  # the task need not grade then
+        check_verdicts(algorithm)
+    else:
+        algorithm.check(task, train_set, settings.rollout.feedback)
     decoder = build_decoder(settings, model)
     adapter = starting_adapter(settings, decoder)
     evaluator = build_evaluator(settings, task, test_set, model, decoder, mesh, progress)
@@ -209,6 +212,16 @@ def build_worker(
         ),
         progress=progress,
     )
+
+
+def check_verdicts(algorithm: Algorithm) -> None:
+    """Raises UserError for a method whose wins and loses people cannot decide."""
+    if not algorithm.takes_verdicts:
+        able = [name for name, method in ALGORITHMS.items() if method.takes_verdicts]
+        raise UserError(
+            f"feedback.asks is 'verdict', but method {algorithm.name!r} grades by the gold answer; set "
+            f"--config.feedback.asks=hint, or take one of {', '.join(able)}."
+        )
 
 
 def check_processes(feedback: Feedback) -> None:

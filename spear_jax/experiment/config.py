@@ -19,6 +19,7 @@ from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.settings import choice, group, number, one_of, positive
 from spear_jax.federated import partition
 from spear_jax.federated.aggregation.server_optimizer import RULES
+from spear_jax.feedback.recorded import FeedbackSettings
 from spear_jax.models.attention import KERNELS
 from spear_jax.models.decoder import REMAT
 from spear_jax.models.quantization import KINDS
@@ -132,7 +133,8 @@ class Rollout:
     top_p: float = number(0.95, above=0, high=1)
     top_k: int = number(0, 0)  # 0 means all
     num_revisions: int = number(2, 0)
-    feedback: str = "oracle"  # oracle, none, human, oracle_published (A4), or one of your own
+    # oracle, none, human, service, replay, simulated, oracle_published (A4), or one of your own
+    feedback: str = "oracle"
     hint_words: int = number(3, 0)
     max_concurrent_sequences: int = number(64, 1)  # that generate at once, on all devices
     kv_cache_mb: int = number(0, 0)  # on a device; 0: 272 on a CPU, else a quarter of its memory
@@ -211,6 +213,7 @@ class Settings:
     data: Data = group(Data)
     federation: Federation = group(Federation)
     rollout: Rollout = group(Rollout)
+    feedback: FeedbackSettings = group(FeedbackSettings)
     train: Train = group(Train)
     eval: Eval = group(Eval)
     devices: Devices = group(Devices)

@@ -11,7 +11,8 @@ A preset has a name and an argument, as in `--config=spear:facts,tiny`. The argu
   or a Hugging Face folder, a .gguf file, or a Hub id.
 - variant: reference (the method's published code, defects included, where it has one), cpu (a small
   real model on two cores), small (the embedded tasks at the size that `compare` is documented with),
-  smoke (the embedded tasks at the smallest size: seconds, to see that a part of your own runs).
+  smoke (the embedded tasks at the smallest size: seconds, to see that a part of your own runs), live
+  (the embedded tasks for a few people at browsers).
 """
 
 import functools
@@ -100,7 +101,7 @@ def preset(
         method: a name of ALGORITHMS, or a class of your own, which then gets its config group.
         task: a name of TASKS, or a task of your own, to be passed to `Run` as well.
         model: a name of MODELS, a Hugging Face folder, a Hub id, or a .gguf file.
-        variants: "reference", and "small" or "smoke" (embedded tasks) or "cpu" (all others).
+        variants: "reference", and "small", "smoke" or "live" (embedded tasks) or "cpu" (all others).
     Raises: UserError for an unknown name.
     """
     name = method if isinstance(method, str) else register(method)
@@ -148,7 +149,7 @@ def _config(
             f"task {task!r} is about facts that only the embedded model lacks; give {task},tiny "
             f"instead of model {model!r}."
         )
-    known = {"small": small, "smoke": smoke} if task in EMBEDDED else {"cpu": cpu}
+    known = {"small": small, "smoke": smoke, "live": live} if task in EMBEDDED else {"cpu": cpu}
     config = default_config()
     config.task = task
     config.model, config.dtype = _model(model)
@@ -287,6 +288,19 @@ def smoke(config: ml_collections.ConfigDict) -> None:
     config.train.batch_size = 4
     config.lora.targets = ("q", "down")  # each more is time to compile
     config.eval.limit = 100
+
+
+def live(config: ml_collections.ConfigDict) -> None:
+    """Two people at browsers, eight questions each a round, who see what is right."""
+    config.rounds = 5
+    config.federation.num_clients = config.federation.clients_per_round = 2
+    config.rollout.feedback = "service"
+    config.feedback.show_right = True
+    config.rollout.examples = 8
+    config.rollout.num_revisions = 1
+    config.train.steps = 8
+    config.train.batch_size = 8
+    config.eval.every = 1
 
 
 def cpu(config: ml_collections.ConfigDict) -> None:

@@ -13,6 +13,7 @@ there.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import resource
@@ -31,7 +32,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.files import DiskError, write_whole, writing
 from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
 from spear_jax.core.surroundings import say
-from spear_jax.core.types import TraceRecord
+from spear_jax.core.types import Example, TraceRecord
 from spear_jax.experiment import run_folder
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
@@ -51,7 +52,8 @@ from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.round_metrics import BudgetUsed, accuracy_metrics
 from spear_jax.federated.state import ServerState
-from spear_jax.feedback.base import Feedback
+from spear_jax.feedback.base import Feedback, RunView
+from spear_jax.rollout.policy import Policy
 from spear_jax.tasks.base import Task
 
 
@@ -236,6 +238,7 @@ class Run:
                 last_first.callback(checkpoints.close)
             last_first.callback(logger.close)
             last_first.callback(self.bars.close)
+            last_first.callback(self._feedback.end_run)
 
     def __enter__(self) -> "Run":
         return self
@@ -302,8 +305,10 @@ class Run:
         blocked, compiles = 0.0, Compiles()
         while not self._over():
             self._check_folder()
+            self._feedback.begin_round(self.finished_rounds + 1)
             round = self._round(blocked, compiles)
             blocked = self._save()
+            self._feedback.end_round(round.number, round.metrics)
             self.bars.round_done(round.metrics)
             for callback in self.callbacks:
                 callback.on_round_end(self, round)
@@ -347,11 +352,42 @@ class Run:
             say(f"going on after round {self.finished_rounds}", sys.stderr)
         for callback in self.callbacks:
             callback.on_train_begin(self)
+        self._feedback.begin_run(self._view())
         if fresh:
             self.line = {"round": 0, "time": time.time()} | self._evaluated(0)
             self._check_folder()
             self._logger.write(self.line)
             self._save()
+            self._feedback.end_round(0, self.line)
+
+    @property
+    def _feedback(self) -> Feedback:
+        return self.experiment.federation.worker.feedback
+
+    def _view(self) -> RunView:
+        """The run as a feedback provider sees it."""
+        worker, settings = self.experiment.federation.worker, self.settings
+        sampling = self.experiment.evaluator.sampling
+
+        @functools.lru_cache(1)  # a merged copy of the base is made once a round
+        def policy(rounds: int) -> Policy:
+            lora = self.state.lora
+            if self.experiment.federation.local_only:  # the first client's
+                lora = jax.tree.map(lambda x: x[0], lora)
+            return worker.policy(lora)
+
+        def answer(asked: list[tuple[Example, str, str]]) -> list[str]:
+            return worker.reply(policy(self.finished_rounds), asked, sampling)
+
+        return RunView(
+            name=self.workdir.name,
+            folder=self.workdir,
+            clients=settings.federation.num_clients,
+            rounds=settings.rounds,
+            examples=worker.examples,
+            answer=answer,
+            count_tokens=lambda text: len(worker.renderer.tokenizer.encode(text)),
+        )
 
     def _check_folder(self) -> None:
         """Raises UserError where the folder is no longer this run's, or no longer there."""

@@ -19,6 +19,7 @@ SUMMED = (
     "rollout/tokens",
     "rollout/wins",
     "rollout/loses",
+    "feedback/",
     "round/clients",
     "round/bytes",
     "round/flops",

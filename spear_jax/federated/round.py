@@ -164,6 +164,7 @@ def round_of(
     metrics: dict[str, float] = {
         **trained.rollout_metrics(),
         **training_metrics(federation.algorithm.name, means),
+        **federation.worker.feedback.take_metrics(),
         "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
         "round/clients_without_wins": float((~active).sum()),
@@ -274,6 +275,7 @@ def train_clients(
         data = algorithm.collect(worker, policies.pop(), cohort, algorithm_state, phase_key, phase)
         if data.algorithm_state is not None:
             algorithm_state = data.algorithm_state
+        worker.feedback.end_rollouts()
         phases.append(data)
         if not phase:
             tokens = used.tokens + worker.tally.generated * algorithm.phases

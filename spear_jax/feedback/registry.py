@@ -4,6 +4,7 @@ from spear_jax.core.errors import unknown
 from spear_jax.feedback.base import Feedback
 from spear_jax.feedback.console import Human, Silent
 from spear_jax.feedback.oracle import Oracle
+from spear_jax.feedback.recorded import DEFAULTS, FeedbackSettings, Replay
 from spear_jax.tasks.base import Task
 
 PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human": Human}
@@ -11,14 +12,23 @@ PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human
 
 def providers() -> dict[str, type[Feedback]]:
     """Returns the providers by name; `oracle_published` repeats the published code's leaks (A4)."""
-    from spear_jax.feedback.published import PublishedOracle  # it builds on this file
+    from spear_jax.feedback.published import PublishedOracle  # they build on this file
+    from spear_jax.feedback.service import Service
+    from spear_jax.feedback.simulated import Simulated
 
-    return PROVIDERS | {"oracle_published": PublishedOracle}
+    return PROVIDERS | {
+        "service": Service,
+        "replay": Replay,
+        "simulated": Simulated,
+        "oracle_published": PublishedOracle,
+    }
 
 
-def get_feedback(name: str, task: Task, hint_words: int) -> Feedback:
+def get_feedback(
+    name: str, task: Task, hint_words: int, settings: FeedbackSettings = DEFAULTS
+) -> Feedback:
     """Builds the provider of that name; raises UserError for an unknown one."""
     known = providers()
     if name not in known:
         raise unknown("feedback", name, known)
-    return known[name](task, hint_words)
+    return known[name].build(task, hint_words, settings)

@@ -3,6 +3,7 @@ revises after feedback.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Attempt, Example, Progress, Tally, Trace, no_progress
-from spear_jax.feedback.base import Feedback, Request
+from spear_jax.feedback.base import NOBODY, Feedback, Request
 from spear_jax.packing.rows import TrainingRow
 from spear_jax.rollout.policy import Policy
 from spear_jax.rollout.prompts import PromptRenderer
@@ -81,10 +82,12 @@ class RolloutWorker:
         prompts = [self.data.prompts[request.example] for request in requests]
         examples = [self.examples[request.example] for request in requests]
         done = self._attempts(policy, examples, prompts, requests, key, 0, self.first, "rollout")
-        return [
+        traces = [
             Trace(request.client, example, [attempt])
             for request, example, attempt in zip(requests, examples, done, strict=True)
         ]
+        self._judge(traces, requests, key, 0)
+        return traces
 
     def revise_until_right(
         self,
@@ -100,13 +103,12 @@ class RolloutWorker:
         Args: limit: attempts; None means `num_revisions`.
         Source: SPEAR (arXiv 2605.07977), rollout step 3: feedback is always on the latest answer.
         """
-        pending = [i for i, trace in enumerate(traces) if not trace.last.correct]
+        pending = [i for i, x in enumerate(traces) if x.answered and not x.last.correct]
         for number in range(1, (self.num_revisions if limit is None else limit) + 1):
-            answers = [Request(traces[i].example, traces[i].last.text, number) for i in pending]
-            said = dict(zip(pending, self.feedback(answers), strict=True))
-            pending = [i for i in pending if said[i] is not None]
             if not pending:
                 return
+            said = self._comments(pending, traces, requests, key, number)
+            pending = list(said)
             prompts = [
                 self._revision(traces[i].example, traces[i].last.text, said[i]) for i in pending
             ]
@@ -116,6 +118,7 @@ class RolloutWorker:
             )
             for i, attempt in zip(pending, done, strict=True):
                 traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
+            self._judge([traces[i] for i in pending], own, key, number)
             pending = [i for i in pending if not traces[i].last.correct]
 
     def rewrite(
@@ -144,6 +147,29 @@ class RolloutWorker:
             rewrites[i] = attempt if whole else None
         return rewrites
 
+    def reply(
+        self, policy: Policy, asked: list[tuple[Example, str, str]], config: SamplingConfig
+    ) -> list[str]:
+        """Returns answers to questions beside a round's: nothing is recorded or trained on.
+
+        Args: asked: (example, previous answer, feedback); the last two are "" for a first answer.
+        Raises: UserError for a prompt over the limit.
+        """
+        prompts = [
+            self._revision(example, answer, said)
+            if said
+            else self.renderer.prompt(self.task, example)
+            for example, answer, said in asked
+        ]
+        keys = np.zeros((len(prompts), 2), np.uint32)  # greedy: never read
+        made: dict[int, str] = {}
+
+        def keep(i: int, completion: Completion) -> None:
+            made[i] = self.renderer.decode(completion.tokens)
+
+        self.sampler.generate(policy.lora, policy.base, prompts, keys, config, keep)
+        return [made[i] for i in range(len(prompts))]
+
     def score(self, policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
         """Returns float32[len(completion)] a row: log-probabilities of its completion in nats,
         without gradient and untempered.
@@ -152,6 +178,56 @@ class RolloutWorker:
         tokens = self.first.max_rows * Scorer.mean_tokens(rows)
         lengths = self.data.prompt_length, self.data.completion_length
         return self.scorer.score(policy, rows, "score", tokens, lengths).logprobs
+
+    def _comments(
+        self,
+        pending: list[int],
+        traces: list[Trace],
+        requests: list[RolloutRequest],
+        key: jax.Array,
+        number: int,
+    ) -> dict[int, str]:
+        """What is said, before revision `number`, of the newest answers of pending traces; those of
+        which nothing is said are left out.
+        """
+        behind, own = [traces[i] for i in pending], [requests[i] for i in pending]
+        asked = [
+            dataclasses.replace(request, attempt=number)
+            for request in self._requests(behind, own, key, number - 1)
+        ]
+        said = dict(zip(pending, self.feedback(asked), strict=True))
+        for i, text in said.items():
+            traces[i].answered &= number > 1 or text is not NOBODY
+        return {i: text for i, text in said.items() if isinstance(text, str)}
+
+    def _judge(
+        self, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array, number: int
+    ) -> None:
+        """Has the newest attempt of each trace, its `number`-th, called right or wrong where the
+        provider does so in the task's place.
+        """
+        if not self.feedback.judges or not traces:
+            return
+        verdicts = self.feedback.judge(self._requests(traces, requests, key, number))
+        for trace, verdict in zip(traces, verdicts, strict=True):
+            trace.last.correct = bool(verdict)
+            if not number:
+                trace.answered = verdict is not None
+
+    def _requests(
+        self, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array, number: int
+    ) -> list[Request]:
+        """The newest answers, each the `number`-th attempt of its trace, for the provider."""
+        ids = [""] * len(traces)
+        if self.feedback.asks_by_id:
+            ids = [
+                f"{high:08x}{low:08x}-{zlib.crc32(trace.last.text.encode()):08x}"
+                for trace, (high, low) in zip(traces, row_keys(key, requests, number), strict=True)
+            ]
+        return [
+            Request(trace.example, trace.last.text, number, id, trace.client)
+            for trace, id in zip(traces, ids, strict=True)
+        ]
 
     def _revision(self, example: Example, answer: str, feedback: str) -> list[int]:
         limit = self.data.revision_limit
