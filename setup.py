@@ -11,6 +11,15 @@ DOCS = [  # the site of docs/
     "myst-nb>=1.3,<2",  # notebooks as pages
     "furo>=2024.8,<2027",  # a theme that depends on Sphinx alone and works without JavaScript
 ]
+LIVE = [  # serve, and runs that ask people
+    "fastapi>=0.115,<1",
+    "uvicorn>=0.32,<1",
+    "sqlalchemy>=2.0.31,<2.2",
+    "httpx>=0.27,<1",
+    "itsdangerous>=2.2,<3",
+    "tenacity>=9,<10",
+    "krippendorff>=0.8,<1",
+]
 
 setup(
     name="spear-jax",
@@ -40,7 +49,9 @@ setup(
     python_requires=">=3.11",
     # configs/ stays in the repository: presets are found by name, spear_jax/experiment/presets.py
     packages=find_packages(include=["spear_jax", "spear_jax.*"]),
-    package_data={"spear_jax": ["py.typed", "assets/tiny/*", "analysis/report/*.html"]},
+    package_data={
+        "spear_jax": ["py.typed", "assets/tiny/*", "analysis/report/*.html", "service/page/*"]
+    },
     entry_points={"console_scripts": ["spear-jax = spear_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
@@ -78,9 +89,13 @@ setup(
             "ipykernel>=6,<8",
             "setuptools>=70.1",  # with wheel: the test of the wheel builds one
             "wheel>=0.43",
+            *LIVE,
+            "psycopg[binary]>=3.2,<4",  # tests with a PostgreSQL where Debian's is installed
             *DOCS,
         ],
         "docs": DOCS,
+        "live": LIVE,
+        "postgres": ["psycopg[binary]>=3.2,<4"],  # serve --database=postgresql+psycopg://...
         # ipywidgets: without it tqdm warns in a notebook
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8", "ipywidgets>=8,<9"],
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
