@@ -133,7 +133,8 @@ class Rollout:
     top_p: float = number(0.95, above=0, high=1)
     top_k: int = number(0, 0)  # 0 means all
     num_revisions: int = number(2, 0)
-    # oracle, none, human, service, replay, simulated, oracle_published (A4), or one of your own
+    # oracle, none, human, service, judge, reward, simulated, mixture, replay, oracle_published (A4),
+    # or one of your own
     feedback: str = "oracle"
     hint_words: int = number(3, 0)
     max_concurrent_sequences: int = number(64, 1)  # that generate at once, on all devices

@@ -39,8 +39,11 @@ class FeedbackSettings:
     deadline: float = number(0.0, 0)  # seconds for first answers, and for each revision; 0 is none
     answers: int = number(0, 0)  # so many end the waiting; 0: all
     quorum: float = number(1.0, above=0, high=1)  # this share of each client's ends the waiting
-    url: str = ""  # of the service
-    token: str = "SPEAR_FEEDBACK_TOKEN"  # the environment variable that holds the service's token
+    url: str = ""  # of the service, or of the judge's endpoint
+    token: str = "SPEAR_FEEDBACK_TOKEN"  # the environment variable that holds the token for it
+    model: str = ""  # of judge: what its endpoint calls it
+    reward: str = ""  # of reward: MODULE:FUNCTION
+    mixture: str = ""  # of mixture: "0-3=service,4=judge,*=oracle", by client
     replay: str = ""  # a run folder, or its feedback.jsonl
     reply_rate: float = number(1.0, 0, 1)  # of simulated people: how often they answer
     error_rate: float = number(

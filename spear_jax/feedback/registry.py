@@ -12,7 +12,10 @@ PROVIDERS: dict[str, type[Feedback]] = {"oracle": Oracle, "none": Silent, "human
 
 def providers() -> dict[str, type[Feedback]]:
     """Returns the providers by name; `oracle_published` repeats the published code's leaks (A4)."""
+    from spear_jax.feedback.judge import Judge
+    from spear_jax.feedback.mixture import Mixture
     from spear_jax.feedback.published import PublishedOracle  # they build on this file
+    from spear_jax.feedback.reward import Reward
     from spear_jax.feedback.service import Service
     from spear_jax.feedback.simulated import Simulated
 
@@ -20,6 +23,9 @@ def providers() -> dict[str, type[Feedback]]:
         "service": Service,
         "replay": Replay,
         "simulated": Simulated,
+        "judge": Judge,
+        "reward": Reward,
+        "mixture": Mixture,
         "oracle_published": PublishedOracle,
     }
 

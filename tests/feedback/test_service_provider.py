@@ -1,0 +1,191 @@
+"""A run that is taught through the service: two people, kills, and late people."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from processes import environment
+from run_sizes import SMALL
+
+import spear_jax as sj
+from spear_jax.core.errors import UserError
+from spear_jax.feedback.recorded import FILE, FeedbackSettings
+from spear_jax.feedback.registry import get_feedback
+from spear_jax.tasks import get_task
+
+httpx = pytest.importorskip("httpx", reason="live feedback needs pip install -e .[live]")
+pytest.importorskip("uvicorn", reason="live feedback needs pip install -e .[live]")
+
+TASK = get_task("facts")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """The service in a process of its own, at a free port: (url, tokens by name)."""
+    folder = tmp_path_factory.mktemp("service")
+    command = [sys.executable, "-m", "spear_jax.serve", f"--folder={folder}", "--people=2"]
+    command += ["--clients=2", "--port=0", "--undo=0"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    url = process.stdout.readline().split()[-1].partition("/?")[0]
+    users = json.loads((folder / "tokens.json").read_text())["users"]
+    yield url, {user["name"]: user["token"] for user in users}
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+class Person(threading.Thread):
+    """Somebody who leases, and says right or wrong of what they know, with a hint."""
+
+    def __init__(self, url, token, examples, most=10**9):
+        super().__init__(daemon=True)
+        headers = {"Authorization": f"Bearer {token}"}
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=30)
+        self.known = {TASK.question(example): example for example in examples}
+        self.most, self.ids, self.done = most, [], threading.Event()
+
+    def run(self):
+        while not self.done.is_set() and len(self.ids) < self.most:
+            reply = self.client.post("/api/lease")
+            if reply.status_code != 200:
+                time.sleep(0.05)
+                continue
+            item = reply.json()
+            example = self.known[item["question"]]
+            assert item["right"] == example.options[example.gold]
+            right = TASK.grade(item["answer"], example)
+            hint = None if right else TASK.hint(example, 3)
+            body = {"verdict": "right" if right else "wrong", "hint": hint}
+            if item["asks"] == "hint":
+                assert not right
+                body["verdict"] = None
+            self.client.put(f"/api/answers/{item['id']}", json=body).raise_for_status()
+            self.ids.append(item["id"])
+
+
+def config(url, **fields):
+    made = sj.preset("spear", task="facts", model="tiny", variants=["live"])
+    made.update_from_flattened_dict(
+        SMALL
+        | {"rounds": 2, "federation.num_clients": 2, "federation.clients_per_round": 2}
+        | {"feedback.url": url, "rollout.feedback": "service"}
+        | fields
+    )
+    return made
+
+
+@pytest.fixture
+def people(service, monkeypatch):
+    url, tokens = service
+    monkeypatch.setenv("SPEAR_FEEDBACK_TOKEN", tokens["trainer"])
+    started = []
+
+    def start(count=2, **given):
+        for i in range(count):
+            person = Person(url, tokens[f"person-{i}"], TASK.generate("train"), **given)
+            person.start()
+            started.append(person)
+        return started
+
+    yield start
+    for person in started:
+        person.done.set()
+        person.join(30)
+
+
+def lines(folder, file):
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def test_two_people_teach_a_run_and_a_replay_gives_the_same_bits(service, people, tmp_path):
+    url, tokens = service
+    both = people()
+    run = sj.Run(config(url, **{"feedback.asks": "verdict"}), tmp_path / "taught", quiet=True)
+    run.train()
+    said = lines(tmp_path / "taught", FILE)
+    assert {line["user"] for line in said} == {"person-0", "person-1"}
+    assert all(line["answered"] and int(line["user"][-1]) == line["client"] for line in said)
+    assert sorted(line["id"] for line in said) == sorted(both[0].ids + both[1].ids)
+    fields = {"rollout.feedback": "replay", "feedback.replay": str(tmp_path / "taught")}
+    again = sj.Run(
+        config(url, **fields, **{"feedback.asks": "verdict"}), tmp_path / "again", quiet=True
+    )
+    again.train()
+    for one, other in zip(
+        lines(tmp_path / "taught", "metrics.jsonl"),
+        lines(tmp_path / "again", "metrics.jsonl"),
+        strict=True,
+    ):
+        same = [x for x in one if not x.startswith(("time", "memory", "compile", "budget/sec"))]
+        assert [one[name] for name in same] == [other[name] for name in same]
+    status = httpx.get(
+        f"{url}/api/status", headers={"Authorization": f"Bearer {tokens['person-0']}"}
+    ).json()
+    assert status["run"] == "taught" and status["phase"] == "done"
+    assert [round for round, _ in status["curve"]] == [0, 1, 2]
+    assert [sample["round"] for sample in status["samples"]] == [0, 1, 2]
+
+
+def test_a_run_that_is_killed_among_people_asks_nobody_again(service, people, tmp_path):
+    url, tokens = service
+    folder = tmp_path / "killed"
+    fields = {"feedback.asks": "hint", "federation.num_clients": 2}
+    flags = [f"--config.{name}={value!r}" for name, value in (SMALL | fields).items()]
+    command = [sys.executable, "-m", "spear_jax.train", "--config=spear:facts,tiny,live"]
+    command += [*flags, "--config.rounds=1", "--config.federation.clients_per_round=2"]
+    command += [f"--config.feedback.url={url}", f"--workdir={folder}", "--quiet"]
+    env = environment() | {"SPEAR_FEEDBACK_TOKEN": tokens["trainer"]}
+    process = subprocess.Popen(command, env=env)
+    some = people(most=2)
+    until = time.monotonic() + 120
+    while sum(len(person.ids) for person in some) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {x for person in some for x in person.ids}
+    assert len(before) == 4
+    people()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = lines(folder, FILE)
+    ids = [line["id"] for line in said]
+    assert len(set(ids)) == len(ids) and before <= set(ids) and len(ids) > 4
+    assert all(line["answered"] for line in said)
+
+
+def test_a_deadline_ends_the_waiting_and_the_rest_counts_for_nothing(service, people, tmp_path):
+    url, _ = service
+    people(most=1)
+    fields = {"feedback.asks": "verdict", "feedback.deadline": 3.0, "rounds": 1}
+    run = sj.Run(config(url, **fields), tmp_path / "late", quiet=True)
+    (round,) = list(run)
+    said = lines(tmp_path / "late", FILE)
+    answered = [line for line in said if line["answered"]]
+    assert 1 <= len(answered) < len(said)
+    assert round.metrics["feedback/answered"] == len(answered)
+    assert len(round.traces) == len([line for line in answered if line["attempt"] == 0])
+
+
+@pytest.mark.parametrize(
+    "settings, token, words",
+    [
+        ({}, "x", "feedback.url is ''"),
+        ({"url": "ftp://here"}, "x", "feedback.url is 'ftp://here'"),
+        ({"url": "http://here"}, "", "SPEAR_FEEDBACK_TOKEN, which is empty"),
+    ],
+)
+def test_a_service_without_address_or_token_is_refused(monkeypatch, settings, token, words):
+    monkeypatch.setenv("SPEAR_FEEDBACK_TOKEN", token)
+    with pytest.raises(UserError, match=words):
+        get_feedback("service", TASK, 3, FeedbackSettings(**settings))
+
+
+def test_a_wrong_token_is_one_message(service, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPEAR_FEEDBACK_TOKEN", "nonsense")
+    with pytest.raises(UserError, match="does not take POST /api/runs: 401"):
+        sj.Run(config(service[0]), tmp_path / "run", quiet=True).train()
