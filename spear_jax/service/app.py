@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import secrets
@@ -35,10 +36,11 @@ from spear_jax.core.errors import shown
 from spear_jax.service import security
 from spear_jax.service.agreement import agreement
 from spear_jax.service.security import COOKIE, Buckets, Gate, Keys
-from spear_jax.service.store import Refused, Store, User
+from spear_jax.service.store import Call, Refused, Store, User
 from spear_jax.service.webhooks import Webhooks
 
 PAGE = pathlib.Path(__file__).parent / "page"
+WRITES = 100  # calls of one transaction
 LONGEST_WAIT = 25.0  # seconds of a long poll
 RATES = {"person": 100.0, "trainer": 500.0, "admin": 100.0, "nobody": 50.0}  # requests a second
 
@@ -130,15 +132,56 @@ class Service:
         self._waiting = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.counts: dict[str, int] = {}  # of the database, at the end
-        # SQLite takes one writer at a time; a second thread would wait for it in naps.
-        workers = 1 if self.store.engine.dialect.name == "sqlite" else 8
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, "store")
+        self._queue: list[tuple[Call, asyncio.Future[Any]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._threads = concurrent.futures.ThreadPoolExecutor(8, "store")
+        self._at_hand = self.store.engine.dialect.name == "sqlite"
         environment = jinja2.Environment(loader=jinja2.FileSystemLoader(PAGE), autoescape=True)
         self.page = environment.get_template("index.html")
 
-    async def call(self, function: Callable[..., T], *given: Any) -> T:
-        """Calls a method of the store in its thread."""
+    async def call(self, method: Callable[..., T], *given: Any) -> T:
+        """Calls a method of the store. What it writes is on disk when this returns.
+
+        Calls that write and come while another is on its way to the disk go there together. SQLite
+        is asked from the loop's own thread: two threads that compute take Python's lock from one
+        another, which costs more than the statements. Its commits, which wait for the disk, and
+        other databases have threads.
+        """
+        within = getattr(method, "within", None)
+        if within is None:
+            return method(*given) if self._at_hand else await self._in_thread(method, *given)
+        future = asyncio.get_running_loop().create_future()
+        self._queue.append(((functools.partial(within, self.store), given), future))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_all())
+        return await future
+
+    async def _in_thread(self, function: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *given)
+
+    async def _write_all(self) -> None:
+        """Writes what is queued, in the order in which it came."""
+        while self._queue:
+            queued, self._queue = self._queue[:WRITES], self._queue[WRITES:]
+            try:
+                outcomes = await self._write([call for call, _ in queued])
+            except Exception as error:  # the database is gone
+                outcomes = [error] * len(queued)
+            for (_, future), outcome in zip(queued, outcomes, strict=True):
+                if future.done():  # who asked has gone
+                    continue
+                if isinstance(outcome, Exception):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+
+    async def _write(self, calls: list[Call]) -> list[Any]:
+        if self._at_hand:
+            with contextlib.suppress(sa.exc.OperationalError), self.store.engine.connect() as on:
+                outcomes = self.store.make(on, calls)
+                await self._in_thread(on.commit)
+                return outcomes
+        return await self._in_thread(self.store.write, calls)
 
     def changed(self, *topics: str) -> None:
         """Tells who waits that the state is another."""
@@ -235,6 +278,8 @@ class Service:
         with contextlib.suppress(sa.exc.SQLAlchemyError):
             await self.write_refused()
         self.counts = await self.call(self.store.counts)
+        if self._writer is not None:
+            await self._writer
         self._threads.shutdown()
         self.store.close()
 
@@ -632,7 +677,7 @@ async def export(request: Request, user: Admin, run: RunName) -> Response:
     batches = service.store.export(run)
 
     async def lines() -> AsyncIterator[bytes]:
-        while (batch := await service.call(next, batches, None)) is not None:
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
             told = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in batch)
             yield "".join(f"{line}\n" for line in told).encode("utf-8")
 
@@ -643,7 +688,7 @@ async def export(request: Request, user: Admin, run: RunName) -> Response:
 async def agree(request: Request, user: Admin, run: RunName) -> Response:
     """Krippendorff's alpha of people who answered the same requests, and counts."""
     service = _service(request)
-    votes = await service.call(service.store.votes, run)
+    votes = await asyncio.to_thread(service.store.votes, run)
     await service.note(user.name, "agreement", run)
     return reply({"run": run, **await asyncio.to_thread(agreement, votes)})
 
@@ -818,7 +863,7 @@ def make_app(settings: Settings) -> fastapi.FastAPI:
         },
     )
     app.state.service = service
-    for router in (trainer, people, admin, page):
+    for router in (people, trainer, admin, page):
         app.include_router(router)
     app.add_middleware(
         Gate,

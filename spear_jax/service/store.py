@@ -1,8 +1,9 @@
 """The tables of the service, and every statement that reads or writes them.
 
 One process writes. A statement that changes something runs in a transaction that takes its locks at
-the start (SQLite) or row by row (PostgreSQL, `FOR UPDATE`), and is on disk when the method returns.
-A method may be called again with the same arguments after a reply was lost: it does nothing twice.
+the start (SQLite) or row by row (PostgreSQL, `FOR UPDATE`), and is on disk when the method returns;
+calls that come together share a transaction, since the disk takes most of the time. A method may be
+called again with the same arguments after a reply was lost: it does nothing twice.
 
 Locks of rows are taken in one order: leases, requests, the run. The run's counter gives every
 delivered answer its cursor, so that a reader who has seen cursor 7 has seen all up to 7.
@@ -29,6 +30,7 @@ CHUNK = 500  # values of one IN (...)
 P = ParamSpec("P")
 T = TypeVar("T")
 Row = dict[str, Any]
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 class Refused(Exception):
@@ -272,21 +274,17 @@ _MINE = sa.select(sa.func.count()).where(
 def writes(
     method: Callable[Concatenate["Store", sa.Connection, P], T],
 ) -> Callable[Concatenate["Store", P], T]:
-    """Gives a method one transaction that writes; one that lost a race or its connection is tried
-    again.
-    """
+    """Gives a method a transaction that writes: its own, or with `Store.write` one of several."""
 
     @functools.wraps(method)
     def whole(self: "Store", *args: P.args, **kwargs: P.kwargs) -> T:
-        for last in (False, True):
-            try:
-                with self.engine.begin() as connection:
-                    return method(self, connection, *args, **kwargs)
-            except (sa.exc.IntegrityError, sa.exc.OperationalError):
-                if last:
-                    raise
-        raise AssertionError
+        bound = functools.partial(method, self)
+        (outcome,) = self.write([(bound, args)])
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
+    whole.within = method  # type: ignore[attr-defined]
     return whole
 
 
@@ -362,6 +360,45 @@ class Store:
                 f"the database {_without_password(url)} cannot be opened "
                 f"({shown(str(error.orig), 200)}); check its place, its rights and that its server runs."
             ) from error
+
+    def write(self, calls: list[Call]) -> list[Any]:
+        """Makes calls in one transaction, which is on disk when this returns.
+
+        Args: calls: (method, arguments) each; the method takes the connection first.
+        Returns: what each returned, or the exception that it raised; that one then left nothing.
+        """
+        for last in (False, True):
+            try:
+                with self.engine.connect() as on:
+                    outcomes = self.make(on, calls)
+                    on.commit()
+                    return outcomes
+            except sa.exc.OperationalError:  # a connection that was lost, a lock that was not had
+                if last:
+                    raise
+        raise AssertionError
+
+    def make(self, on: sa.Connection, calls: list[Call]) -> list[Any]:
+        """As `write`, in a transaction of the caller's."""
+        outcomes: list[Any] = []
+        if len(calls) == 1:  # which may take all back
+            ((method, given),) = calls
+            try:
+                return [method(on, *given)]
+            except (Refused, sa.exc.IntegrityError) as error:
+                on.rollback()
+                return [error]
+        for method, given in calls:
+            saved = on.begin_nested()
+            try:
+                outcomes.append(method(on, *given))
+                saved.commit()
+            except (sa.exc.OperationalError, sa.exc.InterfaceError):
+                raise
+            except Exception as error:
+                saved.rollback()
+                outcomes.append(error)
+        return outcomes
 
     def close(self) -> None:
         """Closes every connection."""
@@ -471,7 +508,7 @@ class Store:
         on.execute(requests.update().where(left).values(closed=True, open=False))
         for row in begun:
             on.execute(requests.update().where(requests.c.key == row["key"]).values(done=True))
-            self._deliver(on, row, late=False)
+            self._deliver(on, row, self._votes(on, row), late=False)
 
     # Requests
 
@@ -652,7 +689,10 @@ class Store:
         )
         on.execute(_GIVE, {"_key": held["key"], "_done": held["done"] or deliver})
         if deliver:
-            self._deliver(on, held, late)
+            votes = (
+                self._votes(on, held) if held["given"] else [(user.name, verdict, hint, seconds)]
+            )
+            self._deliver(on, held, votes, late)
         return True
 
     def _same_answer(
@@ -684,14 +724,20 @@ class Store:
                 "POST /api/undo first.",
             )
 
-    def _deliver(self, on: sa.Connection, request: Any, late: bool) -> None:
+    def _votes(self, on: sa.Connection, request: Any) -> list[Any]:
+        """(who, verdict, hint, seconds) of each answer to a request, oldest first."""
+        return list(
+            on.execute(
+                sa.select(log.c.who, log.c.verdict, log.c.hint, log.c.seconds)
+                .where(log.c.request == request["key"], log.c.what == "answer")
+                .where(sa.not_(log.c.undone))
+                .order_by(log.c.key)
+            )
+        )
+
+    def _deliver(self, on: sa.Connection, request: Any, votes: list[Any], late: bool) -> None:
         """Puts the resolved answer of a request where the trainer collects it."""
-        votes = on.execute(
-            sa.select(log.c.who, log.c.verdict, log.c.hint, log.c.seconds)
-            .where(log.c.request == request["key"], log.c.what == "answer", sa.not_(log.c.undone))
-            .order_by(log.c.key)
-        ).all()
-        verdict, hint = resolve([(vote.verdict, vote.hint) for vote in votes])
+        verdict, hint = resolve([(verdict, hint) for _, verdict, hint, _ in votes])
         on.execute(
             _ADD_DELIVERY,
             {
@@ -700,8 +746,8 @@ class Store:
                 "request": request["key"],
                 "verdict": verdict,
                 "hint": hint,
-                "who": ", ".join(vote.who for vote in votes),
-                "seconds": sum(vote.seconds for vote in votes) / len(votes),
+                "who": ", ".join(who for who, *_ in votes),
+                "seconds": sum(seconds for *_, seconds in votes) / len(votes),
                 "time": self.clock(),
                 "late": late,
                 "undone": False,
