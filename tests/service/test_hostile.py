@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from spear_jax.service import security
 
-SCRIPT = '<script>window.hacked=1</script><img src=x onerror="hacked=1"> & \'" \u202e\ud83d\ude00'
+SCRIPT = '<script>window.hacked=1</script><img src=x onerror="hacked=1"> & \'" \u202e\U0001f600'
 DEEP = b'{"hint": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
 JSON = {"Content-Type": "application/json"}
 
