@@ -83,7 +83,8 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
         ) from error
     start, folder = time.monotonic(), expanded(args.folder)
     with _alone(folder), _listening(args.host, args.port) as listener:
-        host = f"[{args.host}]" if ":" in args.host else args.host
+        host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
+        host = f"[{host}]" if ":" in host else host
         url = f"http://{host}:{listener.getsockname()[1]}"
         settings = Settings(
             folder=folder,
@@ -113,6 +114,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
             timeout_graceful_shutdown=10,
             timeout_keep_alive=75,
             ws="none",
+            limit_concurrency=5_000,
             h11_max_incomplete_event_size=64 << 10,
         )
         with contextlib.suppress(KeyboardInterrupt):

@@ -75,9 +75,10 @@ class Settings:
     rates: dict[str, float] = dataclasses.field(default_factory=lambda: dict(RATES))
 
     @property
-    def url(self) -> str:
+    def url(self) -> str | sa.URL:
         """Of the database."""
-        return self.database or f"sqlite:///{(self.folder / 'feedback.db').absolute()}"
+        file = self.folder / "feedback.db"
+        return self.database or sa.URL.create("sqlite", database=str(file.absolute()))
 
 
 class Bell:
@@ -122,9 +123,10 @@ class Service:
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.issued = security.issue(settings.folder, settings.people, settings.clients)
         self.store = Store(settings.url, settings.lease, settings.voices)
-        self.store.set_users(security.users_of(self.issued))
+        users = security.users_of(self.issued)
+        self.store.set_users(users)
         self.links = security.write_tokens(settings.folder, self.issued, settings.address)
-        self.keys = Keys(self.issued["secret"], self.store.users())
+        self.keys = Keys(self.issued["secret"], users)
         self.bell, self.webhooks, self.buckets = Bell(), Webhooks(), Buckets()
         self.refused: collections.Counter[tuple[str, int]] = collections.Counter()
         self.version = time.time_ns() // 1_000_000  # higher than that of an earlier process
@@ -293,9 +295,15 @@ def _plain(text: str) -> str:
     return text
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("it holds characters that cannot be printed; use others")
+    return name
+
+
 def _addressable(name: str) -> str:
-    if not name.isprintable() or {".", "..", ""} & set(name.split("/")):
-        raise ValueError("it cannot stand in an address; use printable characters")
+    if {".", "..", ""} & set(_printable(name).split("/")):
+        raise ValueError("it cannot stand in an address; leave out '.', '..' and empty parts")
     return name
 
 
@@ -306,7 +314,7 @@ def text(longest: int, shortest: int = 0) -> Any:
 
 
 Id = Annotated[text(64, 1), pydantic.AfterValidator(_addressable)]
-Name = Annotated[text(200, 1), pydantic.AfterValidator(_addressable)]
+Name = Annotated[text(200, 1), pydantic.AfterValidator(_printable)]
 Number = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 Verdict = Literal["right", "wrong"]
 Cursor = Annotated[int, fastapi.Query(ge=0, lt=2**53)]
@@ -708,8 +716,9 @@ async def add_webhook(request: Request, user: Admin, body: WebhookBody) -> Respo
     X-Spear-Signature is "sha256=" and the HMAC-SHA256 of the body in hex.
     """
     service = _service(request)
-    row = await service.call(service.store.add_webhook, user.name, body.url, secrets.token_hex(32))
-    return reply({"id": str(row["key"]), "url": row["url"], "secret": row["secret"]})
+    secret = secrets.token_hex(32)
+    secret = await service.call(service.store.add_webhook, user.name, body.url, secret)
+    return reply({"url": body.url, "secret": secret})
 
 
 @admin.get("/webhooks")
@@ -717,15 +726,15 @@ async def list_webhooks(request: Request, user: Admin) -> Response:
     """The URLs that are told of new rounds."""
     service = _service(request)
     rows = await service.call(service.store.webhooks)
-    return reply({"webhooks": [{"id": str(row["key"]), "url": row["url"]} for row in rows]})
+    return reply({"webhooks": [row["url"] for row in rows]})
 
 
-@admin.delete("/webhooks/{id}")
-async def drop_webhook(request: Request, user: Admin, id: ChatKey) -> Response:
+@admin.delete("/webhooks")
+async def drop_webhook(request: Request, user: Admin, body: WebhookBody) -> Response:
     """Tells a URL no more."""
     service = _service(request)
-    await service.call(service.store.drop_webhook, user.name, id)
-    return reply({"id": str(id)})
+    await service.call(service.store.drop_webhook, user.name, body.url)
+    return reply({"url": body.url})
 
 
 # The page
@@ -735,7 +744,7 @@ SIGN_IN = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Sign in</title>
 <main><h1>Open your link</h1>
 <p>This page opens with the link that you were given, which holds your token. If you just opened it,
-<a href="/">go on</a>.</p></main></html>
+<a href="./">go on</a>.</p></main></html>
 """
 
 
@@ -763,7 +772,7 @@ async def _sign_in(request: Request, token: str) -> Response:
         service.buckets.take(f"address {address}", service.settings.rates["nobody"])
         return HTMLResponse(SIGN_IN, 401)
     await service.note(user.name, "login")
-    answer = RedirectResponse("/", 303)
+    answer = RedirectResponse("./", 303)
     answer.set_cookie(
         COOKIE,
         service.keys.session(token),
@@ -827,10 +836,6 @@ async def _busy(_: Request, error: Exception) -> Response:
     return _error(503, "the database did not take the request; send it again in a moment.")
 
 
-async def _failed(_: Request, error: Exception) -> Response:
-    return _error(500, "the service failed; its log says why.")
-
-
 def _error(status: int, message: str) -> Response:
     headers = {"Retry-After": "1"} if status in (429, 503) else {}
     return Response(
@@ -859,7 +864,6 @@ def make_app(settings: Settings) -> fastapi.FastAPI:
             RequestValidationError: _invalid,
             HTTPException: _http,
             sa.exc.OperationalError: _busy,
-            Exception: _failed,
         },
     )
     app.state.service = service
@@ -872,4 +876,9 @@ def make_app(settings: Settings) -> fastapi.FastAPI:
         rates=settings.rates,
         refused=service.refused,
     )
+    schema = app.openapi()  # made once; every path under /api needs a token
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    for path, methods in schema["paths"].items():
+        for described in methods.values() if path.startswith("/api/") else ():
+            described["security"] = [{"token": []}]
     return app

@@ -9,6 +9,7 @@ import collections
 import hashlib
 import hmac
 import json
+import logging
 import os
 import pathlib
 import secrets
@@ -40,6 +41,7 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+_log = logging.getLogger("uvicorn.error")
 NOBODY = "-"  # the name of who sent no good token, in the audit log
 
 Scope = MutableMapping[str, Any]
@@ -151,8 +153,12 @@ class Gate:
         state = scope.setdefault("state", {})
         state["user"] = state["cookie"] = None
 
+        started = False
+
         async def sent(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers[name] = value
@@ -167,7 +173,13 @@ class Gate:
         except Refused as error:
             await respond(error.status, error.message, sent)
             return
-        await self.app(scope, receive, sent)
+        try:
+            await self.app(scope, receive, sent)
+        except Exception:
+            _log.exception("a request failed")
+            if started:
+                raise
+            await respond(500, "the service failed; its log says why.", sent)
 
     async def _admit(self, scope: Scope, receive: Callable) -> Callable:
         """Finds the user, and reads the body where there is one.

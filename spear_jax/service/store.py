@@ -288,7 +288,7 @@ def writes(
     return whole
 
 
-def connect(url: str) -> sa.Engine:
+def connect(url: str | sa.URL) -> sa.Engine:
     """Returns the engine of a database.
 
     SQLite writes ahead, waits for the disk at every commit, and takes the right to write at the
@@ -305,6 +305,11 @@ def connect(url: str) -> sa.Engine:
             "postgresql+psycopg://user@host/name."
         ) from error
     if engine.dialect.name == "sqlite":
+        if engine.url.database in (None, "", ":memory:"):
+            raise UserError(
+                f"--database={engine.url} is in memory and would be lost; give a file, as "
+                "sqlite:////data/feedback.db."
+            )
 
         @sa.event.listens_for(engine, "connect")
         def _settle(connection: Any, _: Any) -> None:
@@ -320,11 +325,11 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
-def _without_password(url: str) -> str:
+def _without_password(url: str | sa.URL) -> str:
     try:
         return sa.make_url(url).render_as_string(hide_password=True)
     except sa.exc.ArgumentError:
-        return url
+        return str(url)
 
 
 class Store:
@@ -340,7 +345,7 @@ class Store:
 
     def __init__(
         self,
-        url: str,
+        url: str | sa.URL,
         lease: float = 120.0,
         voices: int = 1,
         clock: Callable[[], float] = time.time,
@@ -1268,10 +1273,8 @@ class Store:
 
     @writes
     def set_users(self, on: sa.Connection, given: dict[str, User]) -> None:
-        """Writes users by the digest of their token; others stay."""
-        on.execute(
-            users.delete().where(users.c.name.in_(sorted({user.name for user in given.values()})))
-        )
+        """Writes all users by the digest of their token; others are forgotten."""
+        on.execute(users.delete())
         on.execute(
             users.insert(),
             [
@@ -1294,30 +1297,32 @@ class Store:
             }
 
     @writes
-    def add_webhook(self, on: sa.Connection, who: str, url: str, secret: str) -> Row:
-        """Keeps a URL that is told of new rounds; a known one keeps its secret."""
-        found = on.execute(sa.select(webhooks).where(webhooks.c.url == url)).mappings().first()
-        if found is not None:
-            return dict(found)
-        row = {"url": url, "secret": secret}
-        key = on.execute(webhooks.insert(), row).inserted_primary_key[0]
-        self._note(on, who, "webhook", note=f"webhook {key} added")
-        return row | {"key": key}
+    def add_webhook(self, on: sa.Connection, who: str, url: str, secret: str) -> str:
+        """Keeps a URL that is told of new rounds.
+
+        Returns: the secret that signs; a known URL keeps its own.
+        """
+        known = on.execute(sa.select(webhooks.c.secret).where(webhooks.c.url == url)).scalar()
+        if known is not None:
+            return known
+        on.execute(webhooks.insert(), {"url": url, "secret": secret})
+        self._note(on, who, "webhook", note=f"added {url}")
+        return secret
 
     @writes
-    def drop_webhook(self, on: sa.Connection, who: str, key: int) -> None:
+    def drop_webhook(self, on: sa.Connection, who: str, url: str) -> None:
         """Forgets a URL; Refused(404) for an unknown one."""
-        if not on.execute(webhooks.delete().where(webhooks.c.key == key)).rowcount:
-            raise Refused(404, f"webhook '{key}' is not known; GET /api/webhooks lists them.")
-        self._note(on, who, "webhook", note=f"webhook {key} removed")
+        if not on.execute(webhooks.delete().where(webhooks.c.url == url)).rowcount:
+            raise Refused(404, f"webhook {shown(url)} is not known; GET /api/webhooks lists them.")
+        self._note(on, who, "webhook", note=f"removed {url}")
 
     def webhooks(self) -> list[Row]:
-        """Returns every webhook: key, url, secret."""
+        """Returns every webhook: url, secret."""
         with self._reader.connect() as on:
-            return [
-                dict(row)
-                for row in on.execute(sa.select(webhooks).order_by(webhooks.c.key)).mappings()
-            ]
+            found = on.execute(
+                sa.select(webhooks.c.url, webhooks.c.secret).order_by(webhooks.c.key)
+            )
+            return [dict(row) for row in found.mappings()]
 
 
 _LOGGED = tuple(column.name for column in log.c if column.name != "key")

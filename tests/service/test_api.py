@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from serving import Clock, client, service
 
 from spear_jax.service import webhooks
@@ -338,8 +339,10 @@ def test_webhooks_tell_of_new_rounds_and_try_again(at, monkeypatch):
     body = got[1].content
     assert json.loads(body) == {"event": "round", "run": "r", "round": 1, "phase": "asking"}
     assert got[1].headers["X-Spear-Signature"] == webhooks.signature(hook["secret"], body)
-    assert at.admin.delete(f"/api/webhooks/{hook['id']}").status_code == 200
-    assert at.admin.delete(f"/api/webhooks/{hook['id']}").status_code == 404
+    url = {"url": "http://hook.example/x"}
+    assert at.admin.get("/api/webhooks").json() == {"webhooks": [url["url"]]}
+    codes = [at.admin.request("DELETE", "/api/webhooks", json=url).status_code for _ in range(2)]
+    assert codes == [200, 404]
     time.sleep(0.05)
     assert len(got) == 2
 
@@ -349,7 +352,7 @@ def test_a_link_is_exchanged_for_a_cookie(at):
     assert browser.get("/").status_code == 401
     assert browser.get("/?token=wrong").status_code == 401
     answer = browser.get(f"/?token={at.tokens['person-0']}", follow_redirects=False)
-    assert answer.status_code == 303 and answer.headers["location"] == "/"
+    assert answer.status_code == 303 and answer.headers["location"] == "./"
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie
     page = browser.get("/")
@@ -376,6 +379,37 @@ def test_tokens_stay_and_are_the_owner_s(tmp_path):
         assert at.people[0].get("/api/status").status_code == 200
 
 
+def test_who_is_taken_out_of_the_file_is_out(tmp_path):
+    with service(tmp_path, people=2) as at:
+        gone = at.tokens["person-1"]
+    file = tmp_path / "tokens.json"
+    told = json.loads(file.read_text())
+    told["users"] = [one for one in told["users"] if one["name"] != "person-1"]
+    file.write_text(json.dumps(told))
+    with service(tmp_path, people=1) as at:
+        assert client(at, gone).get("/api/status").status_code == 401
+        assert at.people[0].get("/api/status").status_code == 200
+
+
+def test_a_failure_of_ours_is_told_and_ends_nothing(at, monkeypatch):
+    monkeypatch.setattr(type(at.app.state.service.store), "mine", lambda *_: 1 / 0)
+    answer = at.people[0].get("/api/status")
+    assert answer.status_code == 500 and answer.json()["error"].startswith("the service failed")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert at.people[0].post("/api/lease").status_code == 204
+
+
+def test_a_database_that_is_gone_is_told(at, monkeypatch):
+    def broken(*_):
+        raise sa.exc.OperationalError("x", {}, Exception("disk full"))
+
+    monkeypatch.setattr(at.app.state.service.store, "make", broken)
+    answer = at.people[0].post("/api/lease")
+    assert answer.status_code == 503 and "send it again" in answer.json()["error"]
+    monkeypatch.undo()
+    assert at.people[0].post("/api/lease").status_code == 204
+
+
 def test_rates_are_limited(tmp_path):
     slow = {"person": 1.0, "trainer": 500.0, "admin": 1.0, "nobody": 1.0}
     with service(tmp_path, people=2, rates=slow) as at:
@@ -392,4 +426,5 @@ def test_openapi_describes_every_route(at):
     for path, methods in schema["paths"].items():
         for method, what in methods.items():
             assert what.get("description"), f"{method} {path}"
+            assert ("security" in what) == path.startswith("/api/")
     assert at.nobody.get("/docs").status_code == 404

@@ -22,6 +22,7 @@ from serving import Clock
 from spear_jax.core.errors import UserError
 from spear_jax.service import store as stores
 from spear_jax.service.agreement import agreement
+from spear_jax.service.app import Settings
 from spear_jax.service.store import Refused, Store, User, resolve
 
 PEOPLE = [User(f"person-{number}", frozenset({"person"})) for number in range(4)]
@@ -97,6 +98,14 @@ def test_the_newest_run_is_current_after_a_restart(store, tmp_path):
     again = Store(f"sqlite:///{tmp_path}/x.db")
     assert again.current["name"] == "r" and again.run("a")["task"] == "t"
     again.close()
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    folder = tmp_path / "a?b=c#d %20 ü"
+    folder.mkdir()
+    store = Store(Settings(folder).url)
+    store.close()
+    assert (folder / "feedback.db").stat().st_size
 
 
 def test_a_new_run_takes_people_from_the_old_one(store):
@@ -179,6 +188,7 @@ def test_a_database_that_cannot_be_had_is_a_user_error(tmp_path):
     for url, words in (
         ("nothing", "cannot be used"),
         ("nosuch://x/y", "cannot be used"),
+        ("sqlite://", "is in memory"),
         (f"sqlite:///{tmp_path}/no/folder/x.db", "cannot be opened"),
         ("postgresql+psycopg://me:secret@127.0.0.1:1/x", "cannot be opened"),
     ):
@@ -273,9 +283,8 @@ def test_all_of_the_store_on_postgresql(postgresql):
     assert store.status()["curve"] == [[1, 0.5]] and store.audit(0) and store.votes("pg") == []
     store.set_users({"d": person})
     assert store.users() == {"d": person}
-    hook = store.add_webhook("admin", "http://x", "s")
-    assert store.add_webhook("admin", "http://x", "t") == hook
-    store.drop_webhook("admin", hook["key"])
+    assert [store.add_webhook("admin", "http://x", secret) for secret in "st"] == ["s", "s"]
+    store.drop_webhook("admin", "http://x")
     store.close()
 
 
@@ -358,7 +367,7 @@ def test_a_service_that_is_killed_loses_and_doubles_nothing(tmp_path):
             assert process.returncode == 0 and json.loads(out)["answers"] == 40 and not err
 
 
-def test_what_serve_does_not_take(tmp_path):
+def test_what_serve_does_not_take(tmp_path, monkeypatch):
     from spear_jax import serve
 
     busy = socket.create_server(("127.0.0.1", 0))
@@ -384,3 +393,6 @@ def test_what_serve_does_not_take(tmp_path):
     with serve._alone(tmp_path / "x"), pytest.raises(UserError, match="another process"):
         serve.main([f"--folder={tmp_path}/x", "--port=0"])
     busy.close()
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(UserError, match=r'needs the package uvicorn.*pip install "spear-jax\[live'):
+        serve.main([f"--folder={tmp_path}/x", "--port=0"])
