@@ -23,7 +23,7 @@ from starlette.datastructures import MutableHeaders
 
 from spear_jax.core.errors import shown
 from spear_jax.core.files import damaged, read_json_object, writing
-from spear_jax.service.store import Refused, User
+from spear_jax.service.database import Refused, User
 
 COOKIE = "spear_session"
 SESSION_SECONDS = 30 * 24 * 3600
@@ -330,7 +330,10 @@ def issue(folder: pathlib.Path, people: int, clients: int | None) -> dict[str, A
         secret = kept["secret"] or secrets.token_urlsafe(32)
     except (AssertionError, KeyError, TypeError, ValueError):
         raise damaged(file, "is not a list of tokens", remedy) from None
-    wanted = [("trainer", "trainer", None), ("admin", "admin", None)]
+    wanted: list[tuple[str, str, int | None]] = [
+        ("trainer", "trainer", None),
+        ("admin", "admin", None),
+    ]
     wanted += [
         (f"person-{number}", "person", number % clients if clients else None)
         for number in range(people)

@@ -6,7 +6,8 @@ import types
 
 from starlette.testclient import TestClient
 
-from spear_jax.service.app import Settings, make_app
+from spear_jax.service.app import make_app
+from spear_jax.service.hub import Settings
 
 
 class Clock:

@@ -20,10 +20,12 @@ import pytest
 from serving import Clock
 
 from spear_jax.core.errors import UserError
-from spear_jax.service import store as stores
+from spear_jax.service import rounds
 from spear_jax.service.agreement import agreement
-from spear_jax.service.app import Settings
-from spear_jax.service.store import Refused, Store, User, resolve
+from spear_jax.service.hub import Settings
+from spear_jax.service.database import Refused, User
+from spear_jax.service.rounds import resolve
+from spear_jax.service.store import Store
 
 PEOPLE = [User(f"person-{number}", frozenset({"person"})) for number in range(4)]
 
@@ -119,7 +121,7 @@ def test_a_new_run_takes_people_from_the_old_one(store):
 
 
 def test_requests_are_bounded(store, monkeypatch):
-    monkeypatch.setattr(stores, "OPEN_REQUESTS", 3)
+    monkeypatch.setattr(rounds, "OPEN_REQUESTS", 3)
     assert store.add_requests("trainer", "r", 1, rows("a", "b")) == (2, 0)
     with pytest.raises(Refused) as caught:
         store.add_requests("trainer", "r", 1, rows("c", "d"))
