@@ -107,37 +107,13 @@ class Rounds(Database):
                     f"has {clients}; number its clients from 0 to {clients - 1}.",
                 )
         on.execute(sa.select(runs.c.name).where(runs.c.name == run).with_for_update())
-        known: dict[str, str] = {}
-        ids = [one["id"] for one in given]
-        for start in range(0, len(ids), CHUNK):
-            of = requests.c.id.in_(ids[start : start + CHUNK])
-            rows = on.execute(
-                sa.select(requests.c.id, requests.c.digest).where(requests.c.run == run, of)
-            )
-            known |= {row.id: row.digest for row in rows}
-        new = []
-        for one in given:
-            digest = _digest(number, one)
-            if known.setdefault(one["id"], digest) != digest:
-                raise Refused(
-                    409,
-                    f"request {shown(one['id'])} is known with another content; give each request "
-                    "of a run an id of its own.",
-                )
-            new.append(one | {"digest": digest})
-        fresh = self._fresh(on, run, new)
-        waiting = on.execute(
-            sa.select(sa.func.count()).where(requests.c.run == run, requests.c.open)
-        ).scalar_one()
-        if fresh and waiting + len(fresh) > OPEN_REQUESTS:
-            raise Refused(
-                503,
-                f"{waiting:,} requests of run {shown(run)} wait and {len(fresh):,} more exceed the "
-                f"{OPEN_REQUESTS:,} that may; close rounds that have ended.",
-            )
+        fresh = self._fresh(on, run, number, given)
         if fresh:
-            now = self.clock()
-            state = {
+            self._check_room(on, run, len(fresh))
+            same = {
+                "run": run,
+                "round": number,
+                "time": self.clock(),
                 "voices": self.voices,
                 "free": self.voices,
                 "given": 0,
@@ -145,23 +121,47 @@ class Rounds(Database):
                 "done": False,
                 "open": True,
             }
-            on.execute(
-                requests.insert(),
-                [one | state | {"run": run, "round": number, "time": now} for one in fresh],
-            )
-            self._note(
-                on, who, "requests", run=run, round=number, note=f"{len(fresh)} new requests"
-            )
+            on.execute(requests.insert(), [one | same for one in fresh])
+            note = f"{len(fresh)} new requests"
+            self._note(on, who, "requests", run=run, round=number, note=note)
         return len(fresh), len(given) - len(fresh)
 
-    def _fresh(self, on: sa.Connection, run: str, given: list[Row]) -> list[Row]:
-        """Those that are not stored, each once."""
-        ids = list({one["id"] for one in given})
-        stored: set[str] = set()
-        for start in range(0, len(ids), CHUNK):
-            of = requests.c.id.in_(ids[start : start + CHUNK])
-            stored |= set(on.scalars(sa.select(requests.c.id).where(requests.c.run == run, of)))
-        return list({one["id"]: one for one in given if one["id"] not in stored}.values())
+    def _fresh(self, on: sa.Connection, run: str, number: int, given: list[Row]) -> list[Row]:
+        """Those that are not stored, each once, with the digest of their content."""
+        stored: dict[str, str] = {}
+        for start in range(0, len(given), CHUNK):
+            ids = [one["id"] for one in given[start : start + CHUNK]]
+            found = on.execute(
+                sa.select(requests.c.id, requests.c.digest).where(
+                    requests.c.run == run, requests.c.id.in_(ids)
+                )
+            )
+            stored |= {row.id: row.digest for row in found}
+        fresh: dict[str, Row] = {}
+        for one in given:
+            row = one | {"digest": _digest(number, one)}
+            if stored.get(one["id"], row["digest"]) != row["digest"] or (
+                fresh.get(one["id"], row) != row
+            ):
+                raise Refused(
+                    409,
+                    f"request {shown(one['id'])} is known with another content; give each request "
+                    "of a run an id of its own.",
+                )
+            if one["id"] not in stored:
+                fresh[one["id"]] = row
+        return list(fresh.values())
+
+    def _check_room(self, on: sa.Connection, run: str, more: int) -> None:
+        waiting = on.execute(
+            sa.select(sa.func.count()).where(requests.c.run == run, requests.c.open)
+        ).scalar_one()
+        if waiting + more > OPEN_REQUESTS:
+            raise Refused(
+                503,
+                f"{waiting:,} requests of run {shown(run)} wait and {more:,} more exceed the "
+                f"{OPEN_REQUESTS:,} that may; close rounds that have ended.",
+            )
 
     def _votes(self, on: sa.Connection, request: Any) -> list[Any]:
         """(who, verdict, hint, seconds) of each answer to a request, oldest first."""
