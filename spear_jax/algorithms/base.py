@@ -387,6 +387,7 @@ def metrics_of(traces: list[Trace], wins: int, loses: int) -> dict[str, float]:
     Args: wins, loses: the rows that the round trains on.
     """
     used = {"rollout/wins": float(wins), "rollout/loses": float(loses)}
+    traces = [trace for trace in traces if not trace.beside]
     if not traces:
         return used
     wrong = [trace for trace in traces if not trace.first.correct]

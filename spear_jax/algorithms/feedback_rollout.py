@@ -28,7 +28,7 @@ class FeedbackRollout:
 
     Attributes:
         traces: the traces.
-        requests: (client, example, sample) of each trace.
+        requests: (client, example, sample) of each trace; example -1 of those beside the round.
         rewrites: by trace number, the rewrite of a right first answer of wrong form; None where
             there is none.
     """
@@ -78,7 +78,8 @@ def rollout_with_feedback(
     key: jax.Array,
     strict_format: bool = False,
 ) -> FeedbackRollout:
-    """Asks `count` examples of every client, and has wrong answers revised after feedback.
+    """Asks `count` examples of every client, and has wrong answers revised after feedback. What people
+    asked themselves, or answered late, comes behind.
 
     Args: strict_format: rewrite right answers of wrong form.
     """
@@ -89,7 +90,9 @@ def rollout_with_feedback(
     requests = [request for trace, request in asked if trace.answered]
     rewrites = worker.rewrite(policy, traces, requests, key) if strict_format else {}
     worker.revise_until_right(policy, traces, requests, key)
-    return FeedbackRollout(traces, requests, rewrites)
+    beside = worker.beside(cohort.clients)
+    requests += [RolloutRequest(trace.client, -1) for trace in beside]
+    return FeedbackRollout(traces + beside, requests, rewrites)
 
 
 def completion_ids(worker: RolloutWorker, attempt: Attempt, retokenise: bool = False) -> list[int]:

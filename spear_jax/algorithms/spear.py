@@ -222,6 +222,8 @@ class Spear(Algorithm):
 
         It is None where the text has no answer.
         """
+        if not trace.example.labels:  # a question of a person's own
+            return None
         answer = worker.task.extract(trace.first.text, trace.example)
         if answer is None:
             return None

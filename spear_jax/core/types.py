@@ -100,12 +100,14 @@ class Trace:
     Attributes:
         answered: False where feedback was asked for and nobody gave any; the trace then gives neither
             a win nor a lose.
+        beside: it is none of the round's own questions, but what people asked, or answered late.
     """
 
     client: int
     example: Example
     attempts: list[Attempt]
     answered: bool = True
+    beside: bool = False
 
     @property
     def first(self) -> Attempt:

@@ -32,7 +32,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.files import DiskError, write_whole, writing
 from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
 from spear_jax.core.surroundings import say
-from spear_jax.core.types import Example, TraceRecord
+from spear_jax.core.types import Attempt, Example, TraceRecord
 from spear_jax.experiment import run_folder
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
@@ -376,7 +376,7 @@ class Run:
                 lora = jax.tree.map(lambda x: x[0], lora)
             return worker.policy(lora)
 
-        def answer(asked: list[tuple[Example, str, str]]) -> list[str]:
+        def answer(asked: list[tuple[Example, str, str]]) -> list[Attempt]:
             return worker.reply(policy(self.finished_rounds), asked, sampling)
 
         return RunView(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Literal
 
 from spear_jax.core.errors import UserError
-from spear_jax.core.types import Example
+from spear_jax.core.types import Attempt, Example, Trace
 from spear_jax.tasks.base import Task
 
 
@@ -34,6 +34,7 @@ class Request:
             asked for, the number of the answer itself, from 0.
         id: of the answer; the same in every run of the same bits.
         client: whose answer it is.
+        made: the answer as it was generated.
     """
 
     example: Example
@@ -41,6 +42,7 @@ class Request:
     attempt: int
     id: str = ""
     client: int = 0
+    made: Attempt | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class RunView:
     clients: int
     rounds: int
     examples: list[Example]
-    answer: Callable[[list[tuple[Example, str, str]]], list[str]]
+    answer: Callable[[list[tuple[Example, str, str]]], list[Attempt]]
     count_tokens: Callable[[str], int]
 
 
@@ -123,6 +125,12 @@ class Feedback(abc.ABC):
 
     def begin_round(self, number: int) -> None:  # noqa: B027
         """Called before a round, numbered from 1."""
+
+    def beside(self, clients: Sequence[int]) -> list[Trace]:
+        """Returns what these clients' people asked, or answered late, and said right or wrong of; each
+        trace once.
+        """
+        return []
 
     def end_rollouts(self) -> None:  # noqa: B027
         """Called when the rollouts of a round, or of one of its phases, are over."""

@@ -53,18 +53,15 @@ class Judge(Recorded):
             ) from error
         token = os.environ.get(settings.token, "")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.client = httpx.Client(timeout=TIMEOUT, headers=headers)
+        self.open = lambda: httpx.Client(timeout=TIMEOUT, headers=headers)
         self.failures = httpx.TransportError
         self.cache: dict[str, Answer | None] = {}  # by what is asked
-
-    def end_run(self) -> None:
-        self.client.close()
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         asked = {self._question(request.example, request.answer): request for request in requests}
         new = [text for text in asked if text not in self.cache]
-        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-            calls = {pool.submit(self._call, text, asked[text]): text for text in new}
+        with self.open() as client, concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            calls = {pool.submit(self._call, client, text, asked[text]): text for text in new}
             for call in concurrent.futures.as_completed(calls):
                 self.cache[calls[call]] = call.result()
         for request in requests:
@@ -77,7 +74,7 @@ class Judge(Recorded):
         told = SYSTEM.format(gold=f" against the right one, which is: {gold}" if gold else "")
         return f"{told}\n\nQUESTION\n{self.task.question(example)}\n\nANSWER\n{answer.strip()}"
 
-    def _call(self, text: str, request: Request) -> Answer | None:
+    def _call(self, client: Any, text: str, request: Request) -> Answer | None:
         body = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": text}],
@@ -85,7 +82,7 @@ class Judge(Recorded):
             "max_tokens": LONGEST_REPLY,
         }
         began = time.perf_counter()
-        reply = self._post(f"{self.settings.url.rstrip('/')}/chat/completions", body)
+        reply = self._post(client, f"{self.settings.url.rstrip('/')}/chat/completions", body)
         found = _read(reply)
         if found is None:
             return None
@@ -95,10 +92,10 @@ class Judge(Recorded):
         seconds = time.perf_counter() - began
         return Answer(right if self.judges else None, hint, "judge", seconds)
 
-    def _post(self, url: str, body: dict[str, Any]) -> Any:
+    def _post(self, client: Any, url: str, body: dict[str, Any]) -> Any:
         for number in range(TRIES):
             try:
-                reply = self.client.post(url, json=body)
+                reply = client.post(url, json=body)
                 if reply.status_code < 400:
                     return reply.json()
                 why = f"{reply.status_code} {reply.text[:300]}"

@@ -14,13 +14,13 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.files import writing
 from spear_jax.core.settings import number, one_of
-from spear_jax.core.types import Example
+from spear_jax.core.types import Attempt, Example, Trace
 from spear_jax.feedback.base import NOBODY, Feedback, Request, RunView, Said
 from spear_jax.tasks.base import WRONG, Task
 
@@ -39,6 +39,8 @@ class FeedbackSettings:
     deadline: float = number(0.0, 0)  # seconds for first answers, and for each revision; 0 is none
     answers: int = number(0, 0)  # so many end the waiting; 0: all
     quorum: float = number(1.0, above=0, high=1)  # this share of each client's ends the waiting
+    late: str = one_of("use", "drop")  # verdicts that come after the waiting: in the next round
+    chats: bool = True  # what people asked themselves and said right or wrong of is trained on
     url: str = ""  # of the service, or of the judge's endpoint
     token: str = "SPEAR_FEEDBACK_TOKEN"  # the environment variable that holds the token for it
     model: str = ""  # of judge: what its endpoint calls it
@@ -77,6 +79,12 @@ class FeedbackLog:
 
     An entry of None is a request that nobody answered in time.
 
+    Attributes:
+        said: by request id.
+        open: the lines of requests that nobody answered in time, by id.
+        beside: lines of traces beside the rounds' questions, by round.
+        jobs: lines of answers in the chat, by job.
+
     Args:
         file: None keeps them in memory alone.
         durable: every entry is on disk before it is used; what simulated people say can be had again.
@@ -86,14 +94,14 @@ class FeedbackLog:
     def __init__(self, file: pathlib.Path | None, durable: bool = True):
         self.file, self.durable = file, durable
         self.said: dict[str, Answer | None] = {}
+        self.open: dict[str, dict[str, Any]] = {}
+        self.beside: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
+        self.jobs: dict[str, dict[str, Any]] = {}
         if file is not None and file.exists():
             self._read(file)
 
     def append(self, request: Request, answer: Answer | None, **more: Any) -> None:
         """Keeps an answer."""
-        self.said[request.id] = answer
-        if self.file is None:
-            return
         line = {
             "id": request.id,
             "client": request.client,
@@ -105,6 +113,15 @@ class FeedbackLog:
             "time": time.time(),
             **more,
         }
+        if answer is None and request.made is not None:
+            line["made"] = as_json(request.made)
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Keeps a line, in memory and in the file."""
+        self._take(line)
+        if self.file is None:
+            return
         with writing(self.file), open(self.file, "a", encoding="utf-8") as out:
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
             if self.durable:
@@ -119,16 +136,29 @@ class FeedbackLog:
                 out.truncate(len(whole))
         for at, line in enumerate(whole.splitlines(), start=1):
             try:
-                held = json.loads(line)
-                answer = None
-                if held["answered"]:
-                    answer = Answer(*(held[name] for name in Answer._fields))
-                self.said[held["id"]] = answer
+                self._take(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file}, line {at}: {shown(line.decode('utf-8', 'replace'))} is no feedback; "
                     "put the file back as it was written, or delete that line."
                 ) from error
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "beside" in line:
+            self.beside[line["beside"]].append(line)
+        elif "job" in line:
+            self.jobs[line["job"]] = line
+        elif line["answered"]:
+            self.said[line["id"]] = Answer(*(line[name] for name in Answer._fields))
+        else:
+            self.said[line["id"]], self.open[line["id"]] = None, line
+
+
+def as_json(attempt: Attempt) -> dict[str, Any]:
+    """An attempt as JSON keeps it."""
+    held = dataclasses.asdict(attempt)
+    held["logprobs"] = [float(x) for x in attempt.logprobs]
+    return held | {name: [int(x) for x in held[name]] for name in ("prompt", "completion")}
 
 
 class Recorded(Feedback):
@@ -163,6 +193,26 @@ class Recorded(Feedback):
     def begin_round(self, number: int) -> None:
         self.round = number
 
+    def beside(self, clients: Sequence[int]) -> list[Trace]:
+        if self.run is None:
+            return []
+        lines = self._beside(self.round, clients)
+        known = {example.id: example for example in self.run.examples}
+        self._counts["beside"] += len(lines)
+        return [
+            Trace(
+                line["client"],
+                known.get(line["example"]) or Example("chat", line["question"], (), (), 0),
+                [Attempt(**made) for made in line["attempts"]],
+                beside=True,
+            )
+            for line in lines
+        ]
+
+    def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
+        """The lines of traces beside a round's questions."""
+        return self.log.beside[round]
+
     def longest_texts(self, examples: list[Example]) -> list[str]:
         return [self._text("x" * (LONGEST_HINT // 2))] * len(examples)
 
@@ -189,7 +239,7 @@ class Recorded(Feedback):
     def take_metrics(self) -> dict[str, float]:
         counts, tokens = self._counts, self._tokens
         self._counts, self._tokens = collections.Counter(), collections.Counter()
-        names = ("asked", "answered", "hints", "leaks")
+        names = ("asked", "answered", "hints", "leaks", "beside")
         return {f"feedback/{name}": float(counts[name]) for name in names} | {
             "feedback/tokens": float(tokens.total()),
             "feedback/tokens_of_most": float(max(tokens.values(), default=0)),
@@ -257,3 +307,6 @@ class Replay(Recorded):
             answer = self.source.said[request.id]
             if answer is not None:
                 yield request, answer
+
+    def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
+        return self.source.beside[round]

@@ -4,14 +4,14 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Example
 from spear_jax.feedback.base import Request, RunView
-from spear_jax.feedback.recorded import DEFAULTS, Answer, FeedbackSettings, Recorded
+from spear_jax.feedback.recorded import DEFAULTS, Answer, FeedbackSettings, Recorded, as_json
 from spear_jax.tasks.base import WRONG, Task
 
 BATCH = 500  # requests that are sent at once
@@ -45,11 +45,17 @@ class Service(Recorded):
                 f"{settings.token}, which is empty; `spear-jax serve` writes it into tokens.json."
             )
         self.calls = _Calls(settings.url, token)
-        self.cursor = 0
-        self.waiting_since = 0.0
+        self.cursor = self.chat_cursor = 0
+        self.arrived: dict[str, dict[str, Any]] = {}  # answers by id, until they are used
+        self.ready: list[dict[str, Any]] = []  # traces beside the rounds, until a round takes them
+        self.taken: set[str] = set()  # chats that became traces
 
     def begin_run(self, run: RunView) -> None:
         super().begin_run(run)
+        lines = [line for round in self.log.beside.values() for line in round]
+        self.taken = {line["chat"] for line in lines if "chat" in line}
+        for line in lines:
+            self.log.open.pop(line.get("id", ""), None)
         self.sample = run.examples[0]
         some = [self.task.question(example) for example in run.examples[:20]]
         body = {
@@ -73,10 +79,61 @@ class Service(Recorded):
     def end_rollouts(self) -> None:
         self._tell("training", close=True)
 
+    def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
+        """What came in since, kept for this round before it is used."""
+        self._collect()
+        for line in self.ready[:]:
+            if line["client"] in clients:
+                self.ready.remove(line)
+                self.log.write(line | {"beside": round})
+        return self.log.beside[round]
+
+    def _collect(self) -> None:
+        """Takes late answers and judged chats; each becomes a line once."""
+        self._take_answers(0)
+        query = {"run": self._view.name, "after": self.chat_cursor, "wait": 0}
+        found = self.calls.get("/api/chats", query)
+        self.chat_cursor = found["cursor"]
+        for chat in found["chats"] if self.settings.chats else ():
+            line = self._chat_line(chat)
+            if line is not None and chat["id"] not in self.taken:
+                self.taken.add(chat["id"])
+                self.ready.append(line)
+
+    def _late(self, one: dict[str, Any]) -> None:
+        """Takes an answer that came after the waiting."""
+        line = self.log.open.pop(one["id"])
+        if self.settings.late == "use":
+            same = {name: line[name] for name in ("id", "client", "example")}
+            attempts = [line["made"] | {"correct": one["verdict"] == "right"}]
+            told = {"asked_in": line["round"], "user": one["user"], "question": ""}
+            self.ready.append(same | told | {"attempts": attempts})
+
+    def _chat_line(self, chat: dict[str, Any]) -> dict[str, Any] | None:
+        """A judged chat as a trace; None while its revision has no verdict, and where its tokens are
+        not known.
+        """
+        first, again = self.log.jobs.get(chat["job"]), chat["revision"]
+        waits = chat["verdict"] == "wrong" and chat["hint"] and not (again and again["verdict"])
+        if first is None or waits:
+            return None
+        attempts = [first["made"] | {"correct": chat["verdict"] == "right"}]
+        if again and again["job"] in self.log.jobs:
+            revised = self.log.jobs[again["job"]]["made"]
+            attempts.append(revised | {"correct": again["verdict"] == "right"})
+        return {
+            "chat": chat["id"],
+            "client": chat["client"] or 0,
+            "example": first["example"],
+            "question": first["question"],
+            "user": chat["user"],
+            "attempts": attempts,
+        }
+
     def end_round(self, number: int, metrics: dict[str, float]) -> None:
         self.round = number
-        answer = self._view.answer([(self.sample, "", "")])[0]
-        sample = {"question": self.task.question(self.sample), "answer": answer.strip()}
+        answer = self._view.answer([(self.sample, "", "")])[0].text.strip()
+        sample = {"question": self.task.question(self.sample), "answer": answer or "(empty)"}
         accuracy = metrics.get("eval/accuracy")
         self._tell("done", accuracy=accuracy, sample=sample)
 
@@ -92,15 +149,30 @@ class Service(Recorded):
         self._tell("asking", wanted=len(requests), deadline=began + deadline if deadline else None)
         open_ = {request.id: request for request in requests}
         wanted = _Wanted(requests, self.settings)
-        while open_ and not wanted.met() and not (deadline and time.time() > began + deadline):
-            found = self.calls.get("/api/answers", self._since(WAIT))
-            self.cursor = found["cursor"]
-            for one in found["answers"]:
-                request = open_.pop(one["id"], None)
-                if request is not None and not one.get("undone"):
-                    wanted.count(request)
-                    yield request, _answer(one)
+        while True:
+            for id in [id for id in open_ if id in self.arrived]:
+                request = open_.pop(id)
+                wanted.count(request)
+                yield request, _answer(self.arrived.pop(id))
+            over = deadline and time.time() > began + deadline
+            if not open_ or wanted.met() or over:
+                return
+            self._take_answers(WAIT)
             self._chat()
+
+    def _take_answers(self, wait: float) -> None:
+        """Takes what came in: answers to what is asked now, or was asked before a kill, wait in
+        `arrived`; those that came after the waiting are late.
+        """
+        found = self.calls.get("/api/answers", self._since(wait))
+        self.cursor = found["cursor"]
+        for one in found["answers"]:
+            if one.get("undone"):
+                self.arrived.pop(one["id"], None)
+            elif one["id"] in self.log.open:
+                self._late(one)
+            elif one["id"] not in self.log.said:
+                self.arrived[one["id"]] = one
 
     def _chat(self) -> None:
         """Answers what people ask in the chat."""
@@ -111,8 +183,17 @@ class Service(Recorded):
                 f"{WRONG} {self.task.templates.format} {job['feedback']}" if job["feedback"] else ""
             )
             try:
-                answer = self._view.answer([(example, job["answer"] or "", said)])[0].strip()
-                body = {"answer": answer or "(empty)", "adapter": self._adapter}
+                made = self._view.answer([(example, job["answer"] or "", said)])[0]
+                self.log.write(
+                    {
+                        "job": job["id"],
+                        "question": question,
+                        "example": example.id,
+                        "adapter": self._adapter,
+                        "made": as_json(made),
+                    }
+                )
+                body = {"answer": made.text.strip() or "(empty)", "adapter": self._adapter}
             except UserError as error:
                 body = {"error": str(error)}
             self.calls.post(f"/api/jobs/{job['id']}", body)
@@ -182,7 +263,8 @@ class _Calls:
             ) from error
         self.url, self.failures = url, (httpx.TransportError,)
         headers = {"Authorization": f"Bearer {token}"}
-        self.client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        self.open = lambda: httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        self.client: httpx.Client | None = None
 
     def get(self, path: str, query: dict[str, Any]) -> dict[str, Any]:
         return self._call("GET", path, params=query)
@@ -191,12 +273,16 @@ class _Calls:
         return self._call("POST", path, json=body)
 
     def close(self) -> None:
-        self.client.close()
+        """Closes the connections; the next call opens others."""
+        if self.client is not None:
+            self.client.close()
+        self.client = None
 
     def _call(self, method: str, path: str, **given: Any) -> dict[str, Any]:
         pause, until, told = 0.1, time.monotonic() + PATIENCE, False
         while True:
             try:
+                self.client = self.client or self.open()
                 reply = self.client.request(method, path, **given)
                 if reply.status_code < 400:
                     return reply.json()

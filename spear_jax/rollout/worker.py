@@ -149,8 +149,8 @@ class RolloutWorker:
 
     def reply(
         self, policy: Policy, asked: list[tuple[Example, str, str]], config: SamplingConfig
-    ) -> list[str]:
-        """Returns answers to questions beside a round's: nothing is recorded or trained on.
+    ) -> list[Attempt]:
+        """Returns answers to questions beside a round's, ungraded.
 
         Args: asked: (example, previous answer, feedback); the last two are "" for a first answer.
         Raises: UserError for a prompt over the limit.
@@ -162,13 +162,27 @@ class RolloutWorker:
             for example, answer, said in asked
         ]
         keys = np.zeros((len(prompts), 2), np.uint32)  # greedy: never read
-        made: dict[int, str] = {}
+        made: dict[int, Attempt] = {}
 
         def keep(i: int, completion: Completion) -> None:
-            made[i] = self.renderer.decode(completion.tokens)
+            text = self.renderer.decode(completion.tokens)
+            tokens, logprobs = completion.tokens, completion.logprobs
+            made[i] = Attempt(prompts[i], tokens, logprobs, text, False, asked[i][2])
 
         self.sampler.generate(policy.lora, policy.base, prompts, keys, config, keep)
         return [made[i] for i in range(len(prompts))]
+
+    def beside(self, clients: list[int]) -> list[Trace]:
+        """Returns what the provider has of these clients beside the round's questions, as far as it
+        fits the shapes of training rows.
+        """
+
+        def fits(attempt: Attempt) -> bool:
+            longest = self.data.prompt_length, self.data.completion_length
+            return len(attempt.prompt) <= longest[0] and 0 < len(attempt.completion) <= longest[1]
+
+        found = self.feedback.beside(clients)
+        return [trace for trace in found if all(map(fits, trace.attempts))]
 
     def score(self, policy: Policy, rows: list[TrainingRow]) -> list[np.ndarray]:
         """Returns float32[len(completion)] a row: log-probabilities of its completion in nats,
@@ -225,7 +239,7 @@ class RolloutWorker:
                 for trace, (high, low) in zip(traces, row_keys(key, requests, number), strict=True)
             ]
         return [
-            Request(trace.example, trace.last.text, number, id, trace.client)
+            Request(trace.example, trace.last.text, number, id, trace.client, trace.last)
             for trace, id in zip(traces, ids, strict=True)
         ]
 

@@ -107,6 +107,7 @@ def test_metrics_count_what_was_asked_answered_hinted_and_leaked(tmp_path):
     texts = people(requests(5))
     words = [len(text.split()) for text in texts[:2]]
     assert people.take_metrics() == {
+        "feedback/beside": 0.0,
         "feedback/asked": 5.0,
         "feedback/answered": 3.0,
         "feedback/hints": 2.0,

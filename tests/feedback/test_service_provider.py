@@ -172,6 +172,63 @@ def test_a_deadline_ends_the_waiting_and_the_rest_counts_for_nothing(service, pe
     assert len(round.traces) == len([line for line in answered if line["attempt"] == 0])
 
 
+def slow_and_curious(url, tokens, chats):
+    """Person 0 answers a request of round 1 after its end; person 1 asks in the chat."""
+    clients = [
+        httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {tokens[f'person-{i}']}"}, timeout=30
+        )
+        for i in range(2)
+    ]
+    example = TASK.generate("train")[0]
+
+    def until(call, held):
+        while not held(found := call()):
+            time.sleep(0.1)
+        return found
+
+    def leases():
+        reply = clients[0].post("/api/lease")
+        return reply.json() if reply.status_code == 200 else None
+
+    item = until(leases, bool)
+    id = clients[1].post("/api/chats", json={"question": TASK.question(example)}).json()["id"]
+    chat = until(lambda: clients[1].get(f"/api/chats/{id}").json(), lambda x: x["answer"])
+    clients[1].put(f"/api/chats/{id}", json={"verdict": "right", "hint": None}).raise_for_status()
+    chats.append((id, chat["answer"]))
+    until(lambda: clients[0].get("/api/status").json()["phase"], lambda x: x != "asking")
+    body = {"verdict": "right", "hint": None}
+    clients[0].put(f"/api/answers/{item['id']}", json=body).raise_for_status()
+    chats.append((item["id"], item["answer"]))
+
+
+def test_late_verdicts_and_chats_are_trained_on_by_their_client(service, people, tmp_path):
+    url, tokens = service
+    people(count=0)
+    chats = []
+    given = (url, tokens, chats)
+    helper = threading.Thread(target=slow_and_curious, args=given, daemon=True)
+    folder = tmp_path / "beside"
+    fields = {"feedback.asks": "verdict", "feedback.deadline": 8.0}
+    run = sj.Run(config(url, **fields), folder, quiet=True)
+    helper.start()
+    run.train()
+    helper.join(30)
+    (chat, said), (late, answer) = chats
+    held = {
+        line.get("chat") or line["id"]: line for line in lines(folder, FILE) if "beside" in line
+    }
+    assert set(held) == {chat, late}
+    assert (held[chat]["client"], held[late]["client"]) == (1, 0)
+    for line, text in ((held[chat], said), (held[late], answer)):
+        (attempt,) = line["attempts"]
+        assert attempt["correct"] and attempt["text"].strip() == text
+    assert held[late]["beside"] == 2 and held[late]["asked_in"] == 1
+    told = lines(folder, "metrics.jsonl")
+    assert sum(line.get("feedback/beside", 0) for line in told) == 2
+    assert sum(line.get("rollout/wins", 0) for line in told) == 2
+
+
 @pytest.mark.parametrize(
     "settings, token, words",
     [
