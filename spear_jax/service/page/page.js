@@ -160,7 +160,10 @@ function showRequest(request) {
     return;
   }
   tick();
-  if (before?.id === request.id && before.run === request.run) return;
+  if (before?.id === request.id && before.run === request.run) {
+    if (busy) announce("This question comes again: no other is left for you.");
+    return;
+  }
   const hints = request.asks === "hint";
   put("card-title", hints ? "What would help the model?" : "Is this answer right?");
   put("answer-title", request.attempt ? `The model's answer, attempt ${request.attempt + 1}` : "The model's answer");
@@ -315,8 +318,9 @@ async function followChat(item, id, shown) {
       if (waits && Date.now() - began < 500) await sleep(0.5);
     }
   } catch (error) {
-    if (error.status === 404) item.remove();
-    else complain(error);
+    if (shown || ![403, 404].includes(error.status)) return complain(error);
+    item.remove(); // A chat of an earlier service, or of somebody who used this tab before.
+    $("chat-empty").hidden = $("history").childElementCount > 0;
   }
 }
 
