@@ -100,6 +100,7 @@ function showState(next) {
     evaluating: "The model is tested after its training. The next question comes by itself.",
     done: "The last round is over. Thank you.",
   }[next.phase] ?? "The training has not begun. The first question comes by itself.");
+  document.title = next.waiting && document.hidden ? `(${next.waiting}) Teach the model` : "Teach the model";
   showResults(next);
   if (!before || before.run !== next.run) return;
   const news = [];
@@ -119,7 +120,7 @@ async function follow() {
       showState(next);
       if (run !== next.run) await showExamples(next);
       run = next.run;
-      if (!lease) await take();
+      if (!document.hidden && lease?.run !== next.run) await take(); // A page that nobody sees holds nothing.
     } catch (error) {
       if (error.status === 401) return;
       complain(error);
@@ -355,7 +356,7 @@ function drawAnswer(item, chat, part, title, revision) {
     item.append(make("p", { class: `said is-${part.verdict}`, text: said }));
     return;
   }
-  const field = make("textarea", { id: `hint-${chat.id}`, rows: "2", maxlength: "500" });
+  const field = make("textarea", { id: `hint-${chat.id}`, rows: "2", maxlength: "500", enterkeyhint: "send" });
   if (!revision) item.append(make("label", { for: field.id, text: "Your hint (optional; with Wrong, the model tries again)" }), field);
   const judge = (verdict) => judgeChat(item, chat, { verdict, hint: revision ? null : typed(field), revision });
   const button = (verdict, sign, text) => {
@@ -408,15 +409,16 @@ function showResults({ curve, samples, rounds }) {
 
 // The curve at the width of its place, so that its words keep their size on a phone.
 function drawCurve(curve, rounds) {
-  const [width, height, left, bottom, pad] = [Math.max($("curve").clientWidth, 240), 220, 46, 40, 16];
+  const [width, height, left, bottom, above, pad] = [Math.max($("curve").clientWidth, 240), 230, 46, 40, 42, 16];
   const top = [0.1, 0.25, 0.5, 1].find((limit) => curve.every(([, accuracy]) => accuracy <= limit)) ?? 1;
   const first = Math.min(curve[0][0], 1);
   const end = Math.max(rounds ?? 0, curve.at(-1)[0], first + 1);
   const x = (round) => left + ((round - first) / (end - first)) * (width - left - pad);
-  const y = (accuracy) => height - bottom - (accuracy / top) * (height - bottom - pad - 8);
+  const y = (accuracy) => height - bottom - (accuracy / top) * (height - bottom - above);
   const words = curve.map(([round, accuracy]) => `${after(round)}: ${percent(accuracy)}`).join("; ");
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-labelledby": "curve-title curve-desc" },
-    make("title", { id: "curve-title", text: "Accuracy after each round" }), make("desc", { id: "curve-desc", text: words }));
+    make("title", { id: "curve-title", text: "Accuracy after each round" }), make("desc", { id: "curve-desc", text: words }),
+    make("text", { x: 0, y: 14, text: "Accuracy" }));
   for (const share of [0, 0.5, 1]) {
     const at = y(share * top);
     svg.append(make("line", { class: "grid", x1: left, x2: width - pad, y1: at, y2: at }),
@@ -473,6 +475,11 @@ $("examples").addEventListener("change", () => { $("chat-question").value = $("e
 $("keys-on").checked = localStorage.getItem("keys") !== "off";
 $("keys-on").addEventListener("change", () => localStorage.setItem("keys", $("keys-on").checked ? "on" : "off"));
 new ResizeObserver(() => { if (state) showResults(state); }).observe(document.querySelector(".results"));
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden || !state) return;
+  showState(state);
+  if (!lease) take().catch(complain);
+});
 setInterval(tick, 1000);
 for (const id of chats.slice(-20)) openChat(id);
 follow();
