@@ -88,7 +88,7 @@ function showState(next) {
   const all = next.answered + next.waiting + next.leased;
   put("run", next.run ?? "No run yet");
   put("task", next.task ? ` · ${next.task}` : "");
-  put("round", next.round == null ? "No round yet" : `Round ${next.round} of ${next.rounds}`);
+  put("round", next.round ? `Round ${next.round} of ${next.rounds}` : "Before the first round");
   put("phase", phases[next.phase] ?? next.phase ?? "");
   put("adapter", next.adapter ? `Answers: ${next.adapter}` : "");
   put("counts", all ? `${next.answered} of ${all} answered · ${next.mine} by you` : "Nothing to answer yet");
@@ -104,7 +104,7 @@ function showState(next) {
   showResults(next);
   if (!before || before.run !== next.run) return;
   const news = [];
-  if (next.phase !== before.phase || next.round !== before.round) news.push(`Round ${next.round}: ${phases[next.phase] ?? next.phase}.`);
+  if (next.round && (next.phase !== before.phase || next.round !== before.round)) news.push(`Round ${next.round}: ${phases[next.phase] ?? next.phase}.`);
   if (next.curve.length > before.curve.length) {
     const [round, accuracy] = next.curve.at(-1);
     news.push(`Accuracy after round ${round}: ${percent(accuracy)}.`);
@@ -242,7 +242,7 @@ const moves = {
     else answer(null, null);
   },
   skip() { if (lease) act("POST", `/requests/${encodeURIComponent(lease.id)}/skip`); },
-  undo() { act("POST", "/undo", { again: false }); },
+  undo() { act("POST", "/undo"); }, // Sent twice, it still takes back one.
   hint() { if (lease) $("hint").focus(); },
   help() { $("keys").showModal(); },
 };
