@@ -66,7 +66,7 @@ async function api(method, path, { body, again = true } = {}) {
 }
 
 function complain(error) {
-  if (!(error instanceof Refused)) throw error;
+  if (!(error instanceof Refused)) return reportError(error);
   put("problem", error.status === 401 ? "" : error.message);
 }
 
@@ -126,14 +126,15 @@ async function follow() {
       complain(error);
       await sleep(5);
     }
-    if (Date.now() - began < 500) await sleep(0.5); // Many small changes are one.
+    if (Date.now() - began < 1000) await sleep(1); // Many small changes are one.
   }
 }
 
 function tick() {
   put("deadline", state?.deadline && state.phase === "asking" ? `${minutes(state.deadline - now())} left` : "");
   if (!lease) return;
-  put("lease", `Yours for ${minutes(lease.expires - now())}`);
+  const over = state && (state.round > lease.round || (state.round === lease.round && state.phase !== "asking"));
+  put("lease", `${over ? "The round is over. " : ""}Yours for ${minutes(lease.expires - now())}`);
   if (lease.expires < now() && !busy && !document.hidden) take().catch(complain);
 }
 
