@@ -90,7 +90,7 @@ function showState(next) {
   put("task", next.task ? ` · ${next.task}` : "");
   put("round", next.round ? `Round ${next.round} of ${next.rounds}` : "Before the first round");
   put("phase", phases[next.phase] ?? next.phase ?? "");
-  put("adapter", next.adapter ? `Answers: ${next.adapter}` : "");
+  put("adapter", next.adapter ? `Model: ${next.adapter}` : "");
   put("counts", all ? `${next.answered} of ${all} answered · ${next.mine} by you` : "Nothing to answer yet");
   $("progress").max = all || 1;
   $("progress").value = next.answered;
@@ -101,6 +101,7 @@ function showState(next) {
     done: "The last round is over. Thank you.",
   }[next.phase] ?? "The training has not begun. The first question comes by itself.");
   document.title = next.waiting && document.hidden ? `(${next.waiting}) Teach the model` : "Teach the model";
+  $("idle-dots").hidden = next.phase === "done";
   showResults(next);
   if (!before || before.run !== next.run) return;
   const news = [];
