@@ -343,6 +343,24 @@ def test_the_curve_and_the_sample_after_a_round(trainer, open_page):
     assert share == pytest.approx([0.125, 0.75])  # the axis ends at 100 %
 
 
+def test_two_people_teach_for_three_rounds(trainer, open_page):
+    pages = [open_page("person0"), open_page("person1")]
+    for round in (1, 2, 3):
+        trainer.ask("first?", "second?", "third?", "fourth?", round=round)
+        for key in "rw":  # each answers in turn, and is asked what the other is not
+            for page in pages:
+                playwright.expect(page.locator("#card")).not_to_have_attribute("aria-busy", "true")
+                playwright.expect(page.locator("#question")).to_be_visible()
+                page.keyboard.press(key)
+        told = [verdict for verdict, _ in trainer.answers(4 * round)[-4:]]
+        assert sorted(told) == ["right", "right", "wrong", "wrong"]
+        trainer.phase(round, "done" if round == 3 else "training", accuracy=round / 4)
+    for page in pages:
+        shows(page, "#idle-text", "The last round is over. Thank you.")
+        shows(page, "#counts", "4 of 4 answered · 2 by you")
+        playwright.expect(page.locator("#curve tbody tr")).to_have_count(3)
+
+
 def test_an_outage_loses_nothing_that_was_typed(trainer, open_page):
     trainer.ask("first?", "second?")
     page = open_page()
