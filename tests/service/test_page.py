@@ -29,15 +29,8 @@ def serve(folder: pathlib.Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "spear_jax",
-        "serve",
-        str(folder),
-        f"--port={port}",
-        "--people=2",
-    ]
+    command = [sys.executable, "-m", "spear_jax.serve", f"--folder={folder}", f"--port={port}"]
+    command += ["--people=2", "--undo=0", "--quiet"]
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -49,7 +42,8 @@ def serve(folder: pathlib.Path):
                 break
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
-        yield url, json.loads((folder / "tokens.json").read_text())
+        users = json.loads((folder / "tokens.json").read_text())["users"]
+        yield url, {user["name"]: user["token"] for user in users}
     finally:
         process.terminate()
         process.wait(10)
@@ -67,14 +61,17 @@ class Trainer:
         self.post("/api/runs", **usual | {"examples": ["Where does Ben live?"]} | about)
 
     def post(self, path: str, **body):
-        reply = self.http.post(path, json={"run": self.run} | body)
+        return self.send(path, {"run": self.run} | body)
+
+    def send(self, path: str, body: dict):
+        reply = self.http.post(path, json=body)
         assert reply.status_code == 200, reply.text
         return reply.json()
 
     def ask(self, *questions: str, round: int = 1, answer: str = "Paris", right: str = "Rome"):
         rows = [
             {
-                "id": f"{self.run}-{round}-{i}",
+                "id": f"{round}-{i}",
                 "client": 0,
                 "attempt": 0,
                 "question": question,
@@ -105,7 +102,7 @@ class Trainer:
     def job(self, **answer):
         """Answers the next chat job; returns it."""
         [job] = self.http.get("/api/jobs", params={"run": self.run, "wait": 10}).json()["jobs"]
-        self.post(f"/api/jobs/{job['id']}", **answer)
+        self.send(f"/api/jobs/{job['id']}", answer)
         return job
 
 
@@ -128,13 +125,9 @@ def service(tmp_path_factory):
 def trainer(service, request):
     """A run of this test's own; what it leaves open is closed, so that no other test is asked it."""
     url, tokens = service
-    run = Trainer(url, token_of(tokens, "trainer"), request.node.name)
+    run = Trainer(url, tokens["trainer"], request.node.name)
     yield run
     run.phase(9, "done", close=True)
-
-
-def token_of(tokens: dict, name: str) -> str:
-    return tokens[name]
 
 
 @pytest.fixture
@@ -143,7 +136,7 @@ def open_page(service, browser):
     url, tokens = service
     opened = []
 
-    def open_as(person="person0", width=1280, scheme="light"):
+    def open_as(person="person-0", width=1280, scheme="light"):
         context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
         )
@@ -152,7 +145,7 @@ def open_page(service, browser):
         faults: list[str] = []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("dialog", lambda dialog: faults.append(dialog.message) or dialog.dismiss())
-        page.goto(f"{url}/?token={token_of(tokens, person)}")
+        page.goto(f"{url}/?token={tokens[person]}")
         opened.append((context, faults))
         return page
 
@@ -232,9 +225,7 @@ def test_skip_and_undo(trainer, open_page):
 
 def test_hints_alone_are_asked_for(service, open_page, request):
     url, tokens = service
-    run = Trainer(
-        url, token_of(tokens, "trainer"), request.node.name, asks="hint", show_right=False
-    )
+    run = Trainer(url, tokens["trainer"], request.node.name, asks="hint", show_right=False)
     run.ask("first?", "second?")
     page = open_page()
     shows(page, "#question", "first?")
@@ -254,9 +245,7 @@ def test_hints_alone_are_asked_for(service, open_page, request):
 
 def test_what_models_and_people_write_is_text_and_stays_on_this_host(service, open_page, request):
     url, tokens = service
-    run = Trainer(
-        url, token_of(tokens, "trainer"), request.node.name, task=HOSTILE, examples=[HOSTILE]
-    )
+    run = Trainer(url, tokens["trainer"], request.node.name, task=HOSTILE, examples=[HOSTILE])
     run.ask(HOSTILE, "second?", answer=HOSTILE, right=HOSTILE)
     run.phase(1, "asking", accuracy=0.5, sample={"question": HOSTILE, "answer": HOSTILE})
     page = open_page()
@@ -344,7 +333,7 @@ def test_the_curve_and_the_sample_after_a_round(trainer, open_page):
 
 
 def test_two_people_teach_for_three_rounds(trainer, open_page):
-    pages = [open_page("person0"), open_page("person1")]
+    pages = [open_page("person-0"), open_page("person-1")]
     for round in (1, 2, 3):
         trainer.ask("first?", "second?", "third?", "fourth?", round=round)
         for key in "rw":  # each answers in turn, and is asked what the other is not

@@ -198,24 +198,17 @@ async function act(method, path, options) {
   busy = true;
   $("card").setAttribute("aria-busy", "true");
   put("problem", "");
+  let over = true; // Also after an error that says that the request is no longer ours.
   try {
     await api(method, path, options);
   } catch (error) {
     complain(error);
-    if (![403, 404, 409].includes(error.status)) return; // These say that the request is no longer ours.
-  } finally {
-    busy = false;
-    $("card").removeAttribute("aria-busy");
+    over = [403, 404, 409].includes(error.status);
   }
-  await next().catch(complain);
-}
-
-async function next() {
-  busy = true;
-  try {
-    await taking?.catch(() => {});
-    await take();
-  } finally { busy = false; }
+  await taking?.catch(() => {});
+  if (over) await take().catch(complain);
+  busy = false;
+  $("card").removeAttribute("aria-busy");
 }
 
 function answer(verdict, hint) {
