@@ -41,7 +41,7 @@ async function once(method, path, body) {
   const text = await reply.text();
   const data = reply.headers.get("Content-Type")?.includes("json") ? JSON.parse(text) : null;
   const date = Date.parse(reply.headers.get("Date"));
-  if (date) clock = (date - Date.now()) / 1000;
+  if (date) clock = (date - Date.now()) / 1000 + 1; // It comes in whole seconds, rounded down.
   if (reply.ok) return data;
   if ([502, 503, 504].includes(reply.status) && !data) throw new Error("a proxy without its service");
   throw new Refused(reply.status, data?.error ?? `The service answered with status ${reply.status}.`);
