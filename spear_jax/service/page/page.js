@@ -75,9 +75,11 @@ function complain(error) {
 const phases = { asking: "People answer", training: "The model trains", evaluating: "The model is tested", done: "Done" };
 let state = null;
 
-function minutes(seconds) {
+function minutes(seconds) { // 1:05, and 2:01:05 with hours.
   const left = Math.max(0, Math.ceil(seconds));
-  return `${Math.floor(left / 60)}:${String(left % 60).padStart(2, "0")}`;
+  const parts = [Math.floor(left / 3600), Math.floor(left / 60) % 60, left % 60];
+  if (!parts[0]) parts.shift();
+  return parts.map((part, i) => (i ? String(part).padStart(2, "0") : part)).join(":");
 }
 
 const percent = (share) => `${+(100 * share).toFixed(1)} %`;
