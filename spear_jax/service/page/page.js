@@ -72,7 +72,8 @@ function complain(error) {
 
 // ---------------------------------------------------------------- the state of the round
 
-const phases = { asking: "People answer", training: "The model trains", evaluating: "The model is tested", done: "Done" };
+const phases = { asking: "People answer", training: "The model trains", evaluating: "The model is tested", done: "Round done" };
+const ended = (run) => run.phase === "done" && run.round >= run.rounds;
 let state = null;
 
 function minutes(seconds) { // 1:05, and 2:01:05 with hours.
@@ -91,23 +92,26 @@ function showState(next) {
   put("run", next.run ?? "No run yet");
   put("task", next.task ? ` · ${next.task}` : "");
   put("round", next.round ? `Round ${next.round} of ${next.rounds}` : "Before the first round");
-  put("phase", phases[next.phase] ?? next.phase ?? "");
+  put("phase", ended(next) ? "Run done" : next.round ? phases[next.phase] ?? next.phase ?? "" : "");
   put("adapter", next.adapter ? `Model: ${next.adapter}` : "");
   put("counts", all ? `${next.answered} of ${all} answered · ${next.mine} by you` : "Nothing to answer yet");
   $("progress").max = all || 1;
   $("progress").value = next.answered;
-  put("idle-text", {
-    asking: "Others still answer. The next question comes by itself.",
-    training: "The model trains on what people said. The next question comes by itself.",
-    evaluating: "The model is tested after its training. The next question comes by itself.",
-    done: "The last round is over. Thank you.",
-  }[next.phase] ?? "The training has not begun. The first question comes by itself.");
+  const soon = "The next question comes by itself.";
+  put("idle-text", ended(next) ? "The last round is over. Thank you." : {
+    asking: `Others still answer, or the model writes. ${soon}`,
+    training: `The model trains on what people said. ${soon}`,
+    evaluating: `The model is tested after its training. ${soon}`,
+    done: `The round is over. ${soon}`,
+  }[next.round && next.phase] ?? "The training has not begun. The first question comes by itself.");
+  put("chat-note", ended(next) ? "The run is over: the model answers no more." : next.phase === "asking" ? ""
+    : "The model is busy. It answers when the next round begins.");
+  $("idle-dots").hidden = ended(next);
   document.title = next.waiting && document.hidden ? `(${next.waiting}) Teach the model` : "Teach the model";
-  $("idle-dots").hidden = next.phase === "done";
   showResults(next);
   if (!before || before.run !== next.run) return;
   const news = [];
-  if (next.round && (next.phase !== before.phase || next.round !== before.round)) news.push(`Round ${next.round}: ${phases[next.phase] ?? next.phase}.`);
+  if (next.round && (next.phase !== before.phase || next.round !== before.round)) news.push(`Round ${next.round}: ${$("phase").textContent}.`);
   if (next.curve.length > before.curve.length) {
     const [round, accuracy] = next.curve.at(-1);
     news.push(`Accuracy after round ${round}: ${percent(accuracy)}.`);
