@@ -90,6 +90,8 @@ setup(
             "setuptools>=70.1",  # with wheel: the test of the wheel builds one
             "wheel>=0.43",
             *LIVE,
+            "playwright>=1.50,<2",  # the page in the Chromium of the system; skipped where there is none
+            "axe-playwright-python>=0.1.5,<0.2",  # carries axe, which finds faults of accessibility
             "psycopg[binary]>=3.2,<4",  # tests with a PostgreSQL where Debian's is installed
             *DOCS,
         ],
