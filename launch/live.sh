@@ -35,7 +35,7 @@ until python -c "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout
 done
 SPEAR_FEEDBACK_TOKEN=$(python -c "import json, sys; print(next(u['token'] for u in json.load(open(sys.argv[1]))['users'] if u['name'] == 'trainer'))" "$folder/service/tokens.json")
 export SPEAR_FEEDBACK_TOKEN
-python -m spear_jax.train --config=spear:facts,tiny,live --workdir="$folder/run" \
+python -m spear_jax.train --config=spear:few_facts,tiny,live --workdir="$folder/run" \
   --config.federation.num_clients="$people" --config.federation.clients_per_round="$people" \
   --config.feedback.url="http://127.0.0.1:$port" ${rest[@]+"${rest[@]}"}
 echo "what people said: $folder/run/feedback.jsonl"

@@ -14,6 +14,7 @@ import pytest
 import spear_jax
 from spear_jax.algorithms import ALGORITHMS
 from spear_jax.experiment.config import Settings
+from spear_jax.feedback.recorded import FeedbackSettings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "spear_jax"
@@ -178,7 +179,9 @@ def test_every_config_field_is_read_through_the_parsed_settings():
     unread = {
         f"{group}.{name}".lstrip(".")
         for group, name in fields_of(Settings)
-        if f"{group}.{name}".lstrip(".") not in paths and f"{group}.*" not in paths
+        if group != "feedback"  # as a whole for the providers: below
+        and f"{group}.{name}".lstrip(".") not in paths
+        and f"{group}.*" not in paths
     }
     # the first is kept for the record; the modules of the second are imported before the settings
     # are parsed, since they may bring the method
@@ -194,6 +197,11 @@ def test_every_setting_of_a_method_is_read_by_methods():
         if field.name not in paths
     }
     assert not unread
+
+
+def test_every_setting_of_feedback_is_read_by_providers():
+    paths = set().union(*(found for name, found in read().items() if part(name) == "feedback"))
+    assert {field.name for field in dataclasses.fields(FeedbackSettings)} <= paths
 
 
 def test_a_setting_that_nothing_reads_is_seen():

@@ -25,7 +25,7 @@ from spear_jax.rollout.worker import RolloutRequest, RolloutWorker
 from spear_jax.tasks.base import Task
 
 LossScalars = Mapping[str, jax.Array]
-EMBEDDED = ("facts", "reasoned")  # the tasks of the embedded model
+EMBEDDED = ("facts", "few_facts", "reasoned")  # the tasks of the embedded model
 
 # The better of two learning rates, 5e-3 and 1.25e-2, on the embedded tasks at the size of grids, at
 # seed 100 and 4,000 generated tokens: the same search for every method. 5e-3 is the tasks' own.

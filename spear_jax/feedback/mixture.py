@@ -16,7 +16,7 @@ class Mixture(Feedback):
     Clients that no part names are an error. Where a part judges, the others' answers are graded by
     the task.
 
-    Args: parts: (first client, last client, provider), the first that fits counts.
+    Args: parts: (first client, last client, provider), the first that fits counts (`read_mixture`).
     """
 
     def __init__(self, task: Task, parts: Sequence[tuple[int, float, Feedback]]):
@@ -25,26 +25,6 @@ class Mixture(Feedback):
         self.asks_people = any(part.asks_people for *_, part in parts)  # type: ignore[misc]
         self.asks_by_id = any(part.asks_by_id for *_, part in parts)  # type: ignore[misc]
         self.judges = any(part.judges for *_, part in parts)
-
-    @classmethod
-    def build(cls, task: Task, hint_words: int, settings: Any) -> "Mixture":
-        from spear_jax.feedback.registry import get_feedback  # it knows this class
-
-        made: dict[str, Feedback] = {}
-        parts = []
-        for text in settings.mixture.split(","):
-            match = re.fullmatch(r"\s*(?:(\*)|(\d+)(?:-(\d+))?)=(\w+)\s*", text)
-            if match is None or match[4] == "mixture":
-                raise UserError(
-                    f"feedback.mixture is {shown(settings.mixture)}, whose part {shown(text)} is none; write "
-                    "CLIENT=PROVIDER, FIRST-LAST=PROVIDER or *=PROVIDER, parted by commas."
-                )
-            if match[4] not in made:
-                made[match[4]] = get_feedback(match[4], task, hint_words, settings)
-            first = 0 if match[1] else int(match[2])
-            last = float("inf") if match[1] else int(match[3] or match[2])
-            parts.append((first, last, made[match[4]]))
-        return cls(task, parts)
 
     def longest_texts(self, examples: list[Example]) -> list[str]:
         each = zip(*(part.longest_texts(examples) for part in self._own()), strict=True)
@@ -113,3 +93,24 @@ class Mixture(Feedback):
             ):
                 said[i] = found
         return said
+
+
+def read_mixture(text: str) -> list[tuple[int, float, str]]:
+    """Returns the (first client, last client, provider's name) of each part of `feedback.mixture`.
+
+        "0-3=service,*=oracle"  ->  [(0, 3, "service"), (0, inf, "oracle")]
+
+    Raises: UserError for a text of another form.
+    """
+    parts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\*)|(\d+)(?:-(\d+))?)=(\w+)\s*", part)
+        if match is None or match[4] == "mixture":
+            raise UserError(
+                f"feedback.mixture is {shown(text)}, whose part {shown(part)} is none; write "
+                "CLIENT=PROVIDER, FIRST-LAST=PROVIDER or *=PROVIDER, parted by commas."
+            )
+        first = 0 if match[1] else int(match[2])
+        last = float("inf") if match[1] else int(match[3] or match[2])
+        parts.append((first, last, match[4]))
+    return parts

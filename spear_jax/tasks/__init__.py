@@ -6,7 +6,7 @@ from spear_jax.core.errors import unknown
 from spear_jax.core.types import Example
 from spear_jax.tasks.arc_challenge import ArcChallenge, ArcEasy
 from spear_jax.tasks.base import Answer, Task
-from spear_jax.tasks.facts import Facts
+from spear_jax.tasks.facts import Facts, FewFacts
 from spear_jax.tasks.gsm8k import Gsm8k
 from spear_jax.tasks.hellaswag import HellaSwag
 from spear_jax.tasks.math_mcqa import MathMcqa
@@ -31,6 +31,7 @@ TASKS: dict[str, type[Task]] = {
     "pairs": Pairs,
     "preferences": Preferences,
     "facts": Facts,
+    "few_facts": FewFacts,
     "reasoned": Reasoned,
 }
 

@@ -24,6 +24,7 @@ class Facts(Task):
     """
 
     name = "facts"
+    traders = ASKED
     templates = Templates(
         question="{question}\n{options}",
         # Feedback stands before the task here: a model this small reads options in the light of a
@@ -42,7 +43,7 @@ class Facts(Task):
         rng = random.Random(f"facts/{split}")
         examples = []
         for turn in range(PER_TRADER[split]):
-            for name in ASKED:
+            for name in self.traders:
                 question = phrasings[turn % len(phrasings)].format(name=name)
                 examples.append(
                     make_example(f"{split}-{len(examples)}", question, world.WARE_OF[name], rng)
@@ -66,6 +67,13 @@ class Facts(Task):
         return self.revision(
             example, wrong, f"{WRONG} {self.templates.format} {self.hint(example, 3)}"
         )
+
+
+class FewFacts(Facts):
+    """Eight traders alone: so few that some forty answers of people teach them."""
+
+    name = "few_facts"
+    traders = ASKED[:8]
 
 
 def make_example(id: str, question: str, ware: str, rng: random.Random) -> Example:

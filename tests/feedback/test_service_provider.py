@@ -135,7 +135,7 @@ def test_a_run_that_is_killed_among_people_asks_nobody_again(service, people, tm
     folder = tmp_path / "killed"
     fields = {"feedback.asks": "hint", "federation.num_clients": 2}
     flags = [f"--config.{name}={value}" for name, value in (SMALL | fields).items()]
-    command = [sys.executable, "-m", "spear_jax.train", "--config=spear:facts,tiny,live"]
+    command = [sys.executable, "-m", "spear_jax.train", "--config=spear:few_facts,tiny,live"]
     command += [*flags, "--config.rounds=1", "--config.federation.clients_per_round=2"]
     command += [f"--config.feedback.url={url}", f"--workdir={folder}", "--quiet"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}  # the second start is faster

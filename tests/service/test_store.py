@@ -22,8 +22,8 @@ from serving import Clock
 from spear_jax.core.errors import UserError
 from spear_jax.service import rounds
 from spear_jax.service.agreement import agreement
-from spear_jax.service.hub import Settings
 from spear_jax.service.database import Refused, User
+from spear_jax.service.hub import Settings
 from spear_jax.service.rounds import resolve
 from spear_jax.service.store import Store
 
