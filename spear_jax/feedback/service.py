@@ -96,8 +96,8 @@ class Service(Recorded):
             found = self.calls.get("/api/answers", self._since(WAIT))
             self.cursor = found["cursor"]
             for one in found["answers"]:
-                request = open_.pop(one["id"], None)
-                if request is not None and not one.get("undone"):
+                request = None if one.get("undone") else open_.pop(one["id"], None)
+                if request is not None:
                     wanted.count(request)
                     yield request, _answer(one)
             self._chat()
