@@ -16,8 +16,8 @@ PACKAGE = DOCS.parent / "spear_jax"
 PICTURE = DOCS / "architecture.png"
 # The parts from the ground: each imports from those before it alone.
 ORDER = (
-    "core", "packing", "models", "tasks", "analysis", "feedback", "rollout", "algorithms", "federated",
-    "experiment",
+    "core", "packing", "models", "tasks", "analysis", "feedback", "service", "rollout", "algorithms",
+    "federated", "experiment",
 )  # fmt: skip
 WIDTH, HEIGHT = 1.7, 0.46  # of a box; a floor is 1 high
 

@@ -100,8 +100,8 @@ async def answers(
     request: Request, user: Trainer, run: RunName, after: Cursor = 0, wait: Wait = 0
 ) -> Response:
     """What people said, in the order in which they did; `after` is the last cursor that was seen.
-    `wait` holds the reply back until there is something. An answer that was taken back comes again
-    with "undone"; one after its round's end comes with "late".
+    `wait` holds the reply back until there is something. An answer that was taken back
+    comes with "undone", in place of itself; one after its round's end comes with "late".
     """
     service = _service(request)
     store, undo = service.store, service.settings.undo

@@ -12,7 +12,7 @@ from spear_jax.service.tables import deliveries, log, requests, rounds, runs
 
 OPEN_REQUESTS = 100_000  # of a run
 
-ADD_DELIVERY = deliveries.insert()
+_ADD_DELIVERY = deliveries.insert()
 
 
 class Rounds(Database):
@@ -178,7 +178,7 @@ class Rounds(Database):
         """Puts the resolved answer of a request where the trainer collects it."""
         verdict, hint = resolve([(verdict, hint) for _, verdict, hint, _ in votes])
         on.execute(
-            ADD_DELIVERY,
+            _ADD_DELIVERY,
             {
                 "run": request["run"],
                 "cursor": self._count(on, request["run"]),

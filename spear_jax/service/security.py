@@ -210,7 +210,13 @@ class Gate:
             given = headers.get(b"x-csrf-token", b"").decode("latin-1")
             self.keys.check_csrf(state["cookie"], given)
         most = TRAINER_BODY_BYTES if "trainer" in user.scopes else BODY_BYTES
-        return _given(await _read(receive, headers.get(b"content-length"), most))
+        body = await _read(receive, headers.get(b"content-length"), most)
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if body and kind != b"application/json":
+            raise Refused(
+                422, f"the body is of type {shown(kind.decode('latin-1'))}; send application/json."
+            )
+        return _given(body)
 
     def _identify(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         state = scope["state"]
@@ -228,7 +234,7 @@ class Gate:
             state["cookie"] = cookies[COOKIE].value if state["user"] else None
 
 
-_READ = {b"authorization", b"cookie", b"content-length", b"x-csrf-token"}
+_READ = {b"authorization", b"cookie", b"content-length", b"content-type", b"x-csrf-token"}
 
 
 async def _read(receive: Callable, length: bytes | None, most: int) -> bytes:

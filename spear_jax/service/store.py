@@ -9,7 +9,7 @@ from spear_jax.core.errors import shown
 from spear_jax.service.chats import Chats, check_answer
 from spear_jax.service.database import RUN, WHO, Refused, Row, User, writes
 from spear_jax.service.reports import Reports
-from spear_jax.service.rounds import ADD_DELIVERY, Rounds
+from spear_jax.service.rounds import Rounds
 from spear_jax.service.tables import deliveries, leases, log, requests, runs
 
 # Statements of every lease and every answer, built once
@@ -270,7 +270,7 @@ class Store(Rounds, Chats, Reports):
             .one()
         )
         if request["done"]:
-            self._undeliver(on, request, user)
+            self._undeliver(on, request)
         on.execute(log.update().where(log.c.key == last.key).values(undone=True))
         on.execute(
             requests.update()
@@ -286,23 +286,24 @@ class Store(Rounds, Chats, Reports):
         self._note(on, user.name, "undo", request)
         return self._lease(on, user, request, take=False)
 
-    def _undeliver(self, on: sa.Connection, request: Any, user: User) -> None:
+    def _undeliver(self, on: sa.Connection, request: Any) -> None:
+        """Makes the delivery of an answer one that says it was taken back."""
         cursor = self._count(on, request["run"])
-        found = on.execute(
-            sa.select(deliveries)
-            .where(deliveries.c.request == request["key"])
-            .order_by(deliveries.c.cursor.desc())
-            .limit(1)
-        ).mappings()
-        delivery = dict(found.one())
+        newest = sa.select(sa.func.max(deliveries.c.cursor)).where(
+            deliveries.c.request == request["key"]
+        )
+        delivered = on.execute(newest).scalar_one()
         collected = on.execute(
             sa.select(runs.c.collected).where(runs.c.name == request["run"])
         ).scalar_one()
-        if delivery["cursor"] <= collected:
+        if delivered <= collected:
             raise Refused(
                 409,
                 f"the trainer has the answer to {shown(request['id'])} already; it can be taken "
                 "back only before that.",
             )
-        again = {"cursor": cursor, "undone": True, "time": self.clock()}
-        on.execute(ADD_DELIVERY, delivery | again)
+        on.execute(
+            deliveries.update()
+            .where(deliveries.c.run == request["run"], deliveries.c.cursor == delivered)
+            .values(cursor=cursor, undone=True, time=self.clock())
+        )

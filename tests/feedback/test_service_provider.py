@@ -21,7 +21,7 @@ from spear_jax.tasks import get_task
 httpx = pytest.importorskip("httpx", reason="live feedback needs pip install -e .[live]")
 pytest.importorskip("uvicorn", reason="live feedback needs pip install -e .[live]")
 
-TASK = get_task("facts")
+TASK = get_task("few_facts")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ class Person(threading.Thread):
 
 
 def config(url, **fields):
-    made = sj.preset("spear", task="facts", model="tiny", variants=["live"])
+    made = sj.preset("spear", task="few_facts", model="tiny", variants=["live"])
     made.update_from_flattened_dict(
         SMALL
         | {"rounds": 2, "federation.num_clients": 2, "federation.clients_per_round": 2}

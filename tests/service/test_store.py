@@ -149,7 +149,7 @@ def test_undo_of_a_voice_and_of_a_late_answer(tmp_path):
         for one in store.collect("r", 0, 2e9)[0]
     ]
     assert found == [
-        ("x", "wrong", True, None), ("y", "right", True, None), ("y", "right", True, True),
+        ("x", "wrong", True, None), ("y", "right", True, True),
     ]  # fmt: skip
     assert store.lease(PEOPLE[3]) is None
     store.close()
