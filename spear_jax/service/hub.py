@@ -45,8 +45,8 @@ class Settings:
         clients: person i is client i % clients; None: they take requests of every client.
         voices: how many people each request is put to.
         lease: seconds for which a person holds a request.
-        undo: seconds for which an answer is kept back from the trainer, so that it can be undone;
-            0 hands it out at once.
+        undo: seconds for which an answer is kept back from the trainer, so that it can be undone,
+            unless its round ends before; 0 hands it out at once.
         rates: requests a second by scope.
     """
 

@@ -197,8 +197,10 @@ class Rounds(Database):
     def collect(
         self, on: sa.Connection, run: str, after: int, until: float
     ) -> tuple[list[Row], float | None]:
-        """Returns the answers with a cursor above `after` that were written until a time, and marks
-        them as collected. The second value is the time of the first that was written later.
+        """Returns the answers with a cursor above `after`, and marks them as collected.
+
+        Args: until: those of a round that asks still are left out that were written later.
+        Returns: the answers, and the time of the first that was left out.
         """
         self.run(run)
         on.execute(sa.select(runs.c.name).where(runs.c.name == run).with_for_update())
@@ -208,9 +210,14 @@ class Rounds(Database):
                 requests.c.round,
                 requests.c.client,
                 requests.c.adapter,
+                rounds.c.phase,
                 *(column for column in deliveries.c if column.name not in ("run", "request")),
             )
             .join(requests, requests.c.key == deliveries.c.request)
+            .outerjoin(
+                rounds,
+                sa.and_(rounds.c.run == deliveries.c.run, rounds.c.round == requests.c.round),
+            )
             .where(deliveries.c.run == run, deliveries.c.cursor > after)
             .order_by(deliveries.c.cursor)
             .limit(BATCH)
@@ -218,10 +225,10 @@ class Rounds(Database):
         answers: list[Row] = []
         later = None
         for row in found:
-            if row["time"] > until:
+            one = dict(row)
+            if one.pop("phase") in (None, "asking") and row["time"] > until:
                 later = row["time"]
                 break
-            one = dict(row)
             one["user"] = one.pop("who")
             for flag in ("late", "undone"):
                 if not one[flag]:

@@ -151,6 +151,17 @@ def test_an_answer_waits_for_its_undo(tmp_path):
         assert at.people[0].post("/api/undo").status_code == 409
 
 
+def test_the_end_of_a_round_waits_for_no_undo(tmp_path):
+    with service(tmp_path, undo=60) as at:
+        at.open()
+        ask(at, "x")
+        at.people[0].post("/api/lease")
+        at.people[0].put("/api/answers/x", json={"verdict": "right"})
+        for phase, count in (("asking", 0), ("training", 1)):
+            at.trainer.post("/api/rounds", json={"run": "r", "round": 1, "phase": phase})
+            assert len(collect(at)["answers"]) == count
+
+
 def test_a_lease_ends(at):
     at.open()
     ask(at, "x")
