@@ -323,7 +323,7 @@ def test_a_service_that_is_killed_loses_and_doubles_nothing(tmp_path):
         "requests": [{"id": id, "client": 0, "question": "q", "answer": "a"} for id in ids],
     }  # fmt: skip
     for turn in range(2):
-        with served(tmp_path, "--people=2", "--quiet", "--undo=0") as (process, told):
+        with served(tmp_path, "--people=2", "--undo=0") as (process, told):
             tokens = {one["name"]: one["token"] for one in told["users"]}
 
             client = httpx.Client(base_url=told["url"], timeout=30)
@@ -366,7 +366,11 @@ def test_a_service_that_is_killed_loses_and_doubles_nothing(tmp_path):
             out, err = process.communicate(timeout=30)
             assert time.monotonic() - start < 5 and b'"answers": []' in waiting.recv(10_000)
             waiting.close()
-            assert process.returncode == 0 and json.loads(out)["answers"] == 40 and not err
+            *links, last = out.splitlines()
+            assert process.returncode == 0 and json.loads(last)["answers"] == 40 and not err
+            assert [line.split() for line in links] == [
+                [one["name"], one["url"]] for one in told["users"]
+            ]
 
 
 def test_what_serve_does_not_take(tmp_path, monkeypatch):
