@@ -173,6 +173,7 @@ class Database:
         Returns: what each returned, or the exception that it raised; that one then left nothing.
         """
         for last in (False, True):
+            self._next_end = 0.0  # what is written again finds the leases as they were
             try:
                 with self.engine.connect() as on:
                     outcomes = self.make(on, calls)
@@ -192,6 +193,7 @@ class Database:
                 return [method(on, *given)]
             except (Refused, sa.exc.IntegrityError) as error:
                 on.rollback()
+                self._next_end = 0.0
                 return [error]
         for method, given in calls:
             saved = on.begin_nested()
@@ -202,6 +204,7 @@ class Database:
                 raise
             except Exception as error:
                 saved.rollback()
+                self._next_end = 0.0
                 outcomes.append(error)
         return outcomes
 

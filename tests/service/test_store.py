@@ -17,6 +17,7 @@ import time
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from serving import Clock
 
 from spear_jax.core.errors import UserError
@@ -84,6 +85,24 @@ def test_calls_that_share_a_transaction_fail_alone(store):
     assert [one["id"] for one in store.collect("r", 0, 2e9)[0]] == ["x"]
     with pytest.raises(Refused):
         store.answer(second, "x", "right", None)
+
+
+def test_a_transaction_that_fails_is_made_again_as_if_for_the_first_time(store, monkeypatch):
+    store.add_requests("trainer", "r", 1, rows("x"))
+    store.lease(PEOPLE[0])
+    store.clock.now += 121  # the next lease ends this one
+    given, note = [], Store._note
+
+    def fails_once(*args, **values):
+        given.append(1)
+        if len(given) == 1:
+            raise sa.exc.OperationalError("x", {}, Exception("lost"))
+        note(*args, **values)
+
+    monkeypatch.setattr(Store, "_note", fails_once)
+    assert store.lease(PEOPLE[1])["id"] == "x" and len(given) == 2
+    with store.engine.connect() as on:
+        assert on.exec_driver_sql("SELECT who FROM leases").scalars().all() == ["person-1"]
 
 
 def test_a_run_that_asks_other_things_is_another_run(store):
