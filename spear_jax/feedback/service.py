@@ -18,6 +18,8 @@ BATCH = 500  # requests that are sent at once
 WAIT = 1.0  # seconds that the service holds back a reply with nothing new
 PATIENCE = 600.0  # seconds without the service, after which the run ends
 TIMEOUT = 30.0  # seconds of one call
+SAMPLED = 20  # questions of which people may try one, and one is shown in every round
+SAMPLE = "sample"  # the chat job of the latter
 
 
 class Service(Recorded):
@@ -56,8 +58,7 @@ class Service(Recorded):
         self.taken = {line["chat"] for line in lines if "chat" in line}
         for line in lines:
             self.log.open.pop(line.get("id", ""), None)
-        self.sample = run.examples[0]
-        some = [self.task.question(example) for example in run.examples[:20]]
+        some = [self.task.question(example) for example in run.examples[:SAMPLED]]
         body = {
             "run": run.name,
             "task": self.task.name,
@@ -132,10 +133,23 @@ class Service(Recorded):
 
     def end_round(self, number: int, metrics: dict[str, float]) -> None:
         self.round = number
-        answer = self._view.answer([(self.sample, "", "")])[0].text.strip()
-        sample = {"question": self.task.question(self.sample), "answer": answer or "(empty)"}
-        accuracy = metrics.get("eval/accuracy")
-        self._tell("done", accuracy=accuracy, sample=sample)
+        example = self._sample()
+        answer = self._view.answer([(example, "", "")])[0].text.strip()
+        sample = {"question": self.task.question(example), "answer": answer or "(empty)"}
+        self._tell("done", accuracy=metrics.get("eval/accuracy"), sample=sample)
+
+    def _sample(self) -> Example:
+        """The question whose answer is shown round after round: one that is answered wrongly at
+        first, the same in a run that goes on.
+        """
+        some = self._view.examples[:SAMPLED]
+        if SAMPLE not in self.log.jobs:
+            made = self._view.answer([(example, "", "") for example in some])
+            graded = zip(some, made, strict=True)
+            wrong = [i for i, (x, y) in enumerate(graded) if not self.task.grade(y.text, x)]
+            self.log.write({"job": SAMPLE, "example": some[wrong[0] if wrong else 0].id})
+        chosen = self.log.jobs[SAMPLE]["example"]
+        return next((example for example in some if example.id == chosen), some[0])
 
     def end_run(self) -> None:
         self.calls.close()
