@@ -1,9 +1,15 @@
-"""A service in this process, and clients with the tokens of its users."""
+"""A service in this process, clients with the tokens of its users, and a PostgreSQL server."""
 
 import contextlib
+import glob
 import json
+import os
+import shutil
+import subprocess
+import tempfile
 import types
 
+import pytest
 from starlette.testclient import TestClient
 
 from spear_jax.service.app import make_app
@@ -44,3 +50,32 @@ def service(folder, **settings):
 
         at.open = open_run
         yield at
+
+
+@contextlib.contextmanager
+def postgresql():
+    """The URL of a server of Debian's packages, which ends with the block."""
+    programs = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
+    if not programs:
+        pytest.skip("no PostgreSQL in /usr/lib/postgresql; apt-get install postgresql")
+    pytest.importorskip("psycopg")
+    if os.geteuid() == 0 and not shutil.which("runuser"):
+        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+    ours = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    folder = tempfile.mkdtemp(prefix="spear-jax-pg-")
+    data = f"{folder}/data"
+
+    def run(program, *args):
+        command = [*ours, f"{programs[-1]}/{program}", *args]
+        subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60)
+
+    try:
+        if ours:
+            shutil.chown(folder, "postgres")
+        run("initdb", "-D", data, "-U", "me", "-A", "trust", "--no-sync", "-E", "UTF8")
+        options = f"-c listen_addresses='' -k {folder} -c fsync=off"
+        run("pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start")
+        yield f"postgresql+psycopg://me@/postgres?host={folder}"
+        run("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -3,20 +3,18 @@
 import concurrent.futures
 import contextlib
 import functools
-import glob
 import json
 import os
 import pathlib
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
 import httpx
 import pytest
+import serving
 import sqlalchemy as sa
 from serving import Clock
 
@@ -226,31 +224,8 @@ def test_a_database_that_cannot_be_had_is_a_user_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def postgresql():
-    """The URL of a server of Debian's packages, which ends with the tests."""
-    programs = sorted(glob.glob("/usr/lib/postgresql/*/bin"))
-    if not programs:
-        pytest.skip("no PostgreSQL in /usr/lib/postgresql; apt-get install postgresql")
-    pytest.importorskip("psycopg")
-    if os.geteuid() == 0 and not shutil.which("runuser"):
-        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
-    ours = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    folder = tempfile.mkdtemp(prefix="spear-jax-pg-")
-    data = f"{folder}/data"
-
-    def run(program, *args):
-        command = [*ours, f"{programs[-1]}/{program}", *args]
-        subprocess.run(command, check=True, capture_output=True, cwd="/", timeout=60)
-
-    try:
-        if ours:
-            shutil.chown(folder, "postgres")
-        run("initdb", "-D", data, "-U", "me", "-A", "trust", "--no-sync", "-E", "UTF8")
-        options = f"-c listen_addresses='' -k {folder} -c fsync=off"
-        run("pg_ctl", "-D", data, "-w", "-o", options, "-l", f"{folder}/log", "start")
-        yield f"postgresql+psycopg://me@/postgres?host={folder}"
-        run("pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with serving.postgresql() as url:
+        yield url
 
 
 def test_people_at_postgresql_at_once_lose_and_double_nothing(postgresql):
