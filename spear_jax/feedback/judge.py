@@ -53,14 +53,14 @@ class Judge(Recorded):
             ) from error
         token = os.environ.get(settings.token, "")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.open = lambda: httpx.Client(timeout=TIMEOUT, headers=headers)
+        self.connect = lambda: httpx.Client(timeout=TIMEOUT, headers=headers)
         self.failures = httpx.TransportError
         self.cache: dict[str, Answer | None] = {}  # by what is asked
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         asked = {self._question(request.example, request.answer): request for request in requests}
         new = [text for text in asked if text not in self.cache]
-        with self.open() as client, concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        with self.connect() as client, concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
             calls = {pool.submit(self._call, client, text, asked[text]): text for text in new}
             for call in concurrent.futures.as_completed(calls):
                 self.cache[calls[call]] = call.result()

@@ -277,7 +277,7 @@ class _Calls:
             ) from error
         self.url, self.failures = url, (httpx.TransportError,)
         headers = {"Authorization": f"Bearer {token}"}
-        self.open = lambda: httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        self.connect = lambda: httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
         self.client: httpx.Client | None = None
 
     def get(self, path: str, query: dict[str, Any]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ class _Calls:
         pause, until, told = 0.1, time.monotonic() + PATIENCE, False
         while True:
             try:
-                self.client = self.client or self.open()
+                self.client = self.client or self.connect()
                 reply = self.client.request(method, path, **given)
                 if reply.status_code < 400:
                     return reply.json()

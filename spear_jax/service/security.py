@@ -360,7 +360,8 @@ def write_tokens(folder: pathlib.Path, issued: dict[str, Any], url: str) -> list
     temporary = file.with_name(f"{TOKENS}.tmp")
     with writing(file):
         temporary.unlink(missing_ok=True)
-        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as out:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(handle, "w", encoding="utf-8") as out:
             json.dump({"url": url, "secret": issued["secret"], "users": users}, out, indent=1)
             out.flush()
             os.fsync(out.fileno())

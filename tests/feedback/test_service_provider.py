@@ -101,12 +101,17 @@ def lines(folder, file):
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
+def said_in(folder):
+    """What was asked of people, without the chat's answers."""
+    return [line for line in lines(folder, FILE) if "answered" in line]
+
+
 def test_two_people_teach_a_run_and_a_replay_gives_the_same_bits(service, people, tmp_path):
     url, tokens = service
     both = people()
     run = sj.Run(config(url, **{"feedback.asks": "verdict"}), tmp_path / "taught", quiet=True)
     run.train()
-    said = lines(tmp_path / "taught", FILE)
+    said = said_in(tmp_path / "taught")
     assert {line["user"] for line in said} == {"person-0", "person-1"}
     assert all(line["answered"] and int(line["user"][-1]) == line["client"] for line in said)
     assert sorted(line["id"] for line in said) == sorted(both[0].ids + both[1].ids)
@@ -153,7 +158,7 @@ def test_a_run_that_is_killed_among_people_asks_nobody_again(service, people, tm
     people()
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = lines(folder, FILE)
+    said = said_in(folder)
     ids = [line["id"] for line in said]
     assert len(set(ids)) == len(ids) and before <= set(ids) and len(ids) > 4
     assert all(line["answered"] for line in said)
@@ -165,7 +170,7 @@ def test_a_deadline_ends_the_waiting_and_the_rest_counts_for_nothing(service, pe
     fields = {"feedback.asks": "verdict", "feedback.deadline": 3.0, "rounds": 1}
     run = sj.Run(config(url, **fields), tmp_path / "late", quiet=True)
     (round,) = list(run)
-    said = lines(tmp_path / "late", FILE)
+    said = said_in(tmp_path / "late")
     answered = [line for line in said if line["answered"]]
     assert 1 <= len(answered) < len(said)
     assert round.metrics["feedback/answered"] == len(answered)
