@@ -222,13 +222,18 @@ def check_verdicts(algorithm: Algorithm) -> None:
             f"feedback.asks is 'verdict', but method {algorithm.name!r} grades by the gold answer; set "
             f"--config.feedback.asks=hint, or take one of {', '.join(able)}."
         )
+    if algorithm.settings.strict_format:
+        raise UserError(
+            f"feedback.asks is 'verdict', but {algorithm.name}.strict_format has the task grade what is "
+            f"rewritten; set --config.{algorithm.name}.strict_format=False, or feedback.asks=hint."
+        )
 
 
 def check_processes(feedback: Feedback) -> None:
-    """Raises UserError where every process of a run would ask a person."""
-    if feedback.asks_people and jax.process_count() > 1:
+    """Raises UserError where every process of a run would ask somebody."""
+    if (feedback.asks_people or feedback.asks_by_id) and jax.process_count() > 1:
         raise UserError(
-            f"feedback {type(feedback).__name__!r} asks a person, but this run has several "
+            f"feedback {type(feedback).__name__!r} asks somebody, but this run has several "
             "processes, each of which would ask; start it without --distributed, or set "
             "--config.rollout.feedback=oracle."
         )

@@ -165,7 +165,7 @@ def revision_prompts(built: Experiment, count: int) -> list[list[int]]:
     examples = [worker.examples[int(own[0])] for own in built.federation.clients[:count]]
     answers = [wrong_answer(worker.task.scoring, example) for example in examples]
     asked = [Request(example, answer, 1) for example, answer in zip(examples, answers, strict=True)]
-    people = worker.feedback.asks_people
+    people = worker.feedback.asks_people or worker.feedback.asks_by_id  # nothing is asked for show
     said = ["(what you say)"] * len(asked) if people else worker.feedback(asked)
     return [
         worker.renderer.revision(worker.task, example, answer, text)

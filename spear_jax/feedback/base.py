@@ -75,7 +75,7 @@ class Feedback(abc.ABC):
 
     Class attributes:
         asks_people: whether a person answers, so that nothing may be asked for show.
-        asks_by_id: whether requests need ids.
+        asks_by_id: whether requests need ids, since somebody is asked and what is said is kept.
         judges: whether the provider says right or wrong of every answer, in the task's place.
 
     Args:

@@ -10,10 +10,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from spear_jax.core.errors import UserError, shown
+from spear_jax.core.errors import UserError
 from spear_jax.core.types import Example
 from spear_jax.feedback.base import Request
-from spear_jax.feedback.recorded import DEFAULTS, LONGEST_HINT, Answer, FeedbackSettings, Recorded
+from spear_jax.feedback.recorded import (
+    DEFAULTS,
+    LONGEST_HINT,
+    Answer,
+    FeedbackSettings,
+    Recorded,
+    check_url,
+    http,
+)
 from spear_jax.tasks.base import Task
 
 AT_ONCE = 16  # calls that are under way together; the endpoint batches them
@@ -40,27 +48,14 @@ class Judge(Recorded):
 
     def __init__(self, task: Task, hint_words: int = 3, settings: FeedbackSettings = DEFAULTS):
         super().__init__(task, hint_words, settings)
-        if not settings.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"rollout.feedback is 'judge', but feedback.url is {shown(settings.url)}; give an OpenAI-"
-                "compatible endpoint, such as --config.feedback.url=http://127.0.0.1:8000/v1."
-            )
-        try:
-            import httpx  # here, not above: an extra
-        except ImportError as error:
-            raise UserError(
-                "feedback 'judge' needs the package httpx; pip install \"spear-jax[live]\"."
-            ) from error
-        token = os.environ.get(settings.token, "")
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.connect = lambda: httpx.Client(timeout=TIMEOUT, headers=headers)
-        self.failures = httpx.TransportError
+        check_url(settings.url, "judge", "http://127.0.0.1:8000/v1")
+        self.failures: Any = ()  # of the network, as httpx names them
         self.cache: dict[str, Answer | None] = {}  # by what is asked
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         asked = {self._question(request.example, request.answer): request for request in requests}
         new = [text for text in asked if text not in self.cache]
-        with self.connect() as client, concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        with self._client() as client, concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
             calls = {pool.submit(self._call, client, text, asked[text]): text for text in new}
             for call in concurrent.futures.as_completed(calls):
                 self.cache[calls[call]] = call.result()
@@ -68,6 +63,13 @@ class Judge(Recorded):
             answer = self.cache[self._question(request.example, request.answer)]
             if answer is not None:
                 yield request, answer
+
+    def _client(self) -> Any:
+        httpx = http(self.settings.url, "judge", "http://127.0.0.1:8000/v1")
+        self.failures = httpx.TransportError
+        token = os.environ.get(self.settings.token, "")
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.Client(timeout=TIMEOUT, headers=headers)
 
     def _question(self, example: Example, answer: str) -> str:
         gold = example.options[example.gold] if example.options else example.response.strip()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.core.types import Example
+from spear_jax.core.types import Example, Trace
 from spear_jax.feedback.base import Feedback, Request, RunView, Said
 from spear_jax.tasks.base import Task
 
@@ -50,6 +50,10 @@ class Mixture(Feedback):
     def begin_round(self, number: int) -> None:
         for part in self._own():
             part.begin_round(number)
+
+    def beside(self, clients: Sequence[int]) -> list[Trace]:
+        own = [(part, [x for x in clients if self._part(x) is part]) for part in self._own()]
+        return [trace for part, some in own if some for trace in part.beside(some)]
 
     def end_rollouts(self) -> None:
         for part in self._own():

@@ -151,7 +151,9 @@ class FeedbackLog:
         elif line["answered"]:
             self.said[line["id"]] = Answer(*(line[name] for name in Answer._fields))
         else:
-            self.said[line["id"]], self.open[line["id"]] = None, line
+            self.said[line["id"]] = None
+            if "made" in line:
+                self.open[line["id"]] = line
 
 
 def as_json(attempt: Attempt) -> dict[str, Any]:
@@ -196,7 +198,7 @@ class Recorded(Feedback):
     def beside(self, clients: Sequence[int]) -> list[Trace]:
         if self.run is None:
             return []
-        lines = self._beside(self.round, clients)
+        lines = [x for x in self._beside(self.round, clients) if x["client"] in clients]
         known = {example.id: example for example in self.run.examples}
         self._counts["beside"] += len(lines)
         return [
@@ -286,12 +288,16 @@ class Replay(Recorded):
                 "rollout.feedback is 'replay', but feedback.replay is empty; give a run folder in "
                 "--config.feedback.replay."
             )
-        path = pathlib.Path(settings.replay)
+        self.source = FeedbackLog(None)
+
+    def begin_run(self, run: RunView) -> None:
+        super().begin_run(run)
+        path = pathlib.Path(self.settings.replay)
         file = path / FILE if path.is_dir() else path
         if not file.is_file():
             raise UserError(
-                f"feedback.replay is {shown(settings.replay)}, where no {FILE} is; give the folder of a run "
-                "whose feedback was asked for, by service, human or simulated."
+                f"feedback.replay is {shown(self.settings.replay)}, where no {FILE} is; give the folder of a "
+                "run whose feedback was asked for, such as by service or simulated."
             )
         self.source = FeedbackLog(file)
 
@@ -310,3 +316,27 @@ class Replay(Recorded):
 
     def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
         return self.source.beside[round]
+
+
+def http(url: str, provider: str, example: str) -> Any:
+    """Returns the package httpx, for a provider that calls a url.
+
+    Raises: UserError for another kind of url, and without the package.
+    """
+    check_url(url, provider, example)
+    try:
+        import httpx  # here, not above: an extra
+    except ImportError as error:
+        raise UserError(
+            f'feedback {provider!r} needs the package httpx; pip install "spear-jax[live]".'
+        ) from error
+    return httpx
+
+
+def check_url(url: str, provider: str, example: str) -> None:
+    """Raises UserError for what is no address."""
+    if not url.startswith(("http://", "https://")):
+        raise UserError(
+            f"rollout.feedback is {provider!r}, but feedback.url is {shown(url)}; give "
+            f"--config.feedback.url={example}."
+        )

@@ -3,17 +3,27 @@
 import os
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from spear_jax.core.errors import UserError, shown
+from spear_jax.core.errors import UserError
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Example
 from spear_jax.feedback.base import Request, RunView
-from spear_jax.feedback.recorded import DEFAULTS, Answer, FeedbackSettings, Recorded, as_json
+from spear_jax.feedback.recorded import (
+    DEFAULTS,
+    Answer,
+    FeedbackSettings,
+    Recorded,
+    as_json,
+    check_url,
+    http,
+)
 from spear_jax.tasks.base import WRONG, Task
 
+ADDRESS = "http://127.0.0.1:8765"  # of `spear-jax serve`, unless it is told another
 BATCH = 500  # requests that are sent at once
 WAIT = 1.0  # seconds that the service holds back a reply with nothing new
 PATIENCE = 600.0  # seconds without the service, after which the run ends
@@ -35,18 +45,8 @@ class Service(Recorded):
 
     def __init__(self, task: Task, hint_words: int = 3, settings: FeedbackSettings = DEFAULTS):
         super().__init__(task, hint_words, settings)
-        if not settings.url.startswith(("http://", "https://")):
-            raise UserError(
-                f"rollout.feedback is 'service', but feedback.url is {shown(settings.url)}; give the address of "
-                "`spear-jax serve`, such as --config.feedback.url=http://127.0.0.1:8765."
-            )
-        token = os.environ.get(settings.token, "")
-        if not token:
-            raise UserError(
-                f"feedback 'service' needs the trainer's token in the environment variable "
-                f"{settings.token}, which is empty; `spear-jax serve` writes it into tokens.json."
-            )
-        self.calls = _Calls(settings.url, token)
+        check_url(settings.url, "service", ADDRESS)
+        self._opened: _Calls | None = None
         self.cursor = self.chat_cursor = 0
         self.arrived: dict[str, dict[str, Any]] = {}  # answers by id, until they are used
         self.ready: list[dict[str, Any]] = []  # traces beside the rounds, until a round takes them
@@ -54,6 +54,13 @@ class Service(Recorded):
 
     def begin_run(self, run: RunView) -> None:
         super().begin_run(run)
+        token = os.environ.get(self.settings.token, "")
+        if not token:
+            raise UserError(
+                f"feedback 'service' needs the trainer's token in the environment variable "
+                f"{self.settings.token}, which is empty; `spear-jax serve` writes it into tokens.json."
+            )
+        self._opened = _Calls(self.settings.url, token)
         lines = [line for round in self.log.beside.values() for line in round]
         self.taken = {line["chat"] for line in lines if "chat" in line}
         for line in lines:
@@ -124,12 +131,18 @@ class Service(Recorded):
             attempts.append(revised | {"correct": again["verdict"] == "right"})
         return {
             "chat": chat["id"],
-            "client": chat["client"] or 0,
+            "client": self._client_of(chat),
             "example": first["example"],
             "question": first["question"],
             "user": chat["user"],
             "attempts": attempts,
         }
+
+    def _client_of(self, chat: dict[str, Any]) -> int:
+        """Whose a chat is: a person of every client counts as one of them."""
+        if chat["client"] is not None:
+            return int(chat["client"])
+        return zlib.crc32(chat["user"].encode()) % self._view.clients
 
     def end_round(self, number: int, metrics: dict[str, float]) -> None:
         self.round = number
@@ -152,7 +165,8 @@ class Service(Recorded):
         return next((example for example in some if example.id == chosen), some[0])
 
     def end_run(self) -> None:
-        self.calls.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         for begin in range(0, len(requests), BATCH):
@@ -213,6 +227,12 @@ class Service(Recorded):
             self.calls.post(f"/api/jobs/{job['id']}", body)
 
     @property
+    def calls(self) -> "_Calls":
+        """The service; open from the run's beginning."""
+        assert self._opened is not None, "begin_run comes first"
+        return self._opened
+
+    @property
     def _view(self) -> RunView:
         assert self.run is not None, "begin_run comes first"
         return self.run
@@ -269,16 +289,11 @@ class _Calls:
     """Calls to the service, again while it is away."""
 
     def __init__(self, url: str, token: str):
-        try:
-            import httpx  # here, not above: an extra
-        except ImportError as error:
-            raise UserError(
-                "feedback 'service' needs the package httpx; pip install \"spear-jax[live]\"."
-            ) from error
+        httpx = http(url, "service", ADDRESS)
         self.url, self.failures = url, (httpx.TransportError,)
         headers = {"Authorization": f"Bearer {token}"}
         self.connect = lambda: httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
-        self.client: httpx.Client | None = None
+        self.client: Any = None
 
     def get(self, path: str, query: dict[str, Any]) -> dict[str, Any]:
         return self._call("GET", path, params=query)

@@ -9,6 +9,7 @@ from run_sizes import SMALL
 import spear_jax as sj
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Attempt, Trace
+from spear_jax.experiment import builder, dry_run
 from spear_jax.feedback.base import NOBODY, Request, RunView
 from spear_jax.feedback.recorded import (
     FILE,
@@ -209,14 +210,50 @@ def test_a_replay_of_another_run_is_refused_by_the_answer(taught, tmp_path):
     }
     with pytest.raises(UserError, match="round 1: .* has nothing on the answer .*The runs differ"):
         sj.Run(config(**fields, seed=5), tmp_path / "run", quiet=True).train()
-    for given, words in (("", "is empty"), (str(tmp_path), "where no feedback.jsonl is")):
-        with pytest.raises(UserError, match=words):
-            Replay(TASK, 3, FeedbackSettings(replay=given))
+    with pytest.raises(UserError, match="is empty"):
+        Replay(TASK, 3, FeedbackSettings())
+    with pytest.raises(UserError, match=f"where no {FILE} is"):
+        Replay(TASK, 3, FeedbackSettings(replay=str(tmp_path))).begin_run(view(tmp_path))
+
+
+def test_a_dry_run_asks_nobody():
+    made = config(**{"rollout.feedback": "replay", "feedback.replay": "nowhere"})
+    built = builder.build(made)
+    (ids,) = dry_run.revision_prompts(built, 1)
+    assert ids and not built.federation.worker.feedback.log.said
+
+
+def test_a_trace_beside_the_rounds_belongs_to_its_client_and_round_alone(tmp_path):
+    made = {"prompt": [1], "completion": [2], "logprobs": [-0.5], "text": "A", "correct": True}
+    made |= {"feedback": "", "unlikelihood_mask": None}
+    known = {"example": EXAMPLES[0].id, "question": "", "attempts": [made]}
+    asked = {"example": "chat", "question": "What now?", "attempts": [made, made]}
+    people = People(FeedbackSettings(), {})
+    people.begin_run(view(tmp_path))
+    for client, held in ((0, known), (1, asked)):
+        people.log.write({"beside": 2, "client": client} | held)
+    again = People(FeedbackSettings(), {})
+    again.begin_run(view(tmp_path))
+    for round, clients, wanted in (
+        (1, [0, 1], []),
+        (2, [0], [0]),
+        (2, [1, 0], [0, 1]),
+        (2, [3], []),
+    ):
+        again.begin_round(round)
+        assert [trace.client for trace in again.beside(clients)] == wanted
+    first, second = again.beside([0, 1])
+    assert first.example is EXAMPLES[0] and second.example.question == "What now?"
+    assert first.beside and len(second.attempts) == 2 and second.last.logprobs == [-0.5]
 
 
 def test_methods_that_grade_by_gold_refuse_verdicts(tmp_path):
     made = sj.preset("grpo", task="facts", model="tiny", variants=["smoke"])
     made.rollout.feedback, made.feedback.asks = "simulated", "verdict"
+    strict = config(**{"rollout.feedback": "simulated", "feedback.asks": "verdict"})
+    strict.spear.strict_format = True
+    with pytest.raises(UserError, match="set --config.spear.strict_format=False"):
+        sj.Run(strict, tmp_path / "strict", quiet=True)
     with pytest.raises(UserError, match="'grpo' grades by the gold answer.*spear, feedback_sft"):
         sj.Run(made, tmp_path / "run", quiet=True)
 

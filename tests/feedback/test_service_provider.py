@@ -234,18 +234,18 @@ def test_late_verdicts_and_chats_are_trained_on_by_their_client(service, people,
     assert sum(line.get("rollout/wins", 0) for line in told) == 2
 
 
-@pytest.mark.parametrize(
-    "settings, token, words",
-    [
-        ({}, "x", "feedback.url is ''"),
-        ({"url": "ftp://here"}, "x", "feedback.url is 'ftp://here'"),
-        ({"url": "http://here"}, "", "SPEAR_FEEDBACK_TOKEN, which is empty"),
-    ],
-)
-def test_a_service_without_address_or_token_is_refused(monkeypatch, settings, token, words):
-    monkeypatch.setenv("SPEAR_FEEDBACK_TOKEN", token)
-    with pytest.raises(UserError, match=words):
-        get_feedback("service", TASK, 3, FeedbackSettings(**settings))
+@pytest.mark.parametrize("url", ["", "ftp://here"])
+def test_a_service_without_address_is_refused(url):
+    with pytest.raises(UserError, match=f"feedback.url is '{url}'"):
+        get_feedback("service", TASK, 3, FeedbackSettings(url=url))
+
+
+def test_a_token_is_needed_to_train_and_not_to_read_the_run(monkeypatch, tmp_path):
+    monkeypatch.delenv("SPEAR_FEEDBACK_TOKEN", raising=False)
+    with sj.Run(config("http://127.0.0.1:9"), tmp_path / "run", quiet=True) as run:
+        assert run.evaluate().count == 40
+        with pytest.raises(UserError, match="SPEAR_FEEDBACK_TOKEN, which is empty"):
+            run.train()
 
 
 def test_a_wrong_token_is_one_message(service, monkeypatch, tmp_path):
