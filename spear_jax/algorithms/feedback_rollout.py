@@ -84,12 +84,12 @@ def rollout_with_feedback(
     Args: strict_format: rewrite right answers of wrong form.
     """
     requests = requests_of(cohort, count)
-    asked = list(zip(worker.answer(policy, requests, key), requests, strict=True))
-    # of a first answer that was to be judged and was not, nothing is known
-    traces = [trace for trace, _ in asked if trace.answered]
-    requests = [request for trace, request in asked if trace.answered]
+    traces = worker.answer(policy, requests, key)
     rewrites = worker.rewrite(policy, traces, requests, key) if strict_format else {}
     worker.revise_until_right(policy, traces, requests, key)
+    if worker.feedback.judges:  # of a first answer that nobody judged nothing is known
+        known = [(x, y) for x, y in zip(traces, requests, strict=True) if x.answered]
+        traces, requests = [x for x, _ in known], [y for _, y in known]
     beside = worker.beside(cohort.clients)
     requests += [RolloutRequest(trace.client, -1) for trace in beside]
     return FeedbackRollout(traces + beside, requests, rewrites)

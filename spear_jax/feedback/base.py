@@ -35,6 +35,7 @@ class Request:
         id: of the answer; the same in every run of the same bits.
         client: whose answer it is.
         made: the answer as it was generated.
+        row: its place among the answers of one conversation (`Feedback.converse`).
     """
 
     example: Example
@@ -43,6 +44,7 @@ class Request:
     id: str = ""
     client: int = 0
     made: Attempt | None = None
+    row: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,20 @@ class Feedback(abc.ABC):
         that judges.
         """
         raise NotImplementedError(f"{type(self).__name__} does not judge")
+
+    def converse(
+        self, requests: list[Request], take: Callable[[list[Request]], list[Request]]
+    ) -> None:
+        """Hands all requests to `take`, which has the answers judged and commented on by this
+        provider, revises them, and returns the requests that follow.
+
+        Here all are handed over at once. A provider that waits for people hands over what they have
+        said, so that the device revises for some while others think:
+
+            converse([a, b], take)    b is answered first: take([b]) -> [c], take([a, c]) -> []
+        """
+        while requests:
+            requests = take(requests)
 
     def begin_run(self, run: RunView) -> None:  # noqa: B027 (most need nothing)
         """Called once, before the first round of a process."""

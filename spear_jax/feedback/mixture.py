@@ -1,7 +1,7 @@
 """Other providers for other clients."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spear_jax.core.errors import UserError, shown
@@ -40,6 +40,14 @@ class Mixture(Feedback):
             return [self.task.grade(request.answer, request.example) for request in some]
 
         return self._spread(requests, verdicts)
+
+    def converse(
+        self, requests: list[Request], take: Callable[[list[Request]], list[Request]]
+    ) -> None:
+        """People come last: nobody waits for them but their own clients."""
+        for part in sorted(self._own(), key=lambda part: part.asks_people):
+            some = [request for request in requests if self._part(request.client) is part]
+            part.converse(some, take)
 
     def begin_run(self, run: RunView) -> None:
         for client in range(run.clients):

@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from spear_jax.core.errors import UserError, shown
@@ -37,8 +37,8 @@ class FeedbackSettings:
     )  # hint: about wrong answers; verdict: right or wrong of all
     show_right: bool = False  # people see what is right
     deadline: float = number(0.0, 0)  # seconds for first answers, and for each revision; 0 is none
-    answers: int = number(0, 0)  # so many end the waiting; 0: all
-    quorum: float = number(1.0, above=0, high=1)  # this share of each client's ends the waiting
+    answers: int = number(0, 0)  # so many in a round end the waiting; 0: all
+    quorum: float = number(1.0, above=0, high=1)  # this share of each client's questions ends it
     late: str = one_of("use", "drop")  # verdicts that come after the waiting: in the next round
     chats: bool = True  # what people asked themselves and said right or wrong of is trained on
     url: str = ""  # of the service, or of the judge's endpoint
@@ -84,6 +84,8 @@ class FeedbackLog:
         open: the lines of requests that nobody answered in time, by id.
         beside: lines of traces beside the rounds' questions, by round.
         jobs: lines of answers in the chat, by job.
+        waves: by request id, which requests were handed on together (`Feedback.converse`): 1, 2, ...;
+            0 where all were.
 
     Args:
         file: None keeps them in memory alone.
@@ -97,6 +99,7 @@ class FeedbackLog:
         self.open: dict[str, dict[str, Any]] = {}
         self.beside: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
         self.jobs: dict[str, dict[str, Any]] = {}
+        self.waves: dict[str, int] = {}
         if file is not None and file.exists():
             self._read(file)
 
@@ -150,10 +153,17 @@ class FeedbackLog:
             self.jobs[line["job"]] = line
         elif line["answered"]:
             self.said[line["id"]] = Answer(*(line[name] for name in Answer._fields))
+            self.waves[line["id"]] = int(line.get("wave", 0))
         else:
             self.said[line["id"]] = None
+            self.waves[line["id"]] = int(line.get("wave", 0))
             if "made" in line:
                 self.open[line["id"]] = line
+
+    def first_wave(self, requests: Sequence[Request]) -> list[Request]:
+        """Returns those of the requests that were handed on first, [] where none has been."""
+        known = [self.waves[x.id] for x in requests if x.id in self.waves]
+        return [x for x in requests if self.waves.get(x.id) == min(known)] if known else []
 
 
 def as_json(attempt: Attempt) -> dict[str, Any]:
@@ -188,6 +198,19 @@ class Recorded(Feedback):
     @abc.abstractmethod
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         """Yields what is said of the requests as it comes in, until the waiting is over."""
+
+    def converse(
+        self, requests: list[Request], take: Callable[[list[Request]], list[Request]]
+    ) -> None:
+        open_ = list(requests)
+        while open_:
+            some = self.next_of(open_)
+            taken = {request.id for request in some}
+            open_ = [x for x in open_ if x.id not in taken] + take(some)
+
+    def next_of(self, requests: list[Request]) -> list[Request]:
+        """Returns those of the requests that are to be handed on now, at least one."""
+        return requests
 
     def begin_run(self, run: RunView) -> None:
         self.run, self.log = run, FeedbackLog(run.folder / FILE, self.asks_people)
@@ -256,12 +279,12 @@ class Recorded(Feedback):
         for request in missing:
             if request.id not in self.log.said:
                 self._keep(request, None)
-        self._counts["asked"] += len(missing)
-        self._counts["answered"] += sum(self.log.said[x.id] is not None for x in missing)
         return [self.log.said[request.id] for request in requests]
 
-    def _keep(self, request: Request, answer: Answer | None) -> None:
-        self.log.append(request, answer, round=self.round)
+    def _keep(self, request: Request, answer: Answer | None, wave: int = 0) -> None:
+        self.log.append(request, answer, round=self.round, **({"wave": wave} if wave else {}))
+        self._counts["asked"] += 1
+        self._counts["answered"] += answer is not None
 
     def _text(self, hint: str | None) -> str:
         """Feedback as the oracle words it: wrong, the form of an answer, and the hint."""
@@ -300,6 +323,13 @@ class Replay(Recorded):
                 "run whose feedback was asked for, such as by service or simulated."
             )
         self.source = FeedbackLog(file)
+
+    def next_of(self, requests: list[Request]) -> list[Request]:
+        """The same company as in the other run, so that not even a last bit differs."""
+        return self.source.first_wave(requests) or requests
+
+    def _keep(self, request: Request, answer: Answer | None, wave: int = 0) -> None:
+        super()._keep(request, answer, self.source.waves.get(request.id, wave))
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
         for request in requests:

@@ -1,11 +1,13 @@
 """Feedback from people in a browser, through the service that `spear-jax serve` starts."""
 
+import collections
+import contextlib
 import os
 import sys
+import threading
 import time
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from spear_jax.core.errors import UserError
@@ -35,7 +37,9 @@ SAMPLE = "sample"  # the chat job of the latter
 class Service(Recorded):
     """People who answer through the service at `feedback.url`.
 
-    While the run waits for them it also answers what they ask in the chat.
+    While the run waits for them, and while clients train, it also answers what they ask in the
+    chat. The latter is done by a thread of its own, between the end of a round's rollouts and the
+    next call of this object: the two are never at work together.
 
     Raises: UserError without a url or a token, without the `live` extra, and where the service
         refuses or is away for ten minutes: what was said until then is kept.
@@ -51,6 +55,10 @@ class Service(Recorded):
         self.arrived: dict[str, dict[str, Any]] = {}  # answers by id, until they are used
         self.ready: list[dict[str, Any]] = []  # traces beside the rounds, until a round takes them
         self.taken: set[str] = set()  # chats that became traces
+        self.sent: dict[str, float] = {}  # when each request of this round was sent
+        self.asked: collections.Counter[int] = collections.Counter()  # questions by client
+        self.answered = 0  # of what is asked now
+        self._chatter: _Chatter | None = None
 
     def begin_run(self, run: RunView) -> None:
         super().begin_run(run)
@@ -81,14 +89,23 @@ class Service(Recorded):
         }
 
     def begin_round(self, number: int) -> None:
+        self._end_chatter()
         super().begin_round(number)
+        self.sent = {}
         self._tell("asking")
 
     def end_rollouts(self) -> None:
         self._tell("training", close=True)
+        self._chatter = _Chatter(self._chat)
+
+    def _end_chatter(self) -> None:
+        chatter, self._chatter = self._chatter, None
+        if chatter is not None:
+            chatter.end(PATIENCE)
 
     def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
         """What came in since, kept for this round before it is used."""
+        self._end_chatter()
         self._collect()
         for line in self.ready[:]:
             if line["client"] in clients:
@@ -145,6 +162,7 @@ class Service(Recorded):
         return zlib.crc32(chat["user"].encode()) % self._view.clients
 
     def end_round(self, number: int, metrics: dict[str, float]) -> None:
+        self._end_chatter()
         self.round = number
         example = self._sample()
         answer = self._view.answer([(example, "", "")])[0].text.strip()
@@ -165,28 +183,82 @@ class Service(Recorded):
         return next((example for example in some if example.id == chosen), some[0])
 
     def end_run(self) -> None:
+        chatter, self._chatter = self._chatter, None
+        if chatter is not None:
+            with contextlib.suppress(UserError):  # the run has ended, with a message of its own
+                chatter.end(TIMEOUT)
         if self._opened is not None:
             self._opened.close()
 
     def ask(self, requests: list[Request]) -> Iterator[tuple[Request, Answer]]:
+        self._begin(requests)
+        while requests:
+            for request in (heard := self._hear(requests)):
+                if request.id in self.arrived:
+                    yield request, _answer(self.arrived.pop(request.id))
+            taken = {request.id for request in heard}
+            requests = [request for request in requests if request.id not in taken]
+
+    def converse(
+        self, requests: list[Request], take: Callable[[list[Request]], list[Request]]
+    ) -> None:
+        self._begin(requests)
+        super().converse(requests, take)
+
+    def _begin(self, requests: list[Request]) -> None:
+        self._end_chatter()  # of an earlier phase of the round
+        self.asked = collections.Counter(request.client for request in requests)
+        self.answered = 0
+
+    def next_of(self, requests: list[Request]) -> list[Request]:
+        """Those of which something was said, now or before a kill, or that are waited for no more."""
+        some = self.log.first_wave(requests)
+        if not some:
+            some, wave = self._hear(requests), max(self.log.waves.values(), default=0) + 1
+            for request in some:
+                one = self.arrived.pop(request.id, None)
+                self._keep(request, None if one is None else _answer(one), wave)
+        self.answered += sum(self.log.said[request.id] is not None for request in some)
+        return some
+
+    def _hear(self, requests: list[Request]) -> list[Request]:
+        """Waits for people, and answers the chat meanwhile. Returns the requests that have arrived;
+        where the waiting for some is over, these.
+        """
+        self._send([request for request in requests if request.id not in self.sent])
+        while True:
+            if arrived := [request for request in requests if request.id in self.arrived]:
+                return arrived
+            if self._enough(requests):
+                return requests
+            since = time.time() - self.settings.deadline
+            over = [request for request in requests if self.sent[request.id] < since]
+            if over and self.settings.deadline:
+                return over
+            self._take_answers(WAIT)
+            self._chat()
+
+    def _send(self, requests: list[Request]) -> None:
+        """Puts requests before people."""
+        if not requests:
+            return
         for begin in range(0, len(requests), BATCH):
             some = [self._item(request) for request in requests[begin : begin + BATCH]]
             body = {"run": self._view.name, "round": self.round, "requests": some}
             self.calls.post("/api/requests", body)
-        began, deadline = time.time(), self.settings.deadline
-        self._tell("asking", wanted=len(requests), deadline=began + deadline if deadline else None)
-        open_ = {request.id: request for request in requests}
-        wanted = _Wanted(requests, self.settings)
-        while True:
-            for id in [id for id in open_ if id in self.arrived]:
-                request = open_.pop(id)
-                wanted.count(request)
-                yield request, _answer(self.arrived.pop(id))
-            over = deadline and time.time() > began + deadline
-            if not open_ or wanted.met() or over:
-                return
-            self._take_answers(WAIT)
-            self._chat()
+        now, deadline = time.time(), self.settings.deadline
+        self.sent |= {request.id: now for request in requests}
+        ends = now + deadline if deadline else None
+        self._tell("asking", wanted=len(self.sent), deadline=ends)
+
+    def _enough(self, open_: list[Request]) -> bool:
+        """Whether so much has been said that the rest is waited for no more."""
+        left = collections.Counter(request.client for request in open_)
+        share = 1 - self.settings.quorum + 1e-9
+        return 0 < self.settings.answers <= self.answered or (
+            self.settings.quorum < 1
+            and all(left[client] <= share * asked for client, asked in self.asked.items())
+        )
 
     def _take_answers(self, wait: float) -> None:
         """Takes what came in: answers to what is asked now, or was asked before a kill, wait in
@@ -202,9 +274,9 @@ class Service(Recorded):
             elif one["id"] not in self.log.said:
                 self.arrived[one["id"]] = one
 
-    def _chat(self) -> None:
-        """Answers what people ask in the chat."""
-        for job in self.calls.get("/api/jobs", {"run": self._view.name, "wait": 0})["jobs"]:
+    def _chat(self, wait: float = 0) -> None:
+        """Answers what people ask in the chat, or do within `wait` seconds."""
+        for job in self.calls.get("/api/jobs", {"run": self._view.name, "wait": wait})["jobs"]:
             question = job["question"].strip()
             example = self.known.get(question) or Example("chat", question, (), (), 0)
             said = (
@@ -262,22 +334,31 @@ class Service(Recorded):
         self.calls.post("/api/rounds", body)
 
 
-class _Wanted:
-    """Whether enough has been answered: a number in all, or a share of each client's requests."""
+class _Chatter:
+    """A thread that answers the chat until its end.
 
-    def __init__(self, requests: list[Request], settings: FeedbackSettings):
-        self.settings, self.answered = settings, 0
-        self.left: dict[int, float] = defaultdict(float)
-        for request in requests:
-            self.left[request.client] += settings.quorum
+    Args: chat: waits so many seconds for questions, and answers them.
+    """
 
-    def count(self, request: Request) -> None:
-        self.answered += 1
-        self.left[request.client] -= 1
+    def __init__(self, chat: Callable[[float], None]):
+        self._over = threading.Event()
+        self._failure: UserError | None = None
+        self._thread = threading.Thread(target=self._run, args=(chat,), daemon=True)
+        self._thread.start()
 
-    def met(self) -> bool:
-        enough = self.settings.answers and self.answered >= self.settings.answers
-        return bool(enough) or all(left <= 1e-9 for left in self.left.values())
+    def _run(self, chat: Callable[[float], None]) -> None:
+        try:
+            while not self._over.is_set():
+                chat(WAIT / 4)
+        except UserError as error:  # raised where the run goes on
+            self._failure = error
+
+    def end(self, seconds: float) -> None:
+        """Waits so long for an answer that is under way. Raises: what ended the thread."""
+        self._over.set()
+        self._thread.join(seconds)
+        if self._failure is not None:
+            raise self._failure
 
 
 def _answer(one: dict[str, Any]) -> Answer:

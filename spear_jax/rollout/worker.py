@@ -4,7 +4,7 @@ revises after feedback.
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,12 +82,10 @@ class RolloutWorker:
         prompts = [self.data.prompts[request.example] for request in requests]
         examples = [self.examples[request.example] for request in requests]
         done = self._attempts(policy, examples, prompts, requests, key, 0, self.first, "rollout")
-        traces = [
+        return [
             Trace(request.client, example, [attempt])
             for request, example, attempt in zip(requests, examples, done, strict=True)
         ]
-        self._judge(traces, requests, key, 0)
-        return traces
 
     def revise_until_right(
         self,
@@ -97,29 +95,42 @@ class RolloutWorker:
         key: jax.Array,
         limit: int | None = None,
     ) -> None:
-        """Revises wrong answers after feedback, all pending ones of an attempt in one batch;
-        extends the traces in place.
+        """Revises wrong answers after feedback; extends the traces in place.
+
+        All pending ones are revised in one batch. Where people are waited for, those that have been
+        commented on are: no text depends on it, while the last bits of log-probabilities may.
 
         Args: limit: attempts; None means `num_revisions`.
         Source: SPEAR (arXiv 2605.07977), rollout step 3: feedback is always on the latest answer.
         """
-        pending = [i for i, x in enumerate(traces) if x.answered and not x.last.correct]
-        for number in range(1, (self.num_revisions if limit is None else limit) + 1):
-            if not pending:
-                return
-            said = self._comments(pending, traces, requests, key, number)
-            pending = list(said)
+        limit = self.num_revisions if limit is None else limit
+        judges = self.feedback.judges
+        wrong = lambda trace: (
+            trace.answered and not trace.last.correct and len(trace.attempts) <= limit
+        )
+
+        def newest(rows: Sequence[int]) -> list[Request]:
+            asked = [i for i in rows if judges or wrong(traces[i])]
+            return self._requests(asked, traces, requests, key)
+
+        def take(some: list[Request]) -> list[Request]:
+            if judges:
+                self._judge(some, traces)
+            said = self._comments([x for x in some if wrong(traces[x.row])], traces)
+            numbers = np.array([len(traces[i].attempts) for i in said], np.int64)
             prompts = [
-                self._revision(traces[i].example, traces[i].last.text, said[i]) for i in pending
+                self._revision(traces[i].example, traces[i].last.text, text)
+                for i, text in said.items()
             ]
-            examples, own = [traces[i].example for i in pending], [requests[i] for i in pending]
+            examples, own = [traces[i].example for i in said], [requests[i] for i in said]
             done = self._attempts(
-                policy, examples, prompts, own, key, number, self.revise, "revision"
+                policy, examples, prompts, own, key, numbers, self.revise, "revision"
             )
-            for i, attempt in zip(pending, done, strict=True):
-                traces[i].attempts.append(dataclasses.replace(attempt, feedback=said[i]))
-            self._judge([traces[i] for i in pending], own, key, number)
-            pending = [i for i in pending if not traces[i].last.correct]
+            for (i, text), attempt in zip(said.items(), done, strict=True):
+                traces[i].attempts.append(dataclasses.replace(attempt, feedback=text))
+            return newest(list(said))
+
+        self.feedback.converse(newest(range(len(traces))), take)
 
     def rewrite(
         self, policy: Policy, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array
@@ -193,54 +204,44 @@ class RolloutWorker:
         lengths = self.data.prompt_length, self.data.completion_length
         return self.scorer.score(policy, rows, "score", tokens, lengths).logprobs
 
-    def _comments(
-        self,
-        pending: list[int],
-        traces: list[Trace],
-        requests: list[RolloutRequest],
-        key: jax.Array,
-        number: int,
-    ) -> dict[int, str]:
-        """What is said, before revision `number`, of the newest answers of pending traces; those of
-        which nothing is said are left out.
-        """
-        behind, own = [traces[i] for i in pending], [requests[i] for i in pending]
-        asked = [
-            dataclasses.replace(request, attempt=number)
-            for request in self._requests(behind, own, key, number - 1)
-        ]
-        said = dict(zip(pending, self.feedback(asked), strict=True))
+    def _comments(self, some: list[Request], traces: list[Trace]) -> dict[int, str]:
+        """What is said of wrong answers, by row; those of which nothing is said are left out."""
+        asked = [dataclasses.replace(x, attempt=len(traces[x.row].attempts)) for x in some]
+        said = {x.row: text for x, text in zip(asked, self.feedback(asked), strict=True)}
         for i, text in said.items():
-            traces[i].answered &= number > 1 or text is not NOBODY
+            traces[i].answered &= len(traces[i].attempts) > 1 or text is not NOBODY
         return {i: text for i, text in said.items() if isinstance(text, str)}
 
-    def _judge(
-        self, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array, number: int
-    ) -> None:
-        """Has the newest attempt of each trace, its `number`-th, called right or wrong where the
-        provider does so in the task's place.
-        """
-        if not self.feedback.judges or not traces:
-            return
-        verdicts = self.feedback.judge(self._requests(traces, requests, key, number))
-        for trace, verdict in zip(traces, verdicts, strict=True):
+    def _judge(self, some: list[Request], traces: list[Trace]) -> None:
+        """Has answers called right or wrong by the provider, in the task's place."""
+        for request, verdict in zip(some, self.feedback.judge(some), strict=True):
+            trace = traces[request.row]
             trace.last.correct = bool(verdict)
-            if not number:
+            if len(trace.attempts) == 1:
                 trace.answered = verdict is not None
 
     def _requests(
-        self, traces: list[Trace], requests: list[RolloutRequest], key: jax.Array, number: int
+        self,
+        rows: list[int],
+        traces: list[Trace],
+        requests: list[RolloutRequest],
+        key: jax.Array,
     ) -> list[Request]:
-        """The newest answers, each the `number`-th attempt of its trace, for the provider."""
-        ids = [""] * len(traces)
-        if self.feedback.asks_by_id:
+        """The newest answers of these rows, for the provider."""
+        ids, newest = [""] * len(rows), [traces[i] for i in rows]
+        numbers = [len(trace.attempts) - 1 for trace in newest]
+        if self.feedback.asks_by_id and rows:
+            keys = row_keys(key, [requests[i] for i in rows], np.array(numbers))
             ids = [
                 f"{high:08x}{low:08x}-{zlib.crc32(trace.last.text.encode()):08x}"
-                for trace, (high, low) in zip(traces, row_keys(key, requests, number), strict=True)
+                for trace, (high, low) in zip(newest, keys, strict=True)
             ]
+        after = not self.feedback.judges  # a hint is for the next revision
         return [
-            Request(trace.example, trace.last.text, number, id, trace.client, trace.last)
-            for trace, id in zip(traces, ids, strict=True)
+            Request(
+                trace.example, trace.last.text, number + after, id, trace.client, trace.last, row
+            )
+            for row, trace, number, id in zip(rows, newest, numbers, ids, strict=True)
         ]
 
     def _revision(self, example: Example, answer: str, feedback: str) -> list[int]:
@@ -275,14 +276,17 @@ class RolloutWorker:
         return [made[i] for i in range(len(prompts))]
 
 
-def row_keys(key: jax.Array, requests: list[RolloutRequest], attempt: int) -> np.ndarray:
+def row_keys(
+    key: jax.Array, requests: list[RolloutRequest], attempt: int | np.ndarray
+) -> np.ndarray:
     """uint32[requests, 2] key data, each row's key at the path (rollout, client, example, sample and
-    attempt) below the round's.
+    attempt) below the round's. Args: attempt: of all rows, or int[requests].
     """
     # so many at a time, that the number of pending rows does not cause a compilation
     padded = np.zeros((-(-len(requests) // KEYS), KEYS, 3), np.uint32)
-    padded.reshape(-1, 3)[: len(requests)] = requests
-    padded[..., 2] = (padded[..., 2] << SAMPLE_BITS) + attempt
+    rows = padded.reshape(-1, 3)[: len(requests)]
+    rows[:] = requests
+    rows[:, 2] = (rows[:, 2] << SAMPLE_BITS) + attempt
     return np.concatenate([np.asarray(_row_keys(key, some)) for some in padded])[: len(requests)]
 
 

@@ -33,8 +33,10 @@ PARTS = """
 import json
 from spear_jax.analysis.report.page import TEMPLATE
 from spear_jax.experiment.builder import TINY
+from spear_jax.service.hub import PAGE
 
-print(json.dumps([str(TEMPLATE), TEMPLATE.is_file(), str(TINY), sorted(f.name for f in TINY.iterdir())]))
+names = lambda folder: sorted(f.name for f in folder.iterdir())
+print(json.dumps([str(TEMPLATE), TEMPLATE.is_file(), str(TINY), names(TINY), names(PAGE)]))
 """
 
 
@@ -112,9 +114,10 @@ def test_every_command_has_its_help_outside_the_repository(run, site):
     assert "python -m" not in shown
 
 
-def test_the_report_s_page_and_the_embedded_model_are_found(run, site):
+def test_the_pages_and_the_embedded_model_are_found(run, site):
     done = run(sys.executable, "-c", PARTS)
-    template, is_file, tiny, files = json.loads(done.stdout)
+    template, is_file, tiny, files, page = json.loads(done.stdout)
+    assert page == ["index.html", "page.css", "page.js"]
     assert is_file and {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert template.startswith(str(site)) and tiny.startswith(str(site))
 

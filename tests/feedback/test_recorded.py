@@ -20,6 +20,7 @@ from spear_jax.feedback.recorded import (
     Replay,
 )
 from spear_jax.feedback.registry import get_feedback
+from spear_jax.feedback.simulated import Simulated
 from spear_jax.tasks import get_task
 
 TASK = get_task("facts")
@@ -302,6 +303,36 @@ def test_draws_depend_on_the_request_and_not_on_its_company():
     whole = dict(zip([x.id for x in some], simulated(reply_rate=0.5)(some), strict=True))
     for request in some[::-40]:
         assert simulated(reply_rate=0.5)([request]) == [whole[request.id]]
+
+
+class OneByOne(Simulated):
+    """Hands the last request over alone, as people do who answer one after another."""
+
+    def next_of(self, requests):
+        return requests[-1:]
+
+
+@pytest.mark.parametrize("asks", ["hint", "verdict"])
+def test_a_trace_does_not_depend_on_who_is_revised_with_it(asks, tmp_path):
+    held = {}
+    for kind in (Simulated, OneByOne):
+        rates = {"reply_rate": 0.8, "error_rate": 0.2}
+        voice = kind(TASK, 3, FeedbackSettings(asks=asks, **rates))
+        made = config(rounds=1, **{"feedback.asks": asks, "rollout.num_revisions": 2})
+        run = sj.Run(made, tmp_path / kind.__name__, quiet=True, feedback=voice)
+        (round,) = run
+        held[kind] = [
+            (
+                x.client,
+                x.example.id,
+                x.answered,
+                [(y.text, y.correct, y.feedback) for y in x.attempts],
+            )
+            for x in (record.trace for record in round.traces)
+        ]
+    assert held[Simulated] == held[OneByOne]
+    most = max(len(attempts) for *_, attempts in held[Simulated])
+    assert most == {"hint": 2, "verdict": 3}[asks]
 
 
 def test_traces_that_nobody_answered_are_no_clients_rows():

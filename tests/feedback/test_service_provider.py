@@ -16,6 +16,7 @@ import spear_jax as sj
 from spear_jax.core.errors import UserError
 from spear_jax.feedback.recorded import FILE, FeedbackSettings
 from spear_jax.feedback.registry import get_feedback
+from spear_jax.feedback.service import Service
 from spear_jax.tasks import get_task
 
 httpx = pytest.importorskip("httpx", reason="live feedback needs pip install -e .[live]")
@@ -234,6 +235,83 @@ def test_late_verdicts_and_chats_are_trained_on_by_their_client(service, people,
     assert sum(line.get("rollout/wins", 0) for line in told) == 2
 
 
+def test_a_revision_comes_while_others_think(service, people, tmp_path):
+    """Person 0 is given the revision of an answer that they called wrong, while nothing of person 1
+    has been answered.
+    """
+    url, tokens = service
+    people(count=0)
+    known = {TASK.question(example): example for example in TASK.generate("train")}
+    first, second = (
+        httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {tokens[f'person-{i}']}"}, timeout=30
+        )
+        for i in range(2)
+    )
+    revised = []
+
+    def teach():
+        until = time.monotonic() + 120
+        while not revised and time.monotonic() < until:
+            reply = first.post("/api/lease")
+            if reply.status_code != 200:
+                time.sleep(0.05)
+                continue
+            item = reply.json()
+            if item["attempt"]:
+                revised.append((item, second.get("/api/status").json()["mine"]))
+            hint = TASK.hint(known[item["question"]], 3)
+            body = {"verdict": "wrong", "hint": hint}
+            first.put(f"/api/answers/{item['id']}", json=body).raise_for_status()
+        people()  # who answer the rest
+
+    helper = threading.Thread(target=teach, daemon=True)
+    fields = {"feedback.asks": "verdict", "rounds": 1}
+    run = sj.Run(config(url, **fields), tmp_path / "early", quiet=True)
+    helper.start()
+    run.train()
+    helper.join(30)
+    ((item, others),) = revised
+    assert item["attempt"] == 1 and others == 0
+    waves = [line["wave"] for line in said_in(tmp_path / "early")]
+    assert waves == sorted(waves) and waves[0] == 1 and len(set(waves)) > 2
+
+
+class ChatsWhileTraining(Service):
+    """Holds the run where its clients begin to train, until somebody's chat is answered."""
+
+    def end_rollouts(self):
+        super().end_rollouts()
+        question = {"question": TASK.question(TASK.generate("train")[0])}
+        id = self.person.post("/api/chats", json=question).json()["id"]
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not hasattr(self, "heard"):
+            chat = self.person.get(f"/api/chats/{id}").json()
+            if chat["answer"]:
+                self.heard = chat["answer"], self.person.get("/api/status").json()["phase"]
+            time.sleep(0.05)
+
+
+def test_the_chat_is_answered_while_clients_train(service, people, tmp_path):
+    url, tokens = service
+    people()
+    settings = FeedbackSettings(url=url, asks="verdict", show_right=True)
+    voice = ChatsWhileTraining(TASK, 3, settings)
+    headers = {"Authorization": f"Bearer {tokens['person-1']}"}
+    voice.person = httpx.Client(base_url=url, headers=headers, timeout=30)
+    run = sj.Run(
+        config(url, **{"feedback.asks": "verdict", "rounds": 1}),
+        tmp_path / "chats",
+        quiet=True,
+        feedback=voice,
+    )
+    run.train()
+    answer, phase = voice.heard
+    assert answer.strip() and phase == "training"
+    jobs = [line for line in lines(tmp_path / "chats", FILE) if "question" in line]
+    assert [line["made"]["text"].strip() for line in jobs] == [answer]
+
+
 @pytest.mark.parametrize("url", ["", "ftp://here"])
 def test_a_service_without_address_is_refused(url):
     with pytest.raises(UserError, match=f"feedback.url is '{url}'"):
@@ -246,6 +324,17 @@ def test_a_token_is_needed_to_train_and_not_to_read_the_run(monkeypatch, tmp_pat
         assert run.evaluate().count == 40
         with pytest.raises(UserError, match="SPEAR_FEEDBACK_TOKEN, which is empty"):
             run.train()
+
+
+def test_a_run_goes_on_with_a_service_that_has_moved(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    sj.Run(config("http://127.0.0.1:9"), folder, quiet=True)
+    monkeypatch.setenv("OTHER", "token")
+    moved = config("http://127.0.0.1:10", **{"feedback.token": "OTHER"})
+    run = sj.Run(moved, folder, quiet=True)
+    assert run.config.feedback.url == "http://127.0.0.1:10"
+    with pytest.raises(UserError, match="another config; differing: feedback.asks"):
+        sj.Run(config("http://127.0.0.1:10", **{"feedback.asks": "verdict"}), folder, quiet=True)
 
 
 def test_a_wrong_token_is_one_message(service, monkeypatch, tmp_path):

@@ -10,9 +10,10 @@ by quantile, without those that a kill fell into.
 """
 
 import argparse
-import asyncio
+import concurrent.futures
 import contextlib
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -22,60 +23,78 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import httpx
 import numpy as np
 from serving import postgresql
 
+BROKEN = (OSError, http.client.HTTPException)
+
+
+class Caller:
+    """One person's connection, of the standard library: a richer client would take more of the
+    machine than the service does.
+    """
+
+    def __init__(self, address: str, token: str, over: threading.Event):
+        self.address, self.over = address, over
+        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self.connection: http.client.HTTPConnection | None = None
+
+    def call(self, method: str, path: str, body=None):
+        """The reply's JSON; None for one without, and where a lease was lost to a kill."""
+        while not self.over.is_set():
+            try:
+                self.connection = self.connection or http.client.HTTPConnection(
+                    self.address, timeout=60
+                )
+                self.connection.request(method, path, body and json.dumps(body), self.headers)
+                reply = self.connection.getresponse()
+                text, status = reply.read(), reply.status
+            except BROKEN:
+                if self.connection is not None:
+                    self.connection.close()
+                self.connection = None
+                time.sleep(0.1)
+                continue
+            if status in (429, 503):
+                time.sleep(0.2)
+            elif status in (204, 403):
+                return None
+            else:
+                assert status == 200, text
+                return json.loads(text)
+        return None
+
 
 class Crowd:
-    def __init__(self, url: str, tokens: dict[str, str], requests: int):
-        self.url, self.requests = url, requests
-        self.headers = {name: {"Authorization": f"Bearer {x}"} for name, x in tokens.items()}
+    def __init__(self, address: str, tokens: dict[str, str], requests: int):
+        self.requests, self.over = requests, threading.Event()
+        self.callers = {name: Caller(address, token, self.over) for name, token in tokens.items()}
         self.kept: dict[str, str] = {}  # id -> the hint that was answered, of those told to be kept
         self.seconds: list[tuple[float, float]] = []  # (when, how long) of each pair
-        self.done = False
 
-    async def person(self, http: httpx.AsyncClient, name: str) -> None:
-        headers, draw = self.headers[name], random.Random(name)
-        while not self.done:
+    def person(self, name: str) -> None:
+        caller, draw = self.callers[name], random.Random(name)
+        while not self.over.is_set():
             began = time.monotonic()
-            item = await self.call(http, "POST", "/api/lease", headers)
+            item = caller.call("POST", "/api/lease")
             if item is None:
-                await asyncio.sleep(0.2 + 0.2 * draw.random())
+                time.sleep(0.2 + 0.2 * draw.random())
                 continue
             hint = f"{item['id']} by {name}"
             body = {"verdict": "wrong", "hint": hint}
-            path = f"/api/answers/{item['id']}"
-            if await self.call(http, "PUT", path, headers, body) is not None:
+            if caller.call("PUT", f"/api/answers/{item['id']}", body) is not None:
                 assert self.kept.setdefault(item["id"], hint) == hint, f"{item['id']} twice"
                 self.seconds.append((time.monotonic(), time.monotonic() - began))
 
-    async def call(self, http, method, path, headers, body=None):
-        """The reply's JSON; None for one without, and where a lease was lost to a kill."""
-        while True:
-            try:
-                reply = await http.request(method, path, headers=headers, json=body)
-            except httpx.TransportError:
-                if self.done:
-                    return None
-                await asyncio.sleep(0.1)
-                continue
-            if reply.status_code in (429, 503):
-                await asyncio.sleep(0.2)
-            elif reply.status_code in (204, 403):
-                return None
-            else:
-                assert reply.status_code == 200, reply.text
-                return reply.json()
-
-    async def trainer(self, http: httpx.AsyncClient) -> dict[str, str]:
+    def trainer(self) -> dict[str, str]:
         """Sends all requests and collects all answers. Returns {id: hint}."""
-        headers = self.headers["trainer"]
+        caller = self.callers["trainer"]
         about = {"run": "load", "task": "load", "clients": 1, "rounds": 1, "asks": "verdict"}
-        about |= {"show_right": False, "examples": []}
-        await self.call(http, "POST", "/api/runs", headers, about)
+        caller.call("POST", "/api/runs", about | {"show_right": False, "examples": []})
         ids = [hashlib.sha256(str(i).encode()).hexdigest()[:24] for i in range(self.requests)]
         for begin in range(0, len(ids), 500):
             rows = [
@@ -83,18 +102,16 @@ class Crowd:
                 | {"answer": "It is.", "right": None, "adapter": "round 0"}
                 for id in ids[begin : begin + 500]
             ]
-            body = {"run": "load", "round": 1, "requests": rows}
-            await self.call(http, "POST", "/api/requests", headers, body)
+            caller.call("POST", "/api/requests", {"run": "load", "round": 1, "requests": rows})
         found: dict[str, str] = {}
         cursor = 0
         while len(found) < len(ids):
-            path = f"/api/answers?run=load&after={cursor}&wait=5"
-            reply = await self.call(http, "GET", path, headers)
+            reply = caller.call("GET", f"/api/answers?run=load&after={cursor}&wait=5")
             cursor = reply["cursor"]
             for one in reply["answers"]:
                 assert one["id"] not in found, f"{one['id']} was delivered twice"
                 found[one["id"]] = one["hint"]
-        self.done = True
+        self.over.set()
         assert set(found) == set(ids)
         return found
 
@@ -131,29 +148,35 @@ def service(folder: pathlib.Path, people: int, database: str | None):
         held[-1].wait(30)
 
 
-async def measure(args: argparse.Namespace, database: str | None) -> dict:
+def measure(args: argparse.Namespace, database: str | None) -> dict:
     with (
         tempfile.TemporaryDirectory() as folder,
         service(pathlib.Path(folder), args.people, database) as (url, again),
+        concurrent.futures.ThreadPoolExecutor(args.people + 2) as threads,
     ):
         users = json.loads((pathlib.Path(folder) / "tokens.json").read_text())["users"]
-        crowd = Crowd(url, {user["name"]: user["token"] for user in users}, args.requests)
+        tokens = {user["name"]: user["token"] for user in users}
+        crowd = Crowd(url.partition("//")[2], tokens, args.requests)
         outages: list[tuple[float, float]] = []
 
-        async def kill() -> None:
+        def kill() -> None:
             for number in range(args.kills):
                 while len(crowd.kept) < (number + 1) * args.requests / (args.kills + 1):
-                    await asyncio.sleep(0.05)
+                    time.sleep(0.05)
                 began = time.monotonic()
-                await asyncio.to_thread(again)
+                again()
                 outages.append((began, time.monotonic()))
 
-        limits = httpx.Limits(max_connections=args.people + 10)
         began = time.monotonic()
-        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as http:
-            people = [crowd.person(http, f"person-{i}") for i in range(args.people)]
-            found, *_ = await asyncio.gather(crowd.trainer(http), kill(), *people)
+        others = [threads.submit(crowd.person, f"person-{i}") for i in range(args.people)]
+        others.append(threads.submit(kill))
+        try:
+            found = crowd.trainer()
+        finally:
+            crowd.over.set()
         seconds = time.monotonic() - began - sum(end - start for start, end in outages)
+        for one in others:
+            one.result()
     # of an answer on its way when the process was killed nobody was told; it may be there
     assert all(found[id] == hint for id, hint in crowd.kept.items())
     assert all(hint.startswith(f"{id} by person-") for id, hint in found.items())
@@ -183,7 +206,7 @@ def main() -> None:
     parser.add_argument("--postgres", action="store_true", help="a server of Debian's packages")
     args = parser.parse_args()
     with postgresql() if args.postgres else contextlib.nullcontext() as database:
-        print(json.dumps(asyncio.run(measure(args, database))))
+        print(json.dumps(measure(args, database)))
 
 
 if __name__ == "__main__":

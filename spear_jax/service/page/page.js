@@ -72,7 +72,7 @@ function complain(error) {
 
 // ---------------------------------------------------------------- the state of the round
 
-const phases = { asking: "People answer", training: "The model trains", evaluating: "The model is tested", done: "Round done" };
+const phases = { asking: "People answer", training: "The model trains", done: "Round done" };
 const ended = (run) => run.phase === "done" && run.round >= run.rounds;
 let state = null;
 
@@ -101,11 +101,10 @@ function showState(next) {
   put("idle-text", ended(next) ? "The last round is over. Thank you." : {
     asking: `Others still answer, or the model writes. ${soon}`,
     training: `The model trains on what people said. ${soon}`,
-    evaluating: `The model is tested after its training. ${soon}`,
     done: `The round is over. ${soon}`,
   }[next.round && next.phase] ?? "The training has not begun. The first question comes by itself.");
-  put("chat-note", ended(next) ? "The run is over: the model answers no more." : next.phase === "asking" ? ""
-    : "The model is busy. It answers when the next round begins.");
+  put("chat-note", ended(next) ? "The run is over: the model answers no more." : next.round ? ""
+    : "The model is busy. It answers when the first round begins.");
   $("idle-dots").hidden = ended(next);
   document.title = next.waiting && document.hidden ? `(${next.waiting}) Teach the model` : "Teach the model";
   showResults(next);
