@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,33 @@ def numpy_keep(row, top_k, top_p):
     "top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)]
 )
 def test_filters_keep_what_sorting_keeps(top_k, top_p):
-    rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
-    kept = np.asarray(token_sampling.nucleus_mask(jnp.asarray(rows), top_k, top_p))
+    rows = np.random.default_rng(1).normal(size=(20, 600)).astype(np.float32) * 3
+    share = np.exp(rows - rows.max(-1, keepdims=True))
+    kept = np.asarray(token_sampling.nucleus_mask(jnp.asarray(share), top_k, top_p))
     for row, mask in zip(rows.astype(np.float64), kept, strict=True):
         assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_the_threshold_is_the_least_share_of_the_nucleus_by_digits_of_any_size(bits):
+    share = np.random.default_rng(2).exponential(size=(20, 600)).astype(np.float32) ** 3
+    share /= share.max(-1, keepdims=True)
+    runs = token_sampling._in_runs(jnp.asarray(share))
+    found = token_sampling._search_digits(runs, lambda x: x, 0.9 * share.sum(-1), bits)
+    for row, threshold in zip(share, np.asarray(found), strict=True):
+        falling = np.sort(row)[::-1]
+        enough = np.searchsorted(np.cumsum(falling, dtype=float), 0.9 * row.sum(dtype=float))
+        assert threshold == falling[enough]
+
+
+def test_on_an_accelerator_a_filter_passes_ten_times_over_the_vocabulary():
+    mask = functools.partial(token_sampling.nucleus_mask, top_k=0, top_p=0.9)
+    rows = jax.ShapeDtypeStruct((4, 1000), jnp.float32)
+    for platform, passes, sums in (("cuda", "10", 7), ("cpu", "30", 1)):
+        text = jax.jit(mask).trace(rows).lower(lowering_platforms=(platform,)).as_text()
+        assert re.findall(r"dense<(\d+)> : tensor<i32>\s+%\d+ = \S+compare\s+LT", text) == [passes]
+        # sums of runs of 256; they are added up for all thresholds at once
+        assert text.count("(tensor<4x4x256xf32>, tensor<f32>) -> tensor<4x4xf32>") == sums
 
 
 def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_tempered_distribution():
