@@ -24,6 +24,8 @@ class SamplingConfig:
         max_rows: slots, on all devices together.
         max_tokens: columns of the KV cache over all slots of a device.
         read_tokens: prompt tokens of one prefill on a device.
+        steps_per_check: decode steps after which it is asked which sequences go on. No part of the
+            repr, which names shapes in a run's checkpoints, as no shape depends on it.
     """
 
     max_new_tokens: int
@@ -35,6 +37,7 @@ class SamplingConfig:
     max_rows: int = 64
     max_tokens: int = 1 << 16
     read_tokens: int = 1024
+    steps_per_check: int = dataclasses.field(default=1, repr=False)
 
 
 def nucleus_mask(share: jax.Array, top_k: int, top_p: float) -> jax.Array:

@@ -245,6 +245,21 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_looking_seldom_at_which_sequences_go_on_changes_no_completion(model, decoder, monkeypatch):
+    prompts, keys, config = make_prompts(model, 16), make_keys(16), settings(max_new_tokens=24)
+    stops = some_stops(model, decoder, prompts[:8], keys[:8], config)
+    config = dataclasses.replace(config, eos_ids=stops, max_rows=6)
+    often = Sampler(decoder).generate(None, model.base, prompts, keys, config)
+    begun, seldom = [], dataclasses.replace(config, steps_per_check=8)
+    watch(monkeypatch, "_decode_until", lambda *a: begun.append(int(a[5])))
+    found = Sampler(decoder).generate(None, model.base, prompts, keys, seldom)
+    assert len(begun) > 3 and all(column % 8 == 0 for column in begun)  # of a ring of 72
+    for one, other in zip(found, often, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    assert repr(seldom) == repr(config)  # which names the shapes in a checkpoint
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder, monkeypatch, own):
     shared_prefix = np.random.default_rng(8).integers(3, 60, 20).tolist()
