@@ -54,6 +54,7 @@ class RolloutWorker:
         examples: the training set; data: its token ids.
         first, revise: how first answers and revisions are sampled.
         num_revisions: attempts after a wrong first answer.
+        score_rows: rows of a block that `score` packs, about.
         policy: adapter -> the policy that answers with it (`as_policy`).
         tally: tokens so far in this round.
         progress: called with (stage, rows finished since the last call, rows of the stage).
@@ -69,6 +70,7 @@ class RolloutWorker:
     first: SamplingConfig
     revise: SamplingConfig
     num_revisions: int
+    score_rows: int
     policy: Callable[[Any], Policy]
     tally: Tally = dataclasses.field(default_factory=Tally)
     progress: Progress = no_progress
@@ -200,7 +202,7 @@ class RolloutWorker:
         without gradient and untempered.
         """
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
-        tokens = self.first.max_rows * Scorer.mean_tokens(rows)
+        tokens = self.score_rows * Scorer.mean_tokens(rows)
         lengths = self.data.prompt_length, self.data.completion_length
         return self.scorer.score(policy, rows, "score", tokens, lengths).logprobs
 
