@@ -13,7 +13,8 @@ import pytest
 from spear_jax.core import compilation
 from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.core.rng import path_key
-from spear_jax.models.decoder import Decoder, logits, unstack
+from spear_jax.models import decoder as decoder_module
+from spear_jax.models.decoder import Decoder, logits, merge, unstack
 from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
 from spear_jax.packing import shape_buckets
@@ -384,6 +385,16 @@ def test_an_adapter_beside_the_base_generates_what_the_merged_weights_generate(m
         None, merge_lora(model.base, lora, LORA), prompts, keys, settings()
     )
     assert [c.tokens for c in beside] == [c.tokens for c in merged]
+
+
+def test_merging_copies_the_layers_alone(model):
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    merged = merge(model.base, lora, LORA)
+    assert merged.embed is model.base.embed and merged.head is model.base.head
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert size(merged.layers) == size(model.base.layers) < 0.8 * size(model.base)
+    views, copies = unstack(model.base).layers, decoder_module._copied_layers(model.base.layers)
+    assert jax.tree.all(jax.tree.map(np.array_equal, views, copies))
 
 
 def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
