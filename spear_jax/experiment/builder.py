@@ -70,7 +70,6 @@ RESERVED = {
     "chat_template", "tools", "documents", "return_dict", "return_tensors", "strftime_now",
 }  # fmt: skip
 LABEL_TOKENS = 8  # room behind a prompt for an option's label
-SCORE_ROWS = 64  # of a block that is scored, where as many sequences as fit are generated at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,10 +208,10 @@ def build_worker(
         first=first,
         revise=revise,
         num_revisions=settings.rollout.num_revisions,
-        score_rows=settings.rollout.max_concurrent_sequences or SCORE_ROWS,
         policy=lambda lora: as_policy(
             model.base, replicate(lora, mesh), decoder.lora, settings.quantize
         ),
+        score_rows=settings.rollout.max_concurrent_sequences or RolloutWorker.score_rows,
         progress=progress,
     )
 

@@ -54,8 +54,8 @@ class RolloutWorker:
         examples: the training set; data: its token ids.
         first, revise: how first answers and revisions are sampled.
         num_revisions: attempts after a wrong first answer.
-        score_rows: rows of a block that `score` packs, about.
         policy: adapter -> the policy that answers with it (`as_policy`).
+        score_rows: rows of a block that `score` packs, about.
         tally: tokens so far in this round.
         progress: called with (stage, rows finished since the last call, rows of the stage).
     """
@@ -70,8 +70,8 @@ class RolloutWorker:
     first: SamplingConfig
     revise: SamplingConfig
     num_revisions: int
-    score_rows: int
     policy: Callable[[Any], Policy]
+    score_rows: int = 64
     tally: Tally = dataclasses.field(default_factory=Tally)
     progress: Progress = no_progress
 
