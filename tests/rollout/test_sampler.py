@@ -387,6 +387,15 @@ def test_an_adapter_beside_the_base_generates_what_the_merged_weights_generate(m
     assert [c.tokens for c in beside] == [c.tokens for c in merged]
 
 
+def test_few_adapters_of_clients_are_on_the_devices_at_one_time(model, decoder):
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    lora = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:, None], 100, axis=1), lora)
+    prompts, owners = [[5, 6]] * 100, np.arange(100)
+    found = list(Sampler(decoder)._groups(prompts, 1024, lora, owners))
+    assert [jax.tree.leaves(adapters)[0].shape[1] for adapters, _ in found] == [64, 64]
+    assert [sum(groups, []) for _, groups in found] == [list(range(64)), list(range(64, 100))]
+
+
 def test_merging_copies_the_layers_alone(model):
     lora = init_lora(jax.random.key(1), LORA, model.config)
     merged = merge(model.base, lora, LORA)
