@@ -230,7 +230,7 @@ def decode_until(
         grown = append_token(config, grown, head_logits(hidden, head_weight(base)))
         return DecodeState(cache, seen, grown), (at + 1) % columns
 
-    count = config.steps_per_check
+    count = min(config.steps_per_check, config.max_new_tokens - 1)  # more than that none needs
     steps = lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
     return jax.lax.while_loop(going, step if count == 1 else steps, (state, at))
 
