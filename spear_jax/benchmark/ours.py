@@ -20,7 +20,7 @@ from spear_jax.algorithms.spear import Spear, SpearSettings
 from spear_jax.benchmark.side import Side
 from spear_jax.benchmark.workload import Preset, Row, Workload, random_tensor
 from spear_jax.core.compilation import Compiles, release_after_compiling
-from spear_jax.core.mesh import make_mesh, replicate, shard_rows
+from spear_jax.core.mesh import bytes_on_a_device, make_mesh, replicate, shard_rows
 from spear_jax.core.types import Example
 from spear_jax.experiment.checkpoint import Checkpoints
 from spear_jax.experiment.config import default_config
@@ -144,7 +144,7 @@ class System:
         flat, new = [prompt for client in prompts for prompt in client], self.preset.new_tokens
         keys = np.random.default_rng(0).integers(0, 1 << 32, (len(flat), 2), np.uint32)
         shared_prefix = os.path.commonprefix(flat)
-        sampler, sampling = self.sampler(shared_prefix), sampling_config(self.preset, len(flat))
+        sampler, sampling = self.sampler(shared_prefix), self.sampling(len(flat))
         done = sampler.generate(policy.lora, policy.base, flat, keys, sampling)
         plan, batches = plan_prefill(
             sampling, [range(len(flat))], flat, 1, sampler.shapes, len(shared_prefix)
@@ -165,6 +165,10 @@ class System:
         place, spread = (functools.partial(put, mesh=self.mesh) for put in (shard_rows, replicate))
         return Sampler(self.decoder, place, spread=spread, shared_prefixes=[shared_prefix])
 
+    def sampling(self, rows: int) -> SamplingConfig:
+        """Returns how up to so many prompts are completed at once."""
+        return sampling_config(self.preset, rows, bytes_on_a_device(self.base))
+
     def rollout(self) -> Measured:
         return self.generate(self.policy(), self.work.prompts)
 
@@ -183,7 +187,7 @@ class System:
             examples=[Example("", "", names, names, 0) for _ in questions],
             prompts=questions,
             method="choice",
-            sampling=sampling_config(self.preset, 1),
+            sampling=self.sampling(1),
             rows=min(len(questions), default_config().eval.rows),
         )
         scores = evaluator.choice_scores(Policy(self.base, self.lora))
@@ -284,15 +288,14 @@ def random_adapter(config: ModelConfig, lora: LoraConfig) -> Adapter:
     return Adapter(**pairs)
 
 
-def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
+def sampling_config(preset: Preset, rows: int, weights: int) -> SamplingConfig:
     """Returns the sampling without EOS, so that every completion has exactly new_tokens.
 
-    A batch has as many rows as the config's memory allows.
+    A batch has as many rows as the config's memory allows. Args: weights: bytes of the base.
     """
     itemsize = DTYPES[preset.dtype].itemsize
-    tokens, read = cost_model.generation_tokens(
-        parse_config(preset.shape), itemsize, default_config().rollout.kv_cache_mb
-    )
+    model, megabytes = parse_config(preset.shape), default_config().rollout.kv_cache_mb
+    limits = cost_model.generation_limits(model, itemsize, megabytes, rows, weights, 1)
     return SamplingConfig(
         max_new_tokens=preset.new_tokens,
         temperature=preset.temperature,
@@ -300,9 +303,10 @@ def sampling_config(preset: Preset, rows: int) -> SamplingConfig:
         top_p=preset.top_p,
         eos_ids=(),
         pad_id=0,
-        max_rows=rows,
-        max_tokens=tokens,
-        read_tokens=read,
+        max_rows=limits.rows,
+        max_tokens=limits.tokens,
+        read_tokens=limits.read_tokens,
+        steps_per_check=limits.steps_per_check,
     )
 
 

@@ -24,6 +24,7 @@ from spear_jax.core.mesh import (
     CLIENTS,
     base_placer,
     broadcast_from_main,
+    bytes_on_a_device,
     make_mesh,
     replicate,
     shard_rows,
@@ -183,7 +184,7 @@ def build_worker(
     """Builds the rollout worker: the training set as token ids, with the evaluator's renderer,
     sampler and scorer.
     """
-    first, revise, _ = sampling_configs(settings, model)
+    first, revise, _ = sampling_configs(settings, model, mesh)
     decoder = evaluator.scorer.decoder
     return RolloutWorker(
         task=evaluator.task,
@@ -210,6 +211,7 @@ def build_worker(
         policy=lambda lora: as_policy(
             model.base, replicate(lora, mesh), decoder.lora, settings.quantize
         ),
+        score_rows=settings.rollout.max_concurrent_sequences or RolloutWorker.score_rows,
         progress=progress,
     )
 
@@ -311,12 +313,17 @@ def template_arguments(settings: Settings) -> tuple[dict[str, Any], datetime.dat
 
 
 def sampling_configs(
-    settings: Settings, model: LoadedModel
+    settings: Settings, model: LoadedModel, mesh: Mesh
 ) -> tuple[SamplingConfig, SamplingConfig, SamplingConfig]:
     """Returns how first answers, revisions and greedy evaluations are sampled."""
     rollout = settings.rollout
-    tokens, read = cost_model.generation_tokens(
-        model.config, model.base.embed.dtype.itemsize, rollout.kv_cache_mb
+    limits = cost_model.generation_limits(
+        model.config,
+        model.base.embed.dtype.itemsize,
+        rollout.kv_cache_mb,
+        rollout.max_concurrent_sequences,
+        bytes_on_a_device(model.base),
+        mesh.shape[CLIENTS],
     )
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
@@ -325,9 +332,10 @@ def sampling_configs(
         top_p=rollout.top_p,
         eos_ids=model.eos_ids,
         pad_id=model.pad_id,
-        max_rows=rollout.max_concurrent_sequences,
-        max_tokens=tokens,
-        read_tokens=read,
+        max_rows=limits.rows,
+        max_tokens=broadcast_from_main(limits.tokens),
+        read_tokens=limits.read_tokens,
+        steps_per_check=limits.steps_per_check,
     )
     revise = dataclasses.replace(first, max_new_tokens=rollout.max_new_tokens_revision)
     greedy = dataclasses.replace(
@@ -375,7 +383,7 @@ def build_evaluator(
         examples=examples,
         prompts=[renderer.prompt(task, example) for example in examples],
         method=method,
-        sampling=sampling_configs(settings, model)[2],
+        sampling=sampling_configs(settings, model, mesh)[2],
         rows=settings.eval.rows,
         responses=responses,
         progress=progress,

@@ -137,7 +137,8 @@ class Rollout:
     # or one of your own
     feedback: str = "oracle"
     hint_words: int = number(3, 0)
-    max_concurrent_sequences: int = number(64, 1)  # that generate at once, on all devices
+    # that generate at once, on all devices; 0: as many as kv_cache_mb holds, on a CPU 64
+    max_concurrent_sequences: int = number(0, 0)
     kv_cache_mb: int = number(0, 0)  # on a device; 0: 272 on a CPU, else a quarter of its memory
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from spear_jax.algorithms.base import WorkEstimate
 from spear_jax.core.files import writing
+from spear_jax.core.mesh import CLIENTS
 from spear_jax.core.types import Example, Tally
 from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.builder import Experiment
@@ -19,6 +20,7 @@ from spear_jax.feedback.base import Request
 from spear_jax.models import cost_model
 from spear_jax.models.io.tensor_map import places
 from spear_jax.models.lora import init_lora
+from spear_jax.rollout.prefill import most_rows
 
 SHOWN_CLIENTS = 20  # rows of the split table
 SHOWN_PROMPTS = 3
@@ -88,24 +90,25 @@ def sizes(built: Experiment) -> dict[str, int]:
 
 
 def needs(built: Experiment) -> dict[str, int | None]:
-    """Estimates what a device needs beside the base, which is loaded: for local training, and for a
-    batch of rollouts.
+    """Estimates how many sequences of full length are generated at once, how many clients train at
+    once on a device, and what a device needs for either beside the base, which is loaded.
     """
     settings, federation, model = built.settings, built.federation, built.model.config
-    worker, rollout = federation.worker, settings.rollout
+    worker = federation.worker
     each = builder.bytes_per_client(settings, federation.decoder, federation.algorithm, worker.data)
-    # generation reads a copy of the base with the adapter merged in, but on a CPU (`as_policy`)
+    # generation reads a copy of the layers with the adapter merged in, but on a CPU (`as_policy`)
     copied = settings.quantize == "none" and jax.default_backend() != "cpu"
-    merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base)) if copied else 0
-    new = max(rollout.max_new_tokens, rollout.max_new_tokens_revision)
-    length = longest_prompt(built) + new
-    together = rollout.max_concurrent_sequences * length
-    tokens = min(together, max(length, worker.first.max_tokens))
-    itemsize = 2 if settings.dtype == "bfloat16" else 4
+    merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base.layers)) if copied else 0
+    longest = max(worker.first, worker.revise, key=lambda config: config.max_new_tokens)
+    width, devices = longest_prompt(built), federation.mesh.shape[CLIENTS]
+    rows = most_rows(longest, width, devices)
+    length, itemsize = width + longest.max_new_tokens, 2 if settings.dtype == "bfloat16" else 4
     return {
+        "sequences_at_once": rows,
         "clients_at_once": federation.local.clients_at_once,
         "memory_training": federation.local.clients_at_once * each,
-        "memory_rollout": merged + cost_model.cache_bytes(model, 1, tokens, itemsize),
+        "memory_rollout": merged
+        + cost_model.cache_bytes(model, -(-rows // devices), length, itemsize),
         "memory_free": cost_model.device_bytes(),
     }
 

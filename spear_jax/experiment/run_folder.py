@@ -53,6 +53,7 @@ def open_workdir(
             if old.get(name) != flat.get(name)
             and not name.startswith(others)
             and name not in ELSEWHERE
+            and (name, old.get(name), flat.get(name)) not in FORMER_DEFAULTS
         )
         if differing:
             changes = ", ".join(
@@ -124,6 +125,10 @@ def record_start(folder: pathlib.Path) -> None:
 RETIRED = (
     ("rollout", "segment"),
 )  # fields of older versions that changed speed alone; they are dropped
+
+
+# (field, default of older versions, default now) that differ in speed alone
+FORMER_DEFAULTS = (("rollout.max_concurrent_sequences", 64, 0),)
 
 
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:

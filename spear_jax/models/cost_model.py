@@ -1,5 +1,6 @@
 """How much memory a round needs, estimated before anything compiles."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -41,21 +42,53 @@ def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> in
     return rows * length * model.layers * 2 * model.kv_heads * model.head_width * itemsize
 
 
-def generation_tokens(model: ModelConfig, itemsize: int, megabytes: int) -> tuple[int, int]:
-    """How many tokens one generation batch may hold on a device, and how many prompt tokens a pass
-    may read.
+@dataclasses.dataclass(frozen=True)
+class GenerationLimits:
+    """What one generation batch may take.
 
-    More rows decode faster where memory is plenty. On a CPU they take the memory, and 2,048 tokens
-    fill it.
-
-    Args: itemsize: bytes of a value; megabytes: of keys and values (0: by the device).
+    Attributes:
+        rows: sequences, on all devices together.
+        tokens: columns of the KV cache over all sequences of a device.
+        read_tokens: prompt tokens of one prefill on a device.
+        steps_per_check: decode steps after which it is asked which sequences go on.
     """
-    cpu = jax.default_backend() == "cpu"
-    stats = None if cpu else jax.local_devices()[0].memory_stats()
-    size = megabytes * 1_000_000 or (
-        stats["bytes_limit"] // 4 if stats and "bytes_limit" in stats else 272_000_000
-    )
-    return max(1, size // cache_bytes(model, 1, 1, itemsize)), 2048 if cpu else 8192
+
+    rows: int
+    tokens: int
+    read_tokens: int
+    steps_per_check: int
+
+
+# A decode step reads the weights once for all rows. At this many on a device the cache is the larger
+# part by far, and further rows would save nothing.
+MOST_ROWS = 1024
+
+
+def generation_limits(
+    model: ModelConfig, itemsize: int, megabytes: int, rows: int, weights: int, devices: int
+) -> GenerationLimits:
+    """Returns the limits that the settings and the device set.
+
+    A GPU or TPU decodes as many sequences as the cache's share of its memory holds: a quarter, or
+    half of what the base and its copy leave where that is less. On a CPU 64 sequences and 2,048
+    prompt tokens fill the cores, and more would take the memory.
+
+    Args:
+        itemsize: bytes of a value.
+        megabytes: of keys and values on a device; 0: by the device.
+        rows: sequences on all devices; 0: as many as fit.
+        weights: bytes of the base on a device; decoding reads a copy of it.
+        devices: that sequences are split over.
+    """
+    if jax.default_backend() == "cpu":
+        size, most, read_tokens, steps = 272_000_000, 64, 2048, 1
+    else:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        size = 272_000_000 if limit is None else min(limit // 4, (limit - 2 * weights) // 2)
+        most, read_tokens, steps = MOST_ROWS * devices, 8192, 8
+    tokens = max(1, (megabytes * 1_000_000 or size) // cache_bytes(model, 1, 1, itemsize))
+    return GenerationLimits(rows or most, tokens, read_tokens, steps)
 
 
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:

@@ -180,27 +180,42 @@ def unstack(base: DecoderParams) -> DecoderParams:
     """Splits the stacked layers into a tuple; on a CPU its weights are views of the stacked ones.
 
     A pass then runs layer after layer instead of scanning them. It compiles longer and copies no
-    weights, which decoding on a CPU needs. A base that is unstacked is returned as it is.
+    weights, which decoding needs. A base that is unstacked is returned as it is.
     """
     if not base.stacked:
         return base
-    stack = base.layers
+    on_cpu = next(iter(base.embed.devices())).platform == "cpu"
+    return base.replace(layers=_layers_of(base.layers) if on_cpu else _copied_layers(base.layers))
+
+
+def _layers_of(stack: LayerParams) -> tuple[LayerParams, ...]:
+    """Splits stacked layers."""
     count = jax.tree.leaves(stack)[0].shape[0]
-    return base.replace(
-        layers=tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), stack) for i in range(count))
-    )
+    return tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), stack) for i in range(count))
+
+
+_copied_layers = jax.jit(_layers_of)  # one program, and not one a layer and weight
+
+
+def merge(base: DecoderParams, lora: Adapter, settings: LoraConfig) -> DecoderParams:
+    """Merges an adapter into the base and unstacks its layers, as generation takes them.
+
+    Embedding, head and norm are the base's own: a program that returned them would copy them.
+    """
+    return base.replace(layers=merged_layers(base.layers, lora, settings))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def merge(base: DecoderParams, lora: Adapter, settings: LoraConfig) -> DecoderParams:
-    """Merges an adapter into the base and unstacks its layers, as generation takes them."""
-    layers = unstack(base).layers
+def merged_layers(
+    stack: LayerParams, lora: Adapter, settings: LoraConfig
+) -> tuple[LayerParams, ...]:
+    """Copies stacked layers one by one, those that carry adapters with their part merged in."""
+    layers = _layers_of(stack)
     plain = len(layers) - lora.num_layers
-    merged = (
+    return tuple(
         weights if i < plain else merge_layer(weights, lora.layer(i - plain), settings)
         for i, weights in enumerate(layers)
     )
-    return base.replace(layers=tuple(merged))
 
 
 def logits(

@@ -205,6 +205,10 @@ def decode_until(
 ) -> tuple[DecodeState, jax.Array]:
     """Decodes until no group has more live slots than its number of `enough`.
 
+    The host reads the loop's condition while a GPU waits, so that it is asked once in
+    `config.steps_per_check`; up to one step less is decoded in vain. A slot that has ended stays as
+    it is, so that completions do not depend on that number.
+
     Args: at: int32[], the ring's next column; enough: int32[G].
     Returns: the state; the ring's next column.
     """
@@ -214,7 +218,7 @@ def decode_until(
         live = carry[0].completions.live.reshape(enough.shape[0], -1)
         return (live.sum(1) > enough).any()
 
-    def body(carry):
+    def step(carry):
         state, at = carry
         grown = state.completions
         token = jnp.take_along_axis(grown.tokens, jnp.maximum(grown.step - 1, 0)[:, None], axis=1)[
@@ -226,7 +230,9 @@ def decode_until(
         grown = append_token(config, grown, head_logits(hidden, head_weight(base)))
         return DecodeState(cache, seen, grown), (at + 1) % columns
 
-    return jax.lax.while_loop(going, body, (state, at))
+    count = min(config.steps_per_check, config.max_new_tokens - 1)  # more than that none needs
+    steps = lambda carry: jax.lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
+    return jax.lax.while_loop(going, step if count == 1 else steps, (state, at))
 
 
 def append_token(

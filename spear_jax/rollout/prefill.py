@@ -76,10 +76,17 @@ def length_bucket(length: int, step: int = 16) -> int:
 
 
 def fewer_rows(rows: int) -> list[int]:
-    """Lists the slots that a compaction may leave: a quarter, a sixteenth, ... while at least 4
-    remain. 64 -> [16, 4].
+    """Lists the slots that a compaction may leave: a quarter and a sixteenth, at least 4.
+
+    64 -> [16, 4], 40 -> [10]. Each is a program more.
     """
-    return [] if rows // 4 < 4 else [rows // 4, *fewer_rows(rows // 4)]
+    return [fewer for fewer in (rows // 4, rows // 16) if fewer >= 4]
+
+
+def most_rows(config: SamplingConfig, width: int, devices: int) -> int:
+    """Returns how many slots the limits allow on all devices. Args: width: P."""
+    held = config.max_tokens // (width + config.max_new_tokens) * devices
+    return max(1, min(config.max_rows, held))
 
 
 def plan_prefill(
@@ -128,8 +135,7 @@ def _smallest(config, groups, prompts, devices, shared_prefix, width) -> Prefill
     """
     lengths = [len(prompts[i]) for group in groups for i in group]
     largest = max(map(len, groups))
-    held = config.max_tokens // (width + config.max_new_tokens) * devices
-    most = max(1, min(config.max_rows, held) // len(groups))
+    most = max(1, most_rows(config, width, devices) // len(groups))
     times = -(-largest // most)
     finest = max(1, most // 8)
     rows = min(most, -(-largest // times // finest) * finest)

@@ -41,6 +41,8 @@ class Completion:
     logprobs: list[float]
 
 
+ADAPTERS = 64  # of clients' own that are on the devices at one time, at most
+
 _prefill_shared_prefix = jax.jit(decode.prefill_shared_prefix, static_argnums=0)
 
 
@@ -110,7 +112,7 @@ class Sampler:
         Args:
             lora: None where an adapter is merged into `base`; else one adapter, or C of them
                 stacked behind the layer axis. Stacked ones may wait on the host: as many are on the
-                devices as `max_rows` slots need.
+                devices as `max_rows` slots need, ADAPTERS at most.
             prompts: token ids, each non-empty.
             keys: uint32[prompts, 2] key data, one key a prompt.
             finished: called with a prompt's number and its completion, while the device goes on
@@ -170,7 +172,7 @@ class Sampler:
             [i for i, owner in enumerate(owners) if owner == client] for client in range(clients)
         ]
         # no more adapters than slots can use
-        together = min(clients, max(1, max_rows // max(map(len, own))))
+        together = min(clients, ADAPTERS, max(1, max_rows // max(map(len, own))))
         for first in range(0, clients, together):
             # the last group is filled up with earlier clients, so that one shape serves all
             chosen = np.arange(first, first + together) % clients

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-RUN = 256  # tokens of one run of `inverse_cdf_sample`
+RUN = 256  # tokens that are summed in a first step
+PATTERN = 30  # bits of the patterns below that of 2.0, which no probability reaches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SamplingConfig:
         max_rows: slots, on all devices together.
         max_tokens: columns of the KV cache over all slots of a device.
         read_tokens: prompt tokens of one prefill on a device.
+        steps_per_check: decode steps after which it is asked which sequences go on. No part of the
+            repr, which names shapes in a run's checkpoints, as no shape depends on it.
     """
 
     max_new_tokens: int
@@ -34,47 +37,69 @@ class SamplingConfig:
     max_rows: int = 64
     max_tokens: int = 1 << 16
     read_tokens: int = 1024
+    steps_per_check: int = dataclasses.field(default=1, repr=False)
 
 
-def nucleus_mask(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def nucleus_mask(share: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Marks the tokens that survive top-k and then top-p, without sorting.
 
-    Both thresholds (the k-th largest probability, and the smallest one inside the nucleus) are
-    found by bisection over the bit patterns of positive floats. Bit patterns are ordered as the
-    floats are, so that 31 halvings are exact.
-
-    Args: logits float32[B, V], already divided by the temperature.
+    Args: share: float32[B, V] in [0, 1], proportional to the tokens' probabilities.
     Returns: bool[B, V]; at least the most likely token of a row. Tokens that tie with the last one
         kept are kept.
     Source: nucleus sampling (arXiv 1904.09751).
     """
-    probs = jax.nn.softmax(logits, axis=-1)
-    keep = jnp.ones(logits.shape, bool)
-    if top_k > 0 and top_k < logits.shape[-1]:
-        keep = probs >= _largest_threshold(probs, lambda at_least: at_least.sum(-1) >= top_k)
+    keep = jnp.ones(share.shape, bool)
+    if top_k > 0 and top_k < share.shape[-1]:
+        count = jnp.full(share.shape[0], top_k, jnp.float32)
+        keep = share >= _largest_threshold(share, jnp.ones_like, count)
     if top_p < 1.0:
-        probs = jnp.where(keep, probs, 0.0)
-        probs = probs / probs.sum(-1, keepdims=True)
-        mass = lambda at_least: jnp.where(at_least, probs, 0.0).sum(-1) >= top_p
-        keep &= probs >= _largest_threshold(probs, mass)
+        share = jnp.where(keep, share, 0.0)
+        keep &= share >= _largest_threshold(share, lambda share: share, top_p * share.sum(-1))
     return keep
 
 
-def _largest_threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Finds float32[B, 1], the largest τ for which the set {p >= τ} is enough; the set of τ = 0
-    always counts as enough.
+def _largest_threshold(
+    share: jax.Array, worth: Callable[[jax.Array], jax.Array], least: jax.Array
+) -> jax.Array:
+    """Finds float32[B, 1], the largest τ for which the tokens of share >= τ are worth `least`
+    together.
+
+    The bit patterns of positive floats are ordered as the floats are, so that a search for the
+    pattern of τ, digit after digit from the highest, is exact. A digit of d bits takes one pass
+    over the shares, which sums for all 2^d - 1 thresholds at once. A GPU or TPU is bound by the
+    passes, and XLA:GPU sums at most eight things in one; a CPU is bound by the sums.
+
+    Args: worth: shares -> what each token counts; least: float32[B].
     """
-    low = jnp.zeros(probs.shape[0], jnp.int32)
-    high = jax.lax.bitcast_convert_type(jnp.full(probs.shape[0], 2.0, jnp.float32), jnp.int32)
+    runs = _in_runs(share)
+    by_bits = lambda bits: lambda: _search_digits(runs, worth, least, bits)
+    return jax.lax.platform_dependent(cpu=by_bits(1), default=by_bits(3))[:, None]
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        fits = enough(probs >= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None])
-        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
 
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]
+def _search_digits(
+    runs: jax.Array, worth: Callable[[jax.Array], jax.Array], least: jax.Array, bits: int
+) -> jax.Array:
+    """Finds the τ float32[B] of `_largest_threshold` by digits of so many bits.
+
+    Args: runs: the shares, as `_in_runs` lays them.
+    """
+    digits = PATTERN // bits
+
+    def next_digit(number, low):
+        shift = bits * (digits - 1 - number)
+        tries = low + (jnp.arange(1, 1 << bits, dtype=jnp.int32) << shift)[:, None]
+        thresholds = jax.lax.bitcast_convert_type(tries, jnp.float32)[:, :, None, None]
+        # a sum for each threshold, and not one of an array of all: they are one kernel then
+        sums = jnp.stack([jnp.where(runs >= t, worth(runs), 0.0).sum(-1) for t in thresholds])
+        return low + ((sums.sum(-1) >= least).sum(0, dtype=jnp.int32) << shift)
+
+    low = jax.lax.fori_loop(0, digits, next_digit, jnp.zeros(runs.shape[0], jnp.int32))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
+
+
+def _in_runs(x: jax.Array) -> jax.Array:
+    """Lays x [B, V] in runs [B, runs, RUN], the last one filled up with zeros."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % RUN))).reshape(x.shape[0], -1, RUN)
 
 
 def sample_token(
@@ -85,16 +110,18 @@ def sample_token(
     Args: logits float32[B, V]; keys [B]; step int32[B], folded into each row's key.
     Returns: token int32[B]; its untempered log-probability float32[B].
     """
+    most = logits.max(-1, keepdims=True)
     if config.temperature == 0.0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         tempered = logits / config.temperature
-        kept = nucleus_mask(tempered, config.top_k, config.top_p)
-        share = jnp.where(kept, jnp.exp(tempered - tempered.max(-1, keepdims=True)), 0.0)
+        share = jnp.exp(tempered - most / config.temperature)  # division keeps the order
+        share = jnp.where(nucleus_mask(share, config.top_k, config.top_p), share, 0.0)
         step_keys = jax.vmap(jax.random.fold_in)(keys, step)
         token = inverse_cdf_sample(share, jax.vmap(jax.random.uniform)(step_keys))
-    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, picked - jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    total = jnp.log(jnp.exp(logits - most).sum(-1, keepdims=True)) + most
+    return token, (picked - total)[:, 0]
 
 
 def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -108,8 +135,7 @@ def inverse_cdf_sample(share: jax.Array, uniform: jax.Array) -> jax.Array:
     Args: share float32[B, V], not negative, some positive; uniform float32[B] in [0, 1).
     Returns: int32[B]; never a token without a share.
     """
-    rows, vocab = share.shape
-    runs = jnp.pad(share, ((0, 0), (0, -vocab % RUN))).reshape(rows, -1, RUN)
+    runs = _in_runs(share)
     ends = jnp.cumsum(runs.sum(-1), axis=-1)
     run, rest = _first_above(ends, uniform * ends[:, -1])
     inside = jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0]

@@ -55,6 +55,7 @@ class RolloutWorker:
         first, revise: how first answers and revisions are sampled.
         num_revisions: attempts after a wrong first answer.
         policy: adapter -> the policy that answers with it (`as_policy`).
+        score_rows: rows of a block that `score` packs, about.
         tally: tokens so far in this round.
         progress: called with (stage, rows finished since the last call, rows of the stage).
     """
@@ -70,6 +71,7 @@ class RolloutWorker:
     revise: SamplingConfig
     num_revisions: int
     policy: Callable[[Any], Policy]
+    score_rows: int = 64
     tally: Tally = dataclasses.field(default_factory=Tally)
     progress: Progress = no_progress
 
@@ -200,7 +202,7 @@ class RolloutWorker:
         without gradient and untempered.
         """
         self.tally.scored += sum(len(row.prompt) + len(row.completion) for row in rows)
-        tokens = self.first.max_rows * Scorer.mean_tokens(rows)
+        tokens = self.score_rows * Scorer.mean_tokens(rows)
         lengths = self.data.prompt_length, self.data.completion_length
         return self.scorer.score(policy, rows, "score", tokens, lengths).logprobs
 

@@ -170,6 +170,14 @@ def test_a_workdir_of_another_config_names_the_differing_keys(tmp_path):
         run_folder.open_workdir(str(tmp_path / "none"), embedded(), "must")
 
 
+def test_a_run_of_a_former_default_that_changes_speed_alone_goes_on(tmp_path):
+    sequences = "rollout.max_concurrent_sequences"
+    run_folder.open_workdir(str(tmp_path), embedded(**{sequences: 64}), "auto")
+    assert run_folder.open_workdir(str(tmp_path), embedded(**{sequences: 0}), "must")[1]
+    with pytest.raises(UserError, match=r"64 there, 32 now"):
+        run_folder.open_workdir(str(tmp_path), embedded(**{sequences: 32}), "auto")
+
+
 def test_run_folder_keeps_the_resolved_config(tmp_path):
     config = embedded(seed=3)
     folder, _ = run_folder.open_workdir(str(tmp_path / "run"), config, "auto")

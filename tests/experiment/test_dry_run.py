@@ -166,6 +166,17 @@ def test_memory_for_generation_grows_with_rows_and_length_by_the_cache():
     )
 
 
+def test_a_dry_run_tells_how_many_sequences_are_generated_at_once():
+    told = lambda **fields: dry_run.needs(changed(**fields))["sequences_at_once"]
+    own, sequences = {"rollout.kv_cache_mb": 1}, "rollout.max_concurrent_sequences"
+    assert told(**{sequences: 0}) == 64 and told(**{sequences: 24}) == 24
+    built = changed(**{sequences: 1000, **own})
+    model = built.model.config
+    each = 2 * model.layers * model.kv_heads * model.head_width * 4
+    length = dry_run.longest_prompt(built) + 3
+    assert dry_run.needs(built)["sequences_at_once"] == 1_000_000 // each // length
+
+
 def test_a_dry_run_evaluates_and_generates_nothing(built, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("a dry run does not touch the model")

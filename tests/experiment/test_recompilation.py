@@ -10,7 +10,7 @@ import spear_jax as sj
 from spear_jax.experiment import evaluator
 from spear_jax.federated import cohort_training
 from spear_jax.federated.aggregation import pipeline
-from spear_jax.models.decoder import merge
+from spear_jax.models.decoder import merged_layers
 from spear_jax.rollout import sampler, scorer
 
 
@@ -19,7 +19,7 @@ def test_nothing_compiles_after_the_second_round_and_the_base_stays_single(task,
     config = small(task, **{"rounds": 5, "eval.every": 1, "federation.aggregation": "fedavg"})
     programs = (
         sampler._prefill, sampler._decode_until, sampler._take, cohort_training._train,
-        pipeline._finish_and_step, merge, evaluator._score_candidates, scorer._score_tokens,
+        pipeline._finish_and_step, merged_layers, evaluator._score_candidates, scorer._score_tokens,
     )  # fmt: skip
     before = held()  # other tests' bases, for example
     run = sj.Run(config, tmp_path, quiet=True, devices=jax.devices()[:1])

@@ -4,6 +4,7 @@ shapes that are open.
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -119,9 +120,49 @@ def test_an_open_shape_that_wastes_little_is_taken_again():
     assert again == first and short.width < first.width
 
 
+def limits(model, megabytes=0, rows=0, weights=0, devices=1):
+    return cost_model.generation_limits(model, 4, megabytes, rows, weights, devices)
+
+
 def test_the_cache_holds_the_megabytes_given():
     model = parse_config(SHAPE)
     each = 2 * model.layers * model.kv_heads * model.head_width * 4
-    tokens, read = cost_model.generation_tokens(model, 4, 3)
-    assert tokens == 3_000_000 // each and read > 0
-    assert cost_model.generation_tokens(model, 4, 0)[0] == 272_000_000 // each  # the CPU's default
+    assert limits(model, megabytes=3).tokens == 3_000_000 // each
+    assert limits(model).tokens == 272_000_000 // each  # the CPU's default
+    assert limits(model).rows == 64 and limits(model, rows=7).rows == 7
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card of 64 GB, as far as JAX tells of it."""
+
+    class Card:
+        def memory_stats(self):
+            return {"bytes_limit": 64_000_000_000}
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Card()])
+
+
+def test_a_card_completes_a_papers_round_at_once(card):
+    model = parse_config(
+        SHAPE | {"num_hidden_layers": 28, "hidden_size": 1536, "num_attention_heads": 12}
+    )
+    allowed = limits(model, weights=3_000_000_000)
+    each = 28 * 2 * 2 * 128 * 4
+    assert allowed.tokens == 16_000_000_000 // each  # a quarter of the memory
+    prompts = make_prompts(480, low=60, high=241)
+    changes = dict(max_new_tokens=20, max_tokens=allowed.tokens, read_tokens=allowed.read_tokens)
+    found, dealt = plan(prompts, max_rows=allowed.rows, **changes)
+    assert found.rows >= 480 and sum(len(part[0]) for part in dealt) == 480
+    assert plan(prompts, max_rows=limits(model, rows=64).rows, **changes)[0].rows == 64
+    assert prefill.fewer_rows(found.rows) == [found.rows // 4, found.rows // 16]
+
+
+def test_a_base_that_leaves_little_memory_leaves_little_to_the_cache(card):
+    model = parse_config(SHAPE)
+    each = 2 * model.layers * model.kv_heads * model.head_width * 4
+    # twice 25 GB of 64, and half of the rest
+    assert limits(model, weights=25_000_000_000).tokens == 7_000_000_000 // each
+    # rows are counted over all devices
+    assert limits(model, devices=4).rows == 4 * limits(model).rows > 4 * 480

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import pytest
 from spear_jax.core import compilation
 from spear_jax.core.mesh import make_mesh, replicate, shard_rows
 from spear_jax.core.rng import path_key
-from spear_jax.models.decoder import Decoder, logits, unstack
+from spear_jax.models import decoder as decoder_module
+from spear_jax.models.decoder import Decoder, logits, merge, unstack
 from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora, merge_lora
 from spear_jax.packing import shape_buckets
@@ -68,10 +70,33 @@ def numpy_keep(row, top_k, top_p):
     "top_k, top_p", [(0, 0.9), (5, 1.0), (7, 0.6), (1, 1.0), (0, 0.01), (50, 0.999)]
 )
 def test_filters_keep_what_sorting_keeps(top_k, top_p):
-    rows = np.random.default_rng(1).normal(size=(20, 60)).astype(np.float32) * 3
-    kept = np.asarray(token_sampling.nucleus_mask(jnp.asarray(rows), top_k, top_p))
+    rows = np.random.default_rng(1).normal(size=(20, 600)).astype(np.float32) * 3
+    share = np.exp(rows - rows.max(-1, keepdims=True))
+    kept = np.asarray(token_sampling.nucleus_mask(jnp.asarray(share), top_k, top_p))
     for row, mask in zip(rows.astype(np.float64), kept, strict=True):
         assert set(np.flatnonzero(mask).tolist()) == numpy_keep(row, top_k, top_p)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_the_threshold_is_the_least_share_of_the_nucleus_by_digits_of_any_size(bits):
+    share = np.random.default_rng(2).exponential(size=(20, 600)).astype(np.float32) ** 3
+    share /= share.max(-1, keepdims=True)
+    runs = token_sampling._in_runs(jnp.asarray(share))
+    found = token_sampling._search_digits(runs, lambda x: x, 0.9 * share.sum(-1), bits)
+    for row, threshold in zip(share, np.asarray(found), strict=True):
+        falling = np.sort(row)[::-1]
+        enough = np.searchsorted(np.cumsum(falling, dtype=float), 0.9 * row.sum(dtype=float))
+        assert threshold == falling[enough]
+
+
+def test_on_an_accelerator_a_filter_passes_ten_times_over_the_vocabulary():
+    mask = functools.partial(token_sampling.nucleus_mask, top_k=0, top_p=0.9)
+    rows = jax.ShapeDtypeStruct((4, 1000), jnp.float32)
+    for platform, passes, sums in (("cuda", "10", 7), ("cpu", "30", 1)):
+        text = jax.jit(mask).trace(rows).lower(lowering_platforms=(platform,)).as_text()
+        assert re.findall(r"dense<(\d+)> : tensor<i32>\s+%\d+ = \S+compare\s+LT", text) == [passes]
+        # sums of runs of 256; they are added up for all thresholds at once
+        assert text.count("(tensor<4x4x256xf32>, tensor<f32>) -> tensor<4x4xf32>") == sums
 
 
 def test_tokens_outside_the_filter_are_never_drawn_and_frequencies_follow_the_tempered_distribution():
@@ -221,6 +246,21 @@ def test_a_slot_that_falls_free_takes_the_next_prompt_while_others_go_on(
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_looking_seldom_at_which_sequences_go_on_changes_no_completion(model, decoder, monkeypatch):
+    prompts, keys, config = make_prompts(model, 16), make_keys(16), settings(max_new_tokens=24)
+    stops = some_stops(model, decoder, prompts[:8], keys[:8], config)
+    config = dataclasses.replace(config, eos_ids=stops, max_rows=6)
+    often = Sampler(decoder).generate(None, model.base, prompts, keys, config)
+    begun, seldom = [], dataclasses.replace(config, steps_per_check=8)
+    watch(monkeypatch, "_decode_until", lambda *a: begun.append(int(a[5])))
+    found = Sampler(decoder).generate(None, model.base, prompts, keys, seldom)
+    assert len(begun) > 3 and all(column % 8 == 0 for column in begun)  # of a ring of 72
+    for one, other in zip(found, often, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    assert repr(seldom) == repr(config)  # which names the shapes in a checkpoint
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder, monkeypatch, own):
     shared_prefix = np.random.default_rng(8).integers(3, 60, 20).tolist()
@@ -345,6 +385,25 @@ def test_an_adapter_beside_the_base_generates_what_the_merged_weights_generate(m
         None, merge_lora(model.base, lora, LORA), prompts, keys, settings()
     )
     assert [c.tokens for c in beside] == [c.tokens for c in merged]
+
+
+def test_few_adapters_of_clients_are_on_the_devices_at_one_time(model, decoder):
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    lora = jax.tree.map(lambda x: np.repeat(np.asarray(x)[:, None], 100, axis=1), lora)
+    prompts, owners = [[5, 6]] * 100, np.arange(100)
+    found = list(Sampler(decoder)._groups(prompts, 1024, lora, owners))
+    assert [jax.tree.leaves(adapters)[0].shape[1] for adapters, _ in found] == [64, 64]
+    assert [sum(groups, []) for _, groups in found] == [list(range(64)), list(range(64, 100))]
+
+
+def test_merging_copies_the_layers_alone(model):
+    lora = init_lora(jax.random.key(1), LORA, model.config)
+    merged = merge(model.base, lora, LORA)
+    assert merged.embed is model.base.embed and merged.head is model.base.head
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert size(merged.layers) == size(model.base.layers) < 0.8 * size(model.base)
+    views, copies = unstack(model.base).layers, decoder_module._copied_layers(model.base.layers)
+    assert jax.tree.all(jax.tree.map(np.array_equal, views, copies))
 
 
 def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
