@@ -23,6 +23,7 @@ from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.params import Adapter, DecoderParams, KeyValues, LayerParams
 from spear_jax.models.quantization import widen
 from spear_jax.packing.arrays import PackedSequences, spans
+from spear_jax.packing.gathers import Grid, from_queries, grid_of, to_keys, to_queries
 
 # One KeyValues a layer in a tuple, or one of all layers stacked on the first axis: as the base's.
 LayerKeyValues = tuple[KeyValues, ...] | KeyValues
@@ -57,38 +58,25 @@ class _Layout:
     Attributes:
         positions: int32, shaped like the tokens.
         visible: of each tile of queries bool[rows, width, Z]: query (r, l) attends to key s.
-        pack: None where tokens are padded sequences [B, T]; else it maps flat tokens [N] to the
+        grid: None where tokens are padded sequences [B, T]; else it maps flat tokens [N] to the
             tiles of attention and back.
     """
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
-    pack: PackedSequences | None = None
+    grid: Grid | None = None
 
     def to_queries(self, x: jax.Array) -> list[jax.Array]:
         """Gathers flat x [N, ...] into the tiles of queries, each [rows, width, ...]."""
-        if self.pack is None:
-            return [x]
-        return [
-            x[self.pack.token_index[:rows, begin:end]]
-            for rows, begin, end in spans(self.pack.tiles)
-        ]
+        return [x] if self.grid is None else to_queries(self.grid, x)
 
     def to_keys(self, x: jax.Array) -> jax.Array:
-        """Gathers flat x [h + N, ...] into rows [X, h + Y, ...]; the first h are a shared prefix
-        that was prefilled before the pack, and that every row has in front.
-        """
-        if self.pack is None:
-            return x
-        read, token_index = len(x) - len(self.positions), self.pack.token_index
-        first = jnp.tile(jnp.arange(read, dtype=token_index.dtype), (len(token_index), 1))
-        return x[jnp.concatenate([first, token_index + read], axis=1)]
+        """Gathers flat x [h + N, ...] into rows [X, h + Y, ...], as `gathers.to_keys`."""
+        return x if self.grid is None else to_keys(self.grid, x)
 
     def from_queries(self, tiles: list[jax.Array]) -> jax.Array:
         """Brings tiles of queries back to flat tokens [N, ...]."""
-        if self.pack is None:
-            return tiles[0]
-        return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in tiles])[self.pack.query_index]
+        return tiles[0] if self.grid is None else from_queries(self.grid, tiles)
 
 
 def packed_states(
@@ -117,7 +105,7 @@ def packed_states(
         seen_in_tree(branch_ids[:rows, : read + end], end - begin)
         for rows, begin, end in spans(pack.tiles)
     )
-    layout = _Layout(pack.positions + read, visible, pack)
+    layout = _Layout(pack.positions + read, visible, grid_of(pack))
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, shared_prefix=shared_prefix)
 
 
