@@ -9,6 +9,7 @@ Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -327,8 +328,10 @@ def _layer(
     return hidden, kept
 
 
-# each projection's number in the dropout key; another order would draw other masks
+# the number of an input's masks in the dropout key, by the first projection that reads it; another
+# number would draw other masks
 _DROPOUT_STREAM = {name: i for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
+_LEVELS = 1 << 16  # of dropout's probability
 
 
 def _inner(
@@ -347,14 +350,24 @@ def _inner(
         joint = _grouped(x, jnp.concatenate([a.astype(x.dtype) for a in factors.values()], axis=-1))
         joint = checkpoint_name(joint, KEPT)
         return dict(zip(factors, jnp.split(joint, len(factors), axis=-1), strict=True))
+    key = jax.random.fold_in(key, _DROPOUT_STREAM[next(iter(factors))])
+    masks, kept = _keep_masks(key, lora.dropout, (len(factors), *x.shape))
     inner = {}
-    for name, a in factors.items():
-        keep = jax.random.bernoulli(
-            jax.random.fold_in(key, _DROPOUT_STREAM[name]), 1.0 - lora.dropout, x.shape
-        )
-        dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
+    for (name, a), mask in zip(factors.items(), masks, strict=True):
+        dropped = jnp.where(mask, x / kept, 0.0).astype(x.dtype)
         inner[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
     return inner
+
+
+def _keep_masks(key: jax.Array, dropout: float, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
+    """Draws dropout's masks, bool of a shape, two entries from each random word.
+
+    Returns: the masks; the probability of True, which is 1 - dropout to the nearest 65,536th.
+    """
+    drop, size = min(round(_LEVELS * dropout), _LEVELS - 1), math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
+    return halves >= drop, 1.0 - drop / _LEVELS
 
 
 def _grouped(x: jax.Array, weight: jax.Array) -> jax.Array:
