@@ -11,6 +11,7 @@ Source: the layout of the weights is Megatron's (arXiv 1909.08053): projections 
     columns, out of it by rows.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,12 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
     # Over a single one nothing is split. XLA names its results so, and another name compiles again.
     spec = Spec(CLIENTS) if mesh.shape[CLIENTS] > 1 else Spec()
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), tree)
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Returns how many bytes of the tree's arrays lie on each device."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(map(size, jax.tree.leaves(tree)))
 
 
 def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
