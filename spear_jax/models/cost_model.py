@@ -97,17 +97,19 @@ def bytes_per_client(
         dropout: whether the adapter has dropout.
     """
 
-    def size(values: Values) -> int:
+    def size(values: Values, itemsize: float = itemsize) -> float:
         a_token = values.width * model.width + values.mlp * model.mlp_width
         an_entry = values.heads * model.heads + values.kv_heads * model.kv_heads
         numbers = block.tokens * a_token + block.entries * an_entry * model.head_width
         return itemsize * numbers + 4 * block.pairs * values.scores * model.heads
 
-    kept = size(KEPT[remat]) + dropout * size(KEPT_DROPOUT[remat])
+    # XLA keeps half of what norms and activation functions leave in the float32 that it has there
+    each = (itemsize + 4) / 2 if remat == "nothing" else itemsize
+    kept = size(KEPT[remat], each) + dropout * size(KEPT_DROPOUT[remat], each)
     held = size(HELD[remat]) + dropout * size(HELD_DROPOUT)
     positions = min(block_positions(head_chunk, model.vocab_size), block.scored)
     logits = 4 * positions * model.vocab_size
-    return model.layers * kept + max(held, logits) + 4 * adapter
+    return int(model.layers * kept + max(held, logits) + 4 * adapter)
 
 
 def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> int:
