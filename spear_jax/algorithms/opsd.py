@@ -39,7 +39,7 @@ from spear_jax.algorithms.base import (
 )
 from spear_jax.core.settings import number, one_of, positive
 from spear_jax.core.types import Cohort, Mean, TraceRecord
-from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.lm_head import head_logits, head_weight, pick
 from spear_jax.models.params import Adapter
 from spear_jax.models.token_logprobs import TokenLogprobs, map_positions
 from spear_jax.packing.arrays import Batch, Block
@@ -211,7 +211,7 @@ def divergence(
         student, teacher = (jnp.where(teacher >= cut, x, -jnp.inf) for x in (student, teacher))
     s, t = (jax.nn.log_softmax(x / settings.temperature, axis=-1) for x in (student, teacher))
     if settings.divergence == "sampled":
-        s, t = (jnp.take_along_axis(x, target[:, None], axis=-1)[:, 0] for x in (s, t))
+        s, t = pick(s, target), pick(t, target)
         # outside the teacher's top k there is nothing to compare
         inside = jnp.isfinite(t)
         s, t = jnp.where(inside, s, 0.0), jnp.where(inside, t, 0.0)

@@ -218,13 +218,10 @@ def memory_needed(work: Workload, rival: bool) -> int:
 
     def held(rows_at_once: int, trained: int, logits: float) -> float:
         cache = c.cache * longest * rows_at_once
-        step = (
-            cost_model.bytes_per_client(
-                model, trained * length, length, 0, 4 * c.adapter, preset.remat
-            )
-            + logits
-        )
-        return weights + max(cache, step)
+        tokens = trained * length
+        block = cost_model.BlockSizes(tokens, tokens, tokens * length, tokens)
+        step = cost_model.bytes_per_client(model, block, 0, 4 * c.adapter, preset.remat, c.size)
+        return weights + max(cache, step + logits)
 
     at_once = preset.clients_at_once or preset.clients
     merged = c.layers * c.size  # a copy of the weights, where generation takes one

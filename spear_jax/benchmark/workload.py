@@ -201,12 +201,14 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
     """Returns an experiment's sizes.
 
     They are its clients, examples, new tokens, sampling, steps and rows of a micro-batch, rank,
-    dtype. Prompt lengths and the shares of answers that are right or fixed are smollm2-135m's.
+    dtype. Prompt lengths and the shares of answers that are right or fixed are smollm2-135m's. A
+    remat that a run chooses by its device ("auto") is "layers" here, on both sides.
 
     Args: shape, model: as in `Preset`, of the config's own model.
     """
     usual, prompts = _smollm2(), config.rollout.examples
     share = lambda count: count * prompts // usual.prompts
+    remat = "layers" if config.train.remat == "auto" else config.train.remat
     return dataclasses.replace(
         usual,
         name="config",
@@ -223,8 +225,8 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
         loses=config.train.batch_size,
         steps=config.train.steps,
         rank=config.lora.rank,
-        remat=config.train.remat,
-        rival_remat=config.train.remat == "layers",
+        remat=remat,
+        rival_remat=remat == "layers",
         clients_at_once=config.federation.clients_at_once,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,

@@ -45,10 +45,11 @@ from spear_jax.feedback.base import Feedback
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.models import cost_model
 from spear_jax.models.attention import check_kernel
-from spear_jax.models.decoder import Decoder
+from spear_jax.models.decoder import REMAT, Decoder
 from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
+from spear_jax.models.io.tensor_map import DTYPES
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
 from spear_jax.models.params import Adapter
 from spear_jax.packing.shape_buckets import ShapeBuckets
@@ -163,6 +164,7 @@ def build(
     worker = build_worker(
         settings, algorithm, feedback, evaluator, train_set, clients, model, mesh, progress
     )
+    decoder = choose_remat(settings, decoder, algorithm, worker.data, model)
     shapes = evaluator.scorer.shapes
     federation = build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
@@ -255,7 +257,30 @@ def build_decoder(settings: Settings, model: LoadedModel) -> Decoder:
     given = settings.lora
     lora = LoraConfig(given.rank, given.alpha, given.dropout, given.targets, given.last_layers)
     check_lora(lora, model.config)
-    return Decoder(model.config, lora, settings.train.remat, kernel)
+    # rollouts and evaluation have no backward pass, and what suits training is not known yet
+    remat = "attention" if settings.train.remat == "auto" else settings.train.remat
+    return Decoder(model.config, lora, remat, kernel)
+
+
+def choose_remat(
+    settings: Settings,
+    decoder: Decoder,
+    algorithm: Algorithm,
+    data: TokenizedData,
+    model: LoadedModel,
+) -> Decoder:
+    """Returns the decoder of local training: where train.remat is "auto", with the least that needs
+    to be computed again on this device.
+    """
+    if settings.train.remat != "auto":
+        return decoder
+    each = lambda remat: bytes_per_client(
+        settings, dataclasses.replace(decoder, remat=remat), algorithm, data
+    )
+    whole, together = cost_model.whole_device_bytes(), max(1, settings.federation.clients_at_once)
+    left = None if whole is None else whole - bytes_on_a_device(model.base)
+    chosen = REMAT.index(cost_model.fitting_remat(each, together, left))
+    return dataclasses.replace(decoder, remat=REMAT[broadcast_from_main(chosen)])
 
 
 def build_renderer(
@@ -464,13 +489,12 @@ def build_federation(
 def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
     """Returns the settings of local training. Args: each: bytes of one client."""
     train, fed = settings.train, settings.federation
-    free = cost_model.device_bytes()
+    free = broadcast_from_main(cost_model.device_bytes() or 0) or None
     at_once = fed.clients_at_once or cost_model.fitting(
         -(-fed.clients_per_round // devices), each, free
     )
     if fed.aggregation == "local":
         at_once = 1  # a local-only client trains alone
-    at_once = broadcast_from_main(at_once)
     cost_model.check_memory(at_once, each, free)
     return LocalConfig(
         clients_at_once=at_once,
@@ -488,7 +512,9 @@ def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
 def bytes_per_client(
     settings: Settings, decoder: Decoder, algorithm: Algorithm, data: TokenizedData
 ) -> int:
-    """Estimates the bytes of one client's local training, beside the base."""
+    """Estimates the bytes of one client's local training, beside the base, for the largest block
+    that may come.
+    """
     make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
     lora = jax.eval_shape(make, jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
@@ -498,5 +524,11 @@ def bytes_per_client(
     tokens = min(settings.train.max_tokens_per_block, rows * (p + t))
     tokens = max(tokens, p + max(2, together) * t)
     return cost_model.bytes_per_client(
-        decoder.config, tokens, p + t, settings.train.head_chunk, adapter, decoder.remat
+        decoder.config,
+        cost_model.BlockSizes(tokens, tokens, tokens * (p + t), tokens),
+        settings.train.head_chunk,
+        adapter,
+        decoder.remat,
+        itemsize=DTYPES[settings.dtype].itemsize,
+        dropout=decoder.lora.dropout > 0,
     )

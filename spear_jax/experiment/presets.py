@@ -218,7 +218,7 @@ def paper_config(config: ml_collections.ConfigDict) -> None:
     config.train.batch_size, config.train.accumulation = batch, accumulation
     rate, low = {"math_mcqa": (5.05e-5, 1e-5), "strategy_qa": (1e-4, 5e-5)}.get(task, (5e-5, 1e-5))
     config.train.learning_rate, config.train.learning_rate_min = rate, low
-    config.train.remat = "layers"
+    config.train.remat = "auto"
 
 
 def own_config(config: ml_collections.ConfigDict) -> None:
@@ -238,7 +238,7 @@ def own_config(config: ml_collections.ConfigDict) -> None:
     config.train.steps = 5
     config.train.batch_size = 8
     config.train.learning_rate, config.train.learning_rate_min = 2e-4, 2e-5
-    config.train.remat = "layers"  # memory before speed: the model's size is not known here
+    config.train.remat = "auto"  # the model's size is not known here
 
 
 def embedded_config(config: ml_collections.ConfigDict) -> None:

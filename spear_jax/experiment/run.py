@@ -397,7 +397,12 @@ class Run:
     def _open_logger(self) -> RunLogger | NullLogger:
         if not is_main_process():
             return NullLogger()
-        run_folder.record_start(self.workdir)
+        federation = self.experiment.federation
+        chosen = {
+            "train.remat": federation.decoder.remat,
+            "federation.clients_at_once": federation.local.clients_at_once,
+        }
+        run_folder.record_start(self.workdir, chosen)
         resumed = self.finished_rounds if self.line else None
         wandb = WandbLogger(self.workdir, self.config) if self.settings.wandb else None
         return RunLogger(self.workdir, resumed, self.line or None, wandb)

@@ -104,10 +104,12 @@ def make_folder(folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def record_start(folder: pathlib.Path) -> None:
+def record_start(folder: pathlib.Path, chosen: dict[str, Any]) -> None:
     """Adds a line to environment.jsonl: when and with what this process goes on with the run.
 
     It holds time, command, versions, the commit of a checkout, and the devices.
+
+    Args: chosen: settings that the run has chosen by the device's memory; the line holds them, too.
     """
     devices = [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
     entry = {
@@ -116,6 +118,7 @@ def record_start(folder: pathlib.Path) -> None:
         "versions": versions(),
         "commit": commit(),
         "devices": {kind: devices.count(kind) for kind in dict.fromkeys(devices)},
+        "chosen": chosen,
     }
     file = folder / "environment.jsonl"
     with writing(file), file.open("a", encoding="utf-8") as out:

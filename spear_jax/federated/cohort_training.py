@@ -31,7 +31,10 @@ from spear_jax.packing.shape_buckets import BlockShape
 # Bytes of rows that go to a device together, where more clients have rows than train at once.
 CHUNK_BYTES = 1 << 24
 
-_train = jax.jit(local_training.train_cohort, static_argnums=(0, 1, 2, 3, 4, 5))
+_STATIC = (0, 1, 2, 3, 4, 5)
+_train = jax.jit(local_training.train_cohort, static_argnums=_STATIC)
+# clients go on, and their new states take the place of the old ones
+_train_on = jax.jit(local_training.train_cohort, static_argnums=_STATIC, donate_argnums=7)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -119,7 +122,8 @@ def train(
         members: as `local_training.train_cohort` takes them: keys uint32[C, 2], weight float32[C],
             active bool[C].
         keep: whether the clients' states come back, for a next phase.
-        carried: those of the phase before; None: each client starts from the global adapter.
+        carried: those of the phase before; None: each client starts from the global adapter. Where
+            `keep`, the states that come back take the memory of these.
         report: called with 0, and then with the clients of each chunk when it is trained.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
@@ -129,6 +133,7 @@ def train(
     begins = range(0, cohort, size)
     collects = aggregation.reducer.collects and not keep
     rest = to_host if len(begins) > 1 else lambda states: states
+    run = _train_on if keep and carried is not None else _train
     running, reduced, means, states, tokens, read = None, [], [], [], 0, 0
 
     def finish(chunk_means, chunk_states):
@@ -146,9 +151,7 @@ def train(
             finish(*running)
         before = None if carried is None else carried[number]
         arrays = shard_rows((before, *per_client), mesh)
-        part, *running = _train(
-            algorithm, decoder, local, mesh, aggregation, keep, broadcast, *arrays
-        )
+        part, *running = run(algorithm, decoder, local, mesh, aggregation, keep, broadcast, *arrays)
         if collects:
             reduced.append(rest(part))
         else:

@@ -2,6 +2,7 @@
 flash attention on request.
 """
 
+import functools
 import math
 
 import jax
@@ -63,7 +64,7 @@ def attend(q, keys, values, visible, kernel="xla"):
     rows, length, seen = visible.shape
     keys, values = keys[:rows, :, :seen], values[:rows, :, :seen]
     if kernel == "cudnn" and length > 1:
-        return library(q, keys, values, visible, "cudnn")
+        return flash(q, keys, values, visible)
     return _own_gradient(q, keys, values, visible)
 
 
@@ -76,6 +77,61 @@ def library(q, keys, values, visible, implementation):
     return jax.nn.dot_product_attention(
         q, keys, values, mask=visible[:, None], implementation=implementation
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def flash(q, keys, values, visible, implementation="cudnn"):
+    """Computes `library` for odd numbers of queries and keys too, and for mapped clients.
+
+    The backward pass runs the forward kernel once more, for the sums of the softmax.
+    """
+    attended = functools.partial(_of_even_lengths, implementation)
+    return _clients_as_rows(attended, q, keys, values, visible)
+
+
+def _flash_forward(q, keys, values, visible, implementation):
+    return flash(q, keys, values, visible, implementation), (q, keys, values, visible)
+
+
+def _flash_backward(implementation, held, change):
+    def gradients(q, keys, values, visible, change):
+        attended = lambda *x: _of_even_lengths(implementation, *x, visible)
+        return jax.vjp(attended, q, keys, values)[1](change)
+
+    return *_clients_as_rows(gradients, *held, change), None
+
+
+flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _of_even_lengths(implementation, q, keys, values, visible):
+    """Computes `library` with queries and keys padded to even numbers, as cuDNN's gradient takes
+    them. No query sees the padding.
+    """
+    queries, more, further = visible.shape[1], visible.shape[1] % 2, visible.shape[2] % 2
+    pad = lambda x, axis, by: jnp.pad(x, [(0, by if i == axis else 0) for i in range(x.ndim)])
+    q, keys, values = pad(q, 1, more), pad(keys, 2, further), pad(values, 2, further)
+    visible = pad(pad(visible, 1, more), 2, further)
+    return library(q, keys, values, visible, implementation)[:, :queries]
+
+
+def _clients_as_rows(function, *arrays):
+    """Calls a function of arrays [X, ...]; vmap over C clients calls it with C * X rows.
+
+    JAX's own batching of the cuDNN call wants a mask for every head. It would be as large as the
+    scores, which flash attention never holds.
+    """
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def _(clients, mapped, *arrays):
+        every = lambda x, own: x if own else jnp.broadcast_to(x, (clients, *x.shape))
+        rows = [x.reshape(-1, *x.shape[2:]) for x in map(every, arrays, mapped)]
+        results = _clients_as_rows(function, *rows)
+        apart = jax.tree.map(lambda x: x.reshape(clients, -1, *x.shape[1:]), results)
+        return apart, jax.tree.map(lambda _: True, results)
+
+    return folded(*arrays)
 
 
 @jax.custom_vjp

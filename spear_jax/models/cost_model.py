@@ -2,37 +2,115 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.types import Tally
 from spear_jax.models.config import ModelConfig
+from spear_jax.models.decoder import REMAT
 from spear_jax.models.lora import projection_shapes
 from spear_jax.models.token_logprobs import block_positions
+from spear_jax.packing.arrays import spans
+from spear_jax.packing.shape_buckets import BlockShape
 
 MEMINFO = pathlib.Path("/proc/meminfo")
 
 
-def bytes_per_client(
-    model: ModelConfig, tokens: int, length: int, head_chunk: int, adapter: int, remat: str
-) -> int:
-    """An estimate of what one client's local step holds, in bytes, besides the base.
-
-    Activations of a block kept for the backward pass (float32): one residual [tokens, D] a layer,
-    with `remat` "attention" also the products, about 4 D + 2 F values a token and layer, with
-    "nothing" about 10 D + 4 F and two score matrices of `length` a head; what is computed again for
-    one layer; one block of logits; the adapter with gradient, update and two moments.
+class Values(NamedTuple):
+    """How many numbers a layer holds: a token, as multiples of the width and of the MLP's width; an
+    entry of attention's grid, as multiples of the width of all heads and of all key/value heads; a
+    pair of query and key, as multiples of the heads.
     """
-    inside = 10 * model.width + 4 * model.mlp_width + 2 * model.heads * length
-    kept = {
-        "layers": model.width,
-        "attention": 5 * model.width + 2 * model.mlp_width,
-        "nothing": inside,
-    }[remat]
-    activations = 4 * tokens * (model.layers * kept + inside)
-    logits = 2 * 4 * min(block_positions(head_chunk, model.vocab_size), tokens) * model.vocab_size
-    return activations + logits + 5 * adapter
+
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int = 0
+    scores: int = 0
+
+
+class BlockSizes(NamedTuple):
+    """The sizes of a block that decide its memory.
+
+    Attributes:
+        tokens: N.
+        entries: of attention's grid, padding included.
+        pairs: of a query and a key that attention computes.
+        scored: M.
+    """
+
+    tokens: int
+    entries: int
+    pairs: int
+    scored: int
+
+
+# For each kind of remat what a layer keeps for its backward pass, and what that pass holds while it
+# runs. Fitted to what XLA's CPU compiler reports for layers of several widths; tests compare both
+# with other models. Dropout adds its masks and what they let through.
+KEPT = {
+    "layers": Values(1, 0, 0),
+    "attention": Values(2, 2, 2, 2),
+    "nothing": Values(8, 7, 4),
+}
+HELD = {
+    "layers": Values(10, 9, 2, 0, 2),
+    "attention": Values(8, 5, 2, 0, 2),
+    "nothing": Values(8, 5, 2, 0, 2),
+}
+KEPT_DROPOUT = {"layers": Values(0, 0, 0), "attention": Values(0, 0, 0), "nothing": Values(3, 1, 0)}
+HELD_DROPOUT = Values(4, 5, 0)
+
+
+def block_sizes(shape: BlockShape) -> BlockSizes:
+    """Returns the sizes of a block of this shape."""
+    shared = len(shape.shared_prefix)
+    tiles = [(1, 0, shared)] * bool(shared) + spans(shape.tiles, shared)
+    return BlockSizes(
+        tokens=shape.tokens,
+        entries=sum(rows * (end - begin) for rows, begin, end in tiles),
+        pairs=sum(rows * (end - begin) * end for rows, begin, end in tiles),
+        scored=shape.scored,
+    )
+
+
+def bytes_per_client(
+    model: ModelConfig,
+    block: BlockSizes,
+    head_chunk: int,
+    adapter: int,
+    remat: str,
+    itemsize: int = 4,
+    dropout: bool = False,
+) -> int:
+    """Estimates what one client's local step holds, in bytes, besides the base.
+
+    It holds what all layers keep of a block for the backward pass; then either one layer's backward
+    pass or one chunk of logits; and the adapter's gradient, its sum over blocks and two moments.
+
+    Args:
+        head_chunk: as `train.head_chunk`.
+        adapter: bytes of the adapter.
+        itemsize: bytes of an activation; scores and logits are float32.
+        dropout: whether the adapter has dropout.
+    """
+
+    def size(values: Values, itemsize: float = itemsize) -> float:
+        a_token = values.width * model.width + values.mlp * model.mlp_width
+        an_entry = values.heads * model.heads + values.kv_heads * model.kv_heads
+        numbers = block.tokens * a_token + block.entries * an_entry * model.head_width
+        return itemsize * numbers + 4 * block.pairs * values.scores * model.heads
+
+    # XLA keeps half of what norms and activation functions leave in the float32 that it has there
+    each = (itemsize + 4) / 2 if remat == "nothing" else itemsize
+    kept = size(KEPT[remat], each) + dropout * size(KEPT_DROPOUT[remat], each)
+    held = size(HELD[remat]) + dropout * size(HELD_DROPOUT)
+    positions = min(block_positions(head_chunk, model.vocab_size), block.scored)
+    logits = 4 * positions * model.vocab_size
+    return int(model.layers * kept + max(held, logits) + 4 * adapter)
 
 
 def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> int:
@@ -120,11 +198,40 @@ def device_bytes() -> int | None:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
+    # MemAvailable and not MemFree: a file cache gives its pages back.
+    return _meminfo("MemAvailable")
+
+
+def whole_device_bytes() -> int | None:
+    """Memory that JAX may use on one device, in bytes, in use or not; on a CPU all of the machine's.
+    None where it cannot be known.
+    """
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return _meminfo("MemTotal")
+
+
+def _meminfo(name: str) -> int | None:
+    """A number of Linux's /proc/meminfo, in bytes; None elsewhere."""
     if not MEMINFO.exists():
         return None
-    # MemAvailable and not MemFree: a file cache gives its pages back.
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="utf-8").splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int(fields[name].split()[0]) * 1024
+
+
+def fitting_remat(each: Callable[[str], int], together: int, whole: int | None) -> str:
+    """Returns the least that a backward pass need compute again where `together` clients of
+    each(remat) bytes may take half of a device's memory.
+
+    It is a function of the machine and the settings, and not of what is free: a run that goes on
+    compiles the same programs. A CPU keeps at most the products. More would leave its caches.
+
+    Args: whole: what the base leaves of a device's memory; None where it cannot be known.
+    """
+    kinds = REMAT[1:] if jax.default_backend() == "cpu" else REMAT
+    fits = lambda remat: whole is not None and together * each(remat) <= whole // 2
+    return next(filter(fits, kinds), REMAT[-1])
 
 
 def fitting(most: int, each: int, free: int | None) -> int:

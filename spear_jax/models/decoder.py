@@ -9,6 +9,7 @@ Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from spear_jax.models.lora import LoraConfig, merge_layer
 from spear_jax.models.params import Adapter, DecoderParams, KeyValues, LayerParams
 from spear_jax.models.quantization import widen
 from spear_jax.packing.arrays import PackedSequences, spans
+from spear_jax.packing.gathers import Grid, from_queries, grid_of, to_keys, to_queries
 
 # One KeyValues a layer in a tuple, or one of all layers stacked on the first axis: as the base's.
 LayerKeyValues = tuple[KeyValues, ...] | KeyValues
@@ -57,38 +59,25 @@ class _Layout:
     Attributes:
         positions: int32, shaped like the tokens.
         visible: of each tile of queries bool[rows, width, Z]: query (r, l) attends to key s.
-        pack: None where tokens are padded sequences [B, T]; else it maps flat tokens [N] to the
+        grid: None where tokens are padded sequences [B, T]; else it maps flat tokens [N] to the
             tiles of attention and back.
     """
 
     positions: jax.Array
     visible: tuple[jax.Array, ...]
-    pack: PackedSequences | None = None
+    grid: Grid | None = None
 
     def to_queries(self, x: jax.Array) -> list[jax.Array]:
         """Gathers flat x [N, ...] into the tiles of queries, each [rows, width, ...]."""
-        if self.pack is None:
-            return [x]
-        return [
-            x[self.pack.token_index[:rows, begin:end]]
-            for rows, begin, end in spans(self.pack.tiles)
-        ]
+        return [x] if self.grid is None else to_queries(self.grid, x)
 
     def to_keys(self, x: jax.Array) -> jax.Array:
-        """Gathers flat x [h + N, ...] into rows [X, h + Y, ...]; the first h are a shared prefix
-        that was prefilled before the pack, and that every row has in front.
-        """
-        if self.pack is None:
-            return x
-        read, token_index = len(x) - len(self.positions), self.pack.token_index
-        first = jnp.tile(jnp.arange(read, dtype=token_index.dtype), (len(token_index), 1))
-        return x[jnp.concatenate([first, token_index + read], axis=1)]
+        """Gathers flat x [h + N, ...] into rows [X, h + Y, ...], as `gathers.to_keys`."""
+        return x if self.grid is None else to_keys(self.grid, x)
 
     def from_queries(self, tiles: list[jax.Array]) -> jax.Array:
         """Brings tiles of queries back to flat tokens [N, ...]."""
-        if self.pack is None:
-            return tiles[0]
-        return jnp.concatenate([x.reshape(-1, *x.shape[2:]) for x in tiles])[self.pack.query_index]
+        return tiles[0] if self.grid is None else from_queries(self.grid, tiles)
 
 
 def packed_states(
@@ -117,7 +106,7 @@ def packed_states(
         seen_in_tree(branch_ids[:rows, : read + end], end - begin)
         for rows, begin, end in spans(pack.tiles)
     )
-    layout = _Layout(pack.positions + read, visible, pack)
+    layout = _Layout(pack.positions + read, visible, grid_of(pack))
     return _run(decoder, lora, base, pack.tokens, layout, dropout_key, shared_prefix=shared_prefix)
 
 
@@ -354,8 +343,10 @@ def _layer(
     return hidden, kept
 
 
-# each projection's number in the dropout key; another order would draw other masks
+# the number of an input's masks in the dropout key, by the first projection that reads it; another
+# number would draw other masks
 _DROPOUT_STREAM = {name: i for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
+_LEVELS = 1 << 16  # of dropout's probability
 
 
 def _inner(
@@ -374,14 +365,24 @@ def _inner(
         joint = _grouped(x, jnp.concatenate([a.astype(x.dtype) for a in factors.values()], axis=-1))
         joint = checkpoint_name(joint, KEPT)
         return dict(zip(factors, jnp.split(joint, len(factors), axis=-1), strict=True))
+    key = jax.random.fold_in(key, _DROPOUT_STREAM[next(iter(factors))])
+    masks, kept = _keep_masks(key, lora.dropout, (len(factors), *x.shape))
     inner = {}
-    for name, a in factors.items():
-        keep = jax.random.bernoulli(
-            jax.random.fold_in(key, _DROPOUT_STREAM[name]), 1.0 - lora.dropout, x.shape
-        )
-        dropped = jnp.where(keep, x / (1.0 - lora.dropout), 0.0).astype(x.dtype)
+    for (name, a), mask in zip(factors.items(), masks, strict=True):
+        dropped = jnp.where(mask, x / kept, 0.0).astype(x.dtype)
         inner[name] = checkpoint_name(dropped @ a.astype(x.dtype), KEPT)
     return inner
+
+
+def _keep_masks(key: jax.Array, dropout: float, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
+    """Draws dropout's masks, bool of a shape, two entries from each random word.
+
+    Returns: the masks; the probability of True, which is 1 - dropout to the nearest 65,536th.
+    """
+    drop, size = min(round(_LEVELS * dropout), _LEVELS - 1), math.prod(shape)
+    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
+    return halves >= drop, 1.0 - drop / _LEVELS
 
 
 def _grouped(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -14,3 +14,23 @@ def head_weight(base: DecoderParams) -> jax.Array:
 def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """Multiplies final-norm hidden states [..., D] by the head [V, D]: logits float32[..., V]."""
     return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def pick(values: jax.Array, token: jax.Array) -> jax.Array:
+    """Takes one token's value at each position: of [M, V] at int32[M], [M].
+
+    Its gradient compares, where autodiff would scatter into a second array [M, V].
+    """
+    return jnp.take_along_axis(values, token[:, None], axis=-1)[:, 0]
+
+
+def _pick_backward(held, change):
+    token, vocabulary = held
+    return jnp.where(vocabulary == token[:, None], change[:, None], 0), None
+
+
+pick.defvjp(
+    lambda values, token: (pick(values, token), (token, jnp.arange(values.shape[-1]))),
+    _pick_backward,
+)

@@ -24,7 +24,8 @@ class LoraConfig:
     Attributes:
         rank: R.
         alpha: the update A B is scaled by alpha / rank.
-        dropout: probability of dropping an input feature of x A while training.
+        dropout: probability of dropping an input feature of x A while training, to the nearest
+            65,536th. Every projection has masks of its own, as in PEFT.
         targets: the projections of a layer that carry an adapter, of TARGETS.
         last_layers: how many of the last layers carry adapters; 0 means all.
     """

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from spear_jax.models.decoder import Decoder, LayerKeyValues, packed_states
-from spear_jax.models.lm_head import head_logits, head_weight
+from spear_jax.models.lm_head import head_logits, head_weight, pick
 from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.packing.arrays import Block
+from spear_jax.packing.gathers import read_tokens
 
 # float32 logits of one chunk where no chunk is asked for: 256 MB, whatever the vocabulary
 LOGITS = 1 << 26
@@ -62,9 +63,10 @@ class TokenLogprobs:
         hidden, _ = packed_states(
             self.decoder, lora, self.base, block.packs[pack], self.dropout_key, self.shared_prefix
         )
-        return hidden[block.source[pack]]
+        return read_tokens(hidden, block.source[pack])
 
 
+@jax.custom_vjp
 def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
     """Lays values of scored tokens [M] out as rows [B, T], 0 at padding.
 
@@ -76,6 +78,17 @@ def unpack_rows(block: Block, values: jax.Array) -> jax.Array:
     return jnp.where(
         block.rows.completion_mask, values[jnp.minimum(index, values.shape[0] - 1)], 0.0
     )
+
+
+def _unpack_rows_backward(block: Block, change: jax.Array) -> tuple[None, jax.Array]:
+    mask = block.rows.completion_mask
+    place = jnp.arange(block.target.shape[0]) - block.start[:, None]  # [B, M]: where row b reads m
+    inside = (place >= 0) & (place < mask.shape[1])
+    read = jnp.take_along_axis(jnp.where(mask, change, 0), jnp.where(inside, place, 0), axis=1)
+    return None, jnp.where(inside, read, 0).sum(0)
+
+
+unpack_rows.defvjp(lambda block, values: (unpack_rows(block, values), block), _unpack_rows_backward)
 
 
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
@@ -94,8 +107,7 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk
 def _logprob(hidden, fixed, head):
     (target,) = fixed
     logits = head_logits(hidden, head)
-    picked = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return pick(logits, target) - jax.nn.logsumexp(logits, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))

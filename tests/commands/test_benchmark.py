@@ -192,6 +192,9 @@ def test_an_experiment_s_config_gives_its_sizes():
     preset = workload.config_preset(config, workload.read_preset("tiny").shape, str(workload.TINY))
     assert (preset.prompts, preset.right, preset.fixed, preset.revisions) == (32, 8, 12, 12)
     assert (preset.wins, preset.loses, preset.rank, preset.clients, preset.steps) == (6, 6, 2, 5, 5)
+    config.train.remat = "auto"  # which names no remat that a decoder has
+    auto = workload.config_preset(config, workload.read_preset("tiny").shape, "")
+    assert (auto.remat, auto.rival_remat) == ("layers", True)
 
 
 def test_the_rival_s_process_holds_no_jax():

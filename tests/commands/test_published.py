@@ -192,7 +192,7 @@ def test_an_empty_file_has_the_published_defaults_and_not_ours(tmp_path):
         0.01,
     )
     assert config.rollout.temperature == 0.0  # do_sample is false there
-    assert config.dtype == "bfloat16" and config.train.remat == "layers"
+    assert config.dtype == "bfloat16" and config.train.remat == "auto"
 
 
 def test_every_published_key_but_those_without_effect_moves_our_config_or_is_refused():

@@ -265,6 +265,33 @@ def test_too_many_clients_at_once_names_the_number_that_fits():
     cost_model.check_memory(3, 3_000_000_000, None)
 
 
+def test_what_is_computed_again_is_what_memory_asks_for(monkeypatch):
+    each = {"nothing": 40, "attention": 10, "layers": 2}.__getitem__
+    choose = cost_model.fitting_remat
+    # a CPU never keeps everything; unknown memory keeps least
+    assert [choose(each, 1, whole) for whole in (1000, 20, 19, 1, None)] == [
+        "attention",
+        "attention",
+        "layers",
+        "layers",
+        "layers",
+    ]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [choose(each, 1, whole) for whole in (80, 79, 19)] == ["nothing", "attention", "layers"]
+    assert choose(each, 2, 80) == "attention"
+
+
+def test_remat_auto_is_chosen_by_all_memory_and_not_by_what_is_free(monkeypatch):
+    def chosen(whole, free):
+        monkeypatch.setattr(cost_model, "whole_device_bytes", lambda: whole)
+        monkeypatch.setattr(cost_model, "device_bytes", lambda: free)
+        built = builder.build(embedded(**{"train.remat": "auto"}), jax.devices()[:1])
+        return built.federation.decoder.remat
+
+    assert chosen(10**12, 10**9) == chosen(10**12, 10**10) == "attention"
+    assert chosen(10**8, 10**10) == "layers"
+
+
 def test_clients_at_once_is_one_on_a_cpu_and_fills_half_of_an_accelerator(monkeypatch):
     assert cost_model.fitting(30, 1_000_000_000, 64_000_000_000) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

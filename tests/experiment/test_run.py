@@ -266,12 +266,13 @@ def test_a_client_transform_changes_updates_before_they_are_reduced(averaged, tm
 
 
 def test_a_run_records_each_start(trained):
-    """Command, versions and devices; the run of the fixture was started twice."""
+    """Command, versions, devices, and what they chose; the run of the fixture was started twice."""
     folder = trained[0]
     entries = [json.loads(line) for line in (folder / "environment.jsonl").read_text().splitlines()]
     assert len(entries) == 2
     assert entries[0]["versions"]["jax"] == jax.__version__
     assert entries[0]["devices"] == {"cpu: cpu": 8} and entries[0]["command"]
+    assert entries[0]["chosen"] == {"train.remat": "attention", "federation.clients_at_once": 1}
 
 
 def test_a_run_stops_at_its_last_finite_round(tmp_path):

@@ -45,6 +45,11 @@ def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, r
     )
 
 
+def copied(states):
+    """States to go on from that stay there."""
+    return jax.tree.map(lambda x: x.copy(), states)
+
+
 @pytest.mark.parametrize("devices, at_once, cohort_chunks", [(1, 4, 2), (2, 1, 3)])
 def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_states(
     model,
@@ -57,7 +62,8 @@ def test_portions_give_what_one_portion_gives_and_clients_go_on_from_their_own_s
 ):
     def twice():
         first = train(model, lora, cohort, devices, at_once, keep=True)
-        return first, train(model, lora, cohort, devices, at_once, keep=True, carried=first.states)
+        states = copied(first.states)
+        return first, train(model, lora, cohort, devices, at_once, keep=True, carried=states)
 
     whole = twice()
     monkeypatch.setattr(cohort_training, "CHUNK_BYTES", 1)
@@ -169,12 +175,22 @@ def test_a_stages_bar_knows_its_total_and_another_attempt_begins_another(monkeyp
     assert seen == [(1, 2), (2, 2), (1, 3), (0, 5), (4, 5)]
 
 
+def test_states_that_come_back_take_the_memory_of_those_carried(model, lora, cohort):
+    first = train(model, lora, cohort, keep=True)
+    used = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(first.states)]
+    second = train(model, lora, cohort, keep=True, carried=first.states)
+    assert all(x.is_deleted() for x in jax.tree.leaves(first.states))
+    assert used == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(second.states)]
+    train(model, lora, cohort, carried=second.states)  # the last phase sends nothing back
+    assert not any(x.is_deleted() for x in jax.tree.leaves(second.states))
+
+
 def test_a_client_that_loses_its_update_goes_on_with_its_old_adapter_and_moments(
     model, lora, cohort
 ):
     """A rate at which Adam's step is infinite, though gradients are finite."""
     first = train(model, lora, cohort, keep=True)
-    lost = train(model, lora, cohort, keep=True, carried=first.states, rate=np.inf)
+    lost = train(model, lora, cohort, keep=True, carried=copied(first.states), rate=np.inf)
     (before,), (after,) = first.states, lost.states
     active = np.arange(C) != 1
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):

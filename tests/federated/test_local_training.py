@@ -77,6 +77,19 @@ def run(
     return *reduced, means
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_no_gradient_is_scattered(model, lora, prefixed, at_once):
+    """A GPU adds what is scattered by atomics, in another order each time."""
+    prefix, cohort, _ = prefixed
+    work = dense.work(cohort, spear(), P + 20, T, shared_prefix=prefix)
+    shared = local_training.Broadcast(lora, model.base, (), {}, jnp.float32(1e-2))
+    members = np.zeros((C, 2), np.uint32), np.ones(C, np.float32), np.ones(C, bool)
+    decoder, local = make_decoder(model, dropout=0.1), local_config(clients_at_once=at_once)
+    mesh = make_mesh(jax.devices()[:1])
+    static = spear(), decoder, local, mesh, Aggregation(), False
+    assert "scatter" not in TRAIN.lower(*static, shared, None, work, *members).as_text()
+
+
 @pytest.fixture(scope="module")
 def oracle(model, lora, cohort):
     """Clients one after the other on one device, several blocks a step, all of one shape."""

@@ -81,8 +81,8 @@ KEYS: dict[str, Key] = {
     "model.gradient_checkpointing": Key(
         True,
         flag,
-        lambda value, _: {"train.remat": "layers" if value else "nothing"},
-        "`train.remat`: layers or nothing",
+        lambda value, _: {"train.remat": "auto" if value else "nothing"},
+        "`train.remat`: auto or nothing",
     ),
     "lora.r": to(16, integer, "lora.rank"),
     "lora.alpha": to(32, real, "lora.alpha"),
