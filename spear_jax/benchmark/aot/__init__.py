@@ -1,0 +1,6 @@
+"""Compiles a run's programs for accelerators that are not there, and tells what the compiler says.
+
+`targets` describes the accelerators. `ghosts` plays the host's side of a round with arrays that
+have no memory, and records each program that it would start. `programs` builds the experiment that
+is played. `hlo` and `flops` read the programs; `report` brings the numbers together.
+"""

@@ -1,0 +1,195 @@
+"""What a compiled program says of itself, and what a round of such programs comes to.
+
+Nothing here ran on the target. Counts and bytes are the compiler's or the program's; seconds of a
+round are arithmetic.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from spear_jax.benchmark.aot.flops import count_flops, count_heads
+from spear_jax.benchmark.aot.ghosts import Ghost, Program
+from spear_jax.benchmark.aot.hlo import Buffer, Count, Module
+from spear_jax.benchmark.aot.programs import Played
+from spear_jax.benchmark.aot.targets import Target, gpu_is_cuda
+from spear_jax.federated.local_training import LocalBatches
+from spear_jax.models.lora import projection_shapes
+
+SHARE = 0.45  # of the peak that long products are taken to reach
+
+
+def measure(program: Program, played: Played, target: Target) -> dict[str, Any]:
+    """Traces, lowers and compiles a program, and returns what is known of it.
+
+    Counts of loops whose length is data are told for one pass ("loop"), beside the rest ("once").
+    FLOPs, bytes, kernels and memory are those of one device.
+    """
+    with gpu_is_cuda(target), compiled_anew():
+        compiled, traced = program.compiled, program.traced
+    module = Module(compiled.as_text())
+    share = lambda count: Count(count.once / played.mesh.size, count.loop / played.mesh.size)
+    heads = count_heads(traced.jaxpr.jaxpr, played.experiment.model.config.vocab_size)
+    return {
+        "function": program.name,
+        "seconds": program.seconds,
+        "memory": memory(compiled, program, played),
+        "flops": dataclasses.asdict(share(count_flops(traced.jaxpr.jaxpr))),
+        "bytes": dataclasses.asdict(module.bytes),
+        "kernels": dataclasses.asdict(module.kernels),
+        "tokens_a_pass": heads.loop,
+        "collectives": module.collectives(),
+        **logits(module, program, played),
+        **weights(module, played),
+    }
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Keeps the cache of compiled programs out of what is measured."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def memory(compiled: Any, program: Program, played: Played) -> dict[str, int]:
+    """Returns the bytes of one device that a program needs.
+
+    `needs` is arguments + results - aliased ones + temporary arrays. `beside` is the part of the
+    base that lies there meanwhile and is no argument, as while a merged copy generates.
+    """
+    stats = compiled.memory_analysis()
+    fields = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporary": "temp"}
+    held = {ours: getattr(stats, f"{theirs}_size_in_bytes") for ours, theirs in fields.items()}
+    given = {id(leaf) for leaf in jax.tree.leaves((program.args, program.kwargs))}
+    base = jax.tree.leaves(played.experiment.model.base)
+    beside = sum(leaf.held() for leaf in base if id(leaf) not in given)
+    needs = held["arguments"] + held["outputs"] - held["aliased"] + held["temporary"]
+    return {**held, "needs": needs, "beside": beside}
+
+
+def logits(module: Module, program: Program, played: Played) -> dict[str, Any]:
+    """Returns the largest float32 array with the vocabulary in it, and for local training the bytes
+    that the logits of all scored positions would take.
+    """
+    size = played.experiment.model.config.vocab_size
+    split = size // played.mesh.shape["model"]
+    largest = max(
+        (buffer for buffer, _ in module.buffers() if {size, split} & set(buffer.dims[-1:])
+         and buffer.dtype == "f32"),
+        key=lambda buffer: buffer.bytes,
+        default=None,
+    )  # fmt: skip
+    batches = next((x for x in program.args if isinstance(x, LocalBatches)), None)
+    scored = 0
+    if batches is not None:
+        together = played.experiment.federation.local.clients_at_once
+        scored = 4 * size * together * batches.blocks.target.shape[-1]
+    return {
+        "logits": None if largest is None else str(largest),
+        "logits_bytes": 0 if largest is None else largest.bytes,
+        "scored_bytes": scored,
+    }
+
+
+def weights(module: Module, played: Played) -> dict[str, list[str]]:
+    """Returns arrays that stand for a base which is not left as it is.
+
+    batched: shaped like a projection, with a leading size that is neither 1 nor the layers'.
+    gathered: results of all-gather as large as a projection of all layers or the embedding.
+    """
+    model = played.experiment.model.config
+    pairs = set(projection_shapes(model).values())
+    dtype = {"bfloat16": "bf16", "float32": "f32"}[played.experiment.settings.dtype]
+    whole = {(model.layers, *pair) for pair in pairs} | {(model.vocab_size, model.width)}
+
+    def batched(buffer: Buffer) -> bool:
+        lead = math.prod(buffer.dims[:-2])
+        tails = {buffer.dims[-2:], buffer.dims[-2:][::-1]}
+        return len(buffer.dims) > 2 and bool(tails & pairs) and lead not in (1, model.layers)
+
+    own = [(buffer, one) for buffer, one in module.buffers() if buffer.dtype == dtype]
+    gathers = [buffer for buffer, one in own if one.operation.startswith("all-gather")]
+    return {
+        "batched": sorted({str(buffer) for buffer, _ in own if batched(buffer)}),
+        "gathered": sorted({str(buffer) for buffer in gathers if buffer.dims in whole}),
+    }
+
+
+def passes(program: Program, played: Played) -> float:
+    """Returns how many blocks a local step takes on the slowest device, on average over its steps.
+
+    Clients that train together take as many passes as the one with most blocks. It is 1 where a
+    program trains nobody.
+    """
+    batches = next((x for x in program.args if isinstance(x, LocalBatches)), None)
+    if batches is None:
+        return 1.0
+    count = batches.count
+    assert isinstance(count, Ghost) and count.value is not None
+    at_once = played.experiment.federation.local.clients_at_once
+    clients, steps = count.shape
+    together = count.value.reshape(played.mesh.shape["clients"], -1, at_once, steps).max(axis=2)
+    return float(np.max(together.mean(axis=(1, 2))))
+
+
+def round_phases(
+    played: Played, measured: dict[str, dict[str, Any]], target: Target
+) -> list[dict[str, Any]]:
+    """Returns the phases of a round, each with its work and the seconds that it takes by arithmetic;
+    phases of programs that were not measured are left out.
+
+    `compute`: FLOPs at SHARE of the peak. `memory`: bytes at the peak bandwidth. `launch`: kernels
+    at `Target.launch`. The phase takes the largest of the three at least, and their sum where
+    nothing overlaps.
+    """
+    name_of = {id(program): name for name, program in played.programs.items()}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, program: Program, calls: float, loops: float) -> None:
+        facts = measured.get(name_of[id(program)])
+        if facts is None:
+            return
+        work = {
+            kind: calls * Count(**facts[kind]).total(loops)
+            for kind in ("flops", "bytes", "kernels")
+        }
+        row = rows.setdefault(name, {"phase": name, "flops": 0.0, "bytes": 0.0, "kernels": 0.0})
+        for kind, value in work.items():
+            row[kind] += value
+
+    for generation in played.generations:
+        if generation.stage == "evaluation":
+            continue
+        for program in generation.programs:
+            facts = measured.get(name_of[id(program)], {})
+            decodes = facts.get("tokens_a_pass", 0.0)
+            kind = "decode" if decodes else "prefill"
+            loops = generation.steps / decodes if decodes else 1.0
+            calls = 1 if decodes or program.name != "_prefill" else generation.prefills
+            add(f"{generation.stage} {kind}", program, calls, loops)
+    for program in played.starts:
+        if program.stage != "evaluation":
+            add(name_of[id(program)], program, 1, passes(program, played))
+    return [row | seconds(row, target) for row in rows.values()]
+
+
+def seconds(work: dict[str, Any], target: Target) -> dict[str, float]:
+    """Returns a phase's seconds by arithmetic, as `round_phases` says."""
+    parts = {
+        "compute": work["flops"] / (SHARE * target.flops),
+        "memory": work["bytes"] / target.bandwidth,
+        "launch": work["kernels"] * target.launch,
+    }
+    return {**parts, "least": max(parts.values()), "most": sum(parts.values())}

@@ -1,0 +1,363 @@
+"""The programs that a round of an experiment compiles on a target.
+
+The experiment is put together by the builder's own parts, and a round of it is played by the run's
+own code. Three things are drawn, as the benchmark draws them: prompts and answers (random tokens of
+real lengths; every answer has its full length), and which answers are right (a fixed share; no
+revision is). Weights have shapes alone. The model's tokenizer and the task's files are not read.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os.path
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from spear_jax.algorithms import build_algorithm
+from spear_jax.algorithms.base import Algorithm
+from spear_jax.benchmark import workload
+from spear_jax.benchmark.aot import ghosts, targets
+from spear_jax.benchmark.aot.ghosts import Decoding, Program, Recorder
+from spear_jax.benchmark.aot.targets import Target
+from spear_jax.benchmark.ours import Labels
+from spear_jax.benchmark.workload import Preset, Workload
+from spear_jax.core.errors import UserError, unknown
+from spear_jax.core.mesh import CLIENTS, MODEL, base_placer, make_mesh, replicate, shard_rows
+from spear_jax.core.types import Example
+from spear_jax.experiment import builder
+from spear_jax.experiment import config as configs
+from spear_jax.experiment.builder import Experiment, OwnParts
+from spear_jax.experiment.config import Settings
+from spear_jax.experiment.data import build_task
+from spear_jax.experiment.evaluator import Evaluator
+from spear_jax.experiment.presets import MODELS
+from spear_jax.federated.round import NOTHING_USED, round_of
+from spear_jax.feedback.base import Feedback, Request
+from spear_jax.models.config import parse_config, read_config
+from spear_jax.models.io.huggingface import LoadedModel, find_folder, load_tokenizer
+from spear_jax.models.io.tensor_map import DTYPES, Place, build_params
+from spear_jax.packing.shape_buckets import ShapeBuckets
+from spear_jax.rollout import prefill
+from spear_jax.rollout import sampler as sampler_module
+from spear_jax.rollout.policy import as_policy
+from spear_jax.rollout.sampler import Completion, Sampler
+from spear_jax.rollout.scorer import Scorer
+from spear_jax.rollout.tokenized_data import TokenizedData
+from spear_jax.rollout.worker import RolloutWorker
+
+DECODE = "_decode_until"
+# what a round's programs are called here; others keep their function's name
+NAMES = {
+    "train_cohort": "train",
+    "_prefill": "prefill",
+    "prefill_shared_prefix": "shared-prefix",
+    DECODE: "decode",
+    "_score_candidates": "evaluation",
+    "_score_tokens": "score",
+    "_finish_and_step": "aggregation",
+}
+
+
+class Generation(NamedTuple):
+    """Answers that are generated together.
+
+    Attributes:
+        stage: "rollout", "revision" or "evaluation".
+        prompts: their number; new_tokens: of each answer.
+        slots: in which answers grow at one time, of all devices.
+        prefills: until all prompts are read.
+        programs: started for it, each once.
+    """
+
+    stage: str
+    prompts: int
+    new_tokens: int
+    slots: int
+    prefills: int
+    programs: list[Program]
+
+    @property
+    def steps(self) -> int:
+        """Returns the decode steps: slots are filled anew when all answers in them have ended."""
+        return -(-self.prompts // self.slots) * (self.new_tokens - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Played:
+    """A played round.
+
+    Attributes:
+        experiment: as a run builds it, its arrays ghosts.
+        mesh: of compile-only devices.
+        programs: {name: program}, in the order of their first start.
+        generations: in their order; starts: of programs outside them, likewise.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    programs: dict[str, Program]
+    generations: list[Generation]
+    starts: list[Program]
+
+
+def sizes(config: ml_collections.ConfigDict) -> Preset:
+    """Returns the sizes of an experiment: its own, with the prompt lengths of the benchmark's preset
+    of its model (SmolLM2-135M's, where it has none).
+
+    Raises: UserError where a model's config.json is not there.
+    """
+    named = {MODELS[name][0]: make() for name, make in workload.PRESETS.items()}
+    like = named.get(config.model)
+    shape = like.shape if like else read_config(find_folder(config.model))[1]
+    preset = workload.config_preset(config, shape, "")
+    if like is None:
+        return preset
+    return dataclasses.replace(preset, lengths=like.lengths, longer=like.longer, head=like.head)
+
+
+def play(config: ml_collections.ConfigDict, target: Target, devices: list[Any]) -> Played:
+    """Plays the evaluation and the first round of an experiment on a target's devices.
+
+    Raises: UserError for a config that a run would refuse, and for quantised weights.
+    """
+    configs.import_own(config.imports)
+    settings = configs.parse(config)
+    if settings.quantize != "none":
+        raise UserError(
+            f"quantize is {settings.quantize!r}; --compile-for knows the shapes of plain weights "
+            "alone. Set --config.quantize=none."
+        )
+    work = workload.make_workload(sizes(config), target.platform)
+    mesh = make_mesh(devices, settings.devices.model)
+    with ghosts.haunted(target, devices) as occupy, ghosts.recording(mesh, DECODE) as recorder:
+        built = build(settings, work, mesh, recorder, occupy)
+        sampler = built.federation.worker.sampler
+        state = built.initial_state()
+        start = built.federation.on_devices(state.lora)
+        recorder.stage = "evaluation"
+        built.evaluator(built.policies(start)[0])
+        recorder.stage = ""
+        round_of(built.federation, state, NOTHING_USED, built.federation.cohort(1))
+    generations = sampler.generations
+    within = {id(program) for generation in generations for program in generation.programs}
+    starts = [program for program in recorder.starts if id(program) not in within]
+    return Played(built, mesh, named(list(recorder.programs.values())), generations, starts)
+
+
+def named(programs: list[Program]) -> dict[str, Program]:
+    """Returns programs by name: "decode", and of other stages "revision decode"; further programs
+    of one name are numbered.
+    """
+    by_name: dict[str, Program] = {}
+    for program in programs:
+        name = NAMES.get(program.name, program.name.strip("_"))
+        if program.stage not in ("", "rollout", name):
+            name = f"{program.stage} {name}"
+        free = (f"{name} {number}" for number in itertools.count(2))
+        by_name[name if name not in by_name else next(n for n in free if n not in by_name)] = (
+            program
+        )
+    return by_name
+
+
+def chosen(programs: dict[str, Program], text: str | None) -> dict[str, Program]:
+    """Returns the programs of "train,revision decode"; all without a text.
+
+    Raises: UserError for one that the round does not start.
+    """
+    for name in text.split(",") if text else ():
+        if name not in programs:
+            raise unknown("program (--programs)", name, programs)
+    wanted = text.split(",") if text else list(programs)
+    return {name: program for name, program in programs.items() if name in wanted}
+
+
+def build(
+    settings: Settings,
+    work: Workload,
+    mesh: Mesh,
+    recorder: Recorder,
+    occupy: Callable[[int], None],
+) -> Experiment:
+    """Builds the experiment as `builder.build` does, on drawn prompts and weights without memory.
+
+    Args: occupy: takes the bytes that are in use on a device.
+    """
+    model = shapes_of(settings, work.preset, mesh)
+    occupy(sum(leaf.held() for leaf in jax.tree.leaves(model.base)))
+    algorithm = build_algorithm(settings, model.eos_ids)
+    decoder = builder.build_decoder(settings, model)
+    first, revise, greedy = builder.sampling_configs(settings, model)
+    place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
+    count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
+    texts = Texts(work, load_tokenizer(builder.TINY))
+    task = Graded(build_task(settings), texts.right)
+    kinds = (sum(work.prompts, []), sum(work.revisions, []), work.questions)
+    prefixes = [os.path.commonprefix(prompts) for prompts in kinds if len(prompts) > 1]
+    sampler = DrawnSampler(decoder, place, count, shapes, spread, prefixes)
+    sampler.recorder, sampler.generations = recorder, []
+    sampler.revisions = frozenset(map(tuple, kinds[1]))
+    scorer = Scorer(decoder, shapes, place, count)
+    names = tuple(map(str, range(len(work.options))))
+    answer = range(settings.data.max_response_tokens)
+    evaluator = Evaluator(
+        task=task,
+        renderer=texts,
+        sampler=sampler,
+        scorer=scorer,
+        examples=[Example("", "", names, names, 0) for _ in work.questions],
+        prompts=work.questions,
+        method=task.scoring if settings.eval.method == "auto" else settings.eval.method,
+        sampling=greedy,
+        rows=settings.eval.rows,
+        responses=[list(answer) for _ in work.questions],
+    )
+    worker = RolloutWorker(
+        task=task,
+        renderer=texts,
+        feedback=Comments(task),
+        sampler=sampler,
+        scorer=scorer,
+        examples=texts.examples,
+        data=tokens(settings, work, algorithm, builder.longest_sampled(algorithm, first, revise)),
+        first=first,
+        revise=revise,
+        num_revisions=settings.rollout.num_revisions,
+        policy=lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, "none"),
+    )
+    own = np.arange(len(texts.examples)).reshape(work.preset.clients, -1)
+    federation = builder.build_federation(
+        settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
+    )
+    return Experiment(settings, model, federation, evaluator, shapes, None)
+
+
+def shapes_of(settings: Settings, preset: Preset, mesh: Mesh) -> LoadedModel:
+    """Returns the model of a shape, its weights ghosts; the last id ends a completion."""
+    config, put = parse_config(preset.shape), base_placer(mesh)
+    zero = np.zeros((), DTYPES[settings.dtype])
+
+    def weight(place: Place) -> Any:
+        return put(place.name, np.broadcast_to(zero, place.leaf_shape))
+
+    base, end = build_params(config, weight), config.vocab_size - 1
+    return LoadedModel(config, base, preset.shape, builder.TINY, None, (end,), end, None)
+
+
+def tokens(settings: Settings, work: Workload, algorithm: Algorithm, sampled: int) -> TokenizedData:
+    """Returns the training set as `tokenize` does: prompts, and gold responses of full length."""
+    prompts, longest = sum(work.prompts, []), settings.data.max_response_tokens
+    gold = [list(range(longest)) for _ in prompts] if algorithm.gold else [[] for _ in prompts]
+    under = prompts + (sum(work.revisions, []) if "revision" in algorithm.layout.prompts else [])
+    most = max(map(len, under))
+    completion = max(sampled, longest if algorithm.gold else 0)
+    return TokenizedData(
+        prompts, gold, gold, -(-most // 8) * 8, completion, most if under != prompts else None
+    )
+
+
+class DrawnSampler(Sampler):
+    """A sampler whose prefill and decode are recorded; its completions are drawn, of full length.
+
+    Attributes:
+        recorder: told which stage of the round generates.
+        revisions: the prompts that are revisions.
+        generations: what has been generated, for `Played`.
+    """
+
+    recorder: Recorder
+    revisions: frozenset[tuple[int, ...]]
+    generations: list[Generation]
+
+    def generate(self, lora, base, prompts, keys, config, finished=lambda *_: None, owners=None):
+        revised = tuple(prompts[0]) in self.revisions
+        greedy = config.temperature == 0.0
+        stage = "evaluation" if greedy else "revision" if revised else "rollout"
+        self.recorder.stage, before = stage, len(self.recorder.starts)
+        plans: list[tuple[int, int, int]] = []
+
+        def plan_prefill(config, groups, *rest):
+            plan, batches = prefill.plan_prefill(config, groups, *rest)
+            plans.append((sum(map(len, groups)), plan.rows * len(groups), len(batches)))
+            return plan, batches
+
+        with (
+            contextlib.suppress(Decoding),
+            ghosts.replaced(sampler_module, "plan_prefill", plan_prefill),
+        ):
+            super().generate(lora, base, prompts, keys, config, finished, owners)
+        self.recorder.stage = ""
+        # where adapters take turns, the first ones were played
+        ((played, slots, prefills), *_), new = plans, config.max_new_tokens
+        prefills = -(-len(prompts) * prefills // played)
+        programs = list(dict.fromkeys(self.recorder.starts[before:]))
+        self.generations.append(Generation(stage, len(prompts), new, slots, prefills, programs))
+        rng, most = np.random.default_rng(workload.SEED), self.decoder.config.vocab_size - 1
+        answers = rng.integers(3, most, (len(prompts), new)).tolist()
+        completions = [Completion(answer, [-1.0] * new) for answer in answers]
+        for number, completion in enumerate(completions):
+            finished(number, completion)
+        return completions
+
+
+class Texts(Labels):
+    """A renderer's stand-in: prompts and revisions are the workload's, and answers have no text.
+
+    Attributes:
+        examples: one a prompt, client after client.
+        right: ids of the examples that are answered right at once; the others are revised.
+    """
+
+    def __init__(self, work: Workload, tokenizer: Any):
+        super().__init__(work.options)
+        self.tokenizer = tokenizer
+        names = tuple(map(str, range(len(work.options))))
+        self.examples: list[Example] = []
+        self.prompts, self.revisions = {}, {}
+        for client, (prompts, revisions) in enumerate(
+            zip(work.prompts, work.revisions, strict=True)
+        ):
+            for number, prompt in enumerate(prompts):
+                example = Example(f"{client} {number}", "", names, names, 0)
+                self.examples.append(example)
+                self.prompts[example.id] = prompt
+                if number < len(revisions):
+                    self.revisions[example.id] = revisions[number]
+        self.right = self.prompts.keys() - self.revisions.keys()
+
+    def prompt(self, task: Any, example: Example) -> list[int]:
+        return self.prompts[example.id]
+
+    privileged = prompt
+
+    def revision(self, task: Any, example: Example, *_: Any) -> list[int]:
+        return self.revisions[example.id]
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+
+class Graded:
+    """A task whose grades are drawn beforehand; the rest is the task's own."""
+
+    def __init__(self, task: Any, right: Any):
+        self._task, self._right = task, right
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def grade(self, text: str, example: Example) -> bool:
+        return example.id in self._right
+
+
+class Comments(Feedback):
+    """Feedback that says something of every answer."""
+
+    def __call__(self, requests: list[Request]) -> list[str]:
+        return [""] * len(requests)
