@@ -144,9 +144,8 @@ class Module:
                 )
                 if names:
                     self._walk(max(names, key=lambda n: len(self.computations.get(n, ()))), runs)
-            elif one.operation in ("call", "async-start") and (called := _CALLED.search(one.rest)):
-                if one.operation == "call":
-                    self._walk(called[1], runs)
+            elif one.operation == "call" and (called := _CALLED.search(one.rest)):
+                self._walk(called[1], runs)
 
     def running(self) -> Iterator[tuple[Instruction, Count, dict[str, Instruction]]]:
         """Yields every instruction that a kernel runs for, how often, and its computation by

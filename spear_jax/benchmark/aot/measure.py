@@ -151,8 +151,8 @@ def round_phases(
     phases of programs that were not measured are left out.
 
     `compute`: FLOPs at SHARE of the peak. `memory`: bytes at the peak bandwidth. `launch`: kernels
-    at `Target.launch`. The phase takes the largest of the three at least, and their sum where
-    nothing overlaps.
+    at `Target.launch`. `least` is the largest of the three. `most` takes memory and launches one
+    after the other; what products wait for is in SHARE.
     """
     name_of = {id(program): name for name, program in played.programs.items()}
     rows: dict[str, dict[str, Any]] = {}
@@ -192,4 +192,8 @@ def seconds(work: dict[str, Any], target: Target) -> dict[str, float]:
         "memory": work["bytes"] / target.bandwidth,
         "launch": work["kernels"] * target.launch,
     }
-    return {**parts, "least": max(parts.values()), "most": sum(parts.values())}
+    return {
+        **parts,
+        "least": max(parts.values()),
+        "most": max(parts["compute"], parts["memory"] + parts["launch"]),
+    }

@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 from spear_jax.algorithms import build_algorithm
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.benchmark import workload
-from spear_jax.benchmark.aot import ghosts, targets
+from spear_jax.benchmark.aot import ghosts
 from spear_jax.benchmark.aot.ghosts import Decoding, Program, Recorder
 from spear_jax.benchmark.aot.targets import Target
 from spear_jax.benchmark.ours import Labels
 from spear_jax.benchmark.workload import Preset, Workload
 from spear_jax.core.errors import UserError, unknown
-from spear_jax.core.mesh import CLIENTS, MODEL, base_placer, make_mesh, replicate, shard_rows
+from spear_jax.core.mesh import CLIENTS, base_placer, make_mesh, replicate, shard_rows
 from spear_jax.core.types import Example
 from spear_jax.experiment import builder
 from spear_jax.experiment import config as configs

@@ -9,9 +9,10 @@ import pandas as pd
 from spear_jax.analysis.comparison import to_markdown
 from spear_jax.benchmark.report import GB, replace
 
-NOTE = """Nothing ran on the target: seconds of a round are arithmetic. `least`: the largest of
-compute (FLOPs at 45 % of the peak), memory (bytes at the peak bandwidth) and launches; `most`: their
-sum, where nothing overlaps. Of a loop whose length is data one pass is told."""
+NOTE = """Nothing ran on the target: seconds of a round are arithmetic. `compute`: FLOPs at 45 % of the
+peak. `memory`: bytes at the peak bandwidth. `least`: the largest of compute, memory and launches;
+`most`: the larger of compute, and of memory and launches one after the other. Programs: of a loop
+whose length is data, such as that over tokens to decode, one pass is told."""
 
 
 def programs(result: dict[str, Any]) -> pd.DataFrame:
