@@ -50,7 +50,7 @@ def compile_for(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     with contextlib.closing(progress):
         for program, recorded in wanted.items():
             progress.call(program)
-            facts = measure.measure(recorded, played, target)
+            facts = measure.measure(recorded, played)
             facts["memory_share"] = facts["memory"]["needs"] / target.memory
             result["programs"][program] = facts
             result["round"] = measure.round_phases(played, result["programs"], target)

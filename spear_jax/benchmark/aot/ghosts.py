@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spear_jax.benchmark.aot.targets import Target, gpu_is_cuda
+from spear_jax.benchmark.aot.targets import Target, compiler
 from spear_jax.core import mesh as mesh_module
 
 JITTED = type(jax.jit(lambda: None))
@@ -87,6 +87,7 @@ class Program:
     args: tuple
     kwargs: dict[str, Any]
     mesh: Mesh
+    target: Target
     seconds: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
@@ -98,9 +99,10 @@ class Program:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        traced, began = self.traced, clock()
-        compiled = traced.lower().compile()
-        self.seconds["compile"] = elapsed(began)
+        with compiler(self.target):
+            traced, began = self.traced, clock()
+            compiled = traced.lower().compile()
+            self.seconds["compile"] = elapsed(began)
         return compiled
 
     def compile(self) -> "Program":
@@ -141,8 +143,8 @@ class Recorder:
         starts: of programs, in their order.
     """
 
-    def __init__(self, mesh: Mesh, ends: str):
-        self.mesh, self.ends, self.stage = mesh, ends, ""
+    def __init__(self, mesh: Mesh, target: Target, ends: str):
+        self.mesh, self.target, self.ends, self.stage = mesh, target, ends, ""
         self.programs: dict[Any, Program] = {}
         self.starts: list[Program] = []
 
@@ -154,7 +156,7 @@ class Recorder:
         program = self.programs.get(key)
         if program is None:
             name = function.__name__
-            program = Program(name, self.stage, function, args, kwargs, self.mesh)
+            program = Program(name, self.stage, function, args, kwargs, self.mesh, self.target)
             self.programs[key] = program
         self.starts.append(program)
         if program.name == self.ends:
@@ -199,7 +201,7 @@ def _identity(leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
-def haunted(target: Target, devices: list[Any]) -> Iterator[Callable[[int], None]]:
+def haunted(target: Target) -> Iterator[Callable[[int], None]]:
     """Lets the run's code see the target in place of this machine.
 
     What it puts on a device becomes a ghost, and what it asks of JAX about the device is the
@@ -217,7 +219,6 @@ def haunted(target: Target, devices: list[Any]) -> Iterator[Callable[[int], None
         return local(*args, **kwargs) if args or kwargs else [device]
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(gpu_is_cuda(target))
         stack.enter_context(replaced(mesh_module, "_put", put))
         stack.enter_context(replaced(jax, "default_backend", lambda: target.platform))
         stack.enter_context(replaced(jax, "local_devices", local_devices))
@@ -225,12 +226,12 @@ def haunted(target: Target, devices: list[Any]) -> Iterator[Callable[[int], None
 
 
 @contextlib.contextmanager
-def recording(mesh: Mesh, ends: str) -> Iterator[Recorder]:
+def recording(mesh: Mesh, target: Target, ends: str) -> Iterator[Recorder]:
     """Records every jitted function of this package that is called with ghosts.
 
     Args: ends: the function in whose place `Decoding` is raised.
     """
-    recorder = Recorder(mesh, ends)
+    recorder = Recorder(mesh, target, ends)
     found = [
         (module, name, value)
         for path, module in list(sys.modules.items())

@@ -4,35 +4,31 @@ Nothing here ran on the target. Counts and bytes are the compiler's or the progr
 round are arithmetic.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from spear_jax.benchmark.aot.flops import count_flops, count_heads
 from spear_jax.benchmark.aot.ghosts import Ghost, Program
 from spear_jax.benchmark.aot.hlo import Buffer, Count, Module
 from spear_jax.benchmark.aot.programs import Played
-from spear_jax.benchmark.aot.targets import Target, gpu_is_cuda
+from spear_jax.benchmark.aot.targets import Target
 from spear_jax.federated.local_training import LocalBatches
 from spear_jax.models.lora import projection_shapes
 
 SHARE = 0.45  # of the peak that long products are taken to reach
 
 
-def measure(program: Program, played: Played, target: Target) -> dict[str, Any]:
+def measure(program: Program, played: Played) -> dict[str, Any]:
     """Traces, lowers and compiles a program, and returns what is known of it.
 
     Counts of loops whose length is data are told for one pass ("loop"), beside the rest ("once").
     FLOPs, bytes, kernels and memory are those of one device.
     """
-    with gpu_is_cuda(target), compiled_anew():
-        compiled, traced = program.compiled, program.traced
+    compiled, traced = program.compiled, program.traced
     module = Module(compiled.as_text())
     share = lambda count: Count(count.once / played.mesh.size, count.loop / played.mesh.size)
     heads = count_heads(traced.jaxpr.jaxpr, played.experiment.model.config.vocab_size)
@@ -48,19 +44,6 @@ def measure(program: Program, played: Played, target: Target) -> dict[str, Any]:
         **logits(module, program, played),
         **weights(module, played),
     }
-
-
-@contextlib.contextmanager
-def compiled_anew() -> Iterator[None]:
-    """Keeps the cache of compiled programs out of what is measured."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def memory(compiled: Any, program: Program, played: Played) -> dict[str, int]:

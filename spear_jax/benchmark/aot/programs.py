@@ -135,7 +135,7 @@ def play(config: ml_collections.ConfigDict, target: Target, devices: list[Any]) 
         )
     work = workload.make_workload(sizes(config), target.platform)
     mesh = make_mesh(devices, settings.devices.model)
-    with ghosts.haunted(target, devices) as occupy, ghosts.recording(mesh, DECODE) as recorder:
+    with ghosts.haunted(target) as occupy, ghosts.recording(mesh, target, DECODE) as recorder:
         built = build(settings, work, mesh, recorder, occupy)
         sampler = built.federation.worker.sampler
         state = built.initial_state()

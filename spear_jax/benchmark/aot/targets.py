@@ -66,8 +66,10 @@ WHEELS = {
     "gpu": ("jax_plugins.xla_cuda12", "jax_cuda12_plugin", "nvidia.cuda_nvcc"),
     "tpu": ("libtpu",),
 }
-# what keeps libtpu from asking a metadata server which chips the machine has
+# what keeps libtpu from asking a metadata server which chips the machine has, and from claiming
+# them for one process
 ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -149,16 +151,25 @@ def devices(name: str, target: Target) -> list[Any]:
 
 
 @contextlib.contextmanager
-def gpu_is_cuda(target: Target) -> Iterator[None]:
-    """Lets JAX read the alias "gpu" as CUDA, which it otherwise looks up among running devices."""
-    from jax._src import xla_bridge
+def compiler(target: Target) -> Iterator[None]:
+    """Lets JAX compile for the target, anew: the cache of compiled programs is left out.
 
-    before = xla_bridge.canonicalize_platform
+    JAX looks the alias "gpu" up among running devices, of which there is none; here it is CUDA.
+    """
+    import jax
+    from jax._src import xla_bridge
+    from jax.experimental.compilation_cache import compilation_cache
+
+    alias, cached = xla_bridge.canonicalize_platform, jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
         if target.platform == "gpu":
             xla_bridge.canonicalize_platform = lambda platform: (
-                "cuda" if platform == "gpu" else before(platform)
+                "cuda" if platform == "gpu" else alias(platform)
             )
         yield
     finally:
-        xla_bridge.canonicalize_platform = before
+        xla_bridge.canonicalize_platform = alias
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
