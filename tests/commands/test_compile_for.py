@@ -21,6 +21,7 @@ from spear_jax.benchmark.aot import measure, targets
 from spear_jax.benchmark.aot.flops import count_flops, count_heads
 from spear_jax.benchmark.aot.hlo import Buffer, Count, Module
 from spear_jax.core.errors import UserError
+from spear_jax.models.config import parse_config
 
 TABLE = pathlib.Path(__file__).parents[1] / "fixtures" / "compile_for.json"
 STRUCTURE = ("train", "prefill", "decode", "merge", "evaluation", "aggregation")
@@ -78,6 +79,38 @@ def test_kernels_bytes_and_collectives_of_a_module_by_hand():
         "all-reduce": {"calls": once, "bytes": {"once": 128, "loop": 0}}
     }
     assert Buffer("f32", (8, 4), on_chip=True) in [buffer for buffer, _ in module.buffers()]
+
+
+# A model of two layers, width 4 and mlp width 6, for which an array of 3 clients' gate weights is
+# made, one whole gate is gathered, and logits of 5 positions stand in two halves.
+BAD = """HloModule jit_f
+
+ENTRY %main (gate: f32[4,6], part: f32[2,4,3]) -> f32[2,4,6] {
+  %gate = f32[4,6]{1,0} parameter(0)
+  %part = f32[2,4,3]{2,1,0} parameter(1)
+  %clients = f32[3,4,6]{2,1,0} broadcast(%gate), dimensions={1,2}
+  %one = f32[1,4,6]{2,1,0} copy(%gate)
+  %logits = f32[5,8]{1,0} broadcast(%gate), dimensions={}
+  ROOT %whole = f32[2,4,6]{2,1,0} all-gather(%part), dimensions={2}
+}
+"""
+
+
+def test_a_batched_base_and_whole_logits_are_seen():
+    model = parse_config(
+        {
+            "model_type": "llama", "vocab_size": 16, "hidden_size": 4, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6,
+        }
+    )  # fmt: skip
+    module = Module(BAD)
+    assert measure.weights(module, model, "float32") == {
+        "batched": ["f32[3,4,6]"],
+        "gathered": ["f32[2,4,6]"],
+    }
+    assert measure.weights(Module(TEXT), model, "float32") == {"batched": [], "gathered": []}
+    assert measure.largest_logits(module, 16, 2) == Buffer("f32", (5, 8))
+    assert measure.largest_logits(module, 16, 1) is None
 
 
 def test_a_module_that_jax_compiled_is_read_as_it_is():

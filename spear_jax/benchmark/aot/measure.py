@@ -16,7 +16,9 @@ from spear_jax.benchmark.aot.ghosts import Ghost, Program
 from spear_jax.benchmark.aot.hlo import Buffer, Count, Module
 from spear_jax.benchmark.aot.programs import Played
 from spear_jax.benchmark.aot.targets import Target
+from spear_jax.core.mesh import CLIENTS, MODEL
 from spear_jax.federated.local_training import LocalBatches
+from spear_jax.models.config import ModelConfig
 from spear_jax.models.lora import projection_shapes
 
 SHARE = 0.45  # of the peak that long products are taken to reach
@@ -31,7 +33,9 @@ def measure(program: Program, played: Played) -> dict[str, Any]:
     compiled, traced = program.compiled, program.traced
     module = Module(compiled.as_text())
     share = lambda count: Count(count.once / played.mesh.size, count.loop / played.mesh.size)
-    heads = count_heads(traced.jaxpr.jaxpr, played.experiment.model.config.vocab_size)
+    model = played.experiment.model.config
+    heads = count_heads(traced.jaxpr.jaxpr, model.vocab_size)
+    logits = largest_logits(module, model.vocab_size, played.mesh.shape[MODEL])
     return {
         "function": program.name,
         "seconds": program.seconds,
@@ -41,8 +45,10 @@ def measure(program: Program, played: Played) -> dict[str, Any]:
         "kernels": dataclasses.asdict(module.kernels),
         "tokens_a_pass": heads.loop,
         "collectives": module.collectives(),
-        **logits(module, program, played),
-        **weights(module, played),
+        "logits": None if logits is None else str(logits),
+        "logits_bytes": 0 if logits is None else logits.bytes,
+        "scored_bytes": scored_bytes(program, played),
+        **weights(module, model, played.experiment.settings.dtype),
     }
 
 
@@ -62,39 +68,38 @@ def memory(compiled: Any, program: Program, played: Played) -> dict[str, int]:
     return {**held, "needs": needs, "beside": beside}
 
 
-def logits(module: Module, program: Program, played: Played) -> dict[str, Any]:
-    """Returns the largest float32 array with the vocabulary in it, and for local training the bytes
-    that the logits of all scored positions would take.
+def largest_logits(module: Module, vocabulary: int, parts: int) -> Buffer | None:
+    """Returns the largest float32 array with the vocabulary behind, whole or split in parts."""
+    sizes = {vocabulary, vocabulary // parts}
+    found = [
+        buffer
+        for buffer, _ in module.buffers()
+        if buffer.dtype == "f32" and buffer.dims and buffer.dims[-1] in sizes
+    ]
+    return max(found, key=lambda buffer: buffer.bytes, default=None)
+
+
+def scored_bytes(program: Program, played: Played) -> int:
+    """Returns the bytes that the logits of all positions which a pass of local training scores would
+    take; 0 for other programs.
     """
-    size = played.experiment.model.config.vocab_size
-    split = size // played.mesh.shape["model"]
-    largest = max(
-        (buffer for buffer, _ in module.buffers() if {size, split} & set(buffer.dims[-1:])
-         and buffer.dtype == "f32"),
-        key=lambda buffer: buffer.bytes,
-        default=None,
-    )  # fmt: skip
-    batches = next((x for x in program.args if isinstance(x, LocalBatches)), None)
-    scored = 0
-    if batches is not None:
-        together = played.experiment.federation.local.clients_at_once
-        scored = 4 * size * together * batches.blocks.target.shape[-1]
-    return {
-        "logits": None if largest is None else str(largest),
-        "logits_bytes": 0 if largest is None else largest.bytes,
-        "scored_bytes": scored,
-    }
+    batches = _batches(program)
+    if batches is None:
+        return 0
+    together = played.experiment.federation.local.clients_at_once
+    positions = together * batches.blocks.target.shape[-1]
+    return 4 * positions * played.experiment.model.config.vocab_size
 
 
-def weights(module: Module, played: Played) -> dict[str, list[str]]:
+def weights(module: Module, model: ModelConfig, dtype: str) -> dict[str, list[str]]:
     """Returns arrays that stand for a base which is not left as it is.
 
     batched: shaped like a projection, with a leading size that is neither 1 nor the layers'.
     gathered: results of all-gather as large as a projection of all layers or the embedding.
+
+    Args: dtype: of the base, "float32" or "bfloat16".
     """
-    model = played.experiment.model.config
     pairs = set(projection_shapes(model).values())
-    dtype = {"bfloat16": "bf16", "float32": "f32"}[played.experiment.settings.dtype]
     whole = {(model.layers, *pair) for pair in pairs} | {(model.vocab_size, model.width)}
 
     def batched(buffer: Buffer) -> bool:
@@ -102,12 +107,17 @@ def weights(module: Module, played: Played) -> dict[str, list[str]]:
         tails = {buffer.dims[-2:], buffer.dims[-2:][::-1]}
         return len(buffer.dims) > 2 and bool(tails & pairs) and lead not in (1, model.layers)
 
-    own = [(buffer, one) for buffer, one in module.buffers() if buffer.dtype == dtype]
+    kind = {"bfloat16": "bf16", "float32": "f32"}[dtype]
+    own = [(buffer, one) for buffer, one in module.buffers() if buffer.dtype == kind]
     gathers = [buffer for buffer, one in own if one.operation.startswith("all-gather")]
     return {
         "batched": sorted({str(buffer) for buffer, _ in own if batched(buffer)}),
         "gathered": sorted({str(buffer) for buffer in gathers if buffer.dims in whole}),
     }
+
+
+def _batches(program: Program) -> LocalBatches | None:
+    return next((x for x in program.args if isinstance(x, LocalBatches)), None)
 
 
 def passes(program: Program, played: Played) -> float:
@@ -116,14 +126,14 @@ def passes(program: Program, played: Played) -> float:
     Clients that train together take as many passes as the one with most blocks. It is 1 where a
     program trains nobody.
     """
-    batches = next((x for x in program.args if isinstance(x, LocalBatches)), None)
+    batches = _batches(program)
     if batches is None:
         return 1.0
     count = batches.count
     assert isinstance(count, Ghost) and count.value is not None
     at_once = played.experiment.federation.local.clients_at_once
     clients, steps = count.shape
-    together = count.value.reshape(played.mesh.shape["clients"], -1, at_once, steps).max(axis=2)
+    together = count.value.reshape(played.mesh.shape[CLIENTS], -1, at_once, steps).max(axis=2)
     return float(np.max(together.mean(axis=(1, 2))))
 
 

@@ -35,6 +35,7 @@ def _program(name: str, facts: dict[str, Any]) -> dict[str, str]:
         "aliased GB": _gb(held["aliased"]),
         "temporary GB": _gb(held["temporary"]),
         "needs GB": f"{_gb(held['needs'])} ({facts['memory_share']:.0%})",
+        "beside GB": _gb(held["beside"]),
         "TFLOP": _three(either("flops") / 1e12),
         "moved GB": _three(either("bytes") / GB),
         "kernels": f"{either('kernels'):.0f}",
