@@ -27,7 +27,7 @@ def compile_for(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     config = command_line.read_config(rest, DEFAULT)
     targets.check_wheels(name, target)
     devices = targets.devices(name, target)
-    played = programs.play(config, target, devices)
+    played = programs.play(config, target, devices, args.programs or "")
     wanted = programs.chosen(played.programs, args.programs)
     result: dict[str, Any] = {
         "target": name,

@@ -45,13 +45,14 @@ from spear_jax.models.io.tensor_map import DTYPES, Place, build_params
 from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout import prefill
 from spear_jax.rollout import sampler as sampler_module
-from spear_jax.rollout.policy import as_policy
+from spear_jax.rollout.policy import Policy, as_policy
 from spear_jax.rollout.sampler import Completion, Sampler
 from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.tokenized_data import TokenizedData
 from spear_jax.rollout.worker import RolloutWorker
 
 DECODE = "_decode_until"
+APART = {"train", "evaluation", "aggregation"}  # what needs nothing of a generation
 # what a round's programs are called here; others keep their function's name
 NAMES = {
     "train_cohort": "train",
@@ -121,9 +122,15 @@ def sizes(config: ml_collections.ConfigDict) -> Preset:
     return dataclasses.replace(preset, lengths=like.lengths, longer=like.longer, head=like.head)
 
 
-def play(config: ml_collections.ConfigDict, target: Target, devices: list[Any]) -> Played:
+def play(
+    config: ml_collections.ConfigDict, target: Target, devices: list[Any], wanted: str = ""
+) -> Played:
     """Plays the evaluation and the first round of an experiment on a target's devices.
 
+    On several devices a program's arguments lie where the program before left them, which only its
+    compilation tells. Generation is therefore left out where no wanted program needs it.
+
+    Args: wanted: the programs' names, separated by commas; "": all.
     Raises: UserError for a config that a run would refuse, and for quantised weights.
     """
     configs.import_own(config.imports)
@@ -135,8 +142,9 @@ def play(config: ml_collections.ConfigDict, target: Target, devices: list[Any]) 
         )
     work = workload.make_workload(sizes(config), target.platform)
     mesh = make_mesh(devices, settings.devices.model)
+    generates = not wanted or not set(wanted.split(",")) <= APART
     with ghosts.haunted(target) as occupy, ghosts.recording(mesh, target, DECODE) as recorder:
-        built = build(settings, work, mesh, recorder, occupy)
+        built = build(settings, work, mesh, recorder, occupy, generates)
         sampler = built.federation.worker.sampler
         state = built.initial_state()
         start = built.federation.on_devices(state.lora)
@@ -184,10 +192,13 @@ def build(
     mesh: Mesh,
     recorder: Recorder,
     occupy: Callable[[int], None],
+    generates: bool,
 ) -> Experiment:
     """Builds the experiment as `builder.build` does, on drawn prompts and weights without memory.
 
-    Args: occupy: takes the bytes that are in use on a device.
+    Args:
+        occupy: takes the bytes that are in use on a device.
+        generates: whether prefill and decode are recorded, and the merge before them.
     """
     model = shapes_of(settings, work.preset, mesh)
     occupy(sum(leaf.held() for leaf in jax.tree.leaves(model.base)))
@@ -201,7 +212,7 @@ def build(
     kinds = (sum(work.prompts, []), sum(work.revisions, []), work.questions)
     prefixes = [os.path.commonprefix(prompts) for prompts in kinds if len(prompts) > 1]
     sampler = DrawnSampler(decoder, place, count, shapes, spread, prefixes)
-    sampler.recorder, sampler.generations = recorder, []
+    sampler.recorder, sampler.generations, sampler.generates = recorder, [], generates
     sampler.revisions = frozenset(map(tuple, kinds[1]))
     scorer = Scorer(decoder, shapes, place, count)
     names = tuple(map(str, range(len(work.options))))
@@ -229,7 +240,11 @@ def build(
         first=first,
         revise=revise,
         num_revisions=settings.rollout.num_revisions,
-        policy=lambda lora: as_policy(model.base, replicate(lora, mesh), decoder.lora, "none"),
+        policy=lambda lora: (
+            as_policy(model.base, replicate(lora, mesh), decoder.lora, "none")
+            if generates
+            else Policy(model.base)
+        ),
     )
     own = np.arange(len(texts.examples)).reshape(work.preset.clients, -1)
     federation = builder.build_federation(
@@ -269,13 +284,27 @@ class DrawnSampler(Sampler):
         recorder: told which stage of the round generates.
         revisions: the prompts that are revisions.
         generations: what has been generated, for `Played`.
+        generates: whether prefill and decode are recorded.
     """
 
     recorder: Recorder
     revisions: frozenset[tuple[int, ...]]
     generations: list[Generation]
+    generates: bool
 
     def generate(self, lora, base, prompts, keys, config, finished=lambda *_: None, owners=None):
+        new = config.max_new_tokens
+        if self.generates:
+            self._record(lora, base, prompts, keys, config, finished, owners)
+        rng, most = np.random.default_rng(workload.SEED), self.decoder.config.vocab_size - 1
+        answers = rng.integers(3, most, (len(prompts), new)).tolist()
+        completions = [Completion(answer, [-1.0] * new) for answer in answers]
+        for number, completion in enumerate(completions):
+            finished(number, completion)
+        return completions
+
+    def _record(self, lora, base, prompts, keys, config, finished, owners) -> None:
+        """Records the programs of a generation up to its first decode."""
         revised = tuple(prompts[0]) in self.revisions
         greedy = config.temperature == 0.0
         stage = "evaluation" if greedy else "revision" if revised else "rollout"
@@ -298,12 +327,6 @@ class DrawnSampler(Sampler):
         prefills = -(-len(prompts) * prefills // played)
         programs = list(dict.fromkeys(self.recorder.starts[before:]))
         self.generations.append(Generation(stage, len(prompts), new, slots, prefills, programs))
-        rng, most = np.random.default_rng(workload.SEED), self.decoder.config.vocab_size - 1
-        answers = rng.integers(3, most, (len(prompts), new)).tolist()
-        completions = [Completion(answer, [-1.0] * new) for answer in answers]
-        for number, completion in enumerate(completions):
-            finished(number, completion)
-        return completions
 
 
 class Texts(Labels):
