@@ -96,6 +96,20 @@ ENTRY %main (gate: f32[4,6], part: f32[2,4,3]) -> f32[2,4,6] {
 """
 
 
+def test_a_loop_that_tells_its_length_by_its_condition_is_known():
+    condition = """
+%c (turn.2: (f32[8,4], s32[], f32[1,4])) -> pred[] {
+  %turn.2 = (f32[8,4]{1,0}, s32[], f32[1,4]{1,0}) parameter(0)
+  %at = s32[] get-tuple-element(%turn.2), index=1
+  %most = s32[] constant(3)
+  ROOT %less = pred[] compare(%at, %most), direction=LT
+}
+
+ENTRY"""
+    # the outer loop then runs three times; the inner one says five of itself
+    assert Module(TEXT.replace("\nENTRY", condition)).kernels == Count(once=2 + 3 * 5)
+
+
 def test_a_batched_base_and_whole_logits_are_seen():
     model = parse_config(
         {

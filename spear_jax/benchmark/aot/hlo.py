@@ -75,7 +75,8 @@ class Instruction:
     Attributes:
         results: the arrays that it makes.
         operation: "fusion", "while", ...
-        operands: names; rest: the attributes behind them.
+        operands: names; of a parameter its number, of a constant its text.
+        rest: the attributes behind them.
     """
 
     name: str
@@ -131,9 +132,8 @@ class Module:
         for one in self.computations.get(name, ()):
             if one.operation == "while":
                 body = re.search(r"body=%?([\w.\-]+)", one.rest)
-                known = _TRIPS.search(one.rest)
-                if body and known:
-                    times = int(known[1])
+                times = self._trips(one)
+                if body and times:
                     self._walk(body[1], Count(runs.once * times, runs.loop * times))
                 elif body:
                     self._walk(body[1], Count(0, runs.once + runs.loop))
@@ -146,6 +146,24 @@ class Module:
                     self._walk(max(names, key=lambda n: len(self.computations.get(n, ()))), runs)
             elif one.operation == "call" and (called := _CALLED.search(one.rest)):
                 self._walk(called[1], runs)
+
+    def _trips(self, loop: Instruction) -> int:
+        """Returns how often a loop's body runs; 0 where it is data.
+
+        CUDA's compiler writes it down. A TPU's leaves it to the condition, index < constant, of an
+        index that JAX counts from 0.
+        """
+        if known := _TRIPS.search(loop.rest):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        own = self.computations.get(condition[1], []) if condition else []
+        by_name = {one.name: one for one in own}
+        for one in own:
+            if one.root and one.operation == "compare" and "direction=LT" in one.rest:
+                most = by_name.get(one.operands[1])
+                if most is not None and most.operation == "constant":
+                    return int(most.operands[0])
+        return 0
 
     def running(self) -> Iterator[tuple[Instruction, Count, dict[str, Instruction]]]:
         """Yields every instruction that a kernel runs for, how often, and its computation by
@@ -260,7 +278,7 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
     operation, _, text = text.partition("(")
     inside, rest = _split("(" + text, ",")
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    if operation == "parameter":
+    if operation in ("parameter", "constant"):
         operands = (inside[1:-1],)
     return Instruction(name, shapes(kind), operation, operands, rest, root)
 
