@@ -1,18 +1,16 @@
 """The programs that a round of an experiment compiles on a target.
 
 The experiment is put together by the builder's own parts, and a round of it is played by the run's
-own code. Three things are drawn, as the benchmark draws them: prompts and answers (random tokens of
-real lengths; every answer has its full length), and which answers are right (a fixed share; no
-revision is). Weights have shapes alone. The model's tokenizer and the task's files are not read.
+own code, but for what is drawn (`drawn`). Weights have shapes alone. The model's tokenizer and the
+task's files are not read.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os.path
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -23,9 +21,9 @@ from spear_jax.algorithms import build_algorithm
 from spear_jax.algorithms.base import Algorithm
 from spear_jax.benchmark import workload
 from spear_jax.benchmark.aot import ghosts
-from spear_jax.benchmark.aot.ghosts import Decoding, Program, Recorder
+from spear_jax.benchmark.aot.drawn import Comments, DrawnSampler, Generation, Graded, Texts, tokens
+from spear_jax.benchmark.aot.ghosts import Program, Recorder
 from spear_jax.benchmark.aot.targets import Target
-from spear_jax.benchmark.ours import Labels
 from spear_jax.benchmark.workload import Preset, Workload
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.core.mesh import CLIENTS, base_placer, make_mesh, replicate, shard_rows
@@ -38,17 +36,12 @@ from spear_jax.experiment.data import build_task
 from spear_jax.experiment.evaluator import Evaluator
 from spear_jax.experiment.presets import MODELS
 from spear_jax.federated.round import NOTHING_USED, round_of
-from spear_jax.feedback.base import Feedback, Request
 from spear_jax.models.config import parse_config, read_config
 from spear_jax.models.io.huggingface import LoadedModel, find_folder, load_tokenizer
 from spear_jax.models.io.tensor_map import DTYPES, Place, build_params
 from spear_jax.packing.shape_buckets import ShapeBuckets
-from spear_jax.rollout import prefill
-from spear_jax.rollout import sampler as sampler_module
 from spear_jax.rollout.policy import Policy, as_policy
-from spear_jax.rollout.sampler import Completion, Sampler
 from spear_jax.rollout.scorer import Scorer
-from spear_jax.rollout.tokenized_data import TokenizedData
 from spear_jax.rollout.worker import RolloutWorker
 
 DECODE = "_decode_until"
@@ -63,30 +56,6 @@ NAMES = {
     "_score_tokens": "score",
     "_finish_and_step": "aggregation",
 }
-
-
-class Generation(NamedTuple):
-    """Answers that are generated together.
-
-    Attributes:
-        stage: "rollout", "revision" or "evaluation".
-        prompts: their number; new_tokens: of each answer.
-        slots: in which answers grow at one time, of all devices.
-        prefills: until all prompts are read.
-        programs: started for it, each once.
-    """
-
-    stage: str
-    prompts: int
-    new_tokens: int
-    slots: int
-    prefills: int
-    programs: list[Program]
-
-    @property
-    def steps(self) -> int:
-        """Returns the decode steps: slots are filled anew when all answers in them have ended."""
-        return -(-self.prompts // self.slots) * (self.new_tokens - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,39 +172,71 @@ def build(
     model = shapes_of(settings, work.preset, mesh)
     occupy(sum(leaf.held() for leaf in jax.tree.leaves(model.base)))
     algorithm = build_algorithm(settings, model.eos_ids)
+    if getattr(algorithm.settings, "retokenise", False):
+        raise UserError(
+            f"{algorithm.name}.retokenise is on, which trains on answers' texts, and drawn answers "
+            f"have none; set --config.{algorithm.name}.retokenise=False for --compile-for."
+        )
     decoder = builder.build_decoder(settings, model)
-    first, revise, greedy = builder.sampling_configs(settings, model)
     place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
     count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
-    texts = Texts(work, load_tokenizer(builder.TINY))
-    task = Graded(build_task(settings), texts.right)
     kinds = (sum(work.prompts, []), sum(work.revisions, []), work.questions)
     prefixes = [os.path.commonprefix(prompts) for prompts in kinds if len(prompts) > 1]
-    sampler = DrawnSampler(decoder, place, count, shapes, spread, prefixes)
-    sampler.recorder, sampler.generations, sampler.generates = recorder, [], generates
-    sampler.revisions = frozenset(map(tuple, kinds[1]))
-    scorer = Scorer(decoder, shapes, place, count)
-    names = tuple(map(str, range(len(work.options))))
-    answer = range(settings.data.max_response_tokens)
-    evaluator = Evaluator(
+    sampler = DrawnSampler(
+        recorder, work, generates, decoder, place, count, shapes, spread, prefixes
+    )
+    evaluator = build_evaluator(
+        settings, work, model, sampler, Scorer(decoder, shapes, place, count)
+    )
+    worker = build_worker(settings, work, algorithm, model, mesh, evaluator, generates)
+    own = np.arange(len(worker.examples)).reshape(work.preset.clients, -1)
+    federation = builder.build_federation(
+        settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
+    )
+    return Experiment(settings, model, federation, evaluator, shapes, None)
+
+
+def build_evaluator(
+    settings: Settings, work: Workload, model: LoadedModel, sampler: DrawnSampler, scorer: Scorer
+) -> Evaluator:
+    """Builds the evaluator of the workload's questions; gold responses have full length."""
+    texts = Texts(work, load_tokenizer(builder.TINY))
+    task = Graded(build_task(settings), texts.right)
+    labels = texts.examples[0].labels
+    answer = list(range(settings.data.max_response_tokens))
+    return Evaluator(
         task=task,
         renderer=texts,
         sampler=sampler,
         scorer=scorer,
-        examples=[Example("", "", names, names, 0) for _ in work.questions],
+        examples=[Example("", "", labels, labels, 0) for _ in work.questions],
         prompts=work.questions,
         method=task.scoring if settings.eval.method == "auto" else settings.eval.method,
-        sampling=greedy,
+        sampling=builder.sampling_configs(settings, model)[2],
         rows=settings.eval.rows,
-        responses=[list(answer) for _ in work.questions],
+        responses=[answer for _ in work.questions],
     )
-    worker = RolloutWorker(
-        task=task,
-        renderer=texts,
-        feedback=Comments(task),
-        sampler=sampler,
-        scorer=scorer,
-        examples=texts.examples,
+
+
+def build_worker(
+    settings: Settings,
+    work: Workload,
+    algorithm: Algorithm,
+    model: LoadedModel,
+    mesh: Mesh,
+    evaluator: Evaluator,
+    generates: bool,
+) -> RolloutWorker:
+    """Builds the rollout worker of the workload's prompts; without generation nothing is merged."""
+    first, revise, _ = builder.sampling_configs(settings, model)
+    decoder = evaluator.scorer.decoder
+    return RolloutWorker(
+        task=evaluator.task,
+        renderer=evaluator.renderer,
+        feedback=Comments(evaluator.task),
+        sampler=evaluator.sampler,
+        scorer=evaluator.scorer,
+        examples=evaluator.renderer.examples,
         data=tokens(settings, work, algorithm, builder.longest_sampled(algorithm, first, revise)),
         first=first,
         revise=revise,
@@ -246,11 +247,6 @@ def build(
             else Policy(model.base)
         ),
     )
-    own = np.arange(len(texts.examples)).reshape(work.preset.clients, -1)
-    federation = builder.build_federation(
-        settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
-    )
-    return Experiment(settings, model, federation, evaluator, shapes, None)
 
 
 def shapes_of(settings: Settings, preset: Preset, mesh: Mesh) -> LoadedModel:
@@ -263,124 +259,3 @@ def shapes_of(settings: Settings, preset: Preset, mesh: Mesh) -> LoadedModel:
 
     base, end = build_params(config, weight), config.vocab_size - 1
     return LoadedModel(config, base, preset.shape, builder.TINY, None, (end,), end, None)
-
-
-def tokens(settings: Settings, work: Workload, algorithm: Algorithm, sampled: int) -> TokenizedData:
-    """Returns the training set as `tokenize` does: prompts, and gold responses of full length."""
-    prompts, longest = sum(work.prompts, []), settings.data.max_response_tokens
-    gold = [list(range(longest)) for _ in prompts] if algorithm.gold else [[] for _ in prompts]
-    under = prompts + (sum(work.revisions, []) if "revision" in algorithm.layout.prompts else [])
-    most = max(map(len, under))
-    completion = max(sampled, longest if algorithm.gold else 0)
-    return TokenizedData(
-        prompts, gold, gold, -(-most // 8) * 8, completion, most if under != prompts else None
-    )
-
-
-class DrawnSampler(Sampler):
-    """A sampler whose prefill and decode are recorded; its completions are drawn, of full length.
-
-    Attributes:
-        recorder: told which stage of the round generates.
-        revisions: the prompts that are revisions.
-        generations: what has been generated, for `Played`.
-        generates: whether prefill and decode are recorded.
-    """
-
-    recorder: Recorder
-    revisions: frozenset[tuple[int, ...]]
-    generations: list[Generation]
-    generates: bool
-
-    def generate(self, lora, base, prompts, keys, config, finished=lambda *_: None, owners=None):
-        new = config.max_new_tokens
-        if self.generates:
-            self._record(lora, base, prompts, keys, config, finished, owners)
-        rng, most = np.random.default_rng(workload.SEED), self.decoder.config.vocab_size - 1
-        answers = rng.integers(3, most, (len(prompts), new)).tolist()
-        completions = [Completion(answer, [-1.0] * new) for answer in answers]
-        for number, completion in enumerate(completions):
-            finished(number, completion)
-        return completions
-
-    def _record(self, lora, base, prompts, keys, config, finished, owners) -> None:
-        """Records the programs of a generation up to its first decode."""
-        revised = tuple(prompts[0]) in self.revisions
-        greedy = config.temperature == 0.0
-        stage = "evaluation" if greedy else "revision" if revised else "rollout"
-        self.recorder.stage, before = stage, len(self.recorder.starts)
-        plans: list[tuple[int, int, int]] = []
-
-        def plan_prefill(config, groups, *rest):
-            plan, batches = prefill.plan_prefill(config, groups, *rest)
-            plans.append((sum(map(len, groups)), plan.rows * len(groups), len(batches)))
-            return plan, batches
-
-        with (
-            contextlib.suppress(Decoding),
-            ghosts.replaced(sampler_module, "plan_prefill", plan_prefill),
-        ):
-            super().generate(lora, base, prompts, keys, config, finished, owners)
-        self.recorder.stage = ""
-        # where adapters take turns, the first ones were played
-        ((played, slots, prefills), *_), new = plans, config.max_new_tokens
-        prefills = -(-len(prompts) * prefills // played)
-        programs = list(dict.fromkeys(self.recorder.starts[before:]))
-        self.generations.append(Generation(stage, len(prompts), new, slots, prefills, programs))
-
-
-class Texts(Labels):
-    """A renderer's stand-in: prompts and revisions are the workload's, and answers have no text.
-
-    Attributes:
-        examples: one a prompt, client after client.
-        right: ids of the examples that are answered right at once; the others are revised.
-    """
-
-    def __init__(self, work: Workload, tokenizer: Any):
-        super().__init__(work.options)
-        self.tokenizer = tokenizer
-        names = tuple(map(str, range(len(work.options))))
-        self.examples: list[Example] = []
-        self.prompts, self.revisions = {}, {}
-        for client, (prompts, revisions) in enumerate(
-            zip(work.prompts, work.revisions, strict=True)
-        ):
-            for number, prompt in enumerate(prompts):
-                example = Example(f"{client} {number}", "", names, names, 0)
-                self.examples.append(example)
-                self.prompts[example.id] = prompt
-                if number < len(revisions):
-                    self.revisions[example.id] = revisions[number]
-        self.right = self.prompts.keys() - self.revisions.keys()
-
-    def prompt(self, task: Any, example: Example) -> list[int]:
-        return self.prompts[example.id]
-
-    privileged = prompt
-
-    def revision(self, task: Any, example: Example, *_: Any) -> list[int]:
-        return self.revisions[example.id]
-
-    def decode(self, tokens: list[int]) -> str:
-        return ""
-
-
-class Graded:
-    """A task whose grades are drawn beforehand; the rest is the task's own."""
-
-    def __init__(self, task: Any, right: Any):
-        self._task, self._right = task, right
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def grade(self, text: str, example: Example) -> bool:
-        return example.id in self._right
-
-
-class Comments(Feedback):
-    """Feedback that says something of every answer."""
-
-    def __call__(self, requests: list[Request]) -> list[str]:
-        return [""] * len(requests)
