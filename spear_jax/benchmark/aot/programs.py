@@ -42,6 +42,7 @@ from spear_jax.models.io.tensor_map import DTYPES, Place, build_params
 from spear_jax.packing.shape_buckets import ShapeBuckets
 from spear_jax.rollout.policy import Policy, as_policy
 from spear_jax.rollout.scorer import Scorer
+from spear_jax.rollout.token_sampling import SamplingConfig
 from spear_jax.rollout.worker import RolloutWorker
 
 DECODE = "_decode_until"
@@ -178,6 +179,7 @@ def build(
             f"have none; set --config.{algorithm.name}.retokenise=False for --compile-for."
         )
     decoder = builder.build_decoder(settings, model)
+    sampling = builder.sampling_configs(settings, model)
     place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
     count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
     kinds = (sum(work.prompts, []), sum(work.revisions, []), work.questions)
@@ -185,10 +187,9 @@ def build(
     sampler = DrawnSampler(
         recorder, work, generates, decoder, place, count, shapes, spread, prefixes
     )
-    evaluator = build_evaluator(
-        settings, work, model, sampler, Scorer(decoder, shapes, place, count)
-    )
-    worker = build_worker(settings, work, algorithm, model, mesh, evaluator, generates)
+    scorer = Scorer(decoder, shapes, place, count)
+    evaluator = build_evaluator(settings, work, sampling[2], sampler, scorer)
+    worker = build_worker(settings, work, algorithm, model, mesh, evaluator, sampling, generates)
     own = np.arange(len(worker.examples)).reshape(work.preset.clients, -1)
     federation = builder.build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
@@ -197,7 +198,11 @@ def build(
 
 
 def build_evaluator(
-    settings: Settings, work: Workload, model: LoadedModel, sampler: DrawnSampler, scorer: Scorer
+    settings: Settings,
+    work: Workload,
+    greedy: SamplingConfig,
+    sampler: DrawnSampler,
+    scorer: Scorer,
 ) -> Evaluator:
     """Builds the evaluator of the workload's questions; gold responses have full length."""
     texts = Texts(work, load_tokenizer(builder.TINY))
@@ -212,7 +217,7 @@ def build_evaluator(
         examples=[Example("", "", labels, labels, 0) for _ in work.questions],
         prompts=work.questions,
         method=task.scoring if settings.eval.method == "auto" else settings.eval.method,
-        sampling=builder.sampling_configs(settings, model)[2],
+        sampling=greedy,
         rows=settings.eval.rows,
         responses=[answer for _ in work.questions],
     )
@@ -225,10 +230,11 @@ def build_worker(
     model: LoadedModel,
     mesh: Mesh,
     evaluator: Evaluator,
+    sampling: tuple[SamplingConfig, SamplingConfig, SamplingConfig],
     generates: bool,
 ) -> RolloutWorker:
     """Builds the rollout worker of the workload's prompts; without generation nothing is merged."""
-    first, revise, _ = builder.sampling_configs(settings, model)
+    first, revise, _ = sampling
     decoder = evaluator.scorer.decoder
     return RolloutWorker(
         task=evaluator.task,
