@@ -118,11 +118,11 @@ def test_a_batched_base_and_whole_logits_are_seen():
         }
     )  # fmt: skip
     module = Module(BAD)
-    assert measure.weights(module, model, "float32") == {
-        "batched": ["f32[3,4,6]"],
-        "gathered": ["f32[2,4,6]"],
-    }
-    assert measure.weights(Module(TEXT), model, "float32") == {"batched": [], "gathered": []}
+    whole = {"gathered": ["f32[2,4,6]"]}
+    assert measure.weights(module, model, "float32", 3) == {"batched": ["f32[3,4,6]"], **whole}
+    # of one client nothing is batched, whatever stands together
+    assert measure.weights(module, model, "float32", 1) == {"batched": [], **whole}
+    assert measure.weights(Module(TEXT), model, "float32", 3) == {"batched": [], "gathered": []}
     assert measure.largest_logits(module, 16, 2) == Buffer("f32", (5, 8))
     assert measure.largest_logits(module, 16, 1) is None
 

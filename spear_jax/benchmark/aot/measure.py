@@ -34,6 +34,7 @@ def measure(program: Program, played: Played) -> dict[str, Any]:
     module = Module(compiled.as_text())
     share = lambda count: Count(count.once / played.mesh.size, count.loop / played.mesh.size)
     model = played.experiment.model.config
+    together = played.experiment.federation.local.clients_at_once
     heads = count_heads(traced.jaxpr.jaxpr, model.vocab_size)
     logits = largest_logits(module, model.vocab_size, played.mesh.shape[MODEL])
     return {
@@ -48,7 +49,7 @@ def measure(program: Program, played: Played) -> dict[str, Any]:
         "logits": None if logits is None else str(logits),
         "logits_bytes": 0 if logits is None else logits.bytes,
         "scored_bytes": scored_bytes(program, played),
-        **weights(module, model, played.experiment.settings.dtype),
+        **weights(module, model, played.experiment.settings.dtype, together),
     }
 
 
@@ -91,13 +92,15 @@ def scored_bytes(program: Program, played: Played) -> int:
     return 4 * positions * played.experiment.model.config.vocab_size
 
 
-def weights(module: Module, model: ModelConfig, dtype: str) -> dict[str, list[str]]:
+def weights(module: Module, model: ModelConfig, dtype: str, together: int) -> dict[str, list[str]]:
     """Returns arrays that stand for a base which is not left as it is.
 
-    batched: shaped like a projection, with a leading size that is neither 1 nor the layers'.
+    batched: shaped like a projection, with a leading size that clients which train together divide.
     gathered: results of all-gather as large as a projection of all layers or the embedding.
 
-    Args: dtype: of the base, "float32" or "bfloat16".
+    Args:
+        dtype: of the base, "float32" or "bfloat16".
+        together: clients that train together on a device; of one nothing can be batched.
     """
     pairs = set(projection_shapes(model).values())
     whole = {(model.layers, *pair) for pair in pairs} | {(model.vocab_size, model.width)}
@@ -105,7 +108,8 @@ def weights(module: Module, model: ModelConfig, dtype: str) -> dict[str, list[st
     def batched(buffer: Buffer) -> bool:
         lead = math.prod(buffer.dims[:-2])
         tails = {buffer.dims[-2:], buffer.dims[-2:][::-1]}
-        return len(buffer.dims) > 2 and bool(tails & pairs) and lead not in (1, model.layers)
+        alike = together > 1 and lead % together == 0 and lead != model.layers
+        return len(buffer.dims) > 2 and bool(tails & pairs) and alike
 
     kind = {"bfloat16": "bf16", "float32": "f32"}[dtype]
     own = [(buffer, one) for buffer, one in module.buffers() if buffer.dtype == kind]
