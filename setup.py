@@ -103,6 +103,8 @@ setup(
         "wandb": ["wandb>=0.20,<1"],  # metrics in a Weights & Biases project too
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        # benchmark --compile-for, without an accelerator: both compilers, each as this JAX wants it
+        "aot": ["jax[cuda12-local,tpu]>=0.10,<0.13", "nvidia-cuda-nvcc-cu12>=12.6.85,<13"],
         # live parity, interchange and benchmarks only
         "torch": ["torch>=2.6,<3", "peft>=0.15,<1", "trl>=1.16,<2", "lm-eval>=0.4.13,<0.5"],
     },

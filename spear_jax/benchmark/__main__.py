@@ -12,6 +12,11 @@ each once) at the machine's measured ceilings.
 --clients=1,3,10 measures local training and aggregation by cohort size instead. --config takes an
 experiment's sizes. Other jobs on the machine distort all of it.
 
+--compile-for=h100-1 (h100-8, tpu-v5e-1, tpu-v5e-8, tpu-v5e-16) measures nothing. It compiles the
+programs of a config's round for an accelerator that is not there, and tells what the compiler says:
+memory, operations, bytes, kernels, collectives, and by arithmetic the seconds of a round. It needs
+`pip install "spear-jax[aot]"`.
+
 With --out the result is written after every phase or cohort size. Its "done" and "left" name the
 parts. A benchmark that is stopped leaves what it had.
 """
@@ -41,6 +46,8 @@ EXAMPLES = """
     python -m spear_jax.benchmark --preset=qwen2.5-1.5b --against=hf --phases=rollout,local_step
     python -m spear_jax.benchmark --preset=tiny --clients=1,3,10,30,100,300,1000 --out=runs/clients.json
     python -m spear_jax.benchmark --config=spear:arc_challenge,smollm2-135m,cpu
+    python -m spear_jax.benchmark --compile-for=h100-1 --config=spear:arc_challenge,qwen2.5-1.5b
+    python -m spear_jax.benchmark --compile-for=h100-8 --programs=train,decode --config.devices.model=2
 """
 # For both sides' processes. The rival needs room on the same GPU. Its threads are to sleep while
 # they wait: where anything else runs on the cores, spinning made its steps up to fifty times
@@ -57,6 +64,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     from spear_jax.benchmark import floors, report
 
     args, rest = read_flags(argv)
+    if args.compile_for:
+        from spear_jax.benchmark.aot import command
+
+        return command.compile_for(args, rest)
     preset = read_sizes(args, rest)
     phases, cohorts = workload.read_phases(args.phases), workload.read_cohorts(args.clients)
     out = args.out and report.check_out(args.out)
@@ -120,6 +131,12 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--phases", help=f"separated by commas (default: {','.join(PHASES)})")
     parser.add_argument("--clients", help="cohort sizes, separated by commas")
     parser.add_argument(
+        "--compile-for", help="an accelerator that is not there: h100-1, tpu-v5e-8, ..."
+    )
+    parser.add_argument(
+        "--programs", help="of --compile-for, separated by commas (default: all of a round)"
+    )
+    parser.add_argument(
         "--repeats", type=int, default=3, help="timed calls after the first one (default: 3)"
     )
     parser.add_argument(
@@ -136,6 +153,14 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             "--clients measures local training by cohort size alone; leave out --against and "
             "--phases."
         )
+    unused = ("preset", "model", "dtype", "against", "phases", "clients")
+    if args.compile_for and (given := [name for name in unused if getattr(args, name)]):
+        raise UserError(
+            f"--{given[0]} beside --compile-for, which compiles the programs of --config; leave it "
+            "out."
+        )
+    if args.programs and not args.compile_for:
+        raise UserError("--programs is for --compile-for; give a target, or take --phases.")
     return args, rest
 
 

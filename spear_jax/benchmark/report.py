@@ -143,15 +143,16 @@ def write(result: dict[str, Any], out: pathlib.Path) -> None:
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [out, out.with_suffix(".md")]
-    _replace(files[1], to_markdown(table(result)))
+    replace(files[1], to_markdown(table(result)))
     if "cohorts" in result and not result["left"]:
         files += [out.with_suffix(".png"), out.with_suffix(".svg")]
         plot_cohorts(result, files[2:])
     result["files"] = [file.name for file in files]
-    _replace(out, json.dumps(result, indent=1) + "\n")
+    replace(out, json.dumps(result, indent=1) + "\n")
 
 
-def _replace(file: pathlib.Path, text: str) -> None:
+def replace(file: pathlib.Path, text: str) -> None:
+    """Replaces a file whole."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, file)
