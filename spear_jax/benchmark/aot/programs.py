@@ -179,7 +179,7 @@ def build(
             f"have none; set --config.{algorithm.name}.retokenise=False for --compile-for."
         )
     decoder = builder.build_decoder(settings, model)
-    sampling = builder.sampling_configs(settings, model)
+    sampling = builder.sampling_configs(settings, model, mesh)
     place, spread = (functools.partial(put, mesh=mesh) for put in (shard_rows, replicate))
     count, shapes = mesh.shape[CLIENTS], ShapeBuckets()
     kinds = (sum(work.prompts, []), sum(work.revisions, []), work.questions)
