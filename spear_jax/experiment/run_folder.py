@@ -131,7 +131,10 @@ RETIRED = (
 
 
 # (field, default of older versions, default now) that differ in speed alone
-FORMER_DEFAULTS = (("rollout.max_concurrent_sequences", 64, 0),)
+FORMER_DEFAULTS = (
+    ("rollout.max_concurrent_sequences", 64, 0),
+    ("train.remat", "layers", "auto"),
+)
 
 
 def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
