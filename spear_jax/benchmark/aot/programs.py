@@ -50,6 +50,7 @@ APART = {"train", "evaluation", "aggregation"}  # what needs nothing of a genera
 # what a round's programs are called here; others keep their function's name
 NAMES = {
     "train_cohort": "train",
+    "merged_layers": "merge",
     "_prefill": "prefill",
     "prefill_shared_prefix": "shared-prefix",
     DECODE: "decode",
@@ -190,6 +191,7 @@ def build(
     scorer = Scorer(decoder, shapes, place, count)
     evaluator = build_evaluator(settings, work, sampling[2], sampler, scorer)
     worker = build_worker(settings, work, algorithm, model, mesh, evaluator, sampling, generates)
+    decoder = builder.choose_remat(settings, decoder, algorithm, worker.data, model)
     own = np.arange(len(worker.examples)).reshape(work.preset.clients, -1)
     federation = builder.build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
@@ -247,6 +249,7 @@ def build_worker(
         first=first,
         revise=revise,
         num_revisions=settings.rollout.num_revisions,
+        score_rows=settings.rollout.max_concurrent_sequences or RolloutWorker.score_rows,
         policy=lambda lora: (
             as_policy(model.base, replicate(lora, mesh), decoder.lora, "none")
             if generates
