@@ -71,6 +71,9 @@ RESERVED = {
     "chat_template", "tools", "documents", "return_dict", "return_tensors", "strftime_now",
 }  # fmt: skip
 LABEL_TOKENS = 8  # room behind a prompt for an option's label
+# clients whose blocks fill an accelerator's products; to compute less again is not worth fewer, since
+# each alone starts as many kernels as they do together
+TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ def build(
     worker = build_worker(
         settings, algorithm, feedback, evaluator, train_set, clients, model, mesh, progress
     )
-    decoder = choose_remat(settings, decoder, algorithm, worker.data, model)
+    decoder = choose_remat(settings, decoder, algorithm, worker.data, model, mesh.shape[CLIENTS])
     shapes = evaluator.scorer.shapes
     federation = build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
@@ -268,16 +271,21 @@ def choose_remat(
     algorithm: Algorithm,
     data: TokenizedData,
     model: LoadedModel,
+    devices: int,
 ) -> Decoder:
     """Returns the decoder of local training: where train.remat is "auto", with the least that needs
-    to be computed again on this device.
+    to be computed again on this device while TOGETHER of its clients train at once.
+
+    Args: devices: that clients are spread over.
     """
     if settings.train.remat != "auto":
         return decoder
     each = lambda remat: bytes_per_client(
         settings, dataclasses.replace(decoder, remat=remat), algorithm, data
     )
-    whole, together = cost_model.whole_device_bytes(), max(1, settings.federation.clients_at_once)
+    fed, whole = settings.federation, cost_model.whole_device_bytes()
+    own = cost_model.fitting(min(TOGETHER, -(-fed.clients_per_round // devices)), 0, None)
+    together = fed.clients_at_once or own
     left = None if whole is None else whole - bytes_on_a_device(model.base)
     chosen = REMAT.index(cost_model.fitting_remat(each, together, left))
     return dataclasses.replace(decoder, remat=REMAT[broadcast_from_main(chosen)])
