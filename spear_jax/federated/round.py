@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -11,16 +12,18 @@ import numpy as np
 
 from spear_jax.algorithms.base import CohortData
 from spear_jax.core.errors import UserError
-from spear_jax.core.mesh import broadcast_from_main, to_host
+from spear_jax.core.mesh import broadcast_from_main, is_main_process, to_host
 from spear_jax.core.rng import path_key, purpose
+from spear_jax.core.surroundings import say
 from spear_jax.core.types import Cohort, Mean, TraceRecord
 from spear_jax.federated import cohort_training
-from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate
+from spear_jax.federated.aggregation.lora_rules.base import rank_of
+from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE, Broadcast
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
-from spear_jax.federated.state import ClientState, ServerState
+from spear_jax.federated.state import ClientStart, ClientState, ServerState
 from spear_jax.models import cost_model
 from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import Keys, most_blocks, pack_rows
@@ -59,6 +62,8 @@ class TrainedClients:
         learning_rate: of the round.
         work: operations a weight of the base, for `cost_model.flops`.
         seconds: {"rollout", "train"}.
+        starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        not_finite: ids of the clients whose training ended without a finite update.
     """
 
     reduced: Any
@@ -68,6 +73,8 @@ class TrainedClients:
     learning_rate: float
     work: float
     seconds: dict[str, float]
+    starts: Adapter | None
+    not_finite: list[int]
 
     @property
     def traces(self) -> list[TraceRecord]:
@@ -147,17 +154,21 @@ def round_of(
     federation: Federation, state: ServerState, used: BudgetUsed, cohort: Cohort
 ) -> RoundResult:
     """Runs a round of a given cohort: rollouts and local training, then one aggregation."""
+    aggregation, kept = federation.aggregation, state.aggregation_state
+    federation = federation.on_base(kept)
     # always placed alike, or the programs would compile again
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
     trained = train_clients(
-        federation, federation.aggregation, start, state.algorithm_state, cohort, root, used
+        federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
     )
     began = time.perf_counter()
     before = dataclasses.replace(state, lora=start, algorithm_state={})
-    state, moved = aggregate(federation.aggregation, before, trained.reduced)
+    state, moved, measured, rejected = end_round(
+        aggregation, before, trained.reduced, cohort.clients, trained.starts
+    )
+    _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
-    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
     active, tally = trained.phases[-1].active, federation.worker.tally
     means = dict(trained.means)
     left_out = means.pop(NOT_FINITE).total
@@ -169,18 +180,39 @@ def round_of(
         "round/clients": float(len(cohort.clients)),
         "round/clients_without_wins": float((~active).sum()),
         "round/clients_not_finite": float(left_out),
-        "round/bytes_up": float(adapter_bytes * int(active.sum())),
-        "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
+        **_bytes(aggregation, start, kept, cohort, active),
         "round/update_norm": change,
         "round/rate": trained.learning_rate,
         "round/flops": cost_model.flops(federation.decoder.config, tally, trained.work),
         **{f"time/{name}": value for name, value in trained.seconds.items()},
+        **measured,
     }
-    kept = federation.algorithm.end_round(
+    ended = federation.algorithm.end_round(
         trained.algorithm_state, state.lora, metrics, cohort.round
     )
     metrics["time/aggregate"] = time.perf_counter() - began
-    return RoundResult(dataclasses.replace(state, algorithm_state=kept), metrics, trained.traces)
+    return RoundResult(dataclasses.replace(state, algorithm_state=ended), metrics, trained.traces)
+
+
+def _bytes(
+    aggregation: Aggregation, adapter: Adapter, kept: dict, cohort: Cohort, active: np.ndarray
+) -> dict[str, float]:
+    """What travels: up from clients that trained, down to all of the cohort."""
+    rule, full = aggregation.rule, jax.tree.leaves(adapter)[0].shape[-1]
+    members = [client != aggregation.root for client in cohort.clients]  # the root does not send
+    up, down = 0, 0
+    for client, trained, member in zip(cohort.clients, active, members, strict=True):
+        rank = int(kept["rank"][client]) if "rank" in kept else full
+        up += rule.bytes_up(adapter, rank, cohort.round) * bool(trained and member)
+        down += rule.bytes_down(adapter, rank, cohort.round, kept) * member
+    return {"round/bytes_up": float(up), "round/bytes_down": float(down)}
+
+
+def _tell_left_out(round: int, clients: list[int]) -> None:
+    """Names the clients that are left out of a round's aggregation."""
+    if clients and is_main_process():
+        names = ", ".join(map(str, clients))
+        say(f"warning: round {round}: not finite, and left out: client {names}", sys.stderr)
 
 
 def client_round(
@@ -191,6 +223,7 @@ def client_round(
     round: int,
     key: jax.Array,
     used: BudgetUsed = NOTHING_USED,
+    kept: dict[str, Any] = {},  # noqa: B006 (never changed)
 ) -> ClientUpdate:
     """Runs one client's round by itself, as a real device would.
 
@@ -203,12 +236,17 @@ def client_round(
         round: 1-based.
         key: the run's root key.
         used: what the run has used before the round; it sets the learning rate.
+        kept: the server's `aggregation_state`.
     """
     cohort = federation.cohort_of([client], round)
-    alone = Aggregation(_Alone(), transforms=federation.aggregation.transforms)
+    whole, federation = federation.aggregation, federation.on_base(kept)
+    alone = Aggregation(_Alone(), transforms=whole.transforms + whole.reducer.transforms)
     start = federation.on_devices(adapter)
-    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used)
-    update, mass = alone.reducer.finish(trained.reduced, start)
+    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
+    began = start
+    if trained.starts is not None:
+        began = jax.tree.map(lambda x: x[0], trained.starts)
+    update, mass = alone.reducer.finish(trained.reduced, began)
     last, state = trained.phases[-1], trained.algorithm_state
     return ClientUpdate(
         update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
@@ -251,18 +289,27 @@ def train_clients(
     cohort: Cohort,
     root: jax.Array,
     used: BudgetUsed,
+    kept: dict[str, Any],
 ) -> TrainedClients:
     """Runs a cohort's phases of rollouts and local training.
 
     Args:
         start: the global adapter, on the devices.
         root: the run's key.
+        kept: the server's `aggregation_state`.
     """
     algorithm, worker = federation.algorithm, federation.worker
+    rule, slots = federation.aggregation.rule, {c: i for i, c in enumerate(cohort.clients)}
+    local = dataclasses.replace(
+        federation.local, trains=rule.trains(cohort.round), rank_penalty=rule.penalty
+    )
+    own, not_finite = clients_start(federation, to_host(start), kept, cohort), []
     key = path_key(root, ROUND, cohort.round)
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
     policies = [worker.policy(start)]
+    if own is not None:
+        policies = [Policy(federation.base, cohort_training.layers_first(own.lora), slots)]
     carried: list[ClientState] | None = None
     means: dict[str, Mean] = {}
     phases: list[CohortData] = []
@@ -285,28 +332,48 @@ def train_clients(
         trained = cohort_training.train(
             algorithm,
             federation.decoder,
-            federation.local,
+            local,
             federation.mesh,
             aggregation,
             broadcast,
             rows_of(federation, data),
-            _members(aggregation.reducer, cohort, data, phase_key),
+            _members(aggregation, cohort, data, phase_key),
             keep := phase + 1 < algorithm.phases,
             carried,
+            own,
             progress,
         )
+        lost = np.flatnonzero(trained.means[NOT_FINITE].total)
+        not_finite += [cohort.clients[slot] for slot in lost]
         phase_means = sum_over_clients(trained.means)
         means = jax.tree.map(np.add, means, phase_means) if means else phase_means
         carried = trained.states
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         work += trained.tokens * (passes + 2 * len(broadcast.references))
         if keep and carried is not None:
-            slots = {client: slot for slot, client in enumerate(cohort.clients)}
             adapters = cohort_training.stacked(carried, len(slots))
             policies.append(Policy(federation.base, adapters, slots))
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
-    return TrainedClients(trained.reduced, algorithm_state, means, phases, rate, work, seconds)
+    starts = None if own is None else own.lora
+    return TrainedClients(
+        trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite
+    )
+
+
+def clients_start(
+    federation: Federation, adapter: Adapter, kept: dict[str, Any], cohort: Cohort
+) -> ClientStart | None:
+    """Returns what the cohort's clients receive; None: all of them the global adapter.
+
+    Args: adapter: the global one, on the host; kept: the server's `aggregation_state`.
+    """
+    rule = federation.aggregation.rule
+    lora = rule.starts(adapter, kept, cohort.clients)
+    if lora is None:
+        return None
+    tails = rule.tails(kept, cohort.clients, rank_of(lora))
+    return ClientStart(lora, None if tails is None else jnp.asarray(tails, jnp.float32))
 
 
 def make_broadcast(
@@ -328,11 +395,11 @@ def make_broadcast(
 
 
 def _members(
-    reducer: Reducer, cohort: Cohort, data: CohortData, key: jax.Array
+    aggregation: Aggregation, cohort: Cohort, data: CohortData, key: jax.Array
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
-    weight = np.asarray(reducer.weights(data.weight, data.active), np.float32)
+    weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

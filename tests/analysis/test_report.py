@@ -342,6 +342,17 @@ def test_all_sections_are_present_and_linked(single, grid, tmp_path):
         assert all(len(x["alt"]) > 30 for tag, x in read.tags if tag == "img")
 
 
+def test_what_averaging_loses_has_a_panel_where_it_was_measured(single, tmp_path):
+    meter = {"round/aggregation_error": 0.25, "round/aggregation_error_q": 0.125}
+    lines = [line(0, 0.4), line(1, **meter), line(2, 0.5, **meter)]
+    write_run(tmp_path / "metered", lines, federation__lora_rule="fedex")
+    result, page = write_report(tmp_path / "out", tmp_path / "metered", single)
+    read = Reader(page)
+    assert "aggregation" in [x["id"] for tag, x in read.tags if tag == "section"]
+    assert "2.50e-01" in read.text["aggregation"] and "1.25e-01" in read.text["aggregation"]
+    assert (tmp_path / "out" / "aggregation_error.svg").is_file()
+
+
 def test_what_a_model_wrote_is_text_and_no_markup(single, tmp_path):
     _, text = write_report(tmp_path / "out", single)
     read = Reader(text)

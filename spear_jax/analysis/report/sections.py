@@ -27,6 +27,7 @@ MOST_CLIENTS = 60  # rows of a heat map
 MOST_HEAT_MAPS = 16
 MOST_SPLITS = 6
 BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval, cut where it leaves the axes."
+METER = "round/aggregation_error"
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
@@ -54,6 +55,8 @@ PANELS = {
                                                       "in all so far", ""),
     "total/mb_down": ("Bytes down", "MB, from the start", "Adapters that the server sent to "
                                                           "clients, in all so far", ""),
+    METER: ("Lost by averaging factors", "fraction of the update", "The part of the clients' mean "
+            "update that the mean of their factors is not", ""),
 }  # fmt: skip
 FEEDBACK = ("rollout/wins", "rollout/loses", "rollout/first_accuracy", "rollout/fixed")
 LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
@@ -87,6 +90,7 @@ class SectionWriter:
             self.lines("feedback", "Answers and feedback", FEEDBACK),
             self.lines("losses", "Losses", LOSSES),
             self.lines("bytes", "Communication", BYTES),
+            *self.aggregation(),
             self.time(),
             self.clients(),
             self.split(),
@@ -269,6 +273,24 @@ class SectionWriter:
         pictures, missing = self.panels(list(metrics))
         return Section(name, title, missing, pictures=pictures)
 
+    def aggregation(self) -> list[Section]:
+        """Returns the section of the exactness meter: by round, and of each projection; none where
+        no run has measured it.
+        """
+        measured = [run for run in self.runs if METER in run.table]
+        if not measured:
+            return []
+        names = sorted({name for run in measured for name in run.table if METER in name})
+        rows = [[run.name, *(_last(run.table, name) for name in names)] for run in measured]
+        shown = ["all" if name == METER else name.removeprefix(f"{METER}_") for name in names]
+        notes = [
+            "0: the mean of the factors is the mean of the products. What a base change or a "
+            "correction takes up is not subtracted."
+        ]
+        table = Table("Lost in the last round, by projection", ["run", *shown], rows)
+        pictures, missing = self.panels([METER])
+        return [Section("aggregation", "Aggregation", notes + missing, [table], pictures)]
+
     def time(self) -> Section:
         """Returns the section of seconds by phase: of each round for a single run, else of runs."""
         table = figures.phase_seconds(self.groups)
@@ -437,3 +459,9 @@ class SectionWriter:
         if len(common):
             tables.append(words("Settings of all runs that are not the defaults", common))
         return Section("config", "Configs", notes, tables)
+
+
+def _last(table: pd.DataFrame, name: str) -> str:
+    """The last number of a column as text; "-" where it has none."""
+    values = table[name].dropna() if name in table else []
+    return f"{values.iloc[-1]:.2e}" if len(values) else "-"
