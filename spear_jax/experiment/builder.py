@@ -57,6 +57,7 @@ from spear_jax.federated.aggregation.server_optimizer import from_optax, server_
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.federation import Federation, broadcast_to_clients
 from spear_jax.federated.local_training import LocalConfig
+from spear_jax.federated.participation import Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.attacks import with_attackers
@@ -124,7 +125,12 @@ class Experiment:
             adapter = jax.tree.map(lambda x: jnp.broadcast_to(x, (copies, *x.shape)), adapter)
             state = broadcast_to_clients(state, copies)
         clients = 0 if federation.local_only else len(federation.clients)
-        return init_server(federation.aggregation, adapter, state, key, clients)
+        server = init_server(federation.aggregation, adapter, state, key, clients)
+        if federation.participation is None:
+            return server
+        clock = {"clock": np.zeros((), np.float64)}
+        kept = server.aggregation_state | clock
+        return dataclasses.replace(server, aggregation_state=kept)
 
     def adapters(self, state: ServerState) -> list[Adapter]:
         """Returns the global adapter, or every client's where each has its own."""
@@ -520,6 +526,7 @@ def build_federation(
             settings.budget.tokens,
             settings.budget.seconds,
         ),
+        participation=build_participation(settings),
         local_only=fed.aggregation == "local",
         clients_per_round=fed.clients_per_round,
         sampling=fed.sampling,
@@ -599,6 +606,24 @@ def build_uplink(settings: Settings) -> Uplink | None:
     return Uplink(compressor, compression.error_feedback, settings.seed)
 
 
+def build_participation(settings: Settings) -> Participation | None:
+    """Builds the simulated clock; None where nothing asks for one.
+
+    Raises: UserError where more clients would be asked than there are.
+    """
+    given, fed = settings.participation, settings.federation
+    if not (given.clock or given.dropout or given.deadline or given.over_selection > 1):
+        return None
+    made = with_numbers(Participation, vars(given) | {"seed": settings.seed})
+    asked = made.asked(fed.clients_per_round)
+    if asked > fed.num_clients:
+        raise UserError(
+            f"participation.over_selection is {given.over_selection:g}, which asks {asked} clients a "
+            f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
+        )
+    return made
+
+
 def client_ranks(settings: Settings) -> tuple[int, ...]:
     """Returns lora.ranks as numbers; raises UserError for others than 1 to lora.rank."""
     lora = settings.lora
@@ -636,6 +661,7 @@ def check_aggregation(
             references=references,
             compression=settings.compression.kind,
             attack=settings.attack.kind,
+            clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
         )
     )

@@ -169,6 +169,22 @@ class Compression:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParticipationSettings:
+    """Who of a cohort reports back, on a simulated clock; without one all do."""
+
+    clock: bool = False  # simulate a clock; dropout, over_selection and deadline do so, too
+    dropout: float = number(0.0, 0, 1)  # the chance that a client is lost in a round
+    over_selection: float = number(1.0, 1, 100)  # asks so many times as many clients as it wants
+    deadline: float = number(0.0, 0)  # simulated seconds; 0 means none
+    min_reports: int = number(1, 1)  # with fewer the round fails
+    speed: float = positive(5e11)  # FLOP/s, the median of devices
+    up: float = positive(5e5)  # bytes/s, likewise
+    down: float = positive(1e6)
+    spread: float = number(0.5, 0, 10)  # σ of all three, of their logarithm
+    latency: float = number(0.05, 0)  # seconds each way
+
+
+@dataclasses.dataclass(frozen=True)
 class AttackSettings:
     """Clients that attack, for studies."""
 
@@ -273,6 +289,7 @@ class Settings:
     federation: Federation = group(Federation)
     aggregation: AggregationRules = group(AggregationRules)
     compression: Compression = group(Compression)
+    participation: ParticipationSettings = group(ParticipationSettings)
     attack: AttackSettings = group(AttackSettings)
     rollout: Rollout = group(Rollout)
     feedback: FeedbackSettings = group(FeedbackSettings)

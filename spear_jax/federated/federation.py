@@ -14,6 +14,7 @@ from spear_jax.core.types import Cohort
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.client_sampling import sample_cohort
 from spear_jax.federated.local_training import LocalConfig
+from spear_jax.federated.participation import Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import add_to_base
@@ -38,6 +39,7 @@ class Federation:
         local: static settings of local training.
         aggregation: how updates become the next global adapter.
         schedule: the learning rate of a round.
+        participation: who reports back, on a simulated clock; None: all do.
         local_only: clients are never averaged; every one keeps an adapter of its own.
         clients_per_round: the cohort's size; sampling: "uniform" or "weighted" by examples.
         colliding_streams: A7 of the published code: client streams keyed by round + client.
@@ -55,6 +57,7 @@ class Federation:
     local: LocalConfig
     aggregation: Aggregation
     schedule: Schedule
+    participation: Participation | None
     local_only: bool
     clients_per_round: int
     sampling: str
@@ -69,7 +72,10 @@ class Federation:
         root = self.aggregation.root
         sizes = np.array([len(own) for own in self.clients[:root]], float)
         rng = path_rng(self.seed, COHORT, round)
-        chosen = sample_cohort(len(sizes), self.clients_per_round, sizes, self.sampling, rng)
+        count = self.clients_per_round
+        if self.participation is not None:
+            count = self.participation.asked(count)
+        chosen = sample_cohort(len(sizes), count, sizes, self.sampling, rng)
         return self.cohort_of(chosen if root is None else [*chosen, root], round)
 
     def cohort_of(self, chosen: list[int], round: int) -> Cohort:

@@ -1,6 +1,7 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -15,13 +16,14 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.mesh import broadcast_from_main, is_main_process, to_host
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.surroundings import say
-from spear_jax.core.types import Cohort, Mean, TraceRecord
+from spear_jax.core.types import Cohort, Mean, Tally, TraceRecord
 from spear_jax.federated import cohort_training
 from spear_jax.federated.aggregation.lora_rules.base import rank_of
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE, Broadcast
+from spear_jax.federated.participation import Outcome
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
 from spear_jax.federated.state import ClientStart, ClientState, ServerState
 from spear_jax.models import cost_model
@@ -64,6 +66,9 @@ class TrainedClients:
         seconds: {"rollout", "train"}.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
         not_finite: ids of the clients whose training ended without a finite update.
+        outcome: who has reported, on the simulated clock; None: there is none.
+        active: bool[C], who had something to train on, lost clients among them.
+        sent: bool[C], who has sent an update.
     """
 
     reduced: Any
@@ -75,6 +80,9 @@ class TrainedClients:
     seconds: dict[str, float]
     starts: Adapter | None
     not_finite: list[int]
+    outcome: Outcome | None
+    active: np.ndarray
+    sent: np.ndarray
 
     @property
     def traces(self) -> list[TraceRecord]:
@@ -169,7 +177,8 @@ def round_of(
     )
     _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
-    active, tally = trained.phases[-1].active, federation.worker.tally
+    tally = federation.worker.tally
+    state, told = _clock(federation, state, trained.outcome, cohort)
     means = dict(trained.means)
     left_out = means.pop(NOT_FINITE).total
     metrics: dict[str, float] = {
@@ -178,15 +187,18 @@ def round_of(
         **federation.worker.feedback.take_metrics(),
         "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
-        "round/clients_without_wins": float((~active).sum()),
+        "round/clients_without_wins": float((~trained.active).sum()),
         "round/clients_not_finite": float(left_out),
-        **_bytes(aggregation, start, kept, cohort, active),
+        **_bytes(aggregation, start, kept, cohort, trained.sent),
         "round/update_norm": change,
         "round/rate": trained.learning_rate,
         "round/flops": cost_model.flops(federation.decoder.config, tally, trained.work),
         **{f"time/{name}": value for name, value in trained.seconds.items()},
         **measured,
+        **told,
     }
+    if trained.outcome is not None:
+        metrics["round/flops"] += trained.outcome.unrun
     ended = federation.algorithm.end_round(
         trained.algorithm_state, state.lora, metrics, cohort.round
     )
@@ -195,17 +207,85 @@ def round_of(
 
 
 def _bytes(
-    aggregation: Aggregation, adapter: Adapter, kept: dict, cohort: Cohort, active: np.ndarray
+    aggregation: Aggregation, adapter: Adapter, kept: dict, cohort: Cohort, sent: np.ndarray
 ) -> dict[str, float]:
-    """What travels: up from clients that trained, down to all of the cohort."""
-    rule, full = aggregation.rule, jax.tree.leaves(adapter)[0].shape[-1]
-    members = [client != aggregation.root for client in cohort.clients]  # the root does not send
-    up, down = 0, 0
-    for client, trained, member in zip(cohort.clients, active, members, strict=True):
-        rank = int(kept["rank"][client]) if "rank" in kept else full
-        up += rule.bytes_up(adapter, rank, cohort.round) * bool(trained and member)
-        down += rule.bytes_down(adapter, rank, cohort.round, kept) * member
-    return {"round/bytes_up": float(up), "round/bytes_down": float(down)}
+    """What travels: up from clients that send an update, down to all of the cohort."""
+    up, down = aggregation.bytes_of_clients(adapter, kept, cohort.clients, cohort.round)
+    return {"round/bytes_up": float(up[sent].sum()), "round/bytes_down": float(down.sum())}
+
+
+def _clock(
+    federation: Federation, state: ServerState, outcome: Outcome | None, cohort: Cohort
+) -> tuple[ServerState, dict[str, float]]:
+    """Moves the simulated clock, and says who took part."""
+    if outcome is None or federation.participation is None:
+        return state, {}
+    kept = dict(state.aggregation_state)
+    kept["clock"] = np.asarray(kept["clock"] + outcome.seconds)
+    everybody = len(federation.clients) - (federation.aggregation.root is not None)
+    asked = [client for client in cohort.clients if client != federation.aggregation.root]
+    told = {
+        "sim/seconds": outcome.seconds,
+        "sim/clock": float(kept["clock"]),
+        "participation/lost": float(outcome.lost.sum()),
+        "participation/late": float((outcome.sent & ~outcome.accepted).sum()),
+        "round/failed": float(not outcome.accepted.any()),
+        **federation.participation.shares(asked, outcome.accepted[: len(asked)], everybody),
+    }
+    return dataclasses.replace(state, aggregation_state=kept), told
+
+
+def play(
+    federation: Federation,
+    adapter: Adapter,
+    kept: dict[str, Any],
+    cohort: Cohort,
+    phases: list[CohortData],
+    passes: float,
+) -> Outcome | None:
+    """Plays a round on the simulated clock, before its last phase trains; None: there is no clock.
+
+    The server's own client always reports.
+
+    Args: passes: over the weights, of a training token.
+    """
+    participation, aggregation = federation.participation, federation.aggregation
+    if participation is None:
+        return None
+    clients = [client for client in cohort.clients if client != aggregation.root]
+    up, down = aggregation.bytes_of_clients(adapter, kept, clients, cohort.round)
+    active = phases[-1].active[: len(clients)]
+    read = dict.fromkeys(cohort.clients, 0)
+    for record in (record for phase in phases for record in phase.traces):
+        for attempt in record.trace.attempts:
+            read[record.trace.client] += len(attempt.prompt) + len(attempt.completion)
+    rows = [sum(training_tokens(phase.rows[i]) for phase in phases) for i in range(len(clients))]
+    flops = functools.partial(cost_model.flops, federation.decoder.config)
+    outcome = participation.play(
+        cohort.round,
+        clients,
+        federation.clients_per_round,
+        federation.algorithm.common.steps,
+        down,
+        np.where(active, up, 0),
+        np.array([flops(Tally(prompt=read[client]), 0.0) for client in clients]),
+        np.array([flops(Tally(), passes * trained) for trained in rows]) * active,
+    )
+    if len(clients) == len(cohort.clients):
+        return outcome
+    last = lambda x, own: np.append(x, own)
+    return dataclasses.replace(
+        outcome,
+        accepted=last(outcome.accepted, True),
+        sent=last(outcome.sent, False),
+        lost=last(outcome.lost, False),
+    )
+
+
+def training_tokens(steps: list) -> int:
+    """Returns the tokens of a client's training rows. Args: steps: [S][A] lists of rows."""
+    rows = [row for step in steps for micro in step for row in micro if row is not None]
+    return sum(len(row.prompt) + len(row.completion) for row in rows)
 
 
 def _tell_left_out(round: int, clients: list[int]) -> None:
@@ -304,6 +384,7 @@ def train_clients(
         federation.local, trains=rule.trains(cohort.round), rank_penalty=rule.penalty
     )
     own, not_finite = clients_start(federation, to_host(start), kept, cohort), []
+    outcome: Outcome | None = None
     key = path_key(root, ROUND, cohort.round)
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
@@ -327,6 +408,14 @@ def train_clients(
         if not phase:
             tokens = used.tokens + worker.tally.generated * algorithm.phases
             rate = federation.schedule.learning_rate(cohort.round, tokens, used.seconds)
+        last = phase + 1 == algorithm.phases
+        passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
+        if last and federation.participation is not None:
+            outcome = play(federation, start, kept, cohort, phases, passes)
+        active = sent = data.active
+        if outcome is not None:
+            sent = active & outcome.sent
+            data = phases[-1] = reported(data, outcome, cohort)
         rolled = time.perf_counter()
         broadcast = make_broadcast(federation, start, algorithm_state, data, rate)
         trained = cohort_training.train(
@@ -338,7 +427,7 @@ def train_clients(
             broadcast,
             rows_of(federation, data),
             _members(aggregation, cohort, data, phase_key),
-            keep := phase + 1 < algorithm.phases,
+            keep := not last,
             carried,
             own,
             progress,
@@ -348,7 +437,6 @@ def train_clients(
         phase_means = sum_over_clients(trained.means)
         means = jax.tree.map(np.add, means, phase_means) if means else phase_means
         carried = trained.states
-        passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         work += trained.tokens * (passes + 2 * len(broadcast.references))
         if keep and carried is not None:
             adapters = cohort_training.stacked(carried, len(slots))
@@ -357,7 +445,24 @@ def train_clients(
         seconds["train"] += time.perf_counter() - rolled
     starts = None if own is None else own.lora
     return TrainedClients(
-        trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite
+        trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite,
+        outcome, active, sent,
+    )  # fmt: skip
+
+
+def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
+    """Returns a cohort's data with those alone to train whose update is to enter. The traces of lost
+    clients are recorded as lost.
+    """
+    lost = {client for client, gone in zip(cohort.clients, outcome.lost, strict=True) if gone}
+    return dataclasses.replace(
+        data,
+        weight=np.where(outcome.accepted, data.weight, 0.0),
+        active=data.active & outcome.accepted,
+        traces=[
+            record._replace(role="lost") if record.trace.client in lost else record
+            for record in data.traces
+        ],
     )
 
 

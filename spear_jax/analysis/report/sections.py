@@ -167,7 +167,13 @@ class SectionWriter:
         caption = "Accuracy on the held-out questions, and what it took; totals of a run"
         pictures, missing = self.panels(["eval/accuracy"])
         if len(self.groups) > 1:
-            pictures += [*self.against_budget(), self.final()]
+            caption = "Against the tokens that clients have generated; dotted: generates nothing."
+            pictures += self.against(
+                "budget/tokens", "generated tokens", caption, "accuracy_tokens"
+            )
+            pictures.append(self.final())
+        caption = "Against the seconds of the simulated clock."
+        pictures += self.against("sim/clock", "simulated seconds", caption, "accuracy_clock")
         return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
 
     def shown_results(self) -> pd.DataFrame:
@@ -248,25 +254,27 @@ class SectionWriter:
             )
         return pictures, missing
 
-    def against_budget(self) -> list[Picture]:
-        """Returns held-out accuracy against generated tokens, where the runs have counted them."""
+    def against(self, column: str, unit: str, caption: str, name: str) -> list[Picture]:
+        """Returns held-out accuracy against what a round has used, where the runs have counted it.
+
+        Args: column: of the running total; unit: what it counts; name: of the figure's files.
+        """
         curves = [
-            figures.curve(label, group, "eval/accuracy", "budget/tokens")
+            figures.curve(label, group, "eval/accuracy", column)
             for label, group in self.groups.items()
+            if any(column in run.table for run in group)
         ]
         lines = [line for line in curves if line is not None]
         if not any(line.x.any() for line in lines):
             return []
-        figure = figures.draw_lines(lines, self.look, "generated tokens", "accuracy", fraction=True)
-        alt = "Held-out accuracy against generated tokens. Last values: " + "; ".join(
+        figure = figures.draw_lines(lines, self.look, unit, "accuracy", fraction=True)
+        alt = f"Held-out accuracy against {unit}. Last values: " + "; ".join(
             f"{line.label} {line.y[-1]:.4g} at {line.x[-1]:,.0f}" for line in lines
         )
-        caption = "Against the tokens that clients have generated; dotted: generates nothing. Bands as against the round."
         return [
-            Picture(
-                "Accuracy and generated tokens", caption, alt, self.draw(figure, "accuracy_tokens")
-            )
-        ]
+            Picture(f"Accuracy and {unit}", f"{caption} Bands as against the round.", alt,
+                    self.draw(figure, name))
+        ]  # fmt: skip
 
     def lines(self, name: str, title: str, metrics: tuple[str, ...]) -> Section:
         """Returns a section of one figure a metric."""

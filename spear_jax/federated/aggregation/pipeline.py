@@ -80,6 +80,23 @@ class Aggregation:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
         return self.reducer.weights(self.weighting(weight, active), active)
 
+    def bytes_of_clients(
+        self, adapter: Adapter, kept: dict[str, Any], clients: Sequence[int], round: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the bytes that each client sends, if it does, and receives, int[C]; 0 for the
+        server's own.
+        """
+        full, up, down = jax.tree.leaves(adapter)[0].shape[-1], [], []
+        for client in clients:
+            rank = int(kept["rank"][client]) if "rank" in kept else full
+            plain = self.rule.bytes_up(adapter, rank, round)
+            if self.uplink is not None:
+                plain = self.uplink.compressor.bytes_of(plain // 4)
+            up.append(plain * (client != self.root))
+            received = self.rule.bytes_down(adapter, rank, round, kept)
+            down.append(received * (client != self.root))
+        return np.array(up), np.array(down)
+
     def transform(self, start: Adapter, adapter: Adapter) -> Adapter:
         """Returns one client's adapter with its update transformed. Args: start: what it got."""
         transforms = self.transforms + self.reducer.transforms
@@ -290,8 +307,8 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
             vectors.take(updates, active),
             _travels(updates, aggregation.rule.sends(number)),
         )
-        sent, total, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
-        metrics |= {"round/bytes_up": float(total), "round/compression_error": lost}
+        sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
+        metrics["round/compression_error"] = lost
         updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
     accepted = vectors.finite(updates) & np.isfinite(weight) & (weight >= 0)
     rejected = ids[((weight > 0) | ~np.isfinite(weight) | (weight < 0)) & ~accepted].tolist()

@@ -27,7 +27,7 @@ class Choices:
         ema_teacher: whether it averages adapters of several rounds.
         references: whether its loss compares with the adapter that a round starts from.
         compression: its kind; error_feedback: whether clients remember what it lost.
-        attack: its kind.
+        attack: its kind; clock: whether participation is simulated.
     """
 
     rule: LoraRule
@@ -45,6 +45,7 @@ class Choices:
     compression: str = "none"
     error_feedback: bool = False
     attack: str = "none"
+    clock: bool = False
 
 
 def reasons(given: Choices) -> dict[str, str]:
@@ -115,7 +116,8 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     rule, alone = given.rule, given.server in ("last", "local")
     other = given.server != "fedavg" and not rule.linear
     plain = type(rule).name == "mean" and given.reducer_name in ("mean", "last")
-    unseen = given.compression != "none" or given.attack in ON_MODELS  # nothing is ever sent
+    # where nothing is ever sent
+    unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
     return [
         (
             "server_optimiser",
@@ -130,8 +132,8 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             "server_rule_alone",
             alone and (not plain or (given.server == "local" and unseen)),
             f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
-            "averages; neither goes with a lora_rule, a robust reducer, compression or an attack on the "
-            "model. Take fedavg.",
+            "averages; neither goes with a lora_rule, a robust reducer, compression, participation or "
+            "an attack on the model. Take fedavg.",
         ),
     ]
 

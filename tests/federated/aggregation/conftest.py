@@ -1,26 +1,10 @@
-"""The vectors of the server side, and what several files make of them."""
-
-import json
-import pathlib
+"""What several files make of the vectors of the server side."""
 
 import numpy as np
 import pytest
 
 from spear_jax.federated.aggregation.lora_rules.base import Uploads
 from spear_jax.models.params import Adapter, LowRank
-
-FILE = pathlib.Path(__file__).parents[2] / "federation_vectors.json"
-
-
-@pytest.fixture(scope="session")
-def vector():
-    """name -> (inputs, expected, tolerance) of a vector; "nan" and "inf" are numbers."""
-    found = {one["name"]: one for one in json.loads(FILE.read_text())}
-    return lambda name: (
-        found[name]["inputs"],
-        found[name]["expected"],
-        found[name]["tolerance"] or 1e-12,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -65,13 +65,15 @@ def test_top_k_with_error_feedback_telescopes(vector):
     for number, (update, sent, memory) in enumerate(
         zip(x, want["sent"], want["memory"], strict=True), 1
     ):
-        got, count, _, kept = uplink.send({"x": update[None]}, [1], number, everything, kept)
+        got, _, kept = uplink.send({"x": update[None]}, [1], number, everything, kept)
         close(got["x"][0], sent, 1e-6)
         close(kept["memory"][1], memory, 1e-6)
         total = total + got["x"][0]
     close(total, x.sum(0) - kept["memory"][1], 1e-6)
     assert not np.any(kept["memory"][[0, 2]])  # of clients that were not there
-    assert count == 2 * 4 + 1  # two numbers and a bitmap of six bits, less than two places
+    assert (
+        uplink.compressor.bytes_of(6) == 2 * 4 + 1
+    )  # two numbers and a bitmap of six bits, less than two places
     assert given["k"] * 8 == want["bytes_each"]  # what places would take
 
 
@@ -158,7 +160,10 @@ def test_only_what_travels_is_compressed_and_counted():
     )
     for aggregation, size in ((plain, 7 + 2), (ffa, 2)):
         done = end_round(aggregation, server(aggregation, 3, 7), (cohort(x), np.ones(3)), range(3))
-        assert done.metrics["round/bytes_up"] == 3 * (4 * size + min(4 * size, -(-size // 8)))
+        up, _ = aggregation.bytes_of_clients(
+            done.state.lora, done.state.aggregation_state, range(3), 1
+        )
+        assert list(up) == [4 * size + min(4 * size, -(-size // 8))] * 3
         assert done.metrics["round/compression_error"] < 1e-7  # all of it, in float32
     np.testing.assert_array_equal(done.state.lora.q.a, 0 * done.state.lora.q.a)
 

@@ -1,4 +1,4 @@
-"""The way up: every client's update is encoded, counted in bytes and decoded again."""
+"""The way up: every client's update is encoded and decoded again."""
 
 import dataclasses
 from typing import Any
@@ -33,29 +33,27 @@ class Uplink:
 
     def send(
         self, updates: Any, clients: np.ndarray, round: int, sent: np.ndarray, kept: dict[str, Any]
-    ) -> tuple[Any, int, float, dict[str, Any]]:
+    ) -> tuple[Any, float, dict[str, Any]]:
         """Sends updates up.
 
         Args:
             updates: leaves float32[n, ...]; clients: int[n], their ids.
             sent: bool[d], the numbers that travel; the others stay as they are.
-        Returns: what the server reads, likewise; bytes; the mean of ‖x̂ − x‖ / ‖x‖ over clients with
+        Returns: what the server reads, likewise; the mean of ‖x̂ − x‖ / ‖x‖ over clients with
             an update; what is kept.
         """
         leaves, tree = jax.tree.flatten(updates)
         flat = np.concatenate([np.reshape(x, (len(clients), -1)) for x in leaves], 1)
         flat, memory = flat.astype(np.float64), kept.get("memory")
         memory = None if memory is None else memory.copy()
-        total = 0
         errors: list[float] = []
         for row, client in zip(flat, clients, strict=True):
             x = row[sent] + (0.0 if memory is None else memory[client][sent])
             if not np.isfinite(x).all():  # top-k would hide it; it is to be rejected
-                total += self.compressor.bytes_of(len(x))
                 continue
             code = self.compressor.encode(x, path_rng(self.seed, QUANTISE, round, int(client)))
             row[sent] = self.compressor.decode(code, len(x))
-            total, lost = total + len(code), x - row[sent]
+            lost = x - row[sent]
             errors.append(float(np.linalg.norm(lost) / (np.linalg.norm(x) or 1.0)))
             if memory is not None:
                 memory[client, sent] = lost
@@ -63,4 +61,4 @@ class Uplink:
         parts = zip(np.split(flat, ends, axis=1), leaves, strict=True)
         back = [np.float32(part).reshape(x.shape) for part, x in parts]
         kept = kept if memory is None else kept | {"memory": memory}
-        return jax.tree.unflatten(tree, back), total, float(np.mean(errors or [0.0])), kept
+        return jax.tree.unflatten(tree, back), float(np.mean(errors or [0.0])), kept
