@@ -60,7 +60,7 @@ from spear_jax.federated.local_training import LocalConfig
 from spear_jax.federated.participation import Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
-from spear_jax.feedback.attacks import with_attackers
+from spear_jax.feedback.attacks import ON_FEEDBACK, with_attackers
 from spear_jax.feedback.base import Feedback
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.models import cost_model
@@ -183,13 +183,14 @@ def build(
         settings.rollout.feedback, task, settings.rollout.hint_words, settings.feedback
     )
     check_processes(feedback)
-    bad = attackers(settings.seed, settings.federation.num_clients, settings.attack.fraction)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
     test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
     trusts = isinstance(own.reducer, FLTrust) or settings.federation.reducer == "fltrust"
-    feedback = with_attackers(
-        feedback, settings.attack.kind, bad, settings.attack.target, train_set
-    )
+    if settings.attack.kind in ON_FEEDBACK:
+        bad = attackers(settings.seed, settings.federation.num_clients, settings.attack.fraction)
+        feedback = with_attackers(
+            feedback, settings.attack.kind, bad, settings.attack.target, train_set
+        )
     clients = split_clients(settings, train_set)
     if trusts:
         clients = split_root(settings, clients)
@@ -611,14 +612,14 @@ def build_participation(settings: Settings) -> Participation | None:
 
     Raises: UserError where more clients would be asked than there are.
     """
-    given, fed = settings.participation, settings.federation
-    if not (given.clock or given.dropout or given.deadline or given.over_selection > 1):
+    clock, fed = settings.participation, settings.federation
+    if not (clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1):
         return None
-    made = with_numbers(Participation, vars(given) | {"seed": settings.seed})
+    made = with_numbers(Participation, vars(clock) | {"seed": settings.seed})
     asked = made.asked(fed.clients_per_round)
     if asked > fed.num_clients:
         raise UserError(
-            f"participation.over_selection is {given.over_selection:g}, which asks {asked} clients a "
+            f"participation.over_selection is {clock.over_selection:g}, which asks {asked} clients a "
             f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
         )
     return made

@@ -287,7 +287,7 @@ def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
 
 
 def _regulariser(
-    config: LocalConfig, lora: Adapter, start: Adapter, tail: jax.Array | None
+    config: LocalConfig, lora: Adapter, start: Adapter, tail: jax.Array | None = None
 ) -> jax.Array:
     """λ_anchor L_anchor + (μ/2) ‖θ − θ_start‖² + λ_rank Σ ‖a[:, tail]‖ ‖b[tail, :]‖."""
     value = jnp.float32(0)

@@ -146,15 +146,26 @@ class Participation:
         unrun = float(np.sum(training * done / steps * ~accepted))
         return Outcome(accepted, ~lost, lost, done, seconds, unrun)
 
-    def shares(self, clients: Sequence[int], accepted: np.ndarray, all: int) -> dict[str, float]:
-        """Returns by speed, in thirds of all clients, the share of those asked that were accepted."""
-        names, slow, fast = ("slow", "middle", "fast"), *self._thirds(all)
-        place = [
-            int(self.device(client).speed > slow) + int(self.device(client).speed > fast)
-            for client in clients
-        ]
+    def metrics(
+        self, outcome: Outcome, clients: Sequence[int], all: int, clock: float
+    ) -> dict[str, float]:
+        """Returns a round's metrics by name.
+
+        They tell by speed, in thirds of all clients, which share of those asked was accepted.
+
+        Args: clients: the cohort's ids, the server's own left out; all: K; clock: after the round.
+        """
+        names, accepted = ("slow", "middle", "fast"), outcome.accepted[: len(clients)]
+        speeds = [self.device(client).speed for client in clients]
+        place = np.searchsorted(self._thirds(all), speeds)
         return {
-            f"participation/{name}": float(np.mean(accepted[np.array(place) == i]))
+            "sim/seconds": outcome.seconds,
+            "sim/clock": clock,
+            "participation/lost": float(outcome.lost.sum()),
+            "participation/late": float((outcome.sent & ~outcome.accepted).sum()),
+            "round/failed": float(not accepted.any()),
+        } | {
+            f"participation/{name}": float(np.mean(accepted[place == i]))
             for i, name in enumerate(names)
             if i in place
         }

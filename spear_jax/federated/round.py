@@ -18,7 +18,7 @@ from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Cohort, Mean, Tally, TraceRecord
 from spear_jax.federated import cohort_training
-from spear_jax.federated.aggregation.lora_rules.base import rank_of
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, rank_of
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
@@ -224,14 +224,7 @@ def _clock(
     kept["clock"] = np.asarray(kept["clock"] + outcome.seconds)
     everybody = len(federation.clients) - (federation.aggregation.root is not None)
     asked = [client for client in cohort.clients if client != federation.aggregation.root]
-    told = {
-        "sim/seconds": outcome.seconds,
-        "sim/clock": float(kept["clock"]),
-        "participation/lost": float(outcome.lost.sum()),
-        "participation/late": float((outcome.sent & ~outcome.accepted).sum()),
-        "round/failed": float(not outcome.accepted.any()),
-        **federation.participation.shares(asked, outcome.accepted[: len(asked)], everybody),
-    }
+    told = federation.participation.metrics(outcome, asked, everybody, float(kept["clock"]))
     return dataclasses.replace(state, aggregation_state=kept), told
 
 
@@ -383,7 +376,7 @@ def train_clients(
     local = dataclasses.replace(
         federation.local, trains=rule.trains(cohort.round), rank_penalty=rule.penalty
     )
-    own, not_finite = clients_start(federation, to_host(start), kept, cohort), []
+    own, not_finite = clients_start(federation, start, kept, cohort), []
     outcome: Outcome | None = None
     key = path_key(root, ROUND, cohort.round)
     worker.tally.clear()
@@ -471,10 +464,12 @@ def clients_start(
 ) -> ClientStart | None:
     """Returns what the cohort's clients receive; None: all of them the global adapter.
 
-    Args: adapter: the global one, on the host; kept: the server's `aggregation_state`.
+    Args: adapter: the global one; kept: the server's `aggregation_state`.
     """
     rule = federation.aggregation.rule
-    lora = rule.starts(adapter, kept, cohort.clients)
+    if type(rule).starts is LoraRule.starts and "rank" not in kept:
+        return None
+    lora = rule.starts(to_host(adapter), kept, cohort.clients)
     if lora is None:
         return None
     tails = rule.tails(kept, cohort.clients, rank_of(lora))

@@ -78,7 +78,7 @@ def with_attackers(
 
     Raises: UserError where the attack needs options and the task has none.
     """
-    if kind not in ON_FEEDBACK or not clients:
+    if not clients:
         return feedback
     if kind in ("push_target", "mislead") and not all(x.options for x in examples):
         raise UserError(

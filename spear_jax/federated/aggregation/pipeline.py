@@ -99,13 +99,21 @@ class Aggregation:
 
     def transform(self, start: Adapter, adapter: Adapter) -> Adapter:
         """Returns one client's adapter with its update transformed. Args: start: what it got."""
-        transforms = self.transforms + self.reducer.transforms
-        if not transforms:
+        if not self.transforms + self.reducer.transforms:
             return adapter
         update = jax.tree.map(jnp.subtract, adapter, start)
+        update = self.transformed(update, self.transforms + self.reducer.transforms)
+        return jax.tree.map(jnp.add, start, update)
+
+    def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
+        """Returns a client's update after transforms, which see the factors that are sent alone."""
+        sends, own = self.rule.sends(1), None
+        if self.rule.personal:
+            own = only(update, "b" if sends == "a" else "a")
+            update = only(update, sends)
         for transform in transforms:
             update = transform(update)
-        return jax.tree.map(jnp.add, start, update)
+        return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
 
 
 class Aggregated(NamedTuple):
@@ -312,11 +320,13 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
         updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
     accepted = vectors.finite(updates) & np.isfinite(weight) & (weight >= 0)
     rejected = ids[((weight > 0) | ~np.isfinite(weight) | (weight < 0)) & ~accepted].tolist()
-    zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
-    updates = jax.tree.map(zero, updates)
+    if not accepted.all():  # by selection: 0 times NaN is NaN
+        zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
+        updates = jax.tree.map(zero, updates)
     # the clip that counts: attackers leave out their own, and rounding may lengthen a vector
-    for transform in aggregation.reducer.transforms:
-        updates = to_host(jax.vmap(transform)(updates))
+    if aggregation.reducer.transforms:
+        clip = lambda update: aggregation.transformed(update, aggregation.reducer.transforms)
+        updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
     weight = np.where(accepted, weight, 0.0).astype(np.float64)
     return updates, weight, metrics, rejected, kept

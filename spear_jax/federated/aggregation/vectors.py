@@ -40,12 +40,6 @@ def less(updates: Any, centre: Any) -> Any:
     return jax.tree.map(lambda x, v: np.asarray(x, np.float64) - np.asarray(v), updates, centre)
 
 
-def scaled(updates: Any, factors: np.ndarray) -> Any:
-    """Returns f_k δ_k. Args: factors: [n]."""
-    spread = lambda x: factors.reshape(-1, *[1] * (np.ndim(x) - 1)) * np.asarray(x)
-    return jax.tree.map(spread, updates)
-
-
 def finite(updates: Any) -> np.ndarray:
     """Returns bool[n], the clients all of whose numbers, and whose float32 norm, are finite."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -54,7 +48,9 @@ def finite(updates: Any) -> np.ndarray:
 
 
 def take(updates: Any, chosen: np.ndarray) -> Any:
-    """Returns the chosen clients' rows. Args: chosen: bool[n], or places."""
+    """Returns the chosen clients' rows; no copy where these are all. Args: chosen: bool[n]."""
+    if chosen.all():
+        return jax.tree.map(np.asarray, updates)
     return jax.tree.map(lambda x: np.asarray(x)[chosen], updates)
 
 

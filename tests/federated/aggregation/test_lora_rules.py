@@ -14,6 +14,7 @@ from spear_jax.federated.aggregation.lora_rules.base import base_bytes, sliced
 from spear_jax.federated.aggregation.lora_rules.hetlora import HetLoRA, tail_norm
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round, init_server
 from spear_jax.federated.aggregation.reducers import Mean
+from spear_jax.federated.aggregation.robust.norm_clip import NormClip
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.models.lora import add_to_base
 from spear_jax.models.params import Adapter, DecoderParams, LayerParams, LowRank
@@ -99,6 +100,20 @@ def test_fedsa_averages_a_and_every_client_keeps_its_b(vector, adapter):
     assert not np.any(done.state.lora.q.b) and not np.any(kept["b"]["q"][3])
     own = rule("fedsa").policies(done.state.lora, kept)
     near(own[1].q.a @ own[1].q.b, np.array(want["a"]) @ np.array(given["b"][1])[None])
+
+
+def test_what_a_client_keeps_is_not_clipped(adapter):
+    """Under FedSA the norm is that of a alone, and b comes back as it was trained."""
+    clipped = Aggregation(rule=rule("fedsa"), reducer=NormClip(1.0))
+    start = adapter(np.zeros((3, 1)), np.zeros((1, 2)))
+    a, b = np.full((2, 3, 1), 5.0), np.full((2, 1, 2), 7.0)
+    one = jax.tree.map(lambda x: jnp.float32(x[0]), cohort(adapter, a, b))
+    sent = clipped.transform(jax.tree.map(jnp.float32, start), one)
+    near(np.linalg.norm(sent.q.a), 1.0)
+    near(sent.q.b, b[:1])
+    done = aggregated(clipped, cohort(adapter, a, b), [1, 1], start)
+    near(np.linalg.norm(done.state.lora.q.a), 1.0)
+    near(done.state.aggregation_state["b"]["q"][:, 0], b)
 
 
 def test_rolora_trains_b_first_and_then_by_turns(vector, adapter):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from spear_jax.federated.aggregation import low_rank
+from spear_jax.federated.aggregation import low_rank, vectors
 from spear_jax.models.params import Adapter, LowRank
 
 Kept = dict[str, Any]
@@ -58,7 +58,7 @@ class Uploads:
     def chosen(self) -> "Uploads":
         """Returns the clients with a share."""
         own = self.shares > 0
-        rows = lambda tree: jax.tree.map(lambda x: np.asarray(x)[own], tree)
+        rows = lambda tree: vectors.take(tree, own)
         return dataclasses.replace(
             self, clients=self.clients[own], starts=rows(self.starts), updates=rows(self.updates),
             shares=self.shares[own], even=self.even[own],
@@ -71,7 +71,9 @@ class Uploads:
 
     def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yields (projection, a float64[n, L', in, R], b float64[n, L', R, out]), as trained."""
-        for name, pair in self.ended.by_name().items():
+        ended = lambda x, y: np.asarray(x, np.float64) + y  # of one projection at a time
+        for name, start in self.starts.by_name().items():
+            pair = jax.tree.map(ended, start, getattr(self.updates, name))
             yield name, pair.a, pair.b
 
 
