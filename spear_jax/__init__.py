@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from spear_jax.experiment.run import Round as Round
     from spear_jax.experiment.run import Run as Run
     from spear_jax.experiment.run import load_run as load_run
+    from spear_jax.federated.aggregation.lora_rules.base import LoraRule as LoraRule
     from spear_jax.federated.aggregation.reducers import Reducer as Reducer
     from spear_jax.feedback.base import Feedback as Feedback
     from spear_jax.feedback.base import Request as Request
@@ -51,6 +52,7 @@ _PUBLIC = {
     "Callback": "experiment.run",
     "Example": "core.types",
     "Feedback": "feedback.base",
+    "LoraRule": "federated.aggregation.lora_rules.base",
     "Reducer": "federated.aggregation.reducers",
     "Request": "feedback.base",
     "Round": "experiment.run",

@@ -132,7 +132,7 @@ def of_run(args: argparse.Namespace) -> tuple[Accuracy, str]:
     bars = ProgressBars(args.quiet)
     built = builder.build(config, progress=bars.stage_rows)
     state, _ = restore(built, folder, args.round)
-    policies = built.policies(state.lora)
+    policies = built.policies(state)
     accuracies = [built.evaluator(policy) for policy in policies]
     bars.close()
     where = f"{args.workdir}, round {int(state.round)}"

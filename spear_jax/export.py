@@ -19,7 +19,10 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--round", type=int, help="a saved round (default: the newest)")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument(
-        "--client", type=int, help="whose adapter, of a run with federation.aggregation=local"
+        "--client", type=int, help="whose adapter, of a run in which every client has its own"
+    )
+    parser.add_argument(
+        "--rank", type=int, help="the adapter's rank, of a run that changed the base weights"
     )
     parser.add_argument(
         "--merge", action="store_true", help="write the whole model, adapter merged"
@@ -34,7 +37,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         config.quantize = "none"  # --merge adds the adapter to the weights as they were given
     built = builder.build(config)
     state, _ = restore(built, pathlib.Path(args.workdir), args.round)
-    out = (export_model if args.merge else export_adapter)(built, state, args.out, args.client)
+    write = export_model if args.merge else export_adapter
+    out = write(built, state, args.out, args.client, args.rank)
     if not args.quiet:
         print(f"round {int(state.round)} of {args.workdir} -> {out}")
     return {"out": str(out), "round": int(state.round), "merged": args.merge}

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     rows = recorded_rows(built, traces)
     lines = []
     for round in tqdm.tqdm(rounds, desc="rounds", disable=not on_terminal(args.quiet)):
-        policies = built.policies(restore(built, folder, round)[0].lora)
+        policies = built.policies(restore(built, folder, round)[0])
         lines += [
             {"adapter": round, "trace": i, "logprob": x}
             for i, x in enumerate(score(built, policies, traces, rows))

@@ -11,11 +11,13 @@ import numpy as np
 
 from spear_jax.algorithms.base import CommonHyperparams
 from spear_jax.algorithms.spear import Spear, SpearSettings
+from spear_jax.federated import cohort_training
 from spear_jax.federated.local_training import LocalConfig
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.io.huggingface import load_model
 from spear_jax.models.lora import LoraConfig, init_lora
-from spear_jax.packing.rows import TrainingRow
+from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
+from spear_jax.packing.rows import TrainingRow, groups_of
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 C, S, A, B, P, T = 6, 2, 2, 2, 9, 5
@@ -67,6 +69,19 @@ def make_rows(model):
 
     micro = lambda: [row(1) for _ in range(B)] + [row(-1) for _ in range(B)]
     return [[[micro() for _ in range(A)] for _ in range(S)] for _ in range(C)]
+
+
+def rows_of(cohort):
+    """A cohort's rows, packed as local training takes them."""
+    steps = [[[sum((groups_of(m, 1) for m in step), [])] for step in client] for client in cohort]
+    shape = choose_block_shape(sum(steps, []), 1, 1, P, T, 64)
+    small = choose_small(sum(steps, []), shape)
+    assert small != shape
+    keys = Keys()
+    blocks = [[pack_rows(step, shape, keys) for step in own] for own in steps]
+    return cohort_training.Rows(
+        blocks, max(len(step) for own in blocks for step in own), shape, small
+    )
 
 
 def close(left, right, bound=1e-5):

@@ -228,6 +228,14 @@ class Algorithm(abc.ABC):
         """
         return 1
 
+    @property
+    def keeps_older_adapters(self) -> bool:
+        """Returns whether it compares with adapters of rounds before the last one.
+
+        They are other policies where the base has changed since.
+        """
+        return False
+
     def estimate_work(self, size: int) -> WorkEstimate | None:
         """Returns the round's work of a client with `size` examples.
 

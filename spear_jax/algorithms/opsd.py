@@ -92,6 +92,10 @@ class Opsd(Algorithm):
     def check(self, task, examples, feedback) -> None:
         needs_responses(self.name, task, examples)
 
+    @property
+    def keeps_older_adapters(self) -> bool:
+        return self.settings.teacher != "dynamic"
+
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return (
             {}

@@ -140,6 +140,10 @@ class SelfPlay(Algorithm, abc.ABC):
 
     # The algorithm's state
 
+    @property
+    def keeps_older_adapters(self) -> bool:
+        return self.players > 1 or self.settings.refresh_rounds > 1
+
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         shape = (examples, self.kept, self.samples)
         return {

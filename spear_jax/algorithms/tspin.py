@@ -72,6 +72,10 @@ class Tspin(SelfPlay):
     def kept(self) -> int:
         return 2
 
+    @property
+    def keeps_older_adapters(self) -> bool:
+        return True  # the initial policy
+
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {
             "initial": jax.tree.map(np.array, lora)

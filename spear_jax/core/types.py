@@ -125,7 +125,8 @@ class TraceRecord(NamedTuple):
 
     Attributes:
         trace: the trace.
-        role: the role of its first answer: "win", "lose" or "unused".
+        role: the role of its first answer: "win", "lose" or "unused"; "lost" where its client was
+            lost in the round.
         confidence: the weight of its unlikelihood.
     """
 

@@ -32,7 +32,9 @@ TREE = {
     "memory": "algorithm_state",
     "round": "round",
     "key": "key",
+    "aggregation": "aggregation_state",
 }
+OPTIONAL = ("aggregation",)  # left out where it is empty, as before version 0.12
 
 _TOLD = ("line", "shapes")
 
@@ -162,6 +164,7 @@ class Checkpoints:
         fields = {
             name: pytrees.from_dicts(found.state[key], getattr(like, name))
             for key, name in TREE.items()
+            if key in found.state
         }
         return ServerState(**fields), meta, None
 
@@ -241,4 +244,5 @@ def restore(
 def _as_tree(state: ServerState) -> dict[str, Any]:
     """Turns a state into the tree that is saved: plain dicts of numpy arrays."""
     named = {key: getattr(state, name) for key, name in TREE.items()}
+    named = {key: part for key, part in named.items() if key not in OPTIONAL or part}
     return jax.tree.map(np.asarray, pytrees.to_dicts(named))

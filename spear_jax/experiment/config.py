@@ -18,7 +18,11 @@ from spear_jax.core import settings
 from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.settings import choice, group, number, one_of, positive
 from spear_jax.federated import partition
+from spear_jax.federated.aggregation.attacks import ON_MODELS
+from spear_jax.federated.aggregation.compression import COMPRESSORS
 from spear_jax.federated.aggregation.server_optimizer import RULES
+from spear_jax.federated.aggregation.weighting import KINDS as WEIGHTINGS
+from spear_jax.feedback.attacks import ON_FEEDBACK
 from spear_jax.feedback.recorded import FeedbackSettings
 from spear_jax.models.attention import KERNELS
 from spear_jax.models.decoder import REMAT
@@ -50,6 +54,7 @@ class Lora:
     dropout: float = number(0.1, 0, below=1)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     last_layers: int = number(0, 0)  # adapters in the last n layers; 0 means all
+    ranks: str = ""  # "4,8,16": the clients' ranks, over and over; "" is lora.rank for all
     init_from: str = ""  # a PEFT adapter folder to start from
 
 
@@ -112,7 +117,15 @@ class Federation:
     min_examples: int = number(10, 1)  # dirichlet redraws until every client has as many
     max_examples_per_client: int = number(0, 0)  # 0 means all
     aggregation: str = choice("fedavg", RULES)  # last: A1; local: clients are never averaged
-    reducer: str = "mean"  # mean, median, last, or one of your own: clients' adapters to one
+    reducer: str = "mean"  # clients' adapters to one: mean, norm_clip, median, trimmed_mean, krum,
+    # multi_krum, bulyan, geometric_median, centred_clip, fltrust, last, or one of your own
+    lora_rule: str = "mean"  # mean, ffa, fedsa, rolora, flora, fedex, fedex_truncated, flexlora,
+    # hetlora, fair, or one of your own: which factor travels, and how factors become an adapter
+    weighting: str = choice("method", WEIGHTINGS)  # method: wins; capped: at weight_cap
+    weight_cap: float = number(0.0, 0)
+    clip_bound: float = number(0.0, 0)  # c of norm_clip, the norm of an update
+    byzantine: int = number(0, 0)  # f, the attackers that krum, multi_krum and bulyan assume
+    exactness_meter: bool = False  # measure what averaging factors loses, where clients stream
     server_rate: float = positive(1.0)
     beta1: float = number(0.9, 0, below=1)
     beta2: float = number(0.99, 0, below=1)
@@ -120,6 +133,65 @@ class Federation:
     prox: float = number(0.0, 0)  # FedProx's μ
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
+
+
+@dataclasses.dataclass(frozen=True)
+class AggregationRules:
+    """Numbers of single reducers and LoRA rules; the others do not read them."""
+
+    weighted: bool = False  # median, geometric_median, centred_clip: by weight, not each once
+    trim: float = number(0.1, 0, 0.5)  # β of trimmed_mean, dropped at each end
+    selected: int = number(0, 0)  # m of multi_krum; 0: n - f - 2
+    iterations: int = number(0, 0)  # of geometric_median and centred_clip; 0: 10 and 1
+    smoothing: float = positive(1e-6)  # ν of geometric_median
+    radius: float = positive(1.0)  # τ of centred_clip
+    root_examples: int = number(32, 1)  # questions that the server of fltrust keeps to itself
+    residual_rank: int = number(8, 1)  # of fedex_truncated
+    form: str = one_of("delta", "value")  # flexlora, hetlora: of updates, or of adapters
+    normalise: str = one_of("diluted", "per_rank")  # hetlora: a rank that not all clients have
+    weights: str = one_of("norms", "method")  # of hetlora
+    gamma: float = number(0.99, above=0, high=1)  # of hetlora: a client prunes to γ of its rank
+    penalty: float = number(5e-3, 0)  # λ of hetlora's regulariser
+    min_rank: int = number(1, 1)  # of hetlora
+    ridge: float = number(0.01, 0)  # ρ of fair
+    state_gb: float = positive(4.0)  # the most that clients' own factors may take, in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """How clients compress what they send."""
+
+    kind: str = choice("none", ("none", *COMPRESSORS))
+    share: float = number(0.01, above=0, high=1)  # ρ of topk and randk
+    levels: int = number(127, 1, 2**16)  # s of qsgd
+    block: int = number(256, 1)  # numbers that share a step, of int8 and int4
+    error_feedback: bool = False  # clients add what was lost to their next update
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticipationSettings:
+    """Who of a cohort reports back, on a simulated clock; without one all do."""
+
+    clock: bool = False  # simulate a clock; dropout, over_selection and deadline do so, too
+    dropout: float = number(0.0, 0, 1)  # the chance that a client is lost in a round
+    over_selection: float = number(1.0, 1, 100)  # asks so many times as many clients as it wants
+    deadline: float = number(0.0, 0)  # simulated seconds; 0 means none
+    min_reports: int = number(1, 1)  # with fewer the round fails
+    speed: float = positive(5e11)  # FLOP/s, the median of devices
+    up: float = positive(5e5)  # bytes/s, likewise
+    down: float = positive(1e6)
+    spread: float = number(0.5, 0, 10)  # σ of all three, of their logarithm
+    latency: float = number(0.05, 0)  # seconds each way
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """Clients that attack, for studies."""
+
+    kind: str = choice("none", ("none", *ON_MODELS, *ON_FEEDBACK))
+    fraction: float = number(0.2, 0, 1)  # of all clients
+    strength: float = positive(1.0)  # γ of sign_flip and scale, σ of gaussian, ε of ipm
+    target: int = number(0, 0)  # push_target, mislead: the place of the option they want
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +287,10 @@ class Settings:
     lora: Lora = group(Lora)
     data: Data = group(Data)
     federation: Federation = group(Federation)
+    aggregation: AggregationRules = group(AggregationRules)
+    compression: Compression = group(Compression)
+    participation: ParticipationSettings = group(ParticipationSettings)
+    attack: AttackSettings = group(AttackSettings)
     rollout: Rollout = group(Rollout)
     feedback: FeedbackSettings = group(FeedbackSettings)
     train: Train = group(Train)

@@ -5,12 +5,17 @@ from typing import Any
 import numpy as np
 
 from spear_jax.core.errors import UserError
+from spear_jax.core.rng import path_rng, purpose
 from spear_jax.core.types import Example
 from spear_jax.federated.partition import partition
+from spear_jax.feedback.base import Feedback
+from spear_jax.feedback.mixture import Mixture
+from spear_jax.feedback.oracle import Oracle
 from spear_jax.tasks import get_task
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.published import extract_loosely
 
+ROOT = purpose("root")
 UNPUBLISHED = (
     "gsm8k",
     "qa",
@@ -36,6 +41,32 @@ def build_task(settings: Any) -> Task:
         )
     templates, columns = vars(data.templates), vars(data.columns)
     return get_task(name, templates, columns, extract_loosely if published else None)
+
+
+def split_root(settings: Any, clients: list[np.ndarray]) -> list[np.ndarray]:
+    """Takes the questions that the server trusts away from the clients, and makes them a last one.
+
+    Raises: UserError where a client would be left without any.
+    """
+    wanted, owned = settings.aggregation.root_examples, np.unique(np.concatenate(clients))
+    drawn = path_rng(settings.seed, ROOT).permutation(owned)
+    root = np.sort(drawn[:wanted])
+    left = [own[~np.isin(own, root)] for own in clients]
+    if min(map(len, left)) == 0:
+        raise UserError(
+            f"aggregation.root_examples is {wanted}, which leaves a client without any of the "
+            f"{len(owned)} examples; lower it, or take fewer clients."
+        )
+    return [*left, root]
+
+
+def with_oracle(settings: Any, feedback: Feedback) -> Feedback:
+    """Returns the feedback with the oracle for the server's own client, behind all others."""
+    root, oracle = (
+        settings.federation.num_clients,
+        Oracle(feedback.task, settings.rollout.hint_words),
+    )
+    return Mixture(feedback.task, [(root, float(root), oracle), (0, float("inf"), feedback)])
 
 
 def split_clients(settings: Any, examples: list[Example]) -> list[np.ndarray]:

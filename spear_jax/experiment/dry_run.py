@@ -72,9 +72,16 @@ def sizes(built: Experiment) -> dict[str, int]:
     """
     federation, model = built.federation, built.model.config
     make = functools.partial(init_lora, lora=federation.decoder.lora, model=model)
-    lora = jax.tree.leaves(jax.eval_shape(make, jax.random.key(0)))
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    lora = jax.tree.leaves(shapes)
     count, size = sum(x.size for x in lora), sum(x.size * x.dtype.itemsize for x in lora)
-    cohort = built.settings.federation.clients_per_round
+    cohort, aggregation = built.settings.federation.clients_per_round, federation.aggregation
+
+    ranks, rule = (
+        np.resize(aggregation.ranks or (federation.decoder.lora.rank,), cohort),
+        aggregation.rule,
+    )
+    start = {"base_rank": 0}
     return {
         "train_examples": len(federation.worker.examples),
         "test_examples": len(built.evaluator.examples),
@@ -82,8 +89,8 @@ def sizes(built: Experiment) -> dict[str, int]:
         "base_bytes": sum(x.nbytes for x in jax.tree.leaves(built.model.base)),
         "adapter_parameters": count,
         "adapter_bytes": size,
-        "round_bytes_down": cohort * size,
-        "round_bytes_up": cohort * size,
+        "round_bytes_down": sum(rule.bytes_down(shapes, int(r), 1, start) for r in ranks),
+        "round_bytes_up": sum(rule.bytes_up(shapes, int(r), 1) for r in ranks),
         "prompt_length": federation.worker.data.prompt_length,
         "completion_length": federation.worker.data.completion_length,
     }

@@ -43,13 +43,8 @@ from spear_jax.experiment.run_logger import NullLogger, ProgressBars, RunLogger
 from spear_jax.experiment.wandb_logger import WandbLogger, check_wandb
 from spear_jax.federated import local_only
 from spear_jax.federated import round as whole_cohort
-from spear_jax.federated.aggregation.pipeline import (
-    Aggregation,
-    ClientTransform,
-    find_reducer,
-)
-from spear_jax.federated.aggregation.reducers import Reducer
-from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule
+from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
 from spear_jax.federated.round_metrics import BudgetUsed, accuracy_metrics
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.base import Feedback, RunView
@@ -110,8 +105,8 @@ class Run:
         quiet: no bars and no table.
         devices: all by default.
         task, feedback: objects in place of what the config names.
-        reducer, server_optimizer, transforms: the aggregation, likewise. `server_optimizer` is an
-            optax transformation that sees the pseudo-gradient.
+        reducer, lora_rule, server_optimizer, transforms: the aggregation, likewise.
+            `server_optimizer` is an optax transformation that sees the pseudo-gradient.
     Raises: UserError for every mistake that can be known before compiling. Iterating raises it for
         a folder that another process writes to, and where the disk takes no more: the message says
         which rounds are kept, and iterating again goes on from there.
@@ -130,6 +125,7 @@ class Run:
         reducer: Reducer | None = None,
         server_optimizer: optax.GradientTransformation | None = None,
         transforms: Sequence[ClientTransform] = (),
+        lora_rule: LoraRule | None = None,
     ):
         check_wandb(config)
         run_folder.check_names(str(workdir), resume)
@@ -137,11 +133,11 @@ class Run:
         self._lock = run_folder.FolderLock(self.workdir, self.save, self.close)
         self._checkpoints: Checkpoints | None = None
         self._logger: RunLogger | NullLogger = NullLogger()
-        self.config = _named(config, task, feedback, reducer)
+        self.config = _named(config, task, feedback, reducer, lora_rule)
         self.callbacks, self.quiet = list(callbacks), quiet
         self.bars = ProgressBars(quiet or not is_main_process())
-        aggregation = _own_aggregation(self.config, reducer, server_optimizer, transforms)
-        own = OwnParts(task, feedback, reducer, aggregation)
+        _check_local_only(self.config, server_optimizer, transforms)
+        own = OwnParts(task, feedback, reducer, lora_rule, server_optimizer, tuple(transforms))
         self.experiment: Experiment = build(self.config, devices, self.bars.stage_rows, own)
         self.state: ServerState
         self.line: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
@@ -197,7 +193,7 @@ class Run:
         Of a local-only run it is the mean over the clients' adapters.
         Raises: UserError for a round without a checkpoint.
         """
-        return self._accuracy(self._state_of(round).lora)
+        return self._accuracy(self._state_of(round))
 
     def save(self) -> None:
         """Waits until the newest checkpoint is on disk."""
@@ -210,15 +206,16 @@ class Run:
         merge: bool = False,
         round: int | None = None,
         client: int | None = None,
+        rank: int | None = None,
     ) -> pathlib.Path:
         """Writes the adapter as a PEFT folder, or with `merge` the whole model in Hugging Face's.
 
-        Args: round: a saved one (None: the newest state). client: whose adapter, of a local-only
-            run.
+        Args: round: a saved one (None: the newest state). client: whose adapter, of a run
+            in which every client has its own. rank: of the adapter, where the base has changed.
         Raises: UserError where the folder is not empty.
         """
         write = export_model if merge else export_adapter
-        return write(self.experiment, self._state_of(round), folder, client)
+        return write(self.experiment, self._state_of(round), folder, client, rank)
 
     def summary(self) -> dict[str, Any]:
         """Returns the run so far: rounds, eval, seconds, tokens and bytes."""
@@ -335,12 +332,12 @@ class Run:
             self.state, meta = saved
             self.line = meta["line"]
             self.experiment.shapes.load(meta["shapes"])
-        # always placed alike, or the programs would compile again; a method's state stays on the
-        # host
+        # always placed alike, or the programs would compile again; the states of a method and of
+        # aggregation stay on the host
         on_devices = self.experiment.federation.on_devices
-        kept = self.state.algorithm_state
-        placed = on_devices(dataclasses.replace(self.state, algorithm_state={}))
-        self.state = placed.replace(algorithm_state=kept)
+        method, kept = self.state.algorithm_state, self.state.aggregation_state
+        bare = dataclasses.replace(self.state, algorithm_state={}, aggregation_state={})
+        self.state = on_devices(bare).replace(algorithm_state=method, aggregation_state=kept)
 
     def _begin(self) -> None:
         """Opens the logs; evaluates the base model where nothing has run yet."""
@@ -371,10 +368,9 @@ class Run:
 
         @functools.lru_cache(1)  # a merged copy of the base is made once a round
         def policy(rounds: int) -> Policy:
-            lora = self.state.lora
-            if self.experiment.federation.local_only:  # the first client's
-                lora = jax.tree.map(lambda x: x[0], lora)
-            return worker.policy(lora)
+            federation = self.experiment.federation.on_base(self.state.aggregation_state)
+            # where each client has an adapter, the first one's
+            return federation.worker.policy(self.experiment.adapters(self.state)[0])
 
         def answer(asked: list[tuple[Example, str, str]]) -> list[Attempt]:
             return worker.reply(policy(self.finished_rounds), asked, sampling)
@@ -469,14 +465,14 @@ class Run:
         self.save()
         return restore(self.experiment, self.workdir, round)[0]
 
-    def _accuracy(self, adapter: Any) -> Accuracy:
-        policies = self.experiment.policies(adapter)
+    def _accuracy(self, state: ServerState) -> Accuracy:
+        policies = self.experiment.policies(state)
         return mean_accuracy([self.experiment.evaluator(policy) for policy in policies])
 
     def _evaluated(self, number: int) -> dict[str, float]:
         """Evaluates the newest adapter; returns its metrics by the contract's names."""
         began = time.perf_counter()
-        policies = self.experiment.policies(self.state.lora)
+        policies = self.experiment.policies(self.state)
         found = [self.experiment.evaluator(policy) for policy in policies]
         accuracy = float(np.mean([one.accuracy for one in found]))
         metrics = accuracy_metrics(accuracy, found[0].count)
@@ -542,6 +538,7 @@ def _named(
     task: Task | None,
     feedback: Feedback | None,
     reducer: Reducer | None,
+    lora_rule: LoraRule | None,
 ) -> ml_collections.ConfigDict:
     """A copy of the config that names the parts passed as objects, so that the folder tells."""
     config = config.copy_and_resolve_references()
@@ -552,27 +549,19 @@ def _named(
             config.rollout.feedback = type(feedback).__name__
         if reducer is not None:
             config.federation.reducer = type(reducer).__name__
+        if lora_rule is not None:
+            config.federation.lora_rule = type(lora_rule).__name__
     return config.lock()
 
 
-def _own_aggregation(
+def _check_local_only(
     config: ml_collections.ConfigDict,
-    reducer: Reducer | None,
     optimizer: optax.GradientTransformation | None,
     transforms: Sequence[ClientTransform],
-) -> Aggregation | None:
-    """The aggregation where more of it than the reducer is passed as objects."""
-    if optimizer is None and not transforms:
-        return None
-    if config.federation.aggregation == "local":
+) -> None:
+    """Raises UserError for parts of an aggregation that a local-only run would never use."""
+    if config.federation.aggregation == "local" and (optimizer is not None or transforms):
         raise UserError(
             "federation.aggregation is local, which never aggregates; leave server_optimizer and "
             "transforms out, or set config.federation.aggregation."
         )
-    fed = config.federation
-    moved = (
-        from_optax(optimizer)
-        if optimizer is not None
-        else server_optimizer(fed.aggregation, fed.server_rate, fed.beta1, fed.beta2, fed.tau)
-    )
-    return Aggregation(find_reducer(reducer or fed.reducer), moved, tuple(transforms))

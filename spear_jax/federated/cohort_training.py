@@ -21,7 +21,7 @@ from spear_jax.core.types import Mean
 from spear_jax.federated import local_training
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.aggregation.reducers import Reducer
-from spear_jax.federated.state import ClientState
+from spear_jax.federated.state import ClientStart, ClientState
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import BlockBuilder, stack_blocks
@@ -88,8 +88,8 @@ class TrainedCohort:
     """A cohort after training.
 
     Attributes:
-        reduced: the reducer's state after all clients, or where it collects (adapters [C, ...],
-            weight [C]).
+        reduced: the reducer's state after all clients, or where the aggregation collects
+            (adapters [C, ...], weight [C]).
         means: metrics, (total, count) float32[C] each, on the host.
         states: where they were to be kept, those of each chunk's clients [size, ...]: on the host,
             or on the devices where there is but one chunk.
@@ -114,6 +114,7 @@ def train(
     members: tuple[np.ndarray, np.ndarray, np.ndarray],
     keep: bool = False,
     carried: list[ClientState] | None = None,
+    own: ClientStart | None = None,
     report: Callable[[int], None] = lambda clients: None,
 ) -> TrainedCohort:
     """Trains a cohort of C clients, chunk by chunk.
@@ -122,8 +123,9 @@ def train(
         members: as `local_training.train_cohort` takes them: keys uint32[C, 2], weight float32[C],
             active bool[C].
         keep: whether the clients' states come back, for a next phase.
-        carried: those of the phase before; None: each client starts from the global adapter. Where
-            `keep`, the states that come back take the memory of these.
+        carried: those of the phase before; None: each client starts the round. Where `keep`, the
+            states that come back take the memory of these.
+        own: what clients start the round from, on the host; None: the global adapter.
         report: called with 0, and then with the clients of each chunk when it is trained.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
@@ -131,7 +133,7 @@ def train(
     if carried is not None:
         size = jax.tree.leaves(carried[0])[0].shape[0]
     begins = range(0, cohort, size)
-    collects = aggregation.reducer.collects and not keep
+    collects = aggregation.collects and not keep
     rest = to_host if len(begins) > 1 else lambda states: states
     run = _train_on if keep and carried is not None else _train
     running, reduced, means, states, tokens, read = None, [], [], [], 0, 0
@@ -150,7 +152,8 @@ def train(
         if running is not None:
             finish(*running)
         before = None if carried is None else carried[number]
-        arrays = shard_rows((before, *per_client), mesh)
+        begun = jax.tree.map(lambda x, at=begin: _padded(x[at : at + size], size), own)
+        arrays = shard_rows((before, *per_client, begun), mesh)
         part, *running = run(algorithm, decoder, local, mesh, aggregation, keep, broadcast, *arrays)
         if collects:
             reduced.append(rest(part))
@@ -183,13 +186,14 @@ def stacked(states: list[ClientState], cohort: int) -> Adapter:
     where the states are.
     """
     if len(states) == 1:
-        return _layers_first(states[0].lora)
+        return layers_first(states[0].lora)
     join = lambda *x: np.swapaxes(np.concatenate(x)[:cohort], 0, 1)
     return jax.tree.map(join, *(one.lora for one in states))
 
 
 @jax.jit
-def _layers_first(lora: Adapter) -> Adapter:
+def layers_first(lora: Adapter) -> Adapter:
+    """Returns clients' adapters, leaves [C, L', ...], as generation takes them, [L', C, ...]."""
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), lora)
 
 

@@ -14,11 +14,14 @@ from spear_jax.core.types import Cohort
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.client_sampling import sample_cohort
 from spear_jax.federated.local_training import LocalConfig
+from spear_jax.federated.participation import Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.models.decoder import Decoder
+from spear_jax.models.lora import add_to_base
 from spear_jax.packing.blocks import choose_block_shape, choose_small
 from spear_jax.packing.rows import prompts
 from spear_jax.packing.shape_buckets import BlockShape, ShapeBuckets
+from spear_jax.rollout.policy import as_policy
 from spear_jax.rollout.worker import RolloutWorker
 
 COHORT = purpose("cohort")
@@ -30,11 +33,13 @@ class Federation:
 
     Attributes:
         base: decoder parameters, shared by all clients.
-        clients: for each client, the positions of its examples in the training set.
+        clients: for each client, the positions of its examples in the training set; the server's
+            own client (`Aggregation.root`), where there is one, is the last.
         shapes: the run's shape buckets.
         local: static settings of local training.
         aggregation: how updates become the next global adapter.
         schedule: the learning rate of a round.
+        participation: who reports back, on a simulated clock; None: all do.
         local_only: clients are never averaged; every one keeps an adapter of its own.
         clients_per_round: the cohort's size; sampling: "uniform" or "weighted" by examples.
         colliding_streams: A7 of the published code: client streams keyed by round + client.
@@ -52,6 +57,7 @@ class Federation:
     local: LocalConfig
     aggregation: Aggregation
     schedule: Schedule
+    participation: Participation | None
     local_only: bool
     clients_per_round: int
     sampling: str
@@ -63,10 +69,14 @@ class Federation:
         """Returns a round's clients and their host-side random streams; a function of (seed, round)
         alone.
         """
-        sizes = np.array([len(own) for own in self.clients], float)
+        root = self.aggregation.root
+        sizes = np.array([len(own) for own in self.clients[:root]], float)
         rng = path_rng(self.seed, COHORT, round)
-        chosen = sample_cohort(len(self.clients), self.clients_per_round, sizes, self.sampling, rng)
-        return self.cohort_of(chosen, round)
+        count = self.clients_per_round
+        if self.participation is not None:
+            count = self.participation.asked(count)
+        chosen = sample_cohort(len(sizes), count, sizes, self.sampling, rng)
+        return self.cohort_of(chosen if root is None else [*chosen, root], round)
 
     def cohort_of(self, chosen: list[int], round: int) -> Cohort:
         """Returns the cohort of these clients in a round."""
@@ -77,6 +87,18 @@ class Federation:
             return path_rng(self.seed, purpose(name), *path)
 
         return Cohort(round, chosen, [self.clients[c] for c in chosen], rngs)
+
+    def on_base(self, kept: dict[str, Any]) -> "Federation":
+        """Returns the federation on the base that rounds before have changed; itself where none has.
+
+        Args: kept: the server's `aggregation_state`.
+        """
+        if "base" not in kept:
+            return self
+        base = add_to_base(self.base, kept["base"])
+        policy = lambda lora: as_policy(base, self.on_devices(lora), self.decoder.lora, "none")
+        worker = dataclasses.replace(self.worker, policy=policy)
+        return dataclasses.replace(self, base=base, worker=worker)
 
     def on_devices(self, tree: Any) -> Any:
         """Returns a tree of host arrays on every device of the mesh."""

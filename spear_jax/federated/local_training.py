@@ -23,8 +23,9 @@ from spear_jax.core import pytrees
 from spear_jax.core.mesh import CLIENTS, MODEL
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Mean
+from spear_jax.federated.aggregation.lora_rules.base import only
 from spear_jax.federated.aggregation.pipeline import Aggregation
-from spear_jax.federated.state import ClientState
+from spear_jax.federated.state import ClientStart, ClientState
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.models.token_logprobs import TokenLogprobs, unpack_rows
@@ -51,6 +52,8 @@ class LocalConfig:
         prox: FedProx's μ.
         ema_decay: e; after training θ ← e θ_global + (1 − e) θ.
         head_chunk: positions per LM-head block.
+        trains: the factors that are trained, "ab", "a" or "b".
+        rank_penalty: λ of Σ ‖a[:, tail]‖ ‖b[tail, :]‖ over layers and projections.
     """
 
     clients_at_once: int
@@ -62,6 +65,8 @@ class LocalConfig:
     prox: float
     ema_decay: float
     head_chunk: int
+    trains: str = "ab"
+    rank_penalty: float = 0.0
 
 
 @flax.struct.dataclass
@@ -125,6 +130,7 @@ def local_update(
     client: ClientState,
     batches: LocalBatches,
     key: jax.Array,
+    own: ClientStart | None = None,
 ) -> tuple[ClientState, dict[str, Mean]]:
     """Trains one client for a phase: S AdamW steps, each over as many blocks as it takes.
 
@@ -135,12 +141,14 @@ def local_update(
         client: its adapter and moments at the phase's start.
         batches: leading axes [S].
         key: the client's key of this phase.
+        own: what it started the round from; None: the global adapter.
     Returns: adapter and moments afterwards; metrics summed over steps.
     Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps
     with a non-finite gradient norm skipped).
     """
     plain = TokenLogprobs(decoder, broadcast.base, config.head_chunk)
     dropout = decoder.lora.dropout > 0.0 and algorithm.scoring.dropout
+    start, tail = (broadcast.start, None) if own is None else (own.lora, own.tail)
 
     def forward(lora, block, at):
         scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
@@ -162,7 +170,7 @@ def local_update(
             algorithm, forward, lora, batches, (blocks, keys, denominators), loss_scalars
         )
         extra, extra_grads = jax.value_and_grad(functools.partial(_regulariser, config))(
-            lora, broadcast.start
+            lora, start, tail
         )
         grads = jax.tree.map(jnp.add, grads, extra_grads)
         (lora, opt_state), norm, finite = _apply(config, broadcast.rate, lora, opt_state, grads)
@@ -209,10 +217,14 @@ def _apply(config, rate, lora, opt_state, grads):
 
     Returns: (adapter, moments); the gradient's norm; whether it was finite.
     """
+    if config.trains != "ab":
+        grads = only(grads, config.trains)
     norm = pytrees.global_norm(grads)
     finite = jnp.isfinite(norm)
     safe = pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads))
     updates, moved = optimiser(config).update(safe, opt_state, lora)
+    if config.trains != "ab":  # weight decay moves the other factor, too
+        updates = only(updates, config.trains)
     stepped = optax.apply_updates(lora, jax.tree.map(lambda u: rate * u, updates))
     return pytrees.where(finite, (stepped, moved), (lora, opt_state)), norm, finite
 
@@ -274,15 +286,30 @@ def loss_denominators(algorithm, normalize, blocks, held, loss_scalars):
     )
 
 
-def _regulariser(config: LocalConfig, lora: dict, start: dict) -> jax.Array:
-    """λ_anchor L_anchor + (μ/2) ‖θ − θ_global‖²."""
+def _regulariser(
+    config: LocalConfig, lora: Adapter, start: Adapter, tail: jax.Array | None = None
+) -> jax.Array:
+    """λ_anchor L_anchor + (μ/2) ‖θ − θ_start‖² + λ_rank Σ ‖a[:, tail]‖ ‖b[tail, :]‖."""
     value = jnp.float32(0)
     if config.anchor_weight:
         held = lora if config.anchor_gradient else jax.lax.stop_gradient(lora)
         value += config.anchor_weight * losses.anchor(held, start)
     if config.prox:
         value += config.prox / 2 * pytrees.global_norm(jax.tree.map(jnp.subtract, lora, start)) ** 2
+    if config.rank_penalty and tail is not None:
+        value += config.rank_penalty * _tail_norm(lora, tail)
     return value
+
+
+def _tail_norm(lora: Adapter, tail: jax.Array) -> jax.Array:
+    """Σ ‖a[:, tail]‖ ‖b[tail, :]‖ over layers and projections. Args: tail: bool[R]."""
+
+    def norm(x: jax.Array) -> jax.Array:  # of each layer; with a finite gradient at 0
+        square = jnp.sum(x * x, (1, 2))
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+    pairs = lora.by_name().values()
+    return sum(jnp.sum(norm(x.a * tail) * norm(x.b * tail[:, None])) for x in pairs)
 
 
 def train_cohort(
@@ -298,6 +325,7 @@ def train_cohort(
     keys: jax.Array,
     weight: jax.Array,
     active: jax.Array,
+    own: ClientStart | None = None,
 ) -> tuple[Any, dict[str, Mean], ClientState | None]:
     """Trains a cohort in one program.
 
@@ -312,11 +340,12 @@ def train_cohort(
         keys: uint32[C, 2] key data of each client's phase.
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
             they had).
+        own: what each client started the round from; None: the global adapter.
     Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
         metrics, each (total, count) float32[C], the clients left out under NOT_FINITE; the clients'
         states where kept.
     """
-    collects = aggregation.reducer.collects and not keep
+    collects = aggregation.collects and not keep
     device = functools.partial(
         _train_on_device, algorithm, decoder, config, aggregation, keep, collects
     )
@@ -328,12 +357,12 @@ def train_cohort(
     run = jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(Spec(), clients, clients, clients, clients, clients),
+        in_specs=(Spec(), clients, clients, clients, clients, clients, clients),
         out_specs=clients,
         axis_names={CLIENTS},  # the other axis, over which the base may be split, is the compiler's
         check_vma=False,
     )
-    reduced, means, states, adapters = run(broadcast, carried, batches, keys, weight, active)
+    reduced, means, states, adapters = run(broadcast, carried, batches, keys, weight, active, own)
     if collects:
         return adapters, means, states
     whole = NamedSharding(mesh, Spec())
@@ -350,28 +379,30 @@ def _train_on_device(
     """
     reducer = aggregation.reducer
 
-    def one(client, batches, key):
+    def one(client, own, batches, key):
         if client is None:
-            client = ClientState(broadcast.start, optimiser(config).init(broadcast.start))
+            start = broadcast.start if own is None else own.lora
+            client = ClientState(start, optimiser(config).init(start))
         key = jax.random.wrap_key_data(key)
-        new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key)
+        new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key, own)
         return client, new, means
 
     def chunk(reduced, xs):
-        carried, (batches, keys, weight, active) = xs
-        mapped = pytrees.vmap_or_single(one, in_axes=(None if carried is None else 0, 0, 0))
-        old, new, means = mapped(carried, batches, keys)
+        carried, (batches, keys, weight, active, own) = xs
+        start, shared = (broadcast.start, None) if own is None else (own.lora, 0)
+        in_axes = (None if carried is None else 0, shared, 0, 0)
+        old, new, means = pytrees.vmap_or_single(one, in_axes)(carried, own, batches, keys)
         where = lambda flag: lambda a, b: jnp.where(flag.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
         blend = lambda a, b: e * a + (1.0 - e) * b
-        ended = jax.tree.map(blend, broadcast.start, new.lora) if e else new.lora
-        if aggregation.transforms and not keep:
-            ended = jax.vmap(aggregation.transform, (None, 0))(broadcast.start, ended)
-        finite = jax.vmap(_has_norm, (None, 0))(broadcast.start, ended)
+        ended = jax.tree.map(blend, start, new.lora) if e else new.lora
+        if (aggregation.transforms or reducer.transforms) and not keep:
+            ended = jax.vmap(aggregation.transform, (shared, 0))(start, ended)
+        finite = jax.vmap(_has_norm, (shared, 0))(start, ended)
         taken, left_out = active & finite, active & ~finite & (not keep)
         lora = jax.tree.map(where(taken), ended, old.lora)
         weight = jnp.where(finite, weight, 0.0)
-        if not reducer.collects:
+        if not aggregation.collects:
             reduced = reducer.add(reduced, lora, weight)
         means = jax.tree.map(lambda x: jnp.where(taken, x, 0.0), means)
         means |= {NOT_FINITE: Mean(left_out.astype(jnp.float32), active.astype(jnp.float32))}
@@ -381,7 +412,7 @@ def _train_on_device(
         return reduced, (means, states, (lora, weight) if collects else None)
 
     split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])
-    zero = () if reducer.collects else reducer.init(broadcast.start)
+    zero = () if aggregation.collects else reducer.init(broadcast.start)
     reduced, ended = jax.lax.scan(chunk, zero, jax.tree.map(split, (carried, per_client)))
     means, states, adapters = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), ended)
     return jax.tree.map(lambda x: x[None], reduced), means, states, adapters

@@ -1,7 +1,9 @@
 """One round, as the paper has it: roll out with the global adapter, train the cohort, aggregate."""
 
 import dataclasses
+import functools
 import math
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -11,16 +13,19 @@ import numpy as np
 
 from spear_jax.algorithms.base import CohortData
 from spear_jax.core.errors import UserError
-from spear_jax.core.mesh import broadcast_from_main, to_host
+from spear_jax.core.mesh import broadcast_from_main, is_main_process, to_host
 from spear_jax.core.rng import path_key, purpose
-from spear_jax.core.types import Cohort, Mean, TraceRecord
+from spear_jax.core.surroundings import say
+from spear_jax.core.types import Cohort, Mean, Tally, TraceRecord
 from spear_jax.federated import cohort_training
-from spear_jax.federated.aggregation.pipeline import Aggregation, aggregate
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, rank_of
+from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE, Broadcast
+from spear_jax.federated.participation import Outcome
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
-from spear_jax.federated.state import ClientState, ServerState
+from spear_jax.federated.state import ClientStart, ClientState, ServerState
 from spear_jax.models import cost_model
 from spear_jax.models.params import Adapter
 from spear_jax.packing.blocks import Keys, most_blocks, pack_rows
@@ -59,6 +64,11 @@ class TrainedClients:
         learning_rate: of the round.
         work: operations a weight of the base, for `cost_model.flops`.
         seconds: {"rollout", "train"}.
+        starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        not_finite: ids of the clients whose training ended without a finite update.
+        outcome: who has reported, on the simulated clock; None: there is none.
+        active: bool[C], who had something to train on, lost clients among them.
+        sent: bool[C], who has sent an update.
     """
 
     reduced: Any
@@ -68,6 +78,11 @@ class TrainedClients:
     learning_rate: float
     work: float
     seconds: dict[str, float]
+    starts: Adapter | None
+    not_finite: list[int]
+    outcome: Outcome | None
+    active: np.ndarray
+    sent: np.ndarray
 
     @property
     def traces(self) -> list[TraceRecord]:
@@ -147,18 +162,23 @@ def round_of(
     federation: Federation, state: ServerState, used: BudgetUsed, cohort: Cohort
 ) -> RoundResult:
     """Runs a round of a given cohort: rollouts and local training, then one aggregation."""
+    aggregation, kept = federation.aggregation, state.aggregation_state
+    federation = federation.on_base(kept)
     # always placed alike, or the programs would compile again
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
     trained = train_clients(
-        federation, federation.aggregation, start, state.algorithm_state, cohort, root, used
+        federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
     )
     began = time.perf_counter()
     before = dataclasses.replace(state, lora=start, algorithm_state={})
-    state, moved = aggregate(federation.aggregation, before, trained.reduced)
+    state, moved, measured, rejected = end_round(
+        aggregation, before, trained.reduced, cohort.clients, trained.starts
+    )
+    _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
-    adapter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.lora))
-    active, tally = trained.phases[-1].active, federation.worker.tally
+    tally = federation.worker.tally
+    state, told = _clock(federation, state, trained.outcome, cohort)
     means = dict(trained.means)
     left_out = means.pop(NOT_FINITE).total
     metrics: dict[str, float] = {
@@ -167,20 +187,105 @@ def round_of(
         **federation.worker.feedback.take_metrics(),
         "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
-        "round/clients_without_wins": float((~active).sum()),
+        "round/clients_without_wins": float((~trained.active).sum()),
         "round/clients_not_finite": float(left_out),
-        "round/bytes_up": float(adapter_bytes * int(active.sum())),
-        "round/bytes_down": float(adapter_bytes * len(cohort.clients)),
+        **_bytes(aggregation, start, kept, cohort, trained.sent),
         "round/update_norm": change,
         "round/rate": trained.learning_rate,
         "round/flops": cost_model.flops(federation.decoder.config, tally, trained.work),
         **{f"time/{name}": value for name, value in trained.seconds.items()},
+        **measured,
+        **told,
     }
-    kept = federation.algorithm.end_round(
+    if trained.outcome is not None:
+        metrics["round/flops"] += trained.outcome.unrun
+    ended = federation.algorithm.end_round(
         trained.algorithm_state, state.lora, metrics, cohort.round
     )
     metrics["time/aggregate"] = time.perf_counter() - began
-    return RoundResult(dataclasses.replace(state, algorithm_state=kept), metrics, trained.traces)
+    return RoundResult(dataclasses.replace(state, algorithm_state=ended), metrics, trained.traces)
+
+
+def _bytes(
+    aggregation: Aggregation, adapter: Adapter, kept: dict, cohort: Cohort, sent: np.ndarray
+) -> dict[str, float]:
+    """What travels: up from clients that send an update, down to all of the cohort."""
+    up, down = aggregation.bytes_of_clients(adapter, kept, cohort.clients, cohort.round)
+    return {"round/bytes_up": float(up[sent].sum()), "round/bytes_down": float(down.sum())}
+
+
+def _clock(
+    federation: Federation, state: ServerState, outcome: Outcome | None, cohort: Cohort
+) -> tuple[ServerState, dict[str, float]]:
+    """Moves the simulated clock, and says who took part."""
+    if outcome is None or federation.participation is None:
+        return state, {}
+    kept = dict(state.aggregation_state)
+    kept["clock"] = np.asarray(kept["clock"] + outcome.seconds)
+    everybody = len(federation.clients) - (federation.aggregation.root is not None)
+    asked = [client for client in cohort.clients if client != federation.aggregation.root]
+    told = federation.participation.metrics(outcome, asked, everybody, float(kept["clock"]))
+    return dataclasses.replace(state, aggregation_state=kept), told
+
+
+def play(
+    federation: Federation,
+    adapter: Adapter,
+    kept: dict[str, Any],
+    cohort: Cohort,
+    phases: list[CohortData],
+    passes: float,
+) -> Outcome | None:
+    """Plays a round on the simulated clock, before its last phase trains; None: there is no clock.
+
+    The server's own client always reports.
+
+    Args: passes: over the weights, of a training token.
+    """
+    participation, aggregation = federation.participation, federation.aggregation
+    if participation is None:
+        return None
+    clients = [client for client in cohort.clients if client != aggregation.root]
+    up, down = aggregation.bytes_of_clients(adapter, kept, clients, cohort.round)
+    active = phases[-1].active[: len(clients)]
+    read = dict.fromkeys(cohort.clients, 0)
+    for record in (record for phase in phases for record in phase.traces):
+        for attempt in record.trace.attempts:
+            read[record.trace.client] += len(attempt.prompt) + len(attempt.completion)
+    rows = [sum(training_tokens(phase.rows[i]) for phase in phases) for i in range(len(clients))]
+    flops = functools.partial(cost_model.flops, federation.decoder.config)
+    outcome = participation.play(
+        cohort.round,
+        clients,
+        federation.clients_per_round,
+        federation.algorithm.common.steps,
+        down,
+        np.where(active, up, 0),
+        np.array([flops(Tally(prompt=read[client]), 0.0) for client in clients]),
+        np.array([flops(Tally(), passes * trained) for trained in rows]) * active,
+    )
+    if len(clients) == len(cohort.clients):
+        return outcome
+    last = lambda x, own: np.append(x, own)
+    return dataclasses.replace(
+        outcome,
+        accepted=last(outcome.accepted, True),
+        sent=last(outcome.sent, False),
+        lost=last(outcome.lost, False),
+    )
+
+
+def training_tokens(steps: list) -> int:
+    """Returns the tokens of a client's training rows. Args: steps: [S][A] lists of rows."""
+    rows = [row for step in steps for micro in step for row in micro if row is not None]
+    return sum(len(row.prompt) + len(row.completion) for row in rows)
+
+
+def _tell_left_out(round: int, clients: list[int]) -> None:
+    """Names the clients that are left out of a round's aggregation."""
+    if clients and is_main_process():
+        names = ", ".join(map(str, clients))
+        say(f"warning: round {round}: not finite, and left out: client {names}", sys.stderr)
 
 
 def client_round(
@@ -191,6 +296,7 @@ def client_round(
     round: int,
     key: jax.Array,
     used: BudgetUsed = NOTHING_USED,
+    kept: dict[str, Any] = {},  # noqa: B006 (never changed)
 ) -> ClientUpdate:
     """Runs one client's round by itself, as a real device would.
 
@@ -203,12 +309,17 @@ def client_round(
         round: 1-based.
         key: the run's root key.
         used: what the run has used before the round; it sets the learning rate.
+        kept: the server's `aggregation_state`.
     """
     cohort = federation.cohort_of([client], round)
-    alone = Aggregation(_Alone(), transforms=federation.aggregation.transforms)
+    whole, federation = federation.aggregation, federation.on_base(kept)
+    alone = Aggregation(_Alone(), transforms=whole.transforms + whole.reducer.transforms)
     start = federation.on_devices(adapter)
-    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used)
-    update, mass = alone.reducer.finish(trained.reduced, start)
+    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
+    began = start
+    if trained.starts is not None:
+        began = jax.tree.map(lambda x: x[0], trained.starts)
+    update, mass = alone.reducer.finish(trained.reduced, began)
     last, state = trained.phases[-1], trained.algorithm_state
     return ClientUpdate(
         update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
@@ -251,18 +362,28 @@ def train_clients(
     cohort: Cohort,
     root: jax.Array,
     used: BudgetUsed,
+    kept: dict[str, Any],
 ) -> TrainedClients:
     """Runs a cohort's phases of rollouts and local training.
 
     Args:
         start: the global adapter, on the devices.
         root: the run's key.
+        kept: the server's `aggregation_state`.
     """
     algorithm, worker = federation.algorithm, federation.worker
+    rule, slots = federation.aggregation.rule, {c: i for i, c in enumerate(cohort.clients)}
+    local = dataclasses.replace(
+        federation.local, trains=rule.trains(cohort.round), rank_penalty=rule.penalty
+    )
+    own, not_finite = clients_start(federation, start, kept, cohort), []
+    outcome: Outcome | None = None
     key = path_key(root, ROUND, cohort.round)
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
     policies = [worker.policy(start)]
+    if own is not None:
+        policies = [Policy(federation.base, cohort_training.layers_first(own.lora), slots)]
     carried: list[ClientState] | None = None
     means: dict[str, Mean] = {}
     phases: list[CohortData] = []
@@ -280,33 +401,79 @@ def train_clients(
         if not phase:
             tokens = used.tokens + worker.tally.generated * algorithm.phases
             rate = federation.schedule.learning_rate(cohort.round, tokens, used.seconds)
+        last = phase + 1 == algorithm.phases
+        passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
+        if last and federation.participation is not None:
+            outcome = play(federation, start, kept, cohort, phases, passes)
+        active = sent = data.active
+        if outcome is not None:
+            sent = active & outcome.sent
+            data = phases[-1] = reported(data, outcome, cohort)
         rolled = time.perf_counter()
         broadcast = make_broadcast(federation, start, algorithm_state, data, rate)
         trained = cohort_training.train(
             algorithm,
             federation.decoder,
-            federation.local,
+            local,
             federation.mesh,
             aggregation,
             broadcast,
             rows_of(federation, data),
-            _members(aggregation.reducer, cohort, data, phase_key),
-            keep := phase + 1 < algorithm.phases,
+            _members(aggregation, cohort, data, phase_key),
+            keep := not last,
             carried,
+            own,
             progress,
         )
+        lost = np.flatnonzero(trained.means[NOT_FINITE].total)
+        not_finite += [cohort.clients[slot] for slot in lost]
         phase_means = sum_over_clients(trained.means)
         means = jax.tree.map(np.add, means, phase_means) if means else phase_means
         carried = trained.states
-        passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         work += trained.tokens * (passes + 2 * len(broadcast.references))
         if keep and carried is not None:
-            slots = {client: slot for slot, client in enumerate(cohort.clients)}
             adapters = cohort_training.stacked(carried, len(slots))
             policies.append(Policy(federation.base, adapters, slots))
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
-    return TrainedClients(trained.reduced, algorithm_state, means, phases, rate, work, seconds)
+    starts = None if own is None else own.lora
+    return TrainedClients(
+        trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite,
+        outcome, active, sent,
+    )  # fmt: skip
+
+
+def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
+    """Returns a cohort's data with those alone to train whose update is to enter. The traces of lost
+    clients are recorded as lost.
+    """
+    lost = {client for client, gone in zip(cohort.clients, outcome.lost, strict=True) if gone}
+    return dataclasses.replace(
+        data,
+        weight=np.where(outcome.accepted, data.weight, 0.0),
+        active=data.active & outcome.accepted,
+        traces=[
+            record._replace(role="lost") if record.trace.client in lost else record
+            for record in data.traces
+        ],
+    )
+
+
+def clients_start(
+    federation: Federation, adapter: Adapter, kept: dict[str, Any], cohort: Cohort
+) -> ClientStart | None:
+    """Returns what the cohort's clients receive; None: all of them the global adapter.
+
+    Args: adapter: the global one; kept: the server's `aggregation_state`.
+    """
+    rule = federation.aggregation.rule
+    if type(rule).starts is LoraRule.starts and "rank" not in kept:
+        return None
+    lora = rule.starts(to_host(adapter), kept, cohort.clients)
+    if lora is None:
+        return None
+    tails = rule.tails(kept, cohort.clients, rank_of(lora))
+    return ClientStart(lora, None if tails is None else jnp.asarray(tails, jnp.float32))
 
 
 def make_broadcast(
@@ -328,11 +495,11 @@ def make_broadcast(
 
 
 def _members(
-    reducer: Reducer, cohort: Cohort, data: CohortData, key: jax.Array
+    aggregation: Aggregation, cohort: Cohort, data: CohortData, key: jax.Array
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
-    weight = np.asarray(reducer.weights(data.weight, data.active), np.float32)
+    weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

@@ -22,6 +22,19 @@ class ClientState:
 
 
 @flax.struct.dataclass
+class ClientStart:
+    """What clients receive of a round, where it is not the global adapter for all.
+
+    Attributes:
+        lora: their adapters, leaves [C, ...].
+        tail: bool[C, R], the rank indices under `LocalConfig.rank_penalty`; None: none.
+    """
+
+    lora: Adapter
+    tail: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class ServerState:
     """Everything that a run needs to go on; exactly what Orbax saves.
 
@@ -32,6 +45,8 @@ class ServerState:
             Its server part and its clients' part are told apart by `Algorithm.client_state`.
         round: int32[], rounds finished.
         key: uint32 key data of the run's root key.
+        aggregation_state: arrays that aggregation keeps between rounds, on the host (empty for the
+            mean): the base's change, clients' own factors and ranks, a reducer's centre.
     """
 
     lora: Adapter
@@ -39,3 +54,4 @@ class ServerState:
     algorithm_state: Any
     round: jax.Array
     key: jax.Array
+    aggregation_state: Any = flax.struct.field(default_factory=dict)

@@ -112,6 +112,20 @@ def merge_lora(base: DecoderParams, adapter: Adapter, lora: LoraConfig) -> Decod
     return base.replace(layers=base.layers.replace(**merged))
 
 
+def add_to_base(base: DecoderParams, change: dict[str, Any]) -> DecoderParams:
+    """Adds a change of the weights: W + ΔW of the last L' layers, summed in float32 and cast once.
+
+    Args: base: with stacked layers, not quantised. change: {projection: float32[L', in, out]}.
+    """
+    weights, changed = base.layers.by_name(), {}
+    for name, delta in change.items():
+        weight, count = weights[name], len(delta)
+        moved = weight[-count:].astype(jnp.float32) + jnp.asarray(delta)
+        whole = weight.at[-count:].set(moved.astype(weight.dtype))
+        changed[name] = jax.device_put(whole, weight.sharding)
+    return base.replace(layers=base.layers.replace(**changed))
+
+
 def merge_layer(weights: LayerParams, adapter: Adapter, lora: LoraConfig) -> LayerParams:
     """Adds one layer's part of an adapter (`Adapter.layer`) into the layer's weights."""
     own = weights.by_name()

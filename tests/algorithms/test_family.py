@@ -80,7 +80,7 @@ def run_rounds(built, count):
 
 
 def measured(built, state):
-    return mean_accuracy([built.evaluator(policy) for policy in built.policies(state.lora)])
+    return mean_accuracy([built.evaluator(policy) for policy in built.policies(state)])
 
 
 def moved(tree):

@@ -342,6 +342,29 @@ def test_all_sections_are_present_and_linked(single, grid, tmp_path):
         assert all(len(x["alt"]) > 30 for tag, x in read.tags if tag == "img")
 
 
+def test_what_averaging_loses_has_a_panel_where_it_was_measured(single, tmp_path):
+    meter = {"round/aggregation_error": 0.25, "round/aggregation_error_q": 0.125}
+    lines = [line(0, 0.4), line(1, **meter), line(2, 0.5, **meter)]
+    write_run(tmp_path / "metered", lines, federation__lora_rule="fedex")
+    result, page = write_report(tmp_path / "out", tmp_path / "metered", single)
+    read = Reader(page)
+    assert "aggregation" in [x["id"] for tag, x in read.tags if tag == "section"]
+    assert "2.50e-01" in read.text["aggregation"] and "1.25e-01" in read.text["aggregation"]
+    assert (tmp_path / "out" / "aggregation_error.svg").is_file()
+
+
+def test_accuracy_is_drawn_against_the_simulated_clock_where_there_is_one(single, tmp_path):
+    lines = [
+        {**x, "sim/clock": 20.0 * x["round"]} if x["round"] else x
+        for x in (line(0, 0.4), line(1, 0.45), line(2, 0.5))
+    ]
+    write_run(tmp_path / "timed", lines, participation__clock=True)
+    write_report(tmp_path / "out", tmp_path / "timed", single)
+    assert (tmp_path / "out" / "accuracy_clock.svg").is_file()
+    write_report(tmp_path / "plain", single)
+    assert not (tmp_path / "plain" / "accuracy_clock.svg").exists()
+
+
 def test_what_a_model_wrote_is_text_and_no_markup(single, tmp_path):
     _, text = write_report(tmp_path / "out", single)
     read = Reader(text)

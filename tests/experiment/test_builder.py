@@ -292,6 +292,23 @@ def test_remat_auto_is_chosen_by_all_memory_and_not_by_what_is_free(monkeypatch)
     assert chosen(10**8, 10**10) == "layers"
 
 
+def test_remat_auto_does_not_part_clients_that_may_train_together(monkeypatch):
+    """Three clients of a round share a device's memory; of ten on one device four count."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    asked = []
+
+    def fitting_remat(each, together, whole):
+        asked.append(together)
+        return "layers"
+
+    monkeypatch.setattr(cost_model, "fitting_remat", fitting_remat)
+    fields = {"train.remat": "auto", "federation.num_clients": 10, "rollout.kv_cache_mb": 10}
+    for clients, at_once in ((3, 0), (10, 0), (10, 2)):
+        fields |= {"federation.clients_per_round": clients, "federation.clients_at_once": at_once}
+        builder.build(embedded(**fields), jax.devices()[:1])
+    assert asked == [3, 4, 2]
+
+
 def test_clients_at_once_is_one_on_a_cpu_and_fills_half_of_an_accelerator(monkeypatch):
     assert cost_model.fitting(30, 1_000_000_000, 64_000_000_000) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

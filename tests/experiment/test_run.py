@@ -20,7 +20,7 @@ from spear_jax.experiment.config import parse
 from spear_jax.experiment.run import is_due
 from spear_jax.experiment.run_folder import read_run_config
 from spear_jax.federated import round as rounds
-from spear_jax.federated.aggregation.reducers import CoordinateMedian
+from spear_jax.federated.aggregation.robust import CoordinateMedian
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.models.io.peft import load_adapter
 from spear_jax.tasks.facts import Facts

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_sizes import SMALL
-from small_cohort import C, P, S, T, close, local_config, make_decoder, spear
+from small_cohort import C, S, close, local_config, make_decoder, rows_of, spear
 
 from spear_jax.core.mesh import make_mesh, replicate
 from spear_jax.experiment import builder, run_logger
@@ -16,20 +16,6 @@ from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated import round as rounds
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.round_metrics import BudgetUsed
-from spear_jax.packing.blocks import Keys, choose_block_shape, choose_small, pack_rows
-from spear_jax.packing.rows import groups_of
-
-
-def rows_of(cohort):
-    steps = [[[sum((groups_of(m, 1) for m in step), [])] for step in client] for client in cohort]
-    shape = choose_block_shape(sum(steps, []), 1, 1, P, T, 64)
-    small = choose_small(sum(steps, []), shape)
-    assert small != shape
-    keys = Keys()
-    blocks = [[pack_rows(step, shape, keys) for step in own] for own in steps]
-    return cohort_training.Rows(
-        blocks, max(len(step) for own in blocks for step in own), shape, small
-    )
 
 
 def train(model, lora, cohort, devices=1, at_once=1, keep=False, carried=None, rate=1e-2, **more):

@@ -94,7 +94,7 @@ def test_a_round_on_a_quantised_base_is_the_round_on_its_widened_weights(kind, s
     found = []
     for built in (small, wide):
         state, _, told = rounds.run_round(built.federation, built.initial_state(), BudgetUsed())
-        policy = built.policies(state.lora)[0]
+        policy = built.policies(state)[0]
         right = built.evaluator(policy).correct
         found.append((state.lora, [[a.completion for a in t.attempts] for t, _, _ in told], right))
     assert found[0][1:] == found[1][1:]

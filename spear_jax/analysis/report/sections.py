@@ -27,6 +27,7 @@ MOST_CLIENTS = 60  # rows of a heat map
 MOST_HEAT_MAPS = 16
 MOST_SPLITS = 6
 BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval, cut where it leaves the axes."
+METER = "round/aggregation_error"
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
@@ -54,6 +55,8 @@ PANELS = {
                                                       "in all so far", ""),
     "total/mb_down": ("Bytes down", "MB, from the start", "Adapters that the server sent to "
                                                           "clients, in all so far", ""),
+    METER: ("Lost by averaging factors", "fraction of the update", "The part of the clients' mean "
+            "update that the mean of their factors is not", ""),
 }  # fmt: skip
 FEEDBACK = ("rollout/wins", "rollout/loses", "rollout/first_accuracy", "rollout/fixed")
 LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
@@ -87,6 +90,7 @@ class SectionWriter:
             self.lines("feedback", "Answers and feedback", FEEDBACK),
             self.lines("losses", "Losses", LOSSES),
             self.lines("bytes", "Communication", BYTES),
+            *self.aggregation(),
             self.time(),
             self.clients(),
             self.split(),
@@ -163,7 +167,13 @@ class SectionWriter:
         caption = "Accuracy on the held-out questions, and what it took; totals of a run"
         pictures, missing = self.panels(["eval/accuracy"])
         if len(self.groups) > 1:
-            pictures += [*self.against_budget(), self.final()]
+            caption = "Against the tokens that clients have generated; dotted: generates nothing."
+            pictures += self.against(
+                "budget/tokens", "generated tokens", caption, "accuracy_tokens"
+            )
+            pictures.append(self.final())
+        caption = "Against the seconds of the simulated clock."
+        pictures += self.against("sim/clock", "simulated seconds", caption, "accuracy_clock")
         return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
 
     def shown_results(self) -> pd.DataFrame:
@@ -244,30 +254,50 @@ class SectionWriter:
             )
         return pictures, missing
 
-    def against_budget(self) -> list[Picture]:
-        """Returns held-out accuracy against generated tokens, where the runs have counted them."""
+    def against(self, column: str, unit: str, caption: str, name: str) -> list[Picture]:
+        """Returns held-out accuracy against what a round has used, where the runs have counted it.
+
+        Args: column: of the running total; unit: what it counts; name: of the figure's files.
+        """
         curves = [
-            figures.curve(label, group, "eval/accuracy", "budget/tokens")
+            figures.curve(label, group, "eval/accuracy", column)
             for label, group in self.groups.items()
+            if any(column in run.table for run in group)
         ]
         lines = [line for line in curves if line is not None]
         if not any(line.x.any() for line in lines):
             return []
-        figure = figures.draw_lines(lines, self.look, "generated tokens", "accuracy", fraction=True)
-        alt = "Held-out accuracy against generated tokens. Last values: " + "; ".join(
+        figure = figures.draw_lines(lines, self.look, unit, "accuracy", fraction=True)
+        alt = f"Held-out accuracy against {unit}. Last values: " + "; ".join(
             f"{line.label} {line.y[-1]:.4g} at {line.x[-1]:,.0f}" for line in lines
         )
-        caption = "Against the tokens that clients have generated; dotted: generates nothing. Bands as against the round."
         return [
-            Picture(
-                "Accuracy and generated tokens", caption, alt, self.draw(figure, "accuracy_tokens")
-            )
-        ]
+            Picture(f"Accuracy and {unit}", f"{caption} Bands as against the round.", alt,
+                    self.draw(figure, name))
+        ]  # fmt: skip
 
     def lines(self, name: str, title: str, metrics: tuple[str, ...]) -> Section:
         """Returns a section of one figure a metric."""
         pictures, missing = self.panels(list(metrics))
         return Section(name, title, missing, pictures=pictures)
+
+    def aggregation(self) -> list[Section]:
+        """Returns the section of the exactness meter: by round, and of each projection; none where
+        no run has measured it.
+        """
+        measured = [run for run in self.runs if METER in run.table]
+        if not measured:
+            return []
+        names = sorted({name for run in measured for name in run.table if METER in name})
+        rows = [[run.name, *(_last(run.table, name) for name in names)] for run in measured]
+        shown = ["all" if name == METER else name.removeprefix(f"{METER}_") for name in names]
+        notes = [
+            "0: the mean of the factors is the mean of the products. What a base change or a "
+            "correction takes up is not subtracted."
+        ]
+        table = Table("Lost in the last round, by projection", ["run", *shown], rows)
+        pictures, missing = self.panels([METER])
+        return [Section("aggregation", "Aggregation", notes + missing, [table], pictures)]
 
     def time(self) -> Section:
         """Returns the section of seconds by phase: of each round for a single run, else of runs."""
@@ -437,3 +467,9 @@ class SectionWriter:
         if len(common):
             tables.append(words("Settings of all runs that are not the defaults", common))
         return Section("config", "Configs", notes, tables)
+
+
+def _last(table: pd.DataFrame, name: str) -> str:
+    """The last number of a column as text; "-" where it has none."""
+    values = table[name].dropna() if name in table else []
+    return f"{values.iloc[-1]:.2e}" if len(values) else "-"

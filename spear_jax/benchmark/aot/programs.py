@@ -191,7 +191,7 @@ def build(
     scorer = Scorer(decoder, shapes, place, count)
     evaluator = build_evaluator(settings, work, sampling[2], sampler, scorer)
     worker = build_worker(settings, work, algorithm, model, mesh, evaluator, sampling, generates)
-    decoder = builder.choose_remat(settings, decoder, algorithm, worker.data, model)
+    decoder = builder.choose_remat(settings, decoder, algorithm, worker.data, model, count)
     own = np.arange(len(worker.examples)).reshape(work.preset.clients, -1)
     federation = builder.build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()

@@ -1,9 +1,20 @@
-"""Aggregation, put together: client transforms, a reducer, and a server optimiser."""
+"""Aggregation, put together.
+
+A round's updates δ_k = θ_k − start_k go through these steps:
+
+    client   δ_k → client transforms (an attacker replaces the result) → compression
+    server   decode → reject what is not finite → the reducer's transforms again → reducer →
+             LoRA rule → server optimiser
+
+The mean of factors streams: clients are transformed, checked and summed inside the device program,
+chunk by chunk. Where a reducer or a LoRA rule reads every client, where updates are compressed, or
+somebody attacks, all of it behind local training and transforms runs on the host, in numpy.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +23,21 @@ import optax
 
 from spear_jax.core import pytrees
 from spear_jax.core.errors import unknown
-from spear_jax.federated.aggregation.reducers import REDUCERS, Mean, Reducer
+from spear_jax.core.mesh import to_host
+from spear_jax.federated.aggregation import exactness, vectors
+from spear_jax.federated.aggregation.attacks import Attack
+from spear_jax.federated.aggregation.compression.uplink import Uplink
+from spear_jax.federated.aggregation.exactness import Metered
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32, only
+from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
+from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
+from spear_jax.federated.aggregation.robust import ROBUST
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
+from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
-# One client's update θ_k − θ to what it sends; pure, inside the device program, leaves as they are.
-ClientTransform = Callable[[Adapter], Adapter]
+REDUCERS: dict[str, type[Reducer]] = {"mean": Mean, **ROBUST, "last": Last}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,52 +48,125 @@ class Aggregation:
         reducer: brings the clients' adapters together.
         optimizer: turns the reduced update into the server's step.
         transforms: change each client's update, one after the other, before it is reduced.
+        rule: says which factors are trained and sent, and makes the next adapter of them.
+        rate: η, for a rule that makes its own step.
+        weighting: of clients.
+        attack: what some clients send in place of their update.
+        uplink: how updates are compressed on their way.
+        scale: alpha / rank of the adapters.
+        ranks: of the clients, over and over; () where all have the adapter's.
+        root: the id of the server's own client, whose update a reducer compares with.
     """
 
     reducer: Reducer = Mean()
     optimizer: optax.GradientTransformation = server_optimizer("fedavg")
     transforms: tuple[ClientTransform, ...] = ()
+    rule: LoraRule = MeanOfFactors()
+    rate: float = 1.0
+    weighting: Weighting = Weighting()
+    attack: Attack | None = None
+    uplink: Uplink | None = None
+    scale: float = 1.0
+    ranks: tuple[int, ...] = ()
+    root: int | None = None
+
+    @property
+    def collects(self) -> bool:
+        """Returns whether every client's adapter comes to the host."""
+        reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
+        return reads_each or self.attack is not None or self.uplink is not None
+
+    def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
+        return self.reducer.weights(self.weighting(weight, active), active)
+
+    def bytes_of_clients(
+        self, adapter: Adapter, kept: dict[str, Any], clients: Sequence[int], round: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the bytes that each client sends, if it does, and receives, int[C]; 0 for the
+        server's own.
+        """
+        full, up, down = jax.tree.leaves(adapter)[0].shape[-1], [], []
+        for client in clients:
+            rank = int(kept["rank"][client]) if "rank" in kept else full
+            plain = self.rule.bytes_up(adapter, rank, round)
+            if self.uplink is not None:
+                plain = self.uplink.compressor.bytes_of(plain // 4)
+            up.append(plain * (client != self.root))
+            received = self.rule.bytes_down(adapter, rank, round, kept)
+            down.append(received * (client != self.root))
+        return np.array(up), np.array(down)
 
     def transform(self, start: Adapter, adapter: Adapter) -> Adapter:
-        """Returns one client's adapter with its update transformed. Args: start: the global one."""
-        if not self.transforms:
+        """Returns one client's adapter with its update transformed. Args: start: what it got."""
+        if not self.transforms + self.reducer.transforms:
             return adapter
         update = jax.tree.map(jnp.subtract, adapter, start)
-        for transform in self.transforms:
-            update = transform(update)
+        update = self.transformed(update, self.transforms + self.reducer.transforms)
         return jax.tree.map(jnp.add, start, update)
 
+    def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
+        """Returns a client's update after transforms, which see the factors that are sent alone."""
+        sends, own = self.rule.sends(1), None
+        if self.rule.personal:
+            own = only(update, "b" if sends == "a" else "a")
+            update = only(update, sends)
+        for transform in transforms:
+            update = transform(update)
+        return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
 
-def make_aggregation(
-    rule: str, reducer: str | Reducer, rate: float, beta1: float, beta2: float, tau: float
-) -> Aggregation:
-    """Builds the aggregation of a config (its group `federation`).
 
-    Args: rule: one of `server_optimizer.RULES`; `last` is the reducer of that name. reducer: a key
-        of REDUCERS, or a reducer itself. The others: see `server_optimizer`.
-    Raises: UserError for an unknown reducer.
+class Aggregated(NamedTuple):
+    """A round's end.
+
+    Attributes:
+        state: the next one (round + 1).
+        change: the norm of the adapter's change, float32[].
+        metrics: by name.
+        rejected: ids of the clients whose numbers were not finite when they arrived.
     """
-    return Aggregation(
-        find_reducer("last" if rule == "last" else reducer),
-        server_optimizer(rule, rate, beta1, beta2, tau),
-    )
+
+    state: ServerState
+    change: Any
+    metrics: dict[str, float]
+    rejected: list[int]
 
 
-def find_reducer(reducer: str | Reducer) -> Reducer:
-    """Returns the reducer of that name, or the reducer itself."""
+def find_reducer(reducer: str | Reducer, **numbers: Any) -> Reducer:
+    """Returns the reducer of that name, or the reducer itself.
+
+    Args: numbers: its attributes, where it has them.
+    """
     if isinstance(reducer, Reducer):
         return reducer
     if reducer not in REDUCERS:
         raise unknown("reducer (federation.reducer)", reducer, REDUCERS)
-    return REDUCERS[reducer]()
+    return with_numbers(REDUCERS[reducer], numbers)
+
+
+def with_numbers(kind: type, numbers: dict[str, Any]) -> Any:
+    """Builds a frozen dataclass with those of the numbers that it has a field for."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in numbers.items() if name in names})
 
 
 def init_server(
-    aggregation: Aggregation, adapter: Adapter, algorithm_state: Any, key: jax.Array
+    aggregation: Aggregation,
+    adapter: Adapter,
+    algorithm_state: Any,
+    key: jax.Array,
+    clients: int = 0,
 ) -> ServerState:
-    """Returns the server before round 1. Args: key: the run's root key."""
+    """Returns the server before round 1. Args: key: the run's root key; clients: K."""
     moments = aggregation.optimizer.init(adapter)
-    return ServerState(adapter, moments, algorithm_state, jnp.int32(0), jax.random.key_data(key))
+    kept = aggregation.reducer.init_kept(adapter)
+    if clients:
+        rank = jax.tree.leaves(adapter)[0].shape[-1]
+        ranks = np.resize(aggregation.ranks or (rank,), clients)
+        kept = kept | aggregation.rule.init(adapter, ranks)
+        kept = kept | (aggregation.uplink.init_kept(adapter, clients) if aggregation.uplink else {})
+    number, data = jnp.int32(0), jax.random.key_data(key)
+    return ServerState(adapter, moments, algorithm_state, number, data, kept)
 
 
 def aggregate(
@@ -82,41 +174,201 @@ def aggregate(
 ) -> tuple[ServerState, jax.Array]:
     """Finishes the reduction and takes one server step.
 
-    A streaming reducer finishes inside the compiled step. A collecting one finishes before it, on
-    the host, where numpy will do; it is not asked where nobody trained.
-
-    Args: reduced: the reducer's state after the whole cohort.
     Returns: the next state (round + 1); the norm of the adapter's change, float32[].
     """
-    if not aggregation.reducer.collects:
-        return _finish_and_step(aggregation, state, reduced)
-    if not np.any(reduced[1] > 0):  # nobody trained: there is nothing to finish
-        return _compiled_step(aggregation, state, state.lora, 0.0)
-    update, mass = aggregation.reducer.finish(reduced, state.lora)
-    return _compiled_step(aggregation, state, update, mass)
+    return end_round(aggregation, state, reduced)[:2]
+
+
+def end_round(
+    aggregation: Aggregation,
+    state: ServerState,
+    reduced: Any,
+    clients: Sequence[int] = (),
+    starts: Adapter | None = None,
+) -> Aggregated:
+    """Finishes the reduction and takes one server step, and tells what it found.
+
+    Args:
+        reduced: the reducer's state after the whole cohort; where the aggregation collects,
+            (adapters [C, ...], weight [C]).
+        clients: the cohort's ids, where the aggregation collects.
+        starts: what clients started from, leaves [C, ...]; None: the global adapter.
+    """
+    kept = state.aggregation_state
+    if aggregation.collects:
+        return _on_host(aggregation, state, reduced, clients, starts)
+    sends = aggregation.rule.sends(int(state.round) + 1)
+    bare = dataclasses.replace(state, aggregation_state={})
+    metrics = {}
+    if isinstance(aggregation.reducer, Metered):
+        metrics = exactness.metrics(to_host(_squares(aggregation.reducer, reduced, state.lora)))
+    after, change = _finish_and_step(aggregation, sends, bare, reduced)
+    return Aggregated(dataclasses.replace(after, aggregation_state=kept), change, metrics, [])
 
 
 def server_step(
-    aggregation: Aggregation, state: ServerState, update: Adapter, mass: jax.typing.ArrayLike
+    aggregation: Aggregation,
+    state: ServerState,
+    update: Adapter,
+    mass: jax.typing.ArrayLike,
+    sends: str = "ab",
 ) -> tuple[ServerState, jax.Array]:
     """Moves the global adapter along an update.
 
-    Args: mass: float32[], the weight behind the update. Where it is 0 nobody trained, and adapter
-        and moments stay as they are.
+    Args:
+        mass: float32[], the weight behind the update. Where it is 0 nobody trained, and adapter
+            and moments stay as they are.
+        sends: the factors that move; the other one and its moments stay.
     """
     adapter = state.lora
     step, moments = aggregation.optimizer.update(update, state.opt_state, adapter)
     moved = jax.tree.map(jnp.add, adapter, step)
     trained = jnp.asarray(mass) > 0
     moved, moments = pytrees.where(trained, (moved, moments), (adapter, state.opt_state))
+    if sends != "ab":
+        moved, moments = _held((moved, moments), (adapter, state.opt_state), sends)
     change = pytrees.global_norm(jax.tree.map(jnp.subtract, moved, adapter))
     after = dataclasses.replace(state, lora=moved, opt_state=moments, round=state.round + 1)
     return after, change
 
 
-_compiled_step = jax.jit(server_step, static_argnums=0)
+_compiled_step = jax.jit(server_step, static_argnums=(0, 4))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _finish_and_step(aggregation, sends, state, reduced):
+    finished = aggregation.reducer.finish(reduced, state.lora)
+    return server_step(aggregation, state, *finished, sends)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finish_and_step(aggregation, state, reduced):
-    return server_step(aggregation, state, *aggregation.reducer.finish(reduced, state.lora))
+def _squares(reducer, reduced, start):
+    return reducer.squares(reduced, start)
+
+
+def _held(new: Any, old: Any, sends: str) -> Any:
+    """The new tree, with the old leaves of a factor that was not sent."""
+
+    def choose(path: Any, x: Any, y: Any) -> Any:
+        names = [getattr(step, "name", "") for step in path]
+        factor = next((name for name in reversed(names) if name in ("a", "b")), sends)
+        return x if factor in sends else y
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
+
+
+# Where every client's adapter is on the host
+
+
+def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
+    """Attack, rejection, transforms, reducer, LoRA rule and server step, in numpy."""
+    adapters, weight = to_host(collected)
+    start = to_host(state.lora)
+    if starts is None:
+        starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, adapters)
+    ids = np.asarray(clients if len(clients) else range(len(weight)))
+    received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    updates, weight, metrics, rejected, kept = received
+    if aggregation.root is not None:
+        root = ids == aggregation.root
+        kept["root"] = jax.tree.map(lambda x: x[0], vectors.take(updates, root))
+        weight = np.where(root, 0.0, weight)
+    active = weight > 0
+    failed = active.any() and active.sum() < aggregation.reducer.fewest
+    metrics["round/failed"] = float(failed or (not active.any() and bool(rejected)))
+    if failed or not active.any():
+        kept.pop("root", None)
+        after = dataclasses.replace(state, round=state.round + 1, aggregation_state=kept)
+        return Aggregated(after, np.float32(0), metrics, rejected)
+    step = _linear_step if aggregation.rule.linear else _rule_step
+    own = lambda tree: vectors.take(tree, active)
+    number = int(state.round) + 1
+    shares, even = _shares(aggregation.reducer, own(updates), weight[active])
+    uploads = Uploads(
+        ids[active], own(starts), own(updates), shares, even, aggregation.scale, aggregation.rate,
+        number,
+    )  # fmt: skip
+    if not aggregation.rule.personal:
+        metrics |= exactness.metrics(exactness.squares(uploads))
+    after, change, kept = step(aggregation, state, start, uploads, weight[active], kept)
+    kept.pop("root", None)
+    after = dataclasses.replace(after, aggregation_state=kept)
+    return Aggregated(after, change, metrics, rejected)
+
+
+def _receive(aggregation, adapters, starts, weight, ids, state):
+    """What the server has of a cohort: updates and weights without those that are not finite.
+
+    Returns: updates, leaves float32[C, ...]; weight float64[C]; metrics; ids that were rejected;
+        what is kept.
+    """
+    updates = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), adapters, starts)
+    number, kept = int(state.round) + 1, dict(state.aggregation_state)
+    active, metrics = (weight > 0) & (ids != aggregation.root), {}
+    if aggregation.attack is not None and active.any():
+        own = vectors.take(updates, active)
+        sent, bad = aggregation.attack(own, weight[active], ids[active], number)
+        metrics["attack/weight_share"] = float(weight[active][bad].sum() / weight[active].sum())
+        updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
+    if aggregation.uplink is not None and active.any():
+        own, travels = (
+            vectors.take(updates, active),
+            _travels(updates, aggregation.rule.sends(number)),
+        )
+        sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
+        metrics["round/compression_error"] = lost
+        updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
+    accepted = vectors.finite(updates) & np.isfinite(weight) & (weight >= 0)
+    rejected = ids[((weight > 0) | ~np.isfinite(weight) | (weight < 0)) & ~accepted].tolist()
+    if not accepted.all():  # by selection: 0 times NaN is NaN
+        zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
+        updates = jax.tree.map(zero, updates)
+    # the clip that counts: attackers leave out their own, and rounding may lengthen a vector
+    if aggregation.reducer.transforms:
+        clip = lambda update: aggregation.transformed(update, aggregation.reducer.transforms)
+        updates = to_host(jax.vmap(clip)(updates))
+    metrics["round/rejected"] = float(len(rejected))
+    weight = np.where(accepted, weight, 0.0).astype(np.float64)
+    return updates, weight, metrics, rejected, kept
+
+
+def _travels(updates: Any, sends: str) -> np.ndarray:
+    """Which numbers of a flattened update are sent, bool[d]."""
+    one = jax.tree.map(lambda x: np.ones(x.shape[1:], bool), updates)
+    kept = one if sends == "ab" else only(one, sends)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(kept)]).astype(bool)
+
+
+def _put(x: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
+    x = np.array(x)
+    x[where] = new
+    return x
+
+
+def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
+    """The reducer's shares of the clients that count, by weight and where all weigh the same; of a
+    reducer without shares, even ones.
+    """
+    same = np.ones(len(weight))
+    if not reducer.yields_shares:
+        return same / len(same), same / len(same)
+    return reducer.shares(updates, weight), reducer.shares(updates, same)
+
+
+def _linear_step(aggregation, state, start, uploads, weight, kept):
+    """The reducer's update of the factors that were sent, then the server optimiser's step."""
+    rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
+    updates = uploads.updates if sends == "ab" else only(uploads.updates, sends)
+    ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
+    update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
+    bare = dataclasses.replace(state, aggregation_state={})
+    after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(mass), sends)
+    return after, change, rule.remember(uploads, after.lora, kept)
+
+
+def _rule_step(aggregation, state, start, uploads, weight, kept):
+    """The LoRA rule's own step."""
+    adapter, kept = aggregation.rule.combine(uploads, start, kept)
+    moved = vectors.squared_norms(vectors.add_axis(vectors.less(adapter, start)))
+    number = state.round + 1
+    return dataclasses.replace(state, lora=adapter, round=number), np.sqrt(moved[0]), kept

@@ -12,20 +12,29 @@ program, so memory does not grow with the cohort:
     update, mass = reducer.finish(state, start)
 
 A collecting reducer (`collects = True`) gets every client's adapter at the end. Its `finish` takes
-(adapters [C, ...], weight [C]) as the state and runs on the host, so numpy will do.
+(adapters [C, ...], weight [C]) as the state and runs on the host, so numpy will do. Robust reducers
+are of this kind; they stand in `robust/`, one file a paper.
 
-Source: FedAvg (arXiv 1602.05629); coordinate-wise median: Yin et al. (arXiv 1803.01498).
+Where the result is Σ p_k δ_k for shares p, a reducer says so (`yields_shares`). A LoRA rule that
+needs every client's factors takes the shares in place of the update.
+
+Source: FedAvg (arXiv 1602.05629).
 """
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spear_jax.federated.aggregation import vectors
 from spear_jax.models.params import Adapter
+
+# One client's update θ_k − θ to what it sends; pure, inside the device program, leaves as they are.
+ClientTransform = Callable[[Adapter], Adapter]
 
 
 class Reducer(abc.ABC):
@@ -33,9 +42,21 @@ class Reducer(abc.ABC):
 
     Class attributes:
         collects: whether `finish` needs every client's adapter.
+        yields_shares: whether the update is Σ p_k δ_k for the p of `shares`.
     """
 
     collects: ClassVar[bool] = False
+    yields_shares: ClassVar[bool] = False
+
+    @property
+    def transforms(self) -> tuple[ClientTransform, ...]:
+        """Returns what is done to each client's update before it is added."""
+        return ()
+
+    @property
+    def fewest(self) -> int:
+        """Returns how many clients must have trained; with fewer of them the round fails."""
+        return 1
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C], before anything is added.
@@ -64,10 +85,45 @@ class Reducer(abc.ABC):
         trained, and the update is not read).
         """
 
+    def shares(self, updates: Any, weight: np.ndarray) -> np.ndarray:
+        """Returns p_k, float64[n], in sum 1; only where `yields_shares`.
+
+        Args: updates: of n clients that trained, leaves [n, ...]; weight: float[n], above 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} yields no shares")
+
+    def init_kept(self, adapter: Adapter) -> dict[str, Any]:
+        """Returns the host arrays that are kept from round to round; part of the checkpoint."""
+        return {}
+
+    def reduce(
+        self, adapters: Adapter, weight: np.ndarray, start: Adapter, kept: dict[str, Any]
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Reduces a cohort whose adapters are on the host.
+
+        Args: adapters: leaves [C, ...]; weight: float[C], 0 for clients that do not count; kept:
+            from the round before.
+        Returns: update and mass as `finish`; what is kept.
+        """
+        if self.yields_shares:
+            own = np.asarray(weight) > 0
+            updates = vectors.less(vectors.take(adapters, own), start)
+            shares = self.shares(updates, np.asarray(weight)[own])
+            return vectors.weighted_sum(shares, updates), own.sum(), kept
+        state = (adapters, weight)
+        if not self.collects:
+            state = self.add(self.init(start), adapters, jnp.asarray(weight))
+        return *self.finish(state, start), kept
+
 
 @dataclasses.dataclass(frozen=True)
 class Mean(Reducer):
     """The weighted mean Σ w_k θ_k / Σ w_k, less the global adapter; memory of one adapter."""
+
+    yields_shares: ClassVar[bool] = True
+
+    def shares(self, updates: Any, weight: np.ndarray) -> np.ndarray:
+        return np.asarray(weight, np.float64) / np.sum(weight, dtype=np.float64)
 
     def init(self, start: Adapter) -> Any:
         return jax.tree.map(jnp.zeros_like, start), jnp.float32(0)
@@ -98,29 +154,3 @@ class Last(Mean):
         if len(trained):
             only[trained[-1]] = 1.0
         return only
-
-
-@dataclasses.dataclass(frozen=True)
-class CoordinateMedian(Reducer):
-    """The median of every coordinate over the clients that trained; their weights do not count.
-
-    Two middle values are averaged, as numpy does. Fewer than half of the clients cannot move a
-    coordinate out of the others' range.
-    """
-
-    collects: ClassVar[bool] = True
-
-    def finish(self, state: Any, start: Adapter) -> tuple[Adapter, jax.Array]:
-        adapters, weight = state
-        there = weight > 0
-        count = there.sum()
-        low, high = jnp.maximum(0, (count - 1) // 2), count // 2
-
-        def median(x: jax.Array, old: jax.Array) -> jax.Array:
-            ordered = jnp.sort(jnp.where(there.reshape(-1, *[1] * old.ndim), x, jnp.inf), axis=0)
-            return (ordered[low] + ordered[high]) / 2 - old
-
-        return jax.tree.map(median, adapters, start), count.astype(jnp.float32)
-
-
-REDUCERS: dict[str, type[Reducer]] = {"mean": Mean, "median": CoordinateMedian, "last": Last}

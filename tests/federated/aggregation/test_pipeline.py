@@ -13,17 +13,21 @@ from spear_jax.core.errors import UserError
 from spear_jax.federated.aggregation.pipeline import (
     Aggregation,
     aggregate,
+    end_round,
     find_reducer,
     init_server,
-    make_aggregation,
 )
-from spear_jax.federated.aggregation.reducers import CoordinateMedian, Last, Mean
-from spear_jax.federated.aggregation.server_optimizer import RULES, from_optax
+from spear_jax.federated.aggregation.reducers import Last, Mean
+from spear_jax.federated.aggregation.robust import CoordinateMedian
+from spear_jax.federated.aggregation.server_optimizer import RULES, from_optax, server_optimizer
 from spear_jax.federated.client_sampling import sample_cohort
 
 
 def config(rule="fedavg", reducer="mean", rate=1.0, beta1=0.9, beta2=0.99, tau=5e-3):
-    return make_aggregation(rule, reducer, rate, beta1, beta2, tau)
+    return Aggregation(
+        find_reducer("last" if rule == "last" else reducer),
+        server_optimizer(rule, rate, beta1, beta2, tau),
+    )
 
 
 def start(aggregation, theta):
@@ -137,9 +141,9 @@ def test_a_few_huge_updates_leave_the_median_in_the_others_range():
 def test_nobody_trained_leaves_the_adapter_under_the_median():
     aggregation = config(reducer="median")
     before = start(aggregation, [1.0, -2.0])
-    after, change = aggregate(
-        aggregation, before, ({"a": np.full((3, 2), np.nan)}, np.zeros(3, np.float32))
-    )
+    collected = {"a": np.full((3, 2), np.nan)}, np.zeros(3, np.float32)
+    after, change, metrics, rejected = end_round(aggregation, before, collected)
+    assert metrics["round/failed"] == 0.0 and not rejected
     np.testing.assert_array_equal(after.lora["a"], before.lora["a"])
     assert float(change) == 0.0
 

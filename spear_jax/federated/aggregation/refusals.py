@@ -1,0 +1,167 @@
+"""Aggregations that make no sense together, refused before anything compiles."""
+
+import dataclasses
+import math
+
+from spear_jax.core.errors import UserError
+from spear_jax.federated.aggregation.attacks import ON_MODELS
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule
+from spear_jax.federated.aggregation.reducers import Reducer
+from spear_jax.federated.aggregation.robust.coordinate_wise import TrimmedMean
+
+TAKE = "take mean, ffa, rolora or fair"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a run aggregates with.
+
+    Attributes:
+        rule: the LoRA rule; reducer: the reducer, and its name.
+        server: `federation.aggregation`; server_rate: η.
+        cohort: clients a round, n.
+        ranks: of the clients; () where all have the adapter's.
+        quantize: of the base.
+        method: its name.
+        older_adapters: whether the method compares with adapters of earlier rounds.
+        ema_teacher: whether it averages adapters of several rounds.
+        references: whether its loss compares with the adapter that a round starts from.
+        compression: its kind; error_feedback: whether clients remember what it lost.
+        attack: its kind; clock: whether participation is simulated.
+    """
+
+    rule: LoraRule
+    reducer: Reducer
+    reducer_name: str = "mean"
+    server: str = "fedavg"
+    server_rate: float = 1.0
+    cohort: int = 10
+    ranks: tuple[int, ...] = ()
+    quantize: str = "none"
+    method: str = "spear"
+    older_adapters: bool = False
+    ema_teacher: bool = False
+    references: bool = False
+    compression: str = "none"
+    error_feedback: bool = False
+    attack: str = "none"
+    clock: bool = False
+
+
+def reasons(given: Choices) -> dict[str, str]:
+    """Returns {name: message} of all reasons to refuse; {} where there is none."""
+    rule, name = given.rule, f"federation.lora_rule {given.rule.name!r}"
+    return {
+        reason: message
+        for reason, applies, message in (
+            *_of_reducers(given, name),
+            (
+                "mixed_ranks",
+                len(set(given.ranks)) > 1 and not rule.mixed_ranks,
+                f"lora.ranks are {_listed(given.ranks)}, but {name} needs one; take hetlora, "
+                "flexlora or flora.",
+            ),
+            *_of_the_server(given, name),
+            *_of_the_base(given, name),
+            (
+                "feedback_without_compression",
+                given.error_feedback and given.compression == "none",
+                "compression.error_feedback needs a compression.kind; take int8, int4, qsgd, topk or "
+                "randk, or set error_feedback=False.",
+            ),
+            (
+                "gauge_memory",
+                rule.turns_basis and given.ema_teacher,
+                f"{given.method}.teacher=ema averages adapters of several rounds, but {name} turns "
+                "their basis; take teacher=dynamic.",
+            ),
+            (
+                "own_reference",
+                given.references and (rule.personal or len(set(given.ranks)) > 1),
+                f"method {given.method!r} compares with the round's adapter, which is one for all "
+                f"clients, but under {name} each starts from its own; take mean, ffa or rolora "
+                "with one rank, or a method without a reference.",
+            ),
+        )
+        if applies
+    }
+
+
+def _of_reducers(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    reducer, own = given.reducer, f"federation.reducer is {given.reducer_name!r}"
+    fewest = max(reducer.fewest, 1)
+    trims = isinstance(reducer, TrimmedMean) and (
+        2 * math.floor(reducer.trim * given.cohort) >= given.cohort
+    )
+    return [
+        (
+            "robust_coordinates",
+            not given.rule.linear and not reducer.yields_shares,
+            f"{own}, which yields coordinates, but {name} needs each client's share; take krum, "
+            "multi_krum or geometric_median, or lora_rule=mean.",
+        ),
+        (
+            "robust_count",
+            given.cohort < fewest or trims,
+            f"{own}, which needs {fewest} clients a round, but there are {given.cohort}; raise "
+            "federation.clients_per_round, or lower federation.byzantine."
+            if not trims
+            else f"{own}, and aggregation.trim={getattr(reducer, 'trim', 0)} drops all of "
+            f"{given.cohort} clients; lower it.",
+        ),
+    ]
+
+
+def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    rule, alone = given.rule, given.server in ("last", "local")
+    other = given.server != "fedavg" and not rule.linear
+    plain = type(rule).name == "mean" and given.reducer_name in ("mean", "last")
+    # where nothing is ever sent
+    unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
+    return [
+        (
+            "server_optimiser",
+            other or (given.server_rate != 1 and not rule.rates),
+            f"federation.aggregation is {given.server!r}, but {name} makes the next adapter itself, "
+            "so that moments mean nothing; take fedavg."
+            if other
+            else f"federation.server_rate is {given.server_rate}, but {name} sets the model to the "
+            "clients' mean; set server_rate=1.",
+        ),
+        (
+            "server_rule_alone",
+            alone and (not plain or (given.server == "local" and unseen)),
+            f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
+            "averages; neither goes with a lora_rule, a robust reducer, compression, participation or "
+            "an attack on the model. Take fedavg.",
+        ),
+    ]
+
+
+def _of_the_base(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    changes = given.rule.changes_base
+    return [
+        (
+            "base_quantised",
+            changes and given.quantize != "none",
+            f"{name} changes the base weights, which quantize={given.quantize!r} holds in few bits; "
+            f"set quantize=none, or {TAKE}.",
+        ),
+        (
+            "base_references",
+            changes and (given.older_adapters or given.ema_teacher),
+            f"method {given.method!r} compares with adapters of earlier rounds, but {name} changes "
+            f"the base under them; {TAKE}.",
+        ),
+    ]
+
+
+def check(given: Choices) -> None:
+    """Raises UserError for the first reason to refuse."""
+    for message in reasons(given).values():
+        raise UserError(message)
+
+
+def _listed(ranks: tuple[int, ...]) -> str:
+    *first, last = [str(rank) for rank in sorted(set(ranks))] or ["all the same"]
+    return f"{', '.join(first)} and {last}" if first else last
