@@ -118,9 +118,8 @@ def play(
         built = build(settings, work, mesh, recorder, occupy, generates)
         sampler = built.federation.worker.sampler
         state = built.initial_state()
-        start = built.federation.on_devices(state.lora)
         recorder.stage = "evaluation"
-        built.evaluator(built.policies(start)[0])
+        built.evaluator(built.policies(state)[0])
         recorder.stage = ""
         round_of(built.federation, state, NOTHING_USED, built.federation.cohort(1))
     generations = sampler.generations
