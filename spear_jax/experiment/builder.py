@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from spear_jax.algorithms import ALGORITHMS, build_algorithm
 from spear_jax.algorithms.base import Algorithm
-from spear_jax.core.errors import UserError, shown, unknown
+from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import (
     CLIENTS,
     base_placer,
@@ -33,31 +33,23 @@ from spear_jax.core.mesh import (
 from spear_jax.core.rng import purpose
 from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
+from spear_jax.experiment.aggregation import (
+    build_aggregation,
+    build_participation,
+    check_aggregation,
+)
 from spear_jax.experiment.config import Settings
 from spear_jax.experiment.data import build_task, split_clients, split_root, with_oracle
 from spear_jax.experiment.evaluator import Evaluator
-from spear_jax.federated.aggregation import refusals
-from spear_jax.federated.aggregation.attacks import ON_MODELS, Attack, attackers
-from spear_jax.federated.aggregation.attacks import check as check_attack
-from spear_jax.federated.aggregation.compression import COMPRESSORS
-from spear_jax.federated.aggregation.compression.uplink import Uplink
-from spear_jax.federated.aggregation.exactness import Metered
-from spear_jax.federated.aggregation.lora_rules import LORA_RULES
-from spear_jax.federated.aggregation.lora_rules.base import LoraRule, factor_bytes
+from spear_jax.federated.aggregation.attacks import attackers
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.pipeline import (
-    Aggregation,
-    find_reducer,
     init_server,
-    with_numbers,
 )
-from spear_jax.federated.aggregation.reducers import ClientTransform, Mean, Reducer
+from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
-from spear_jax.federated.aggregation.robust.norm_clip import NormClip
-from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
-from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.federation import Federation, broadcast_to_clients
 from spear_jax.federated.local_training import LocalConfig
-from spear_jax.federated.participation import Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.attacks import ON_FEEDBACK, with_attackers
@@ -514,7 +506,9 @@ def build_federation(
     """Builds the federation; raises UserError where the clients that train together cannot fit."""
     fed, train = settings.federation, settings.train
     each = bytes_per_client(settings, decoder, algorithm, worker.data)
-    aggregation = build_aggregation(settings, decoder, own)
+    aggregation = build_aggregation(
+        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms
+    )
     check_aggregation(settings, aggregation, algorithm, decoder)
     return Federation(
         algorithm=algorithm,
@@ -543,158 +537,6 @@ def build_federation(
         max_tokens_per_block=train.max_tokens_per_block,
         seed=settings.seed,
     )
-
-
-def build_aggregation(settings: Settings, decoder: Decoder, own: OwnParts) -> Aggregation:
-    """Builds the aggregation that `federation`, `aggregation` and `attack` name.
-
-    Raises: UserError for an unknown reducer or rule, and for a bound or ranks that do not fit.
-    """
-    fed, attack = settings.federation, settings.attack
-    numbers = {
-        name: x for name, x in vars(settings.aggregation).items() if x or name != "iterations"
-    }
-    numbers |= {"byzantine": fed.byzantine, "bound": fed.clip_bound, "seed": settings.seed}
-    reducer = find_reducer(
-        "last" if fed.aggregation == "last" else own.reducer or fed.reducer, **numbers
-    )
-    if isinstance(reducer, NormClip) and not reducer.bound:
-        raise UserError(
-            "federation.reducer is 'norm_clip', but federation.clip_bound is 0; set it to the largest "
-            "norm that an update may have, for example --config.federation.clip_bound=1.0."
-        )
-    if fed.weighting == "capped" and not fed.weight_cap:
-        raise UserError(
-            "federation.weighting is 'capped', but federation.weight_cap is 0; set the largest weight "
-            "that a client may have, for example --config.federation.weight_cap=10.0."
-        )
-    rate = 1.0 if fed.aggregation in ("last", "local") else fed.server_rate
-    aggregation = Aggregation(
-        reducer=reducer,
-        optimizer=from_optax(own.optimizer)
-        if own.optimizer is not None
-        else server_optimizer(fed.aggregation, fed.server_rate, fed.beta1, fed.beta2, fed.tau),
-        transforms=own.transforms,
-        rule=own.lora_rule or find_rule(fed.lora_rule, numbers),
-        rate=rate,
-        weighting=Weighting(fed.weighting, fed.weight_cap),
-        attack=build_attack(settings) if attack.kind in ON_MODELS else None,
-        uplink=build_uplink(settings),
-        scale=decoder.lora.scale,
-        ranks=client_ranks(settings),
-        root=fed.num_clients if isinstance(reducer, FLTrust) else None,
-    )
-    if fed.exactness_meter and not aggregation.collects and isinstance(reducer, Mean):
-        return dataclasses.replace(aggregation, reducer=Metered(reducer))
-    return aggregation
-
-
-def find_rule(name: str, numbers: dict[str, Any]) -> LoraRule:
-    """Returns the LoRA rule of that name; raises UserError for an unknown one."""
-    if name not in LORA_RULES:
-        raise unknown("LoRA rule (federation.lora_rule)", name, LORA_RULES)
-    if name == "fedex_truncated":
-        numbers = numbers | {"rank": numbers["residual_rank"]}
-    return with_numbers(LORA_RULES[name], numbers)
-
-
-def build_attack(settings: Settings) -> Attack:
-    """Builds the attack on the model; raises UserError where it is not defined."""
-    fed, attack = settings.federation, settings.attack
-    bad = attackers(settings.seed, fed.num_clients, attack.fraction)
-    check_attack(attack.kind, fed.clients_per_round, len(bad))
-    return Attack(attack.kind, tuple(bad), attack.strength, settings.seed)
-
-
-def build_uplink(settings: Settings) -> Uplink | None:
-    """Builds what `compression` names; None: updates travel as they are."""
-    compression = settings.compression
-    if compression.kind == "none":
-        return None
-    compressor = with_numbers(COMPRESSORS[compression.kind], vars(compression))
-    return Uplink(compressor, compression.error_feedback, settings.seed)
-
-
-def build_participation(settings: Settings) -> Participation | None:
-    """Builds the simulated clock; None where nothing asks for one.
-
-    Raises: UserError where more clients would be asked than there are.
-    """
-    clock, fed = settings.participation, settings.federation
-    if not (clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1):
-        return None
-    made = with_numbers(Participation, vars(clock) | {"seed": settings.seed})
-    asked = made.asked(fed.clients_per_round)
-    if asked > fed.num_clients:
-        raise UserError(
-            f"participation.over_selection is {clock.over_selection:g}, which asks {asked} clients a "
-            f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
-        )
-    return made
-
-
-def client_ranks(settings: Settings) -> tuple[int, ...]:
-    """Returns lora.ranks as numbers; raises UserError for others than 1 to lora.rank."""
-    lora = settings.lora
-    words = [word.strip() for word in lora.ranks.split(",")] if lora.ranks else []
-    if not all(word.isdecimal() and 1 <= int(word) <= lora.rank for word in words):
-        raise UserError(
-            f"lora.ranks is {shown(lora.ranks)}; it must be ranks from 1 to lora.rank={lora.rank}, "
-            'parted by commas. Write --config.lora.ranks="4,8,16".'
-        )
-    return tuple(map(int, words))
-
-
-def check_aggregation(
-    settings: Settings, aggregation: Aggregation, algorithm: Algorithm, decoder: Decoder
-) -> None:
-    """Raises UserError where reducer, LoRA rule, server optimiser and method do not go together."""
-    fed, rule, references = settings.federation, aggregation.rule, False
-    check_state(settings, aggregation, decoder)
-    if rule.personal or len(set(aggregation.ranks)) > 1:
-        adapter = init_lora(jax.random.key(0), decoder.lora, decoder.config)
-        references = bool(algorithm.references(algorithm.init_state(adapter, 1, 1), adapter))
-    refusals.check(
-        refusals.Choices(
-            rule=rule,
-            reducer=aggregation.reducer,
-            reducer_name=fed.reducer,
-            server=fed.aggregation,
-            server_rate=aggregation.rate,
-            cohort=fed.clients_per_round,
-            ranks=aggregation.ranks,
-            quantize=settings.quantize,
-            method=algorithm.name,
-            older_adapters=algorithm.keeps_older_adapters,
-            ema_teacher=getattr(algorithm.settings, "teacher", "") == "ema",
-            references=references,
-            compression=settings.compression.kind,
-            attack=settings.attack.kind,
-            clock=build_participation(settings) is not None,
-            error_feedback=settings.compression.error_feedback,
-        )
-    )
-
-
-def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) -> None:
-    """Raises UserError where what is kept of single clients takes more than aggregation.state_gb."""
-    make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
-    adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
-    remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
-    for cause, applies, factors in (
-        (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
-        ("compression.error_feedback", remembers, "ab"),
-    ):
-        held, limit = (
-            clients * factor_bytes(adapter, decoder.lora.rank, factors),
-            settings.aggregation.state_gb,
-        )
-        if applies and held > limit * 1e9:
-            raise UserError(
-                f"{cause} keeps {held // (4 * clients):,} numbers for each of {clients:,} clients "
-                f"({held / 1e9:,.1f} GB), over aggregation.state_gb={limit:g}. Take fewer clients, a "
-                "lower lora.rank or fewer lora.targets, or raise aggregation.state_gb."
-            )
 
 
 def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
