@@ -84,13 +84,16 @@ def barrier(name: str) -> None:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """Returns the first process's value of a number, in every process.
+    """Returns the first process's value of a number, in every process: all 64 bits of it.
 
     Measurements differ between processes; a decision by them must not.
     """
     if jax.process_count() == 1:
         return value
-    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+    # as two words: JAX's own arrays have 32 bits, and the bytes of a memory have more
+    whole = np.asarray([value], np.float64 if isinstance(value, float) else np.int64)
+    words = multihost_utils.broadcast_one_to_all(whole.view(np.uint32))
+    return type(value)(np.asarray(words, np.uint32).view(whole.dtype)[0])
 
 
 def make_mesh(devices: list[Any] | None = None, model: int = 1) -> Mesh:

@@ -71,7 +71,8 @@ def test_help_shows_what_the_user_typed(typed, capsys, name):
     assert f"spear-jax {name}" in shown[shown.index("examples:") :] and "python -m" not in shown
 
 
-def test_help_of_a_module_shows_the_module(capsys):
+def test_help_of_a_module_shows_the_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/spear_jax/train.py"])
     with pytest.raises(SystemExit):
         command_line.parser("train", "", "python -m spear_jax.train --quiet").parse_args(["--help"])
     shown = capsys.readouterr().out

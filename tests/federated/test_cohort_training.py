@@ -181,6 +181,6 @@ def test_a_client_that_loses_its_update_goes_on_with_its_old_adapter_and_moments
     active = np.arange(C) != 1
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(np.asarray(new)[:C][active], np.asarray(old)[:C][active])
-    moved = train(model, lora, cohort, keep=True, carried=first.states).states[0]
+    moved = train(model, lora, cohort, keep=True, carried=copied(first.states)).states[0]
     counts = lambda states: np.asarray(jax.tree.leaves(states.opt_state)[0])[:C][active]
     assert (counts(moved) > counts(before)).all()
