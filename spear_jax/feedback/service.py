@@ -101,7 +101,7 @@ class Service(Recorded):
     def _end_chatter(self) -> None:
         chatter, self._chatter = self._chatter, None
         if chatter is not None:
-            chatter.end(PATIENCE)
+            chatter.end(PATIENCE + TIMEOUT)  # by then its last call has ended, too
 
     def _beside(self, round: int, clients: Sequence[int]) -> list[dict[str, Any]]:
         """What came in since, kept for this round before it is used."""
@@ -354,7 +354,7 @@ class _Chatter:
             self._failure = error
 
     def end(self, seconds: float) -> None:
-        """Waits so long for an answer that is under way. Raises: what ended the thread."""
+        """Waits so many seconds for an answer that is under way. Raises: what ended the thread."""
         self._over.set()
         self._thread.join(seconds)
         if self._failure is not None:
