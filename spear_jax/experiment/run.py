@@ -475,9 +475,7 @@ class Run:
         return metrics
 
 
-def view_of(
-    experiment: Experiment, folder: pathlib.Path, policy: Callable[[], Policy]
-) -> RunView:
+def view_of(experiment: Experiment, folder: pathlib.Path, policy: Callable[[], Policy]) -> RunView:
     """Returns a run as a feedback provider sees it.
 
     Args: folder: what the provider keeps, it keeps there; policy: the newest one.
