@@ -71,14 +71,14 @@ def read_request(records: RecordDict, adapter: Adapter, state: dict[str, Any]) -
     Raises: Refused.
     """
     check_protocol(records, "asked")
-    asked = records["asked"]
+    asked = _record(records, "asked", ConfigRecord)
     used = {name: float(asked[f"used_{name}"]) for name in vars(BudgetUsed())}
     return Request(
         run=str(asked["run"]),
         client=int(asked["client"]),
         round=int(asked["round"]),
-        adapter=_tree(records["adapter"], adapter),
-        state=_tree(records["state"], state),
+        adapter=_tree(_record(records, "adapter", ArrayRecord), adapter),
+        state=_tree(_record(records, "state", ArrayRecord), state),
         used=BudgetUsed(**used),
     )
 
@@ -115,14 +115,16 @@ def read_update(records: RecordDict, adapter: Adapter, sends: str) -> ClientUpda
     if own["weight"] < 0:
         raise Refused(f"its weight is {own['weight']:g}, below 0")
     counts = {}
-    for name, pair in records["counts"].items():
+    for name, pair in _record(records, "counts", MetricRecord).items():
         if not (isinstance(pair, list) and len(pair) == 2 and all(map(math.isfinite, pair))):
             raise Refused(f"its metric {name[:40]!r} is not a finite total and count")
         counts[name] = Mean(*map(float, pair))
     if NOT_FINITE not in counts:
         raise Refused("it does not say whether its training was finite")
     return ClientUpdate(
-        update=_tree(records["update"], jax.tree.map(np.zeros_like, adapter), sends),
+        update=_tree(
+            _record(records, "update", ArrayRecord), jax.tree.map(np.zeros_like, adapter), sends
+        ),
         weight=own["weight"],
         active=bool(own["active"]),
         counts=counts,
@@ -141,7 +143,7 @@ def write_refusal(reason: str) -> RecordDict:
 
 def check_protocol(records: RecordDict, name: str) -> None:
     """Raises Refused where the record `name` is missing or of another protocol."""
-    there = records[name].get("protocol") if name in records else None
+    there = _record(records, name, ConfigRecord).get("protocol")
     if there != PROTOCOL:
         raise Refused(
             f"it speaks protocol {there!r} and this side {PROTOCOL}; install the same version of "
@@ -197,11 +199,17 @@ def _tree(record: ArrayRecord, like: Any, factors: str = "ab") -> Any:
     return pytrees.from_dicts(jax.tree.unflatten(structure, leaves), like)
 
 
+def _record(records: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A record of that kind. Raises: Refused where there is none."""
+    if name not in records or not isinstance(records[name], kind):
+        raise Refused(f"it has no {kind.__name__} {name!r}")
+    return records[name]
+
+
 def _numbers(records: Mapping[str, Any], name: str) -> dict[str, float]:
     """The numbers of a record. Raises: Refused where one is none or not finite."""
-    if name not in records:
-        raise Refused(f"it has no {name}")
-    for key, value in records[name].items():
+    record = _record(records, name, MetricRecord)
+    for key, value in record.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise Refused(f"its number {key[:40]!r} is not finite")
-    return {key: float(value) for key, value in records[name].items()}
+    return {key: float(value) for key, value in record.items()}

@@ -65,7 +65,8 @@ def build_node(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) ->
             f"the node's client is {client}, but federation.num_clients is "
             f"{config.federation.num_clients}; clients are counted from 0."
         )
-    return Node(build(config, own=own), client, folder)
+    devices = jax.devices()[: config.devices.model]  # more would train clients that are not here
+    return Node(build(config, devices, own=own), client, folder)
 
 
 @dataclasses.dataclass(frozen=True)

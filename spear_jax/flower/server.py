@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -132,11 +133,12 @@ class Nodes:
 class DeployedRun(Run):
     """A run whose clients are Flower's nodes.
 
+    Args: parts: as for `Run`: callbacks, devices, a reducer.
     Raises: UserError as `Run`, and for settings that hold in simulation alone.
     """
 
-    def __init__(self, grid: Grid, terms: Terms):
-        super().__init__(terms.config(), terms.workdir, quiet=True)
+    def __init__(self, grid: Grid, terms: Terms, **parts: Any):
+        super().__init__(terms.config(), terms.workdir, quiet=True, **parts)
         check_deployable(self.experiment)
         self.grid, self.terms = grid, terms
         self.nodes = Nodes(grid, self.settings.federation.num_clients, terms.deadline)
@@ -197,12 +199,14 @@ class DeployedRun(Run):
         waiting = {next(iter(self.grid.push_messages([m]))): c for c, m in sent.items()}
         enough = max(1, round(self.terms.quorum * len(clients)))
         good = 0
-        while waiting and good < enough and time.monotonic() - began < self.terms.deadline:
+        while waiting:
             for reply in self.grid.pull_messages(list(waiting)):
                 client = waiting.pop(reply.metadata.reply_to_message_id)
                 seconds = time.monotonic() - began
                 outcomes[client] = self._read(client, reply, seconds, down[client])
                 good += outcomes[client].result == OK
+            if good >= enough or time.monotonic() - began > self.terms.deadline:
+                break
             time.sleep(PAUSE)
         for client in waiting.values():
             seconds = time.monotonic() - began
