@@ -365,14 +365,9 @@ def join_updates(
     raw = np.array([one.weight for one in own])
     weight = np.asarray(aggregation.weights(raw, active), np.float32)
     weight = np.where(np.isin(cohort.clients, left_out), np.float32(0), weight)
-    adapters = jax.tree.map(
-        lambda x, *more: x + np.stack(more), to_host(start), *(one.update for one in own)
-    )
-    reducer = aggregation.reducer
+    reduced = _reduced(aggregation, start, [one.update for one in own], weight)
     trained = TrainedClients(
-        (adapters, weight)
-        if aggregation.collects
-        else reducer.add(reducer.init(start), adapters, weight),
+        reduced,
         state.algorithm_state,
         jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
         _joined(own),
@@ -388,6 +383,29 @@ def join_updates(
     result = _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
     check_finite(result.metrics, cohort.round)
     return with_budget(result, used)
+
+
+def _reduced(
+    aggregation: Aggregation, start: Adapter, updates: Sequence[Adapter], weight: np.ndarray
+) -> Any:
+    """Adds clients one by one, as a cohort's program does; collects them where the aggregation does.
+
+    Args: weight: float32[C].
+    """
+    adapter = lambda update: jax.tree.map(jnp.add, start, update)
+    if aggregation.collects:
+        stack = lambda *x: np.stack(x)
+        return jax.tree.map(stack, *(to_host(adapter(update)) for update in updates)), weight
+    reduced = aggregation.reducer.init(start)
+    for update, mass in zip(updates, weight, strict=True):
+        one = jax.tree.map(lambda x: x[None], adapter(update))
+        reduced = _add(aggregation.reducer, reduced, one, mass[None])
+    return reduced
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
+    return reducer.add(state, adapters, weight)
 
 
 def _joined(updates: Sequence[ClientUpdate]) -> dict[str, float]:

@@ -27,6 +27,7 @@ build-backend = "hatchling.build"
 [project]
 name = "spear-jax-app"
 version = "{version}"
+license = "Apache-2.0"
 description = "Federated fine-tuning from feedback: {method}, {task}, {model}"
 dependencies = []
 

@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from flwr.app import RecordDict
 
-from spear_jax.core.compilation import enable_compilation_cache
+from spear_jax.core.compilation import Compiles, enable_compilation_cache
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.files import write_whole, writing
 from spear_jax.experiment.builder import Experiment, OwnParts, build
@@ -42,13 +43,21 @@ def answer(
         not fit it.
     """
     messages.check_protocol(records, "asked")
+    began, compiles = time.perf_counter(), Compiles()
     enable_compilation_cache()
+    # a process trains one round, so that short compilations count, too
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     node = build_node(node_config, run_config)
     state = node.experiment.initial_state()
     mine = node.experiment.federation.algorithm.client_state
     shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
     request = messages.read_request(records, state.lora, shared)
     update = node.train(request)
+    seconds = {
+        "time/node": time.perf_counter() - began,
+        "time/node_compile": compiles.take()["compile/seconds"],
+    }
+    update = dataclasses.replace(update, metrics=update.metrics | seconds)
     sends = node.experiment.federation.aggregation.rule.sends(request.round)
     return messages.write_update(update, sends)
 
