@@ -267,6 +267,18 @@ def test_a_node_sets_its_data_and_nothing_that_all_must_share(config):
         with_own(config, {"client": 0, "folder": "x", "train.steps": 3})
 
 
+def test_a_node_trains_on_its_own_file_however_small(tmp_path):
+    rows = [{"question": f"What is {i}?", "answers": str(i)} for i in range(3)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = sj.preset("spear", task="qa", model="tiny")
+    terms = vars(Terms(json.dumps(config.to_dict()), "elsewhere"))
+    own = {"client": 2, "folder": str(tmp_path), "data.path": str(tmp_path)}
+    federation = node.build_node(own, terms).experiment.federation
+    assert [list(own) for own in federation.clients] == [[], [], [0, 1, 2], []]
+    with pytest.raises(UserError, match="client is 4, but federation.num_clients is 4"):
+        node.build_node(own | {"client": 4}, terms)
+
+
 @pytest.mark.parametrize(
     "change, why",
     [

@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -71,3 +75,42 @@ def test_three_rounds_on_supernodes_are_the_simulated_ones(method, tmp_path):
         assert distance < bound
     lines = [json.loads(x) for x in (tmp_path / "server/clients.jsonl").read_text().splitlines()]
     assert [x["result"] for x in lines] == ["ok"] * 9
+
+
+def wait_for(condition, seconds=300):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def lines_of(file):
+    return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_a_node_dies_in_a_round_and_the_server_between_rounds(tmp_path):
+    config, server = config_of("spear"), tmp_path / "server"
+    config.federation.num_clients = 3
+    with Deployment(tmp_path / "real") as there:
+        there.run(config, server, wait=False, deadline=600.0)
+        log = tmp_path / "real/node2.log"
+        wait_for(lambda: "ROUND 1" in log.read_text())
+        began = time.monotonic()
+        there.kill("node2")
+        wait_for(lambda: len(lines_of(server / "metrics.jsonl")) == 2)
+        print(f"round 1 ended {time.monotonic() - began:.0f} s after its node was killed")
+        app = ["pgrep", "-g", str(there.processes["superlink"].pid), "-f", "flwr-serverapp"]
+        for pid in subprocess.run(app, capture_output=True, text=True, check=True).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        there.start_node(2)
+        there.run(config, server, deadline=600.0)
+    results = [(x["round"], x["client"], x["result"]) for x in lines_of(server / "clients.jsonl")]
+    last = {(round, client): result for round, client, result in results}
+    assert last == {
+        (r, c): "lost" if (r, c) == (1, 2) else "ok" for r in (1, 2, 3) for c in range(3)
+    }
+    lines = lines_of(server / "metrics.jsonl")
+    assert [line["round"] for line in lines] == [0, 1, 2, 3]
+    assert [line.get("participation/lost") for line in lines] == [None, 1, 0, 0]
+    assert [line.get("round/clients") for line in lines] == [None, 2, 3, 3]
+    assert json.loads((server / "summary.json").read_text())["rounds"] == 3
