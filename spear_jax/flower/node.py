@@ -155,10 +155,10 @@ class Node:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, target)
-            # a later one is of a run's end that its server has lost
-            for number in _saved(folder):
-                if number > round or number not in _saved(folder)[-KEPT:]:
-                    (folder / "state" / f"{number:05d}.npz").unlink()
+            saved = _saved(folder)
+            until = saved.index(round) + 1  # later ones are of rounds that the server has lost
+            for number in saved[: max(0, until - KEPT)] + saved[until:]:
+                (folder / "state" / f"{number:05d}.npz").unlink()
 
 
 def _saved(folder: pathlib.Path) -> list[int]:

@@ -243,6 +243,16 @@ def test_a_node_refuses_a_server_of_another_protocol(adapter):
         node.answer(records, {"client": 0, "folder": "nowhere"}, {})
 
 
+def test_a_node_goes_back_where_its_server_does(tmp_path):
+    own = node.Node(None, 0, tmp_path)
+    for round in (1, 2, 4):
+        own._keep(tmp_path, round, {"iteration": np.full(3, round)})
+    assert [int(own._state(tmp_path, round)["iteration"][0]) for round in (5, 4, 3)] == [4, 2, 2]
+    assert len(list((tmp_path / "state").iterdir())) == 2
+    own._keep(tmp_path, 3, {"iteration": np.full(3, 3)})  # round 4 was not saved on the server
+    assert int(own._state(tmp_path, 5)["iteration"][0]) == 3
+
+
 # Settings
 
 
