@@ -98,6 +98,20 @@ class Deployment:
         os.killpg(self.processes[name].pid, signal.SIGKILL)
         self.processes[name].wait()
 
+    def kill_started(self, program):
+        """SIGKILL to what the superlink or a supernode has started; returns how many there were."""
+        killed = 0
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                ours = f"FLWR_HOME={self.folder}/home".encode() in (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if ours and any(word.endswith(program.encode()) for word in words):
+                os.kill(int(folder.name), signal.SIGKILL)
+                killed += 1
+        return killed
+
     def run(self, config, workdir, wait=True, **terms):
         """`flwr run` of a config; returns its process."""
         app = self.folder / "app"

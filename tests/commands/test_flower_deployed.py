@@ -2,9 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
-import subprocess
 import time
 
 import jax
@@ -65,7 +62,8 @@ def test_three_rounds_on_supernodes_are_the_simulated_ones(method, tmp_path):
     with Deployment(tmp_path / "real", nodes=4) as there:
         there.run(config, tmp_path / "server", deadline=600.0)
     start = adapter_of(simulated, tmp_path / "simulated", 0)
-    for round, bound in ((1, 1e-5), (2, 1e-3), (3, 1e-3)):
+    # of two steps on four rows; AdamW divides rounding by gradients near zero
+    for round, bound in ((1, 3e-5), (2, 1e-3), (3, 1e-3)):
         said = traces(tmp_path / "real", round)
         assert len({client for client, _ in said}) == 3
         assert said == traces(tmp_path / "simulated", round)
@@ -97,11 +95,9 @@ def test_a_node_dies_in_a_round_and_the_server_between_rounds(tmp_path):
         wait_for(lambda: "ROUND 1" in log.read_text())
         began = time.monotonic()
         there.kill("node2")
-        wait_for(lambda: len(lines_of(server / "metrics.jsonl")) == 2)
+        wait_for((server / "checkpoints/1").exists)
         print(f"round 1 ended {time.monotonic() - began:.0f} s after its node was killed")
-        app = ["pgrep", "-g", str(there.processes["superlink"].pid), "-f", "flwr-serverapp"]
-        for pid in subprocess.run(app, capture_output=True, text=True, check=True).stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+        assert there.kill_started("flwr-serverapp")
         there.start_node(2)
         there.run(config, server, deadline=600.0)
     results = [(x["round"], x["client"], x["result"]) for x in lines_of(server / "clients.jsonl")]
