@@ -117,9 +117,7 @@ def generated(device, model, lora, temperature, prompts=40):
     mesh, decoder = make_mesh([device]), make_decoder(model)
     put = lambda tree: jax.device_put(tree, device)
     base = merge(put(model.base), put(lora), decoder.lora)
-    sampler = Sampler(
-        decoder, lambda x: shard_rows(x, mesh), spread=lambda x: replicate(x, mesh)
-    )
+    sampler = Sampler(decoder, lambda x: shard_rows(x, mesh), spread=lambda x: replicate(x, mesh))
     return sampler.generate(None, base, asked, keys, how)
 
 
