@@ -177,8 +177,8 @@ def unstack(base: DecoderParams) -> DecoderParams:
         return base
     if next(iter(base.embed.devices())).platform == "cpu":
         return base.replace(layers=_layers_of(base.layers))
-    weight = base.layers.gate
-    whole = isinstance(weight, jax.Array) and weight.sharding.is_fully_replicated
+    sharding = getattr(base.layers.gate, "sharding", None)  # a quantised weight has none
+    whole = sharding is not None and sharding.is_fully_replicated
     return base.replace(layers=_copied_layers(base.layers, whole))
 
 
