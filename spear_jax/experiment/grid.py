@@ -109,8 +109,11 @@ def machine(jobs: int) -> dict[str, Any]:
 
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
-    """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns
-    those that failed. Raises: UserError where another process is training the grid.
+    """Trains the unfinished cells, `jobs` at a time. Returns those that failed.
+
+    Each label has a process of its own, or several where there are fewer labels than jobs.
+
+    Raises: UserError where another process is training the grid.
     """
     lock = run_folder.FolderLock(folder)
     lock.take()
@@ -128,11 +131,27 @@ def _run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) 
     cells = sum(len(row.configs) for row in rows)
     report = Report(folder, cells, sum(map(len, left.values())), quiet)
     for label, seed, error in processes.run(
-        functools.partial(train_cells, folder), list(left.items()), jobs
+        functools.partial(train_cells, folder), share_out(left, jobs), jobs
     ):
         report(label, seed, error)
         failed += [f"{label}/seed{seed}"] if error else []
     return failed
+
+
+def share_out(
+    left: dict[str, dict[int, ml_collections.ConfigDict]], jobs: int
+) -> list[tuple[str, dict[int, ml_collections.ConfigDict]]]:
+    """Returns the work of each process: a label with some of its seeds.
+
+    A label's seeds stay together, since they share programs, unless jobs would stand idle: 2 labels
+    of 3 seeds are 2 tasks for 3 jobs, and 4 tasks (seeds 0 and 2, and 1, of each) for 4 jobs.
+    """
+    parts = max(1, jobs // max(1, len(left)))
+    return [
+        (label, dict(list(cells.items())[part::parts]))
+        for label, cells in left.items()
+        for part in range(min(parts, len(cells)))
+    ]
 
 
 def programs(folder: pathlib.Path) -> pathlib.Path:
