@@ -32,6 +32,17 @@ TOKENS = (
     "tail_0:spear:spear.tail=0",
     "tail_4:spear:spear.tail=4",
 )
+SEARCH = (
+    "rate_0.0005:spear:train.learning_rate=5e-4,train.learning_rate_min=1e-4",
+    "rate_0.002:spear:train.learning_rate=2e-3,train.learning_rate_min=4e-4",
+    "rate_0.004:spear:train.learning_rate=4e-3,train.learning_rate_min=8e-4",
+    "steps_8:spear:train.steps=8",
+    "questions_64:spear:rollout.examples=64",
+    "revisions_2:spear:rollout.num_revisions=2",
+    "last_10_layers:spear:lora.last_layers=10",
+    "rank_64:spear:lora.rank=64,lora.alpha=128.0",
+    "answers_of_8:spear:rollout.max_new_tokens=8,rollout.max_new_tokens_revision=8",
+)
 FAULTS = (
     "no_average:spear:federation.aggregation=last",
     "skipped_count:spear:spear.skip_weight=rollouts",
@@ -49,12 +60,12 @@ PEOPLE = {
 }
 
 
-def study(task: str, seeds: int, budget: str, variants: tuple[str, ...] = ()) -> list[str]:
-    """Returns the arguments of `compare` for SPEAR and its variants at seeds 0, 1, ..."""
+def study(task: str, seeds: str, budget: str, variants: tuple[str, ...] = ()) -> list[str]:
+    """Returns the arguments of `compare` for SPEAR and its variants."""
     return [
         "--methods=spear",
         f"--task={task}",
-        f"--seeds={','.join(map(str, range(seeds)))}",
+        f"--seeds={seeds}",
         f"--budget={budget}",
         *(f"--variant={variant}" for variant in variants),
     ]
@@ -88,14 +99,15 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
 
 
 STUDIES = {
-    "seeds": study(NEWS, 10, "rounds:12"),
+    "search": study(NEWS, "100", "rounds:12", SEARCH),
+    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:12"),
     "rates": side_by_side("100", 1000, (5e-4, 2e-3)),
     "methods": side_by_side("0,1,2", 2000),
-    "loses": study(NEWS, 3, "rounds:12", LOSES),
-    "loses_facts": study(FACTS, 5, "tokens:8000", LOSES),
-    "loses_reasoned": study(REASONED, 5, "tokens:80000", (*LOSES, *TOKENS)),
-    "faults": study(NEWS, 3, "rounds:12", FAULTS),
-    "people": study(NEWS, 3, "rounds:12", people()),
+    "loses": study(NEWS, "0,1,2", "rounds:12", LOSES),
+    "loses_facts": study(FACTS, "0,1,2,3,4", "tokens:8000", LOSES),
+    "loses_reasoned": study(REASONED, "0,1,2,3,4", "tokens:80000", (*LOSES, *TOKENS)),
+    "faults": study(NEWS, "0,1,2", "rounds:12", FAULTS),
+    "people": study(NEWS, "0,1,2", "rounds:12", people()),
 }
 
 
