@@ -76,21 +76,23 @@ def unfinished(
     return left
 
 
-def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
-    """Builds each row's experiment for the first seed, in a process of its own, so that this one
-    never holds a device.
+def check_rows(rows: Sequence[GridRow], jobs: int) -> dict[str, str]:
+    """Builds each row's experiment for the first seed, in `jobs` processes, so that this one never
+    holds a device.
 
-    Returns: the gold text that each label's method sees. Raises: UserError for the first config
-        that cannot run.
+    Returns: the gold text that each label's method sees. Raises: UserError for a config that
+        cannot run.
     """
-    if not rows:
-        return {}
     for row in rows:
         check_wandb(next(iter(row.configs.values())))
-    found = processes.ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
-    if isinstance(found, UserError):
-        raise found
-    return found
+    asked = [(row.label, next(iter(row.configs.values()))) for row in rows]
+    shares = [asked[part::jobs] for part in range(min(jobs, len(asked)))]
+    golds: dict[str, str] = {}
+    for found in processes.ask_all(_check, shares):
+        if isinstance(found, UserError):
+            raise found
+        golds |= found
+    return golds
 
 
 def _check(rows: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, str] | UserError:
