@@ -124,6 +124,7 @@ class Nodes:
                 f"it says that it is client {client!r}, not one of 0 to {self.clients - 1}"
             )
         if client in self.node:
+            self._heard.discard(node)  # the other one may be gone before the next round
             raise Refused(
                 f"it says that it is client {client}, and node {self.node[client]} is that"
             )

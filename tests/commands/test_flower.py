@@ -176,6 +176,30 @@ def test_a_round_without_any_update_says_why(config, tmp_path):
         deployed(config, tmp_path, change, deadline=0.1).train()
 
 
+def test_a_node_is_met_by_its_client(capsys):
+    def change(node, kind, reply):
+        if node == 4:
+            reply.content["hello"]["protocol"] = 2
+        return reply
+
+    configs = [{"client": 1}, {"client": 1}, {"client": 7}, {"client": 0}, {}]
+    grid = Loopback(configs, {}, change)
+    nodes = server.Nodes(grid, 3, patience=0.0)
+    nodes.find([0, 1])
+    assert nodes.node == {1: 1}
+    told = capsys.readouterr().err
+    for words in (
+        "node 2 is refused: it says that it is client 1, and node 1 is that",
+        "node 3 is refused: it says that it is client 7, not one of 0 to 2",
+        "node 4 is refused: it speaks protocol 2",
+        "node 5 is refused: it says that it is client -1",
+    ):
+        assert words in told
+    del grid.nodes[1]  # it was started anew, as node 2
+    nodes.find([0, 1])
+    assert nodes.node == {1: 2}
+
+
 # Messages
 
 
