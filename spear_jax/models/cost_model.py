@@ -239,13 +239,13 @@ def fitting_remat(each: Callable[[str], int], together: int, whole: int | None) 
     each(remat) bytes may take half of a device's memory.
 
     It is a function of the machine and the settings, and not of what is free: a run that goes on
-    compiles the same programs. A CPU keeps at most the products. More would leave its caches.
+    compiles the same programs. At most the products are kept. More would leave a CPU's caches, and
+    was no faster on an H200 (docs/performance/accelerators.md).
 
     Args: whole: what the base leaves of a device's memory; None where it cannot be known.
     """
-    kinds = REMAT[1:] if jax.default_backend() == "cpu" else REMAT
     fits = lambda remat: whole is not None and together * each(remat) <= whole // 2
-    return next(filter(fits, kinds), REMAT[-1])
+    return next(filter(fits, REMAT[1:]), REMAT[-1])
 
 
 def fitting(most: int, each: int, free: int | None) -> int:
