@@ -97,6 +97,8 @@ setup(
         ],
         "docs": DOCS,
         "live": LIVE,
+        # clients on real devices; commands and API change from one minor version to the next
+        "flower": ["flwr>=1.42,<1.43"],
         "postgres": ["psycopg[binary]>=3.2,<4"],  # serve --database=postgresql+psycopg://...
         # ipywidgets: without it tqdm warns in a notebook
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8", "ipywidgets>=8,<9"],

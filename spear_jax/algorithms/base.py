@@ -229,6 +229,14 @@ class Algorithm(abc.ABC):
         return 1
 
     @property
+    def reads_cohort(self) -> bool:
+        """Returns whether it measures on the texts of all clients of a round together.
+
+        A client by itself then trains another round.
+        """
+        return False
+
+    @property
     def keeps_older_adapters(self) -> bool:
         """Returns whether it compares with adapters of rounds before the last one.
 

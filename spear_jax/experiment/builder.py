@@ -145,7 +145,12 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class OwnParts:
-    """Parts passed as objects, in place of those that the config names."""
+    """Parts passed as objects, in place of those that the config names.
+
+    Attributes:
+        client: the id of the only client whose data is here: all of the training set is its own,
+            and there is no test set. None: the clients share the training set.
+    """
 
     task: Task | None = None
     feedback: Feedback | None = None
@@ -153,6 +158,7 @@ class OwnParts:
     lora_rule: LoraRule | None = None
     optimizer: optax.GradientTransformation | None = None
     transforms: tuple[ClientTransform, ...] = ()
+    client: int | None = None
 
 
 def build(
@@ -177,14 +183,16 @@ def build(
     )
     check_processes(feedback)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
-    test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
+    test_set = train_set
+    if own.client is None:
+        test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
     trusts = isinstance(own.reducer, FLTrust) or settings.federation.reducer == "fltrust"
     if settings.attack.kind in ON_FEEDBACK:
         bad = attackers(settings.seed, settings.federation.num_clients, settings.attack.fraction)
         feedback = with_attackers(
             feedback, settings.attack.kind, bad, settings.attack.target, train_set
         )
-    clients = split_clients(settings, train_set)
+    clients = split_clients(settings, train_set, own.client)
     if trusts:
         clients = split_root(settings, clients)
         feedback = with_oracle(settings, feedback)

@@ -69,9 +69,17 @@ def with_oracle(settings: Any, feedback: Feedback) -> Feedback:
     return Mixture(feedback.task, [(root, float(root), oracle), (0, float("inf"), feedback)])
 
 
-def split_clients(settings: Any, examples: list[Example]) -> list[np.ndarray]:
-    """Returns the examples of each client, as positions in the training set."""
+def split_clients(
+    settings: Any, examples: list[Example], only: int | None = None
+) -> list[np.ndarray]:
+    """Returns the examples of each client, as positions in the training set.
+
+    Args: only: the client that has them all; None: they are split among the clients.
+    """
     fed = settings.federation
+    if only is not None:
+        everything = np.arange(len(examples))
+        return [everything if c == only else everything[:0] for c in range(fed.num_clients)]
     return partition(
         np.array([example.gold for example in examples]),
         fed.num_clients,

@@ -19,7 +19,7 @@ import pathlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ from spear_jax.federated import local_only
 from spear_jax.federated import round as whole_cohort
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
+from spear_jax.federated.round import RoundResult
 from spear_jax.federated.round_metrics import BudgetUsed, accuracy_metrics
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.base import Feedback, RunView
@@ -363,8 +364,6 @@ class Run:
 
     def _view(self) -> RunView:
         """The run as a feedback provider sees it."""
-        worker, settings = self.experiment.federation.worker, self.settings
-        sampling = self.experiment.evaluator.sampling
 
         @functools.lru_cache(1)  # a merged copy of the base is made once a round
         def policy(rounds: int) -> Policy:
@@ -372,18 +371,7 @@ class Run:
             # where each client has an adapter, the first one's
             return federation.worker.policy(self.experiment.adapters(self.state)[0])
 
-        def answer(asked: list[tuple[Example, str, str]]) -> list[Attempt]:
-            return worker.reply(policy(self.finished_rounds), asked, sampling)
-
-        return RunView(
-            name=self.workdir.name,
-            folder=self.workdir,
-            clients=settings.federation.num_clients,
-            rounds=settings.rounds,
-            examples=worker.examples,
-            answer=answer,
-            count_tokens=lambda text: len(worker.renderer.tokenizer.encode(text)),
-        )
+        return view_of(self.experiment, self.workdir, lambda: policy(self.finished_rounds))
 
     def _check_folder(self) -> None:
         """Raises UserError where the folder is no longer this run's, or no longer there."""
@@ -411,10 +399,7 @@ class Run:
                 asynchronous).
         """
         began, experiment = time.perf_counter(), self.experiment
-        rounds = local_only if experiment.federation.local_only else whole_cohort
-        self.state, metrics, traces = rounds.run_round(
-            experiment.federation, self.state, BudgetUsed.read(self.line)
-        )
+        self.state, metrics, traces = self._run_round()
         number = self.finished_rounds
         if number == 2:
             experiment.shapes.freeze()  # from here on batches are padded into shapes that exist
@@ -431,6 +416,12 @@ class Run:
             self._logger.traces(number, traces, experiment.federation.worker.renderer.pieces)
         self._logger.write(self.line)
         return Round(number, self.line, traces)
+
+    def _run_round(self) -> RoundResult:
+        """Runs the next round, all of its clients in this process."""
+        federation = self.experiment.federation
+        rounds = local_only if federation.local_only else whole_cohort
+        return rounds.run_round(federation, self.state, BudgetUsed.read(self.line))
 
     def _tell_left_out(self, number: int, metrics: dict[str, float]) -> None:
         """Says, once in a run, that updates or steps were not finite and are left out."""
@@ -482,6 +473,27 @@ class Run:
         for callback in self.callbacks:
             callback.on_evaluate(self, mean_accuracy(found), number)
         return metrics
+
+
+def view_of(experiment: Experiment, folder: pathlib.Path, policy: Callable[[], Policy]) -> RunView:
+    """Returns a run as a feedback provider sees it.
+
+    Args: folder: what the provider keeps, it keeps there; policy: the newest one.
+    """
+    worker, settings = experiment.federation.worker, experiment.settings
+
+    def answer(asked: list[tuple[Example, str, str]]) -> list[Attempt]:
+        return worker.reply(policy(), asked, experiment.evaluator.sampling)
+
+    return RunView(
+        name=folder.name,
+        folder=folder,
+        clients=settings.federation.num_clients,
+        rounds=settings.rounds,
+        examples=worker.examples,
+        answer=answer,
+        count_tokens=lambda text: len(worker.renderer.tokenizer.encode(text)),
+    )
 
 
 def load_run(workdir: str | pathlib.Path, **parts: Any) -> Run:

@@ -149,7 +149,16 @@ def read_run_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             f"{folder} is no run folder: it has no config.json. Give the --workdir of a `train` "
             f"command."
         )
-    saved, config = read_json_object(file), default_config()
+    return config_of(read_json_object(file), file)
+
+
+def config_of(saved: dict[str, Any], file: pathlib.Path) -> ml_collections.ConfigDict:
+    """Returns the config that a JSON object holds, as in a run folder's config.json.
+
+    Args: file: where it stands, for messages.
+    Raises: UserError where it is no config.
+    """
+    config = default_config()
     for name, value in config.items():
         given = saved.get(name, {})
         if isinstance(value, ml_collections.ConfigDict) and not isinstance(given, dict):

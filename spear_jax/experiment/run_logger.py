@@ -64,26 +64,34 @@ class RunLogger:
             self.tracking.write(line)
 
     def traces(self, round: int, records: list[TraceRecord], pieces: Pieces) -> None:
-        """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read,
-        first answers also by token.
-
-        Args: pieces: token ids -> each token's own text.
-        """
-        target = self.file.parent / "traces" / f"round_{round:05d}.jsonl.gz"
-        temporary = target.with_suffix(".tmp")
-        with writing(target):
-            target.parent.mkdir(exist_ok=True)
-            # a text of a model may hold half a surrogate pair, which UTF-8 has no bytes for
-            with gzip.open(temporary, "wt", encoding="utf-8", errors="backslashreplace") as out:
-                for trace, role, confidence in records:
-                    record = _record(trace, role, confidence, pieces)
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            os.replace(temporary, target)
+        """Writes the round's rollouts (`write_traces`)."""
+        write_traces(self.file.parent, round, records, pieces)
 
     def close(self) -> None:
         if self.tracking:
             self.tracking.close()
         self.board.close()
+
+
+def write_traces(
+    folder: pathlib.Path, round: int, records: list[TraceRecord], pieces: Pieces
+) -> None:
+    """traces/round_00001.jsonl.gz: every rollout of the round as text that a person can read, first
+    answers also by token.
+
+    Args: pieces: token ids -> each token's own text.
+    Raises: DiskError where the file cannot be written.
+    """
+    target = folder / "traces" / f"round_{round:05d}.jsonl.gz"
+    temporary = target.with_suffix(".tmp")
+    with writing(target):
+        target.parent.mkdir(exist_ok=True)
+        # a text of a model may hold half a surrogate pair, which UTF-8 has no bytes for
+        with gzip.open(temporary, "wt", encoding="utf-8", errors="backslashreplace") as out:
+            for trace, role, confidence in records:
+                record = _record(trace, role, confidence, pieces)
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(temporary, target)
 
 
 class Board:

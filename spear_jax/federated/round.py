@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,9 @@ LOCAL = purpose("local")
 PHASE = purpose("phase")
 
 NOTHING_USED = BudgetUsed()
+# numbers of clients of which the largest counts, or their sum, where their rounds are joined
+LARGEST = ("time/", "feedback/tokens_of_most")
+SUMMED = ("rollout/tokens", "rollout/wins", "rollout/loses", "feedback/", "round/flops")
 
 
 class RoundResult(NamedTuple):
@@ -60,13 +64,13 @@ class TrainedClients:
         reduced: as in `cohort_training.TrainedCohort`.
         algorithm_state: after collecting.
         means: training metrics, summed over clients and phases.
-        phases: what was collected in each phase.
+        metrics: numbers of the rollouts by name, tokens, operations and seconds among them.
+        traces: what the rollouts said.
         learning_rate: of the round.
-        work: operations a weight of the base, for `cost_model.flops`.
-        seconds: {"rollout", "train"}.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
         not_finite: ids of the clients whose training ended without a finite update.
         outcome: who has reported, on the simulated clock; None: there is none.
+        weight: float[C], from the method, in the last phase.
         active: bool[C], who had something to train on, lost clients among them.
         sent: bool[C], who has sent an update.
     """
@@ -74,25 +78,15 @@ class TrainedClients:
     reduced: Any
     algorithm_state: dict
     means: dict[str, Mean]
-    phases: list[CohortData]
+    metrics: dict[str, float]
+    traces: list[TraceRecord]
     learning_rate: float
-    work: float
-    seconds: dict[str, float]
     starts: Adapter | None
     not_finite: list[int]
     outcome: Outcome | None
+    weight: np.ndarray
     active: np.ndarray
     sent: np.ndarray
-
-    @property
-    def traces(self) -> list[TraceRecord]:
-        return [record for phase in self.phases for record in phase.traces]
-
-    def rollout_metrics(self) -> dict[str, float]:
-        """Numbers of the rollouts: means over phases, wins and loses summed."""
-        first, counts = self.phases[0].metrics, ("rollout/wins", "rollout/loses")
-        means = {name: float(np.mean([x.metrics[name] for x in self.phases])) for name in first}
-        return means | {name: float(sum(x.metrics[name] for x in self.phases)) for name in counts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +95,23 @@ class ClientUpdate:
 
     Attributes:
         update: θ_k - θ, float32; zeros where the client did not train.
-        weight: its aggregation weight; 0 where it did not train.
+        weight: its aggregation weight, before the reducer weighs; 0 where its update is not finite.
+        active: whether it had something to train on.
         counts: training metrics as (total, count), to be added over clients.
-        metrics: numbers of its rollouts.
+        metrics: numbers of its rollouts by name.
+        answers: (first answers, wrong ones among them), over which clients' fractions are averaged.
+        learning_rate: of the round.
         client_state: its part of the algorithm's state, which never leaves it.
         traces: what was said, which does not leave it either.
     """
 
     update: Adapter
     weight: float
+    active: bool
     counts: dict[str, Mean]
     metrics: dict[str, float]
+    answers: tuple[int, int]
+    learning_rate: float
     client_state: dict
     traces: list[TraceRecord]
 
@@ -170,30 +170,36 @@ def round_of(
     trained = train_clients(
         federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
     )
-    began = time.perf_counter()
-    before = dataclasses.replace(state, lora=start, algorithm_state={})
+    return _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
+
+
+def _end(
+    federation: Federation,
+    aggregation: Aggregation,
+    state: ServerState,
+    cohort: Cohort,
+    trained: TrainedClients,
+) -> RoundResult:
+    """Aggregates a trained cohort, and names the round's numbers."""
+    began, kept, start = time.perf_counter(), state.aggregation_state, state.lora
+    before = dataclasses.replace(state, algorithm_state={})
     state, moved, measured, rejected = end_round(
         aggregation, before, trained.reduced, cohort.clients, trained.starts
     )
     _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
-    tally = federation.worker.tally
     state, told = _clock(federation, state, trained.outcome, cohort)
     means = dict(trained.means)
     left_out = means.pop(NOT_FINITE).total
     metrics: dict[str, float] = {
-        **trained.rollout_metrics(),
+        **trained.metrics,
         **training_metrics(federation.algorithm.name, means),
-        **federation.worker.feedback.take_metrics(),
-        "rollout/tokens": float(tally.generated),
         "round/clients": float(len(cohort.clients)),
         "round/clients_without_wins": float((~trained.active).sum()),
         "round/clients_not_finite": float(left_out),
         **_bytes(aggregation, start, kept, cohort, trained.sent),
         "round/update_norm": change,
         "round/rate": trained.learning_rate,
-        "round/flops": cost_model.flops(federation.decoder.config, tally, trained.work),
-        **{f"time/{name}": value for name, value in trained.seconds.items()},
         **measured,
         **told,
     }
@@ -320,15 +326,104 @@ def client_round(
     if trained.starts is not None:
         began = jax.tree.map(lambda x: x[0], trained.starts)
     update, mass = alone.reducer.finish(trained.reduced, began)
-    last, state = trained.phases[-1], trained.algorithm_state
+    asked = [record.trace for record in trained.traces if not record.trace.beside]
     return ClientUpdate(
         update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
-        weight=float(last.weight[0]),
+        weight=0.0 if trained.not_finite else float(trained.weight[0]),
+        active=bool(trained.active[0]),
         counts=trained.means,
-        metrics=trained.rollout_metrics(),
-        client_state={name: state[name] for name in federation.algorithm.client_state},
+        metrics=trained.metrics,
+        answers=(len(asked), sum(not trace.first.correct for trace in asked)),
+        learning_rate=trained.learning_rate,
+        client_state={
+            name: trained.algorithm_state[name] for name in federation.algorithm.client_state
+        },
         traces=trained.traces,
     )
+
+
+def join_updates(
+    federation: Federation,
+    state: ServerState,
+    used: BudgetUsed,
+    cohort: Cohort,
+    updates: Mapping[int, ClientUpdate],
+) -> RoundResult:
+    """Ends a round of clients that trained by themselves (`client_round`), as a real server would.
+
+    The clients that sent nothing do not count. The state's parts of clients stay as they are.
+
+    Args: updates: by client, of some of the cohort, at least one.
+    """
+    own = [updates[client] for client in cohort.clients if client in updates]
+    cohort = federation.cohort_of([c for c in cohort.clients if c in updates], cohort.round)
+    aggregation, start = federation.aggregation, federation.on_devices(state.lora)
+    active = np.array([one.active for one in own])
+    left_out = [
+        c for c, one in zip(cohort.clients, own, strict=True) if one.counts[NOT_FINITE].total
+    ]
+    raw = np.array([one.weight for one in own])
+    weight = np.asarray(aggregation.weights(raw, active), np.float32)
+    weight = np.where(np.isin(cohort.clients, left_out), np.float32(0), weight)
+    reduced = _reduced(aggregation, start, [one.update for one in own], weight)
+    trained = TrainedClients(
+        reduced,
+        state.algorithm_state,
+        jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
+        _joined(own),
+        [record for one in own for record in one.traces],
+        own[0].learning_rate,
+        None,
+        left_out,
+        None,
+        raw,
+        active,
+        active,
+    )
+    result = _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
+    check_finite(result.metrics, cohort.round)
+    return with_budget(result, used)
+
+
+def _reduced(
+    aggregation: Aggregation, start: Adapter, updates: Sequence[Adapter], weight: np.ndarray
+) -> Any:
+    """Adds clients one by one, as a cohort's program does; collects them where the aggregation does.
+
+    Args: weight: float32[C].
+    """
+    adapter = lambda update: jax.tree.map(jnp.add, start, update)
+    if aggregation.collects:
+        stack = lambda *x: np.stack(x)
+        return jax.tree.map(stack, *(to_host(adapter(update)) for update in updates)), weight
+    reduced = aggregation.reducer.init(start)
+    for update, mass in zip(updates, weight, strict=True):
+        one = jax.tree.map(lambda x: x[None], adapter(update))
+        reduced = _add(aggregation.reducer, reduced, one, mass[None])
+    return reduced
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
+    return reducer.add(state, adapters, weight)
+
+
+def _joined(updates: Sequence[ClientUpdate]) -> dict[str, float]:
+    """The clients' numbers as the round's: counts are summed, fractions averaged over first answers
+    (over the wrong ones for what was fixed), and of LARGEST the largest is taken.
+    """
+    metrics = {}
+    for name in sorted({name for one in updates for name in one.metrics}):
+        known = [one for one in updates if name in one.metrics]
+        values = [one.metrics[name] for one in known]
+        if name.startswith(LARGEST):
+            metrics[name] = max(values)
+        elif name.startswith(SUMMED):
+            metrics[name] = float(np.sum(values))
+        else:
+            mass = [one.answers[name == "rollout/fixed"] for one in known]
+            metrics[name] = float(np.average(values, weights=mass if any(mass) else None))
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,11 +531,27 @@ def train_clients(
             policies.append(Policy(federation.base, adapters, slots))
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
+    tally = worker.tally
+    metrics = {
+        **_rollout_metrics(phases),
+        **worker.feedback.take_metrics(),
+        "rollout/tokens": float(tally.generated),
+        "round/flops": cost_model.flops(federation.decoder.config, tally, work),
+        **{f"time/{name}": value for name, value in seconds.items()},
+    }
+    traces = [record for phase in phases for record in phase.traces]
     starts = None if own is None else own.lora
     return TrainedClients(
-        trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite,
-        outcome, active, sent,
+        trained.reduced, algorithm_state, means, metrics, traces, rate, starts, not_finite, outcome,
+        data.weight, active, sent,
     )  # fmt: skip
+
+
+def _rollout_metrics(phases: Sequence[CohortData]) -> dict[str, float]:
+    """Numbers of the rollouts: means over phases, wins and loses summed."""
+    first, counts = phases[0].metrics, ("rollout/wins", "rollout/loses")
+    means = {name: float(np.mean([x.metrics[name] for x in phases])) for name in first}
+    return means | {name: float(sum(x.metrics[name] for x in phases)) for name in counts}
 
 
 def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:

@@ -16,7 +16,7 @@ from spear_jax.experiment import command_line, presets
 from spear_jax.experiment.config import default_config, describe, flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMANDS = "benchmark compare doctor evaluate export fetch pretrain published report score serve sweep train"
+COMMANDS = "benchmark compare doctor evaluate export fetch flower pretrain published report score serve sweep train"
 
 
 def run_main(capsys, *argv):

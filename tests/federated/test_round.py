@@ -9,7 +9,7 @@ from small_cohort import close
 import spear_jax as sj
 from spear_jax.core.types import Mean
 from spear_jax.experiment.builder import build
-from spear_jax.federated.round import client_round, run_round
+from spear_jax.federated.round import client_round, join_updates, run_round
 from spear_jax.federated.round_metrics import BudgetUsed
 
 SMALL = {
@@ -32,7 +32,7 @@ def built(method, **changes):
     return experiment.federation, experiment.initial_state()
 
 
-@pytest.mark.parametrize("method", ["spear", "grpo", "space"])
+@pytest.mark.parametrize("method", ["spear", "grpo", "space", "feedback_sft"])
 def test_the_weighted_mean_of_single_clients_is_the_cohorts_round(method):
     federation, state = built(method)
     key = jax.random.wrap_key_data(jnp.asarray(state.key))
@@ -53,6 +53,16 @@ def test_the_weighted_mean_of_single_clients_is_the_cohorts_round(method):
     assert counts["loss"].value() == pytest.approx(metrics["train/loss"], rel=1e-4)
     assert sum(len(update.traces) for update in updates) == len(traces)
     assert isinstance(counts["loss"], Mean)
+    cohort = federation.cohort(1)
+    joined, told, _ = join_updates(
+        federation, state, BudgetUsed(), cohort, dict(enumerate(updates))
+    )
+    step = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), joined.lora, state.lora)
+    close(step, mean, 1e-4)  # float32 of the adapter, not of its step
+    assert int(joined.round) == 1 and told.keys() == metrics.keys()
+    timed = ("time/", "budget/seconds")
+    for name in (name for name in metrics if not name.startswith(timed)):
+        assert told[name] == pytest.approx(metrics[name], rel=2e-3, abs=1e-6), name
 
 
 def test_clients_texts_stay_in_their_part_of_the_state():

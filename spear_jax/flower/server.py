@@ -1,0 +1,239 @@
+"""The server: a run whose rounds are trained elsewhere.
+
+All else is a run as any other: the same folder, evaluation, checkpoints, and going on after a kill.
+The run folder has one file more, clients.jsonl: who was asked in each round, and what came of it.
+"""
+
+import dataclasses
+import json
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from spear_jax.core.errors import UserError
+from spear_jax.core.files import write_whole, writing
+from spear_jax.core.mesh import to_host
+from spear_jax.core.surroundings import say
+from spear_jax.experiment.builder import Experiment
+from spear_jax.experiment.run import Run
+from spear_jax.federated.round import ClientUpdate, RoundResult, join_updates
+from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.flower import messages
+from spear_jax.flower.messages import Refused, Request
+from spear_jax.flower.terms import Terms
+
+PAUSE = 0.25  # seconds between two looks for replies
+HELLO = 60.0  # seconds that a node has to say which client it is
+
+OK, LOST, LATE, REFUSED = "ok", "lost", "late", "refused"
+
+
+def check_deployable(experiment: Experiment) -> None:
+    """Raises UserError for settings that hold in simulation alone."""
+    federation, settings = experiment.federation, experiment.settings
+    aggregation, rule = federation.aggregation, federation.aggregation.rule
+    kept = experiment.initial_state().aggregation_state
+    provider = federation.worker.feedback
+    for wrong, what, remedy in (
+        (federation.local_only, "federation.aggregation is local", "take mean"),
+        (federation.participation is not None, "a simulated clock loses clients", "leave participation.* at its defaults"),
+        (aggregation.attack is not None, "attack.kind makes clients attack", "set it to none"),
+        (aggregation.uplink is not None, "updates are compressed in simulation", "set compression.kind=none"),
+        (aggregation.root is not None, "the reducer needs a client of the server's", "take another"),
+        (rule.personal or rule.changes_base or "rank" in kept,
+         f"lora_rule {rule.name!r} sends each client more than the adapter", "take mean or ffa"),
+        (federation.algorithm.reads_cohort,
+         f"method {settings.algorithm.name!r} measures on the texts of all clients together",
+         "take another order"),
+        (provider.asks_people or provider.asks_by_id,
+         f"rollout.feedback {settings.rollout.feedback!r} asks somebody, whom the server cannot see",
+         "name it in each node's --node-config, and set rollout.feedback=oracle here"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"{what}, which real clients do not do; {remedy}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of asking a client.
+
+    Attributes:
+        result: OK, LOST, LATE or REFUSED; why: in words.
+        seconds: until the reply, or until nobody waited any more.
+        bytes_down, bytes_up: of the messages.
+        update: where the result is OK.
+    """
+
+    client: int
+    result: str
+    why: str = ""
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    update: ClientUpdate | None = None
+
+
+class Nodes:
+    """The connected nodes, by client.
+
+    Args: clients: K; patience: seconds to wait for the first nodes.
+    """
+
+    def __init__(self, grid: Grid, clients: int, patience: float):
+        self.grid, self.clients, self.patience = grid, clients, patience
+        self.node: dict[int, int] = {}  # of a client
+        self._heard: set[int] = set()
+
+    def find(self, wanted: Iterable[int]) -> None:
+        """Asks new nodes who they are; the first time waits until the wanted clients are there."""
+        until = time.monotonic() + self.patience
+        self.patience = 0.0
+        while True:
+            here = set(self.grid.get_node_ids())
+            self.node = {client: node for client, node in self.node.items() if node in here}
+            self._heard &= here
+            self._meet(sorted(here - self._heard))
+            if set(wanted) <= self.node.keys() or time.monotonic() >= until:
+                return
+            time.sleep(PAUSE)
+
+    def _meet(self, new: list[int]) -> None:
+        asked = [Message(RecordDict(), node, "query", ttl=HELLO) for node in new]
+        replies = self.grid.send_and_receive(asked, timeout=HELLO) if asked else ()
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            self._heard.add(node)
+            try:
+                self._enter(node, reply)
+            except Refused as refused:
+                say(f"warning: node {node} is refused: {refused}", sys.stderr)
+
+    def _enter(self, node: int, reply: Message) -> None:
+        if reply.has_error():
+            self._heard.discard(node)  # asked again before the next round
+            raise Refused(reply.error.reason)
+        messages.check_protocol(reply.content, "hello")
+        client = reply.content["hello"].get("client")
+        if not isinstance(client, int) or not 0 <= client < self.clients:
+            raise Refused(
+                f"it says that it is client {client!r}, not one of 0 to {self.clients - 1}"
+            )
+        if client in self.node:
+            self._heard.discard(node)  # the other one may be gone before the next round
+            raise Refused(
+                f"it says that it is client {client}, and node {self.node[client]} is that"
+            )
+        self.node[client] = node
+
+
+class DeployedRun(Run):
+    """A run whose clients are Flower's nodes.
+
+    Args: parts: as for `Run`: callbacks, devices, a reducer.
+    Raises: UserError as `Run`, and for settings that hold in simulation alone.
+    """
+
+    def __init__(self, grid: Grid, terms: Terms, **parts: Any):
+        super().__init__(terms.config(), terms.workdir, quiet=True, **parts)
+        check_deployable(self.experiment)
+        self.grid, self.terms = grid, terms
+        self.nodes = Nodes(grid, self.settings.federation.num_clients, terms.deadline)
+        self.run_id = self._run_id()
+
+    def _run_id(self) -> str:
+        """The run's name for its nodes: drawn once, and kept in the run folder."""
+        file = self.workdir / "flower.json"
+        if not file.exists():
+            write_whole(file, json.dumps({"run": secrets.token_hex(8)}) + "\n")
+        return json.loads(file.read_text(encoding="utf-8"))["run"]
+
+    def _run_round(self) -> RoundResult:
+        """Asks the cohort's nodes, and joins what they send."""
+        federation, number = self.experiment.federation, self.finished_rounds + 1
+        cohort, began = federation.cohort(number), time.perf_counter()
+        self.nodes.find(cohort.clients)
+        outcomes = self._ask(cohort.clients, number)
+        waited = time.perf_counter() - began
+        self._tell(number, outcomes)
+        updates = {one.client: one.update for one in outcomes if one.update is not None}
+        if not updates:
+            reasons = "; ".join(f"client {one.client}: {one.result}, {one.why}" for one in outcomes)
+            raise UserError(
+                f"round {number}: no client has sent an update that can be taken ({reasons[:600]}). "
+                "The rounds before it are kept; `flwr run` on the same app goes on from there."
+            )
+        used = BudgetUsed.read(self.line)
+        result = join_updates(federation, self.state, used, cohort, updates)
+        count = lambda *results: float(sum(one.result in results for one in outcomes))
+        told = {
+            "participation/lost": count(LOST),
+            "participation/late": count(LATE),
+            "participation/refused": count(REFUSED),
+            "flower/bytes_down": float(sum(one.bytes_down for one in outcomes)),
+            "flower/bytes_up": float(sum(one.bytes_up for one in outcomes)),
+            "flower/seconds": waited,
+        }
+        return result._replace(metrics=result.metrics | told)
+
+    def _ask(self, clients: list[int], number: int) -> list[Outcome]:
+        """Sends a round's requests; returns what came of them, in the cohort's order."""
+        state, mine = self.state, self.experiment.federation.algorithm.client_state
+        adapter = to_host(state.lora)
+        shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
+        used, outcomes, sent = BudgetUsed.read(self.line), {}, {}
+        for client in clients:
+            if client not in self.nodes.node:
+                outcomes[client] = Outcome(client, LOST, "no node is connected")
+                continue
+            request = Request(self.run_id, client, number, adapter, shared, used)
+            records = messages.write_request(request)
+            node, ttl = self.nodes.node[client], self.terms.deadline
+            sent[client] = Message(records, node, "train", ttl=ttl, group_id=str(number))
+        down = {client: messages.size(message.content) for client, message in sent.items()}
+        began = time.monotonic()
+        # one by one: a request of many adapters at once could be too large
+        waiting = {next(iter(self.grid.push_messages([m]))): c for c, m in sent.items()}
+        enough = max(1, round(self.terms.quorum * len(clients)))
+        good = 0
+        while waiting:
+            for reply in self.grid.pull_messages(list(waiting)):
+                client = waiting.pop(reply.metadata.reply_to_message_id)
+                seconds = time.monotonic() - began
+                outcomes[client] = self._read(client, reply, seconds, down[client])
+                good += outcomes[client].result == OK
+            if good >= enough or time.monotonic() - began > self.terms.deadline:
+                break
+            time.sleep(PAUSE)
+        for client in waiting.values():
+            seconds = time.monotonic() - began
+            outcomes[client] = Outcome(client, LATE, "no reply in time", seconds, down[client])
+        return [outcomes[client] for client in clients]
+
+    def _read(self, client: int, reply: Message, seconds: float, down: int) -> Outcome:
+        if reply.has_error():
+            return Outcome(client, LOST, reply.error.reason[:200], seconds, down)
+        up, rule = messages.size(reply.content), self.experiment.federation.aggregation.rule
+        try:
+            sends = rule.sends(self.finished_rounds + 1)
+            update = messages.read_update(reply.content, self.state.lora, sends)
+        except Refused as refused:
+            return Outcome(client, REFUSED, str(refused), seconds, down, up)
+        return Outcome(client, OK, "", seconds, down, up, update)
+
+    def _tell(self, number: int, outcomes: list[Outcome]) -> None:
+        """Writes clients.jsonl, and names on stderr whose update is missing."""
+        file = self.workdir / "clients.jsonl"
+        with writing(file), file.open("a", encoding="utf-8") as out:
+            for one in outcomes:
+                line = {"round": number} | vars(one)
+                del line["update"]
+                out.write(json.dumps(line) + "\n")
+        for one in outcomes:
+            if one.result != OK:
+                told = f"warning: round {number}: client {one.client} is {one.result}: {one.why}"
+                say(told, sys.stderr)
