@@ -24,6 +24,7 @@ from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
+from spear_jax.federated.drift import DRIFTS
 from spear_jax.federated.participation import Participation
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
@@ -60,6 +61,7 @@ def build_aggregation(
             "federation.weighting is 'capped', but federation.weight_cap is 0; set the largest weight "
             "that a client may have, for example --config.federation.weight_cap=10.0."
         )
+    drift = DRIFTS.get(fed.drift)
     rate = 1.0 if fed.aggregation in ("last", "local") else fed.server_rate
     aggregation = Aggregation(
         reducer=reducer,
@@ -69,12 +71,15 @@ def build_aggregation(
         transforms=transforms,
         rule=rule or find_rule(fed.lora_rule, numbers),
         rate=rate,
-        weighting=Weighting(fed.weighting, fed.weight_cap),
+        weighting=Weighting(
+            "uniform" if drift and drift.uniform else fed.weighting, fed.weight_cap
+        ),
         attack=build_attack(settings) if attack.kind in ON_MODELS else None,
         uplink=build_uplink(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
+        drift=drift,
     )
     if fed.exactness_meter and not aggregation.collects and isinstance(reducer, Mean):
         return dataclasses.replace(aggregation, reducer=Metered(reducer))
@@ -164,6 +169,12 @@ def check_aggregation(
             attack=settings.attack.kind,
             clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
+            drift=fed.drift,
+            partial=settings.participation.partial,
+            phases=algorithm.phases,
+            ditto=settings.personal.ditto,
+            finetune=settings.personal.finetune > 0,
+            old_logprobs=algorithm.scoring.old_logprobs,
         )
     )
 
@@ -173,9 +184,12 @@ def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) 
     make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
     adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
     remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
+    controls = settings.federation.drift == "scaffold"
     for cause, applies, factors in (
         (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
         ("compression.error_feedback", remembers, "ab"),
+        ("federation.drift=scaffold", controls, "ab"),
+        ("personal.ditto", settings.personal.ditto, "ab"),
     ):
         held, limit = (
             clients * factor_bytes(adapter, decoder.lora.rank, factors),

@@ -22,6 +22,7 @@ from spear_jax.federated.aggregation.attacks import ON_MODELS
 from spear_jax.federated.aggregation.compression import COMPRESSORS
 from spear_jax.federated.aggregation.server_optimizer import RULES
 from spear_jax.federated.aggregation.weighting import KINDS as WEIGHTINGS
+from spear_jax.federated.drift import DRIFTS
 from spear_jax.feedback.attacks import ON_FEEDBACK
 from spear_jax.feedback.recorded import FeedbackSettings
 from spear_jax.models.attention import KERNELS
@@ -131,6 +132,7 @@ class Federation:
     beta2: float = number(0.99, 0, below=1)
     tau: float = positive(5e-3)
     prox: float = number(0.0, 0)  # FedProx's μ
+    drift: str = choice("none", ("none", *DRIFTS))  # of clients; how it is corrected
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
 
@@ -177,11 +179,21 @@ class ParticipationSettings:
     over_selection: float = number(1.0, 1, 100)  # asks so many times as many clients as it wants
     deadline: float = number(0.0, 0)  # simulated seconds; 0 means none
     min_reports: int = number(1, 1)  # with fewer the round fails
+    partial: bool = False  # a client that is lost in the middle of training sends what it has
     speed: float = positive(5e11)  # FLOP/s, the median of devices
     up: float = positive(5e5)  # bytes/s, likewise
     down: float = positive(1e6)
     spread: float = number(0.5, 0, 10)  # σ of all three, of their logarithm
     latency: float = number(0.05, 0)  # seconds each way
+
+
+@dataclasses.dataclass(frozen=True)
+class Personal:
+    """Adapters of single clients, beside the global one."""
+
+    ditto: bool = False  # every client trains one of its own, pulled towards the global one
+    pull: float = number(1.0, 0)  # λ of ditto
+    finetune: int = number(0, 0)  # steps that each client trains by itself after the last round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +302,7 @@ class Settings:
     aggregation: AggregationRules = group(AggregationRules)
     compression: Compression = group(Compression)
     participation: ParticipationSettings = group(ParticipationSettings)
+    personal: Personal = group(Personal)
     attack: AttackSettings = group(AttackSettings)
     rollout: Rollout = group(Rollout)
     feedback: FeedbackSettings = group(FeedbackSettings)

@@ -477,6 +477,14 @@ class Run:
         accuracy = float(np.mean([one.accuracy for one in found]))
         metrics = accuracy_metrics(accuracy, found[0].count)
         metrics["time/eval"] = time.perf_counter() - began
+        if self.experiment.federation.ditto is not None:
+            each = [one.accuracy for one in found]
+            whole = self.experiment.evaluator(self.experiment.global_policy(self.state))
+            metrics |= {
+                "personal/global_accuracy": whole.accuracy,
+                "personal/worst_accuracy": min(each),
+                "personal/best_accuracy": max(each),
+            }
         if found[0].nll is not None:
             metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
         for callback in self.callbacks:

@@ -40,6 +40,7 @@ class Federation:
         aggregation: how updates become the next global adapter.
         schedule: the learning rate of a round.
         participation: who reports back, on a simulated clock; None: all do.
+        ditto: λ of the pull on clients' own adapters; None: they have none.
         local_only: clients are never averaged; every one keeps an adapter of its own.
         clients_per_round: the cohort's size; sampling: "uniform" or "weighted" by examples.
         colliding_streams: A7 of the published code: client streams keyed by round + client.
@@ -58,6 +59,7 @@ class Federation:
     aggregation: Aggregation
     schedule: Schedule
     participation: Participation | None
+    ditto: float | None
     local_only: bool
     clients_per_round: int
     sampling: str

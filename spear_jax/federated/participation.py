@@ -77,6 +77,7 @@ class Participation:
         over_selection: o.
         deadline: seconds; 0 is none.
         min_reports: with fewer the round fails.
+        partial: whether a client that is lost in the middle of training sends what it has.
         seed: of all draws.
     """
 
@@ -89,6 +90,7 @@ class Participation:
     over_selection: float = 1.0
     deadline: float = 0.0
     min_reports: int = 1
+    partial: bool = False
     seed: int = 0
 
     def asked(self, wanted: int) -> int:
@@ -133,9 +135,11 @@ class Participation:
             rollout, training: FLOP of each, likewise.
         """
         losses = [self.loss(round, client, steps) for client in clients]
-        lost = np.array([loss is not None for loss in losses], bool)
         done = np.array([steps if loss is None else loss.steps for loss in losses], int)
-        each = zip(bytes_down, bytes_up, rollout + training, map(self.device, clients), strict=True)
+        some = self.partial & (done > 0) & (done < steps)
+        lost = np.array([loss is not None for loss in losses], bool) & ~some
+        work = rollout + training * np.where(some, done / steps, 1.0)
+        each = zip(bytes_down, bytes_up, work, map(self.device, clients), strict=True)
         report = np.array([round_time(*one, self.latency) for one in each])
         wait = self.deadline or math.inf
         accepted, seconds = accept(np.where(lost, math.inf, report), wanted, wait)
@@ -143,7 +147,10 @@ class Participation:
             seconds = float(report.max(initial=0.0))
         if accepted.sum() < self.min_reports:
             accepted = np.zeros_like(accepted)
-        unrun = float(np.sum(training * done / steps * ~accepted))
+        share = done / steps
+        unrun = float(
+            np.sum(training * share * ~accepted - training * (1 - share) * some * accepted)
+        )
         return Outcome(accepted, ~lost, lost, done, seconds, unrun)
 
     def metrics(

@@ -34,6 +34,7 @@ from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean
 from spear_jax.federated.aggregation.robust import ROBUST
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
+from spear_jax.federated.drift import Drift
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
@@ -56,6 +57,7 @@ class Aggregation:
         scale: alpha / rank of the adapters.
         ranks: of the clients, over and over; () where all have the adapter's.
         root: the id of the server's own client, whose update a reducer compares with.
+        drift: a correction of client drift.
     """
 
     reducer: Reducer = Mean()
@@ -69,6 +71,7 @@ class Aggregation:
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
     root: int | None = None
+    drift: Drift | None = None
 
     @property
     def collects(self) -> bool:
@@ -92,8 +95,14 @@ class Aggregation:
             plain = self.rule.bytes_up(adapter, rank, round)
             if self.uplink is not None:
                 plain = self.uplink.compressor.bytes_of(plain // 4)
-            up.append(plain * (client != self.root))
             received = self.rule.bytes_down(adapter, rank, round, kept)
+            if self.drift is not None:
+                one = self.rule.bytes_up(adapter, rank, round)
+                plain, received = (
+                    plain + (self.drift.up - 1) * one,
+                    received + (self.drift.down - 1) * one,
+                )
+            up.append(plain * (client != self.root))
             down.append(received * (client != self.root))
         return np.array(up), np.array(down)
 
@@ -185,6 +194,7 @@ def end_round(
     reduced: Any,
     clients: Sequence[int] = (),
     starts: Adapter | None = None,
+    factor: float | np.ndarray | None = None,
 ) -> Aggregated:
     """Finishes the reduction and takes one server step, and tells what it found.
 
@@ -193,16 +203,19 @@ def end_round(
             (adapters [C, ...], weight [C]).
         clients: the cohort's ids, where the aggregation collects.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        factor: what the reduced update is multiplied by, or where the aggregation collects each
+            client's, float[C]; None: nothing.
     """
     kept = state.aggregation_state
     if aggregation.collects:
-        return _on_host(aggregation, state, reduced, clients, starts)
+        return _on_host(aggregation, state, reduced, clients, starts, factor)
     sends = aggregation.rule.sends(int(state.round) + 1)
     bare = dataclasses.replace(state, aggregation_state={})
     metrics = {}
     if isinstance(aggregation.reducer, Metered):
         metrics = exactness.metrics(to_host(_squares(aggregation.reducer, reduced, state.lora)))
-    after, change = _finish_and_step(aggregation, sends, bare, reduced)
+    scale = None if factor is None else np.asarray(factor, np.float32)
+    after, change = _finish_and_step(aggregation, sends, bare, reduced, scale)
     return Aggregated(dataclasses.replace(after, aggregation_state=kept), change, metrics, [])
 
 
@@ -236,9 +249,11 @@ _compiled_step = jax.jit(server_step, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish_and_step(aggregation, sends, state, reduced):
-    finished = aggregation.reducer.finish(reduced, state.lora)
-    return server_step(aggregation, state, *finished, sends)
+def _finish_and_step(aggregation, sends, state, reduced, factor=None):
+    update, mass = aggregation.reducer.finish(reduced, state.lora)
+    if factor is not None:
+        update = jax.tree.map(lambda x: factor * x, update)
+    return server_step(aggregation, state, update, mass, sends)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,7 +275,7 @@ def _held(new: Any, old: Any, sends: str) -> Any:
 # Where every client's adapter is on the host
 
 
-def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
+def _on_host(aggregation, state, collected, clients, starts, factor) -> Aggregated:
     """Attack, rejection, transforms, reducer, LoRA rule and server step, in numpy."""
     adapters, weight = to_host(collected)
     start = to_host(state.lora)
@@ -269,6 +284,9 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
     ids = np.asarray(clients if len(clients) else range(len(weight)))
     received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
     updates, weight, metrics, rejected, kept = received
+    if factor is not None:
+        scale = lambda x: np.reshape(factor, (-1, *[1] * (x.ndim - 1))) * np.asarray(x, np.float64)
+        updates = jax.tree.map(scale, updates)
     if aggregation.root is not None:
         root = ids == aggregation.root
         kept["root"] = jax.tree.map(lambda x: x[0], vectors.take(updates, root))

@@ -28,6 +28,11 @@ class Choices:
         references: whether its loss compares with the adapter that a round starts from.
         compression: its kind; error_feedback: whether clients remember what it lost.
         attack: its kind; clock: whether participation is simulated.
+        drift: how the drift of clients is corrected; partial: whether lost clients send what they have.
+        phases: of a round of the method; old_logprobs: whether it compares with the policy that
+            answered.
+        ditto: whether clients have an adapter of their own, too; finetune: whether they train one at
+            the end.
     """
 
     rule: LoraRule
@@ -46,6 +51,12 @@ class Choices:
     error_feedback: bool = False
     attack: str = "none"
     clock: bool = False
+    drift: str = "none"
+    partial: bool = False
+    phases: int = 1
+    old_logprobs: bool = False
+    ditto: bool = False
+    finetune: bool = False
 
 
 def reasons(given: Choices) -> dict[str, str]:
@@ -63,6 +74,8 @@ def reasons(given: Choices) -> dict[str, str]:
             ),
             *_of_the_server(given, name),
             *_of_the_base(given, name),
+            *_of_drift(given, name),
+            *_of_persons(given, name),
             (
                 "feedback_without_compression",
                 given.error_feedback and given.compression == "none",
@@ -118,6 +131,7 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     plain = type(rule).name == "mean" and given.reducer_name in ("mean", "last")
     # where nothing is ever sent
     unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
+    unseen = unseen or given.drift != "none" or given.ditto or given.finetune
     return [
         (
             "server_optimiser",
@@ -132,8 +146,8 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             "server_rule_alone",
             alone and (not plain or (given.server == "local" and unseen)),
             f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
-            "averages; neither goes with a lora_rule, a robust reducer, compression, participation or "
-            "an attack on the model. Take fedavg.",
+            "averages; neither goes with a lora_rule, a robust reducer, compression, participation, "
+            "drift, personal or an attack on the model. Take fedavg.",
         ),
     ]
 
@@ -152,6 +166,60 @@ def _of_the_base(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             changes and (given.older_adapters or given.ema_teacher),
             f"method {given.method!r} compares with adapters of earlier rounds, but {name} changes "
             f"the base under them; {TAKE}.",
+        ),
+    ]
+
+
+def _of_drift(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    own = f"federation.drift is {given.drift!r}"
+    several = f"method {given.method!r} trains in {given.phases} phases a round"
+    return [
+        (
+            "scaffold_rule",
+            given.drift in ("scaffold", "mime_lite")
+            and type(given.rule).name not in ("mean", "ffa"),
+            f"{own}, which keeps gradients of both factors in one basis, but {name} does not; take mean "
+            "or ffa.",
+        ),
+        (
+            "nova_rule",
+            given.drift == "fednova" and not given.rule.linear,
+            f"{own}, which lengthens updates, but {name} multiplies factors; take mean, ffa, fedsa or "
+            "rolora.",
+        ),
+        (
+            "drift_phases",
+            given.phases > 1 and (given.drift != "none" or given.partial),
+            f"{own}, and {several}; set --config.grpo.updates to train.steps, which makes them one, or "
+            "drift=none."
+            if given.drift != "none"
+            else f"participation.partial is True, but {several}; set --config.grpo.updates to "
+            "train.steps, which makes them one, or partial=False.",
+        ),
+    ]
+
+
+def _of_persons(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    rule, mixed = given.rule, len(set(given.ranks)) > 1
+    kind = f"federation.lora_rule is {type(rule).name!r}" + (" with mixed ranks" if mixed else "")
+    return [
+        (
+            "ditto_rule",
+            given.ditto and (mixed or not rule.linear or rule.personal),
+            f"personal.ditto pulls a client's own adapter towards the global one number by number, but "
+            f"{kind}, where the two do not match; take mean, ffa or rolora with one rank.",
+        ),
+        (
+            "ditto_method",
+            given.ditto and (given.phases > 1 or given.old_logprobs),
+            f"personal.ditto trains on answers of the global adapter, but method {given.method!r} "
+            "compares with the policy that answered; take another method, or personal.ditto=False.",
+        ),
+        (
+            "finetune_base",
+            given.finetune and (rule.changes_base or mixed),
+            f"personal.finetune starts from the adapter alone, but {kind}; take mean, ffa, fedsa or "
+            "rolora with one rank.",
         ),
     ]
 
