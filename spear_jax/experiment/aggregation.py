@@ -25,7 +25,7 @@ from spear_jax.federated.aggregation.robust.norm_clip import NormClip
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.drift import DRIFTS
-from spear_jax.federated.participation import Participation
+from spear_jax.federated.participation import Asynchronous, Participation
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
 
@@ -80,6 +80,7 @@ def build_aggregation(
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
         drift=drift,
+        waits=settings.participation.mode != "sync",
     )
     if fed.exactness_meter and not aggregation.collects and isinstance(reducer, Mean):
         return dataclasses.replace(aggregation, reducer=Metered(reducer))
@@ -118,7 +119,8 @@ def build_participation(settings: Settings) -> Participation | None:
     Raises: UserError where more clients would be asked than there are.
     """
     clock, fed = settings.participation, settings.federation
-    if not (clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1):
+    asked = clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1
+    if not asked and clock.mode == "sync":
         return None
     made = with_numbers(Participation, vars(clock) | {"seed": settings.seed})
     asked = made.asked(fed.clients_per_round)
@@ -128,6 +130,14 @@ def build_participation(settings: Settings) -> Participation | None:
             f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
         )
     return made
+
+
+def build_asynchronous(settings: Settings) -> Asynchronous | None:
+    """Builds rounds without cohorts; None where there are cohorts."""
+    given = settings.participation
+    if given.mode == "sync":
+        return None
+    return Asynchronous(given.mode, given.buffer, given.max_staleness, given.mix, given.staleness)
 
 
 def client_ranks(settings: Settings) -> tuple[int, ...]:
@@ -147,6 +157,13 @@ def check_aggregation(
 ) -> None:
     """Raises UserError where reducer, LoRA rule, server optimiser and method do not go together."""
     fed, rule, references = settings.federation, aggregation.rule, False
+    clock, buffers, cohort = (
+        settings.participation,
+        build_asynchronous(settings),
+        fed.clients_per_round,
+    )
+    if buffers is not None and not buffers.mixes:
+        cohort = buffers.size(cohort)
     check_state(settings, aggregation, decoder)
     if rule.personal or len(set(aggregation.ranks)) > 1:
         adapter = init_lora(jax.random.key(0), decoder.lora, decoder.config)
@@ -158,7 +175,7 @@ def check_aggregation(
             reducer_name=fed.reducer,
             server=fed.aggregation,
             server_rate=aggregation.rate,
-            cohort=fed.clients_per_round,
+            cohort=cohort,
             ranks=aggregation.ranks,
             quantize=settings.quantize,
             method=algorithm.name,
@@ -170,7 +187,11 @@ def check_aggregation(
             clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
             drift=fed.drift,
-            partial=settings.participation.partial,
+            partial=clock.partial,
+            mode=clock.mode,
+            over_selection=clock.over_selection,
+            deadline=clock.deadline,
+            dropout=clock.dropout,
             phases=algorithm.phases,
             ditto=settings.personal.ditto,
             finetune=settings.personal.finetune > 0,
@@ -185,19 +206,22 @@ def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) 
     adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
     remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
     controls = settings.federation.drift == "scaffold"
+    fed, mode = settings.federation, settings.participation.mode
     for cause, applies, factors in (
         (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
         ("compression.error_feedback", remembers, "ab"),
         ("federation.drift=scaffold", controls, "ab"),
         ("personal.ditto", settings.personal.ditto, "ab"),
+        (f"participation.mode={mode}", mode != "sync", "ab"),
     ):
+        count = fed.clients_per_round if cause.startswith("participation") else clients
         held, limit = (
-            clients * factor_bytes(adapter, decoder.lora.rank, factors),
+            count * factor_bytes(adapter, decoder.lora.rank, factors),
             settings.aggregation.state_gb,
         )
         if applies and held > limit * 1e9:
             raise UserError(
-                f"{cause} keeps {held // (4 * clients):,} numbers for each of {clients:,} clients "
+                f"{cause} keeps {held // (4 * count):,} numbers for each of {count:,} clients "
                 f"({held / 1e9:,.1f} GB), over aggregation.state_gb={limit:g}. Take fewer clients, a "
                 "lower lora.rank or fewer lora.targets, or raise aggregation.state_gb."
             )

@@ -35,13 +35,14 @@ from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
 from spear_jax.experiment.aggregation import (
     build_aggregation,
+    build_asynchronous,
     build_participation,
     check_aggregation,
 )
 from spear_jax.experiment.config import Settings
 from spear_jax.experiment.data import build_task, split_clients, split_root, with_oracle
 from spear_jax.experiment.evaluator import Evaluator
-from spear_jax.federated import ditto
+from spear_jax.federated import asynchronous, ditto
 from spear_jax.federated.aggregation.attacks import attackers
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.pipeline import (
@@ -127,6 +128,8 @@ class Experiment:
             kept["clock"] = np.zeros((), np.float64)
         if drift is not None:
             kept |= drift.init(adapter, clients, optimiser(federation.local))
+        if federation.asynchronous is not None:
+            kept |= asynchronous.init(adapter, federation.clients_per_round)
         if federation.ditto is not None:
             kept |= ditto.init(adapter, clients)
         return dataclasses.replace(server, aggregation_state=kept)
@@ -543,6 +546,7 @@ def build_federation(
             settings.budget.seconds,
         ),
         participation=build_participation(settings),
+        asynchronous=build_asynchronous(settings),
         ditto=settings.personal.pull if settings.personal.ditto else None,
         local_only=fed.aggregation == "local",
         clients_per_round=fed.clients_per_round,

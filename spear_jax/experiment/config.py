@@ -23,6 +23,7 @@ from spear_jax.federated.aggregation.compression import COMPRESSORS
 from spear_jax.federated.aggregation.server_optimizer import RULES
 from spear_jax.federated.aggregation.weighting import KINDS as WEIGHTINGS
 from spear_jax.federated.drift import DRIFTS
+from spear_jax.federated.participation import STALENESS
 from spear_jax.feedback.attacks import ON_FEEDBACK
 from spear_jax.feedback.recorded import FeedbackSettings
 from spear_jax.models.attention import KERNELS
@@ -174,7 +175,12 @@ class Compression:
 class ParticipationSettings:
     """Who of a cohort reports back, on a simulated clock; without one all do."""
 
-    clock: bool = False  # simulate a clock; dropout, over_selection and deadline do so, too
+    clock: bool = False  # simulate a clock; all below but its own numbers do so, too
+    mode: str = one_of("sync", "fedbuff", "fedasync")  # the last two without cohorts
+    buffer: int = number(0, 0)  # B of fedbuff; 0: federation.clients_per_round
+    max_staleness: int = number(0, 0)  # versions; an older update is dropped; 0 means none is
+    staleness: str = choice("polynomial", STALENESS)  # how age shortens a step
+    mix: float = number(0.6, above=0, high=1)  # α of fedasync
     dropout: float = number(0.0, 0, 1)  # the chance that a client is lost in a round
     over_selection: float = number(1.0, 1, 100)  # asks so many times as many clients as it wants
     deadline: float = number(0.0, 0)  # simulated seconds; 0 means none

@@ -41,7 +41,7 @@ from spear_jax.experiment.evaluator import Accuracy
 from spear_jax.experiment.export import export_adapter, export_model
 from spear_jax.experiment.run_logger import NullLogger, ProgressBars, RunLogger
 from spear_jax.experiment.wandb_logger import WandbLogger, check_wandb
-from spear_jax.federated import local_only
+from spear_jax.federated import asynchronous, local_only
 from spear_jax.federated import round as whole_cohort
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
@@ -411,8 +411,12 @@ class Run:
                 asynchronous).
         """
         began, experiment = time.perf_counter(), self.experiment
-        rounds = local_only if experiment.federation.local_only else whole_cohort
-        self.state, metrics, traces = rounds.run_round(
+        run_round = whole_cohort.run_round
+        if experiment.federation.local_only:
+            run_round = local_only.run_round
+        if experiment.federation.asynchronous is not None:
+            run_round = asynchronous.run_round
+        self.state, metrics, traces = run_round(
             experiment.federation, self.state, BudgetUsed.read(self.line)
         )
         number = self.finished_rounds

@@ -48,8 +48,9 @@ def train(
     """
     local = dataclasses.replace(local, prox=federation.ditto or 0.0, drift=None)
     cohort, devices = len(rows.blocks), federation.mesh.shape[CLIENTS]
+    usual = federation.clients_per_round if federation.asynchronous else cohort
     size = cohort_training.chunk_size(
-        cohort, rows.bytes_per_client(), local.clients_at_once, devices
+        usual, rows.bytes_per_client(), local.clients_at_once, devices
     )
     whole = -(-cohort // size) * size
     padded = jax.tree.map(lambda x: np.resize(x, (whole, *x.shape[1:])), personal)

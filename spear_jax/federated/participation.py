@@ -30,6 +30,52 @@ DROPOUT = purpose("dropout")
 MOMENTS = ("after_download", "mid_training", "before_upload")
 
 
+STALENESS = ("polynomial", "constant", "hinge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asynchronous:
+    """Settings of rounds without a cohort (`federated/asynchronous.py`).
+
+    Attributes:
+        mode: "fedbuff" or "fedasync".
+        buffer: B of fedbuff; 0: as many as are at work.
+        oldest: the age of the oldest update that is taken; 0: any.
+        mix: α of fedasync.
+        staleness: s(τ): "polynomial" (1 + τ)^(−a), "constant" 1, "hinge" 1 up to b, then
+            1 / (a (τ − b) + 1).
+        power: a of polynomial; slope, flat: a and b of hinge.
+    """
+
+    mode: str
+    buffer: int = 0
+    oldest: int = 0
+    mix: float = 0.6
+    staleness: str = "polynomial"
+    power: float = 0.5
+    slope: float = 10.0
+    flat: int = 4
+
+    @property
+    def mixes(self) -> bool:
+        """Returns whether clients' adapters are mixed in, not their updates."""
+        return self.mode == "fedasync"
+
+    def size(self, at_work: int) -> int:
+        """Returns B."""
+        return 1 if self.mixes else self.buffer or at_work
+
+    def shrink(self, age: np.ndarray) -> np.ndarray:
+        """Returns what updates of these ages are multiplied by, float64[n]."""
+        age = np.asarray(age, np.float64)
+        s = {
+            "polynomial": (1 + age) ** -self.power,
+            "constant": np.ones_like(age),
+            "hinge": 1 / (self.slope * np.maximum(age - self.flat, 0) + 1),
+        }[self.staleness]
+        return s * self.mix if self.mixes else s
+
+
 class Device(NamedTuple):
     """A client's device: FLOP/s, bytes/s up, bytes/s down."""
 

@@ -191,7 +191,7 @@ def round_of(
         aggregation, before, trained.reduced, cohort.clients, trained.starts, factor
     )
     state = _end_of_drift(federation, state, trained, cohort, rejected, measured)
-    _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
+    tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
     tally = federation.worker.tally
     state, told = _clock(federation, state, trained.outcome, cohort)
@@ -322,7 +322,7 @@ def training_tokens(steps: list) -> int:
     return sum(len(row.prompt) + len(row.completion) for row in rows)
 
 
-def _tell_left_out(round: int, clients: list[int]) -> None:
+def tell_left_out(round: int, clients: list[int]) -> None:
     """Names the clients that are left out of a round's aggregation."""
     if clients and is_main_process():
         names = ", ".join(map(str, clients))
@@ -481,6 +481,7 @@ def train_clients(
             carried,
             own,
             progress,
+            usual=federation.clients_per_round if federation.asynchronous else 0,
         )
         lost = np.flatnonzero(trained.means[NOT_FINITE].total)
         not_finite += [cohort.clients[slot] for slot in lost]

@@ -58,6 +58,7 @@ class Aggregation:
         ranks: of the clients, over and over; () where all have the adapter's.
         root: the id of the server's own client, whose update a reducer compares with.
         drift: a correction of client drift.
+        waits: whether clients' updates wait until they count (`federated/asynchronous.py`).
     """
 
     reducer: Reducer = Mean()
@@ -72,12 +73,14 @@ class Aggregation:
     ranks: tuple[int, ...] = ()
     root: int | None = None
     drift: Drift | None = None
+    waits: bool = False
 
     @property
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        return reads_each or self.attack is not None or self.uplink is not None
+        sends = self.attack is not None or self.uplink is not None
+        return reads_each or sends or self.waits
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
@@ -123,6 +126,24 @@ class Aggregation:
         for transform in transforms:
             update = transform(update)
         return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
+
+
+class Received(NamedTuple):
+    """What the server has of a cohort.
+
+    Attributes:
+        updates: leaves float32[C, ...], zeros where they were not finite.
+        weight: float64[C], 0 likewise.
+        metrics: by name.
+        rejected: ids of the clients whose numbers were not finite.
+        kept: the server's `aggregation_state`.
+    """
+
+    updates: Any
+    weight: np.ndarray
+    metrics: dict[str, float]
+    rejected: list[int]
+    kept: dict[str, Any]
 
 
 class Aggregated(NamedTuple):
@@ -282,7 +303,23 @@ def _on_host(aggregation, state, collected, clients, starts, factor) -> Aggregat
     if starts is None:
         starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, adapters)
     ids = np.asarray(clients if len(clients) else range(len(weight)))
-    received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    received = receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    return conclude(aggregation, state, start, starts, ids, received, factor)
+
+
+def conclude(
+    aggregation: Aggregation,
+    state: ServerState,
+    start: Adapter,
+    starts: Adapter,
+    ids: np.ndarray,
+    received: Received,
+    factor: float | np.ndarray | None = None,
+) -> Aggregated:
+    """Takes the server's step of what it has received.
+
+    Args: start: the global adapter, on the host; starts, factor: as for `end_round`; ids: int[C].
+    """
     updates, weight, metrics, rejected, kept = received
     if factor is not None:
         scale = lambda x: np.reshape(factor, (-1, *[1] * (x.ndim - 1))) * np.asarray(x, np.float64)
@@ -314,11 +351,17 @@ def _on_host(aggregation, state, collected, clients, starts, factor) -> Aggregat
     return Aggregated(after, change, metrics, rejected)
 
 
-def _receive(aggregation, adapters, starts, weight, ids, state):
-    """What the server has of a cohort: updates and weights without those that are not finite.
+def receive(
+    aggregation: Aggregation,
+    adapters: Adapter,
+    starts: Adapter,
+    weight: np.ndarray,
+    ids: np.ndarray,
+    state: ServerState,
+) -> Received:
+    """Sends a cohort's updates up: attack, compression, rejection, and the reducer's transforms.
 
-    Returns: updates, leaves float32[C, ...]; weight float64[C]; metrics; ids that were rejected;
-        what is kept.
+    Args: adapters, starts: leaves [C, ...], on the host; weight: float[C]; ids: int[C].
     """
     updates = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), adapters, starts)
     number, kept = int(state.round) + 1, dict(state.aggregation_state)
@@ -347,7 +390,7 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
         updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
     weight = np.where(accepted, weight, 0.0).astype(np.float64)
-    return updates, weight, metrics, rejected, kept
+    return Received(updates, weight, metrics, rejected, kept)
 
 
 def _travels(updates: Any, sends: str) -> np.ndarray:

@@ -29,6 +29,7 @@ class Choices:
         compression: its kind; error_feedback: whether clients remember what it lost.
         attack: its kind; clock: whether participation is simulated.
         drift: how the drift of clients is corrected; partial: whether lost clients send what they have.
+        mode: of participation; over_selection, deadline, dropout: of the clock.
         phases: of a round of the method; old_logprobs: whether it compares with the policy that
             answered.
         ditto: whether clients have an adapter of their own, too; finetune: whether they train one at
@@ -53,6 +54,10 @@ class Choices:
     clock: bool = False
     drift: str = "none"
     partial: bool = False
+    mode: str = "sync"
+    over_selection: float = 1.0
+    deadline: float = 0.0
+    dropout: float = 0.0
     phases: int = 1
     old_logprobs: bool = False
     ditto: bool = False
@@ -76,6 +81,7 @@ def reasons(given: Choices) -> dict[str, str]:
             *_of_the_base(given, name),
             *_of_drift(given, name),
             *_of_persons(given, name),
+            *_without_cohorts(given, name),
             (
                 "feedback_without_compression",
                 given.error_feedback and given.compression == "none",
@@ -144,7 +150,7 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "server_rule_alone",
-            alone and (not plain or (given.server == "local" and unseen)),
+            alone and (not plain or given.mode != "sync" or (given.server == "local" and unseen)),
             f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
             "averages; neither goes with a lora_rule, a robust reducer, compression, participation, "
             "drift, personal or an attack on the model. Take fedavg.",
@@ -220,6 +226,56 @@ def _of_persons(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             given.finetune and (rule.changes_base or mixed),
             f"personal.finetune starts from the adapter alone, but {kind}; take mean, ffa, fedsa or "
             "rolora with one rank.",
+        ),
+    ]
+
+
+def _without_cohorts(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    waits, own = given.mode != "sync", f"participation.mode is {given.mode!r}"
+    mixes, kind = given.mode == "fedasync", given.reducer_name
+    asked = {
+        f"over_selection {given.over_selection:g}": given.over_selection > 1,
+        f"deadline {given.deadline:g}": given.deadline > 0,
+        "partial True": given.partial,
+    }
+    named = next((name for name, there in asked.items() if there), "")
+    return [
+        (
+            "async_rule",
+            waits and type(given.rule).name not in ("mean", "ffa", "fedsa"),
+            f"{own}, but {name} needs all clients to start from one adapter; take mean, ffa or fedsa.",
+        ),
+        (
+            "async_over_selection",
+            waits and bool(named),
+            f"{own}, which has no cohorts, and participation.{named} is about a cohort; take its "
+            "default, or mode=sync.",
+        ),
+        (
+            "async_drift",
+            waits and given.drift != "none",
+            f"{own}, but federation.drift {given.drift!r} needs clients that start together; take "
+            "drift=none, or mode=sync.",
+        ),
+        (
+            "async_server",
+            mixes and (given.server != "fedavg" or given.server_rate != 1),
+            f"{own}, which mixes adapters by participation.mix and takes no server optimiser; set "
+            "federation.aggregation=fedavg and server_rate=1.",
+        ),
+        (
+            "async_robust",
+            waits and (kind == "fltrust" or (mixes and kind not in ("mean", "norm_clip"))),
+            f"{own}, which takes one update at a time, so that federation.reducer {kind!r} has nothing "
+            "to compare; take fedbuff, or mean or norm_clip."
+            if mixes
+            else f"{own}, but federation.reducer {kind!r} trains the server's own client in every "
+            "round; take another, or mode=sync.",
+        ),
+        (
+            "async_dropout",
+            waits and given.dropout == 1,
+            f"{own}, and participation.dropout is 1, so that nobody ever arrives; lower it.",
         ),
     ]
 
