@@ -149,9 +149,9 @@ class Experiment:
         """Returns what to evaluate: the global policy, or every client's where each has its own."""
         return self._policies_of(self.adapters(state), state)
 
-    def global_policy(self, state: ServerState) -> Policy:
-        """Returns the policy of the global adapter."""
-        return self._policies_of([state.lora], state)[0]
+    def policy_of(self, adapter: Adapter, state: ServerState) -> Policy:
+        """Returns the policy of an adapter, on the base of that state."""
+        return self._policies_of([adapter], state)[0]
 
     def _policies_of(self, own: list[Adapter], state: ServerState) -> list[Policy]:
         federation = self.federation.on_base(state.aggregation_state)
@@ -194,6 +194,7 @@ def build(
         settings.rollout.feedback, task, settings.rollout.hint_words, settings.feedback
     )
     check_processes(feedback)
+    check_finetuning(settings, feedback)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
     test_set = load_examples(task, "test", settings.data.path, settings.eval.limit)
     trusts = isinstance(own.reducer, FLTrust) or settings.federation.reducer == "fltrust"
@@ -296,6 +297,16 @@ def check_processes(feedback: Feedback) -> None:
             f"feedback {type(feedback).__name__!r} asks somebody, but this run has several "
             "processes, each of which would ask; start it without --distributed, or set "
             "--config.rollout.feedback=oracle."
+        )
+
+
+def check_finetuning(settings: Settings, feedback: Feedback) -> None:
+    """Raises UserError where clients that train after the last round would ask people."""
+    if settings.personal.finetune and feedback.asks_people:
+        raise UserError(
+            f"personal.finetune is {settings.personal.finetune}, which rolls out after the last round, "
+            f"when feedback {type(feedback).__name__!r} asks nobody any more; set "
+            "--config.rollout.feedback=oracle, or finetune=0."
         )
 
 

@@ -33,7 +33,7 @@ from spear_jax.core.files import DiskError, write_whole, writing
 from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Attempt, Example, TraceRecord
-from spear_jax.experiment import run_folder
+from spear_jax.experiment import finetune, run_folder
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
 from spear_jax.experiment.dry_run import write_split
@@ -168,6 +168,7 @@ class Run:
             ended_before = self._over()
             if not ended_before:
                 yield from self._rounds()
+            self._finetune()
             self.close()
             if is_main_process():
                 summary = finish(self.workdir, self.quiet)
@@ -310,6 +311,15 @@ class Run:
             for callback in self.callbacks:
                 callback.on_round_end(self, round)
             yield round
+
+    def _finetune(self) -> None:
+        """Fine-tunes every client after the last round, once, where the config asks for it."""
+        file = self.workdir / finetune.NAME
+        if not self.settings.personal.finetune or broadcast_from_main(file.is_file()):
+            return
+        found = finetune.finetune(self.experiment, self.state)
+        if is_main_process():
+            write_whole(file, json.dumps(found, indent=1) + "\n")
 
     def _leave(self, error: BaseException) -> None:
         """Closes the run that an error has ended; where that is a disk's, says what is kept."""
@@ -483,7 +493,9 @@ class Run:
         metrics["time/eval"] = time.perf_counter() - began
         if self.experiment.federation.ditto is not None:
             each = [one.accuracy for one in found]
-            whole = self.experiment.evaluator(self.experiment.global_policy(self.state))
+            whole = self.experiment.evaluator(
+                self.experiment.policy_of(self.state.lora, self.state)
+            )
             metrics |= {
                 "personal/global_accuracy": whole.accuracy,
                 "personal/worst_accuracy": min(each),

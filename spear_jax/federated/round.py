@@ -430,11 +430,15 @@ def train_clients(
         mine = jax.tree.map(lambda x: x[cohort.clients], kept["personal"])
         personal = functools.partial(ditto.train, federation, personal=mine)
     key = path_key(root, ROUND, cohort.round)
+    usual = federation.clients_per_round if federation.asynchronous else 0
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
     policies = [worker.policy(start)]
     if own is not None and own.lora is not None:
-        policies = [Policy(federation.base, cohort_training.layers_first(own.lora), slots)]
+        # without cohorts, always as many as may be at work, or generation would compile again
+        full = lambda x: np.resize(x, (usual, *x.shape[1:])) if len(x) < usual else x
+        adapters = cohort_training.layers_first(jax.tree.map(full, own.lora))
+        policies = [Policy(federation.base, adapters, slots)]
     carried: list[ClientState] | None = None
     means: dict[str, Mean] = {}
     phases: list[CohortData] = []
@@ -481,7 +485,7 @@ def train_clients(
             carried,
             own,
             progress,
-            usual=federation.clients_per_round if federation.asynchronous else 0,
+            usual=usual,
         )
         lost = np.flatnonzero(trained.means[NOT_FINITE].total)
         not_finite += [cohort.clients[slot] for slot in lost]
