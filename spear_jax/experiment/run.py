@@ -492,15 +492,9 @@ class Run:
         metrics = accuracy_metrics(accuracy, found[0].count)
         metrics["time/eval"] = time.perf_counter() - began
         if self.experiment.federation.ditto is not None:
-            each = [one.accuracy for one in found]
-            whole = self.experiment.evaluator(
-                self.experiment.policy_of(self.state.lora, self.state)
-            )
-            metrics |= {
-                "personal/global_accuracy": whole.accuracy,
-                "personal/worst_accuracy": min(each),
-                "personal/best_accuracy": max(each),
-            }
+            whole = self.experiment.policy_of(self.state.lora, self.state)
+            own = [one.accuracy for one in found]
+            metrics |= personal_metrics(own, self.experiment.evaluator(whole).accuracy)
         if found[0].nll is not None:
             metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
         for callback in self.callbacks:
@@ -524,6 +518,18 @@ def mean_accuracy(found: list[Accuracy]) -> Accuracy:
         return found[0]
     mean = round(sum(one.correct for one in found) / len(found))
     return dataclasses.replace(found[0], correct=mean)
+
+
+def personal_metrics(own: list[float], whole: float) -> dict[str, float]:
+    """Returns metrics beside the mean over clients' own adapters.
+
+    Args: own: accuracy of each; whole: of the global one.
+    """
+    return {
+        "personal/global_accuracy": whole,
+        "personal/worst_accuracy": min(own),
+        "personal/best_accuracy": max(own),
+    }
 
 
 def is_due(settings: Any, number: int) -> bool:

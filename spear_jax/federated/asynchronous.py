@@ -241,7 +241,7 @@ def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> R
         **metrics_of_training(federation, [one.trained for one in cohorts], tally),
         **{name: x for one in cohorts for name, x in one.received.metrics.items()},
         **measured,
-        **metrics_of_clock(federation, played, version, state, after),
+        **metrics_of_clock(played, version, float(state.aggregation_state["clock"])),
         **bytes_of(federation, start, kept, played, sent, version + 1),
         "round/update_norm": float(change),
     }
@@ -434,15 +434,12 @@ def metrics_of_training(
     }
 
 
-def metrics_of_clock(
-    federation: Federation, played: Played, version: int, before: ServerState, after: ServerState
-) -> dict[str, float]:
-    """Returns the clock's metrics, and the age of what made a version."""
+def metrics_of_clock(played: Played, version: int, before: float) -> dict[str, float]:
+    """Returns the clock's metrics, and the age of what made a version. Args: before: the clock then."""
     age = [version - flight.version for flight in played.buffer]
-    clock = float(after.aggregation_state["clock"])
     return {
-        "sim/seconds": clock - float(before.aggregation_state["clock"]),
-        "sim/clock": clock,
+        "sim/seconds": played.queue.time - before,
+        "sim/clock": played.queue.time,
         "participation/lost": float(len(played.lost)),
         "participation/late": float(len(played.late)),
         "participation/age": float(np.mean(age)),

@@ -237,6 +237,7 @@ def _end_of_drift(
     """Has drift correction keep what it needs of a round; nothing where the round failed."""
     drift, ids = federation.aggregation.drift, np.asarray(cohort.clients)
     accepted = (trained.weight > 0) & ~np.isin(ids, rejected)
+    accepted &= ids != federation.aggregation.root
     if drift is None or measured.get("round/failed") or not accepted.any():
         return state
     kept = drift.end(

@@ -22,7 +22,7 @@ def config():
     config = sj.preset("sft", task="facts", model="tiny", variants=["small"])
     few = {
         "rounds": 1, "federation.num_clients": 3, "lora.targets": ("q",), "personal.finetune": 6,
-        "train.learning_rate": 0.01,
+        "personal.ditto": True, "train.learning_rate": 0.01,
     }  # fmt: skip
     config.update_from_flattened_dict(SMALL | few)
     return config
@@ -34,12 +34,16 @@ def test_every_client_trains_on_and_the_run_stays_as_it_was(config, tmp_path):
     state, digest = run.state, pytrees.digest(pytrees.to_dicts(run.state))
     found = json.loads((tmp_path / "run" / NAME).read_text())
     assert summary["personal"] == found and found["steps"] == 6
-    last = summary["eval"]["last"]["accuracy"]
-    assert found["before"]["clients"] == [last] * 3 and found["before"]["half_width"] == 0
+    line, before = run.line, found["before"]["clients"]  # of their own adapters
+    assert len(before) == 3 and np.mean(before) == pytest.approx(line["eval/accuracy"])
+    assert min(before) == line["personal/worst_accuracy"]
+    assert max(before) == line["personal/best_accuracy"]
+    whole = run.experiment.policy_of(run.state.lora, run.state)
+    assert line["personal/global_accuracy"] == run.experiment.evaluator(whole).accuracy
     each = found["after"]["clients"]
     assert len(each) == 3 and found["after"]["accuracy"] == pytest.approx(np.mean(each))
     assert found["after"]["half_width"] == pytest.approx(half_width(each))
-    assert found["after"]["accuracy"] != last  # of this seed
+    assert each != before  # of this seed
     assert alone(run.experiment).algorithm.common.steps == 6
     # a later start finds the file, and the state is the one of the last round
     again = sj.Run(config, tmp_path / "run", quiet=True)
