@@ -206,19 +206,22 @@ def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) 
     adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
     remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
     controls = settings.federation.drift == "scaffold"
-    fed, mode = settings.federation, settings.participation.mode
-    for cause, applies, factors in (
-        (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
-        ("compression.error_feedback", remembers, "ab"),
-        ("federation.drift=scaffold", controls, "ab"),
-        ("personal.ditto", settings.personal.ditto, "ab"),
-        (f"participation.mode={mode}", mode != "sync", "ab"),
+    mode, rule = settings.participation.mode, aggregation.rule
+    whole = factor_bytes(adapter, decoder.lora.rank, "ab")
+    limit, at_work = settings.aggregation.state_gb, settings.federation.clients_per_round
+    for cause, applies, each, count in (
+        (
+            f"federation.lora_rule={rule.name}",
+            rule.personal,
+            rule.own_bytes(adapter, decoder.lora.rank),
+            clients,
+        ),
+        ("compression.error_feedback", remembers, whole, clients),
+        ("federation.drift=scaffold", controls, whole, clients),
+        ("personal.ditto", settings.personal.ditto, whole, clients),
+        (f"participation.mode={mode}", mode != "sync", whole, at_work),
     ):
-        count = fed.clients_per_round if cause.startswith("participation") else clients
-        held, limit = (
-            count * factor_bytes(adapter, decoder.lora.rank, factors),
-            settings.aggregation.state_gb,
-        )
+        held = count * each
         if applies and held > limit * 1e9:
             raise UserError(
                 f"{cause} keeps {held // (4 * count):,} numbers for each of {count:,} clients "

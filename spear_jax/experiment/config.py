@@ -122,7 +122,7 @@ class Federation:
     reducer: str = "mean"  # clients' adapters to one: mean, norm_clip, median, trimmed_mean, krum,
     # multi_krum, bulyan, geometric_median, centred_clip, fltrust, last, or one of your own
     lora_rule: str = "mean"  # mean, ffa, fedsa, rolora, flora, fedex, fedex_truncated, flexlora,
-    # hetlora, fair, or one of your own: which factor travels, and how factors become an adapter
+    # hetlora, fair, fedper, or one of your own: which factor travels, and how factors become an adapter
     weighting: str = choice("method", WEIGHTINGS)  # method: wins; capped: at weight_cap
     weight_cap: float = number(0.0, 0)
     clip_bound: float = number(0.0, 0)  # c of norm_clip, the norm of an update
@@ -157,6 +157,7 @@ class AggregationRules:
     penalty: float = number(5e-3, 0)  # λ of hetlora's regulariser
     min_rank: int = number(1, 1)  # of hetlora
     ridge: float = number(0.01, 0)  # ρ of fair
+    personal_layers: int = number(1, 1)  # of fedper, the last ones of the adapter
     state_gb: float = positive(4.0)  # the most that clients' own factors may take, in memory
 
 

@@ -39,7 +39,7 @@ from spear_jax.core.mesh import to_host
 from spear_jax.core.rng import path_key, path_rng, purpose
 from spear_jax.core.types import Tally
 from spear_jax.federated import ditto
-from spear_jax.federated.aggregation.lora_rules.base import Uploads, as_float32, only
+from spear_jax.federated.aggregation.lora_rules.base import Uploads, as_float32
 from spear_jax.federated.aggregation.pipeline import Received, conclude, receive
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE
@@ -363,7 +363,7 @@ def train_wave(
         kept = ditto.put(kept, ids, trained.personal[0])
     sent = as_float32(received.updates)
     if rule.personal:
-        sent = only(sent, rule.sends(number))
+        sent = rule.sent(sent, number)
     if federation.asynchronous is not None and federation.asynchronous.mixes:
         sent = jax.tree.map(lambda x, y: np.asarray(x) + y, begun, sent)
     return Wave(trained, received._replace(kept=kept), sent)
@@ -386,7 +386,7 @@ def flush(
         updates = jax.tree.map(lambda x, old: x - np.asarray(old), updates, start)
         weight = (weight > 0).astype(np.float64)
     if rule.personal:
-        updates = only(updates, rule.sends(version + 1))
+        updates = rule.sent(updates, version + 1)
     age = np.array([version - flight.version for flight in buffer])
     starts = rule.starts(start, state.aggregation_state, ids) if rule.personal else None
     if starts is None:

@@ -15,7 +15,7 @@ from spear_jax.core import pytrees
 from spear_jax.experiment.builder import build
 from spear_jax.experiment.checkpoint import Checkpoints
 from spear_jax.federated import local_training
-from spear_jax.federated.aggregation.lora_rules import LORA_RULES
+from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round, init_server
 from spear_jax.federated.drift import DRIFTS, FedNova, MimeLite, Scaffold
 from spear_jax.federated.round import run_round
@@ -98,7 +98,7 @@ def test_fednova_weighs_steps_as_its_vector(vector, model, descent, collects):
     factor = drift.factor(p, done.means["grad_norm"].count, 3)
     assert 3 * factor == pytest.approx(want["tau_eff"])
     if collects:  # the server multiplies on the host
-        rule = Aggregation(rule=LORA_RULES["fedsa"](), drift=drift)
+        rule = Aggregation(attack=Attack("none", ()), drift=drift)
         sent = adapter(3 * x / tau[:, None]), np.float32(p)
         state = init_server(rule, adapter(np.zeros(3)), {}, jax.random.key(0), 2)
         after = end_round(rule, state, sent, range(2), None, factor).state

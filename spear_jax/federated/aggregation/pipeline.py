@@ -28,7 +28,7 @@ from spear_jax.federated.aggregation import exactness, vectors
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.exactness import Metered
-from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32, only
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32
 from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
 from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
 from spear_jax.federated.aggregation.robust import ROBUST
@@ -118,14 +118,16 @@ class Aggregation:
         return jax.tree.map(jnp.add, start, update)
 
     def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
-        """Returns a client's update after transforms, which see the factors that are sent alone."""
-        sends, own = self.rule.sends(1), None
-        if self.rule.personal:
-            own = only(update, "b" if sends == "a" else "a")
-            update = only(update, sends)
+        """Returns a client's update after transforms, which see what is sent alone."""
+        if not self.rule.personal:
+            for transform in transforms:
+                update = transform(update)
+            return update
+        sent = self.rule.sent(update, 1)
+        own = jax.tree.map(jnp.subtract, update, sent)
         for transform in transforms:
-            update = transform(update)
-        return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
+            sent = transform(sent)
+        return jax.tree.map(jnp.add, self.rule.sent(sent, 1), own)
 
 
 class Received(NamedTuple):
@@ -374,7 +376,7 @@ def receive(
     if aggregation.uplink is not None and active.any():
         own, travels = (
             vectors.take(updates, active),
-            _travels(updates, aggregation.rule.sends(number)),
+            _travels(updates, aggregation.rule, number),
         )
         sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
         metrics["round/compression_error"] = lost
@@ -393,11 +395,11 @@ def receive(
     return Received(updates, weight, metrics, rejected, kept)
 
 
-def _travels(updates: Any, sends: str) -> np.ndarray:
+def _travels(updates: Any, rule: LoraRule, round: int) -> np.ndarray:
     """Which numbers of a flattened update are sent, bool[d]."""
     one = jax.tree.map(lambda x: np.ones(x.shape[1:], bool), updates)
-    kept = one if sends == "ab" else only(one, sends)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(kept)]).astype(bool)
+    sent = rule.sent(one, round)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(sent)]).astype(bool)
 
 
 def _put(x: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -419,7 +421,7 @@ def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
 def _linear_step(aggregation, state, start, uploads, weight, kept):
     """The reducer's update of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    updates = uploads.updates if sends == "ab" else only(uploads.updates, sends)
+    updates = rule.sent(uploads.updates, uploads.round)
     ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
     update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
     bare = dataclasses.replace(state, aggregation_state={})

@@ -189,9 +189,9 @@ def _of_drift(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "nova_rule",
-            given.drift == "fednova" and not given.rule.linear,
-            f"{own}, which lengthens updates, but {name} multiplies factors; take mean, ffa, fedsa or "
-            "rolora.",
+            given.drift == "fednova" and (not given.rule.linear or given.rule.personal),
+            f"{own}, which lengthens updates, but {name} multiplies factors or leaves some with clients; "
+            "take mean, ffa or rolora.",
         ),
         (
             "drift_phases",
@@ -242,8 +242,9 @@ def _without_cohorts(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     return [
         (
             "async_rule",
-            waits and type(given.rule).name not in ("mean", "ffa", "fedsa"),
-            f"{own}, but {name} needs all clients to start from one adapter; take mean, ffa or fedsa.",
+            waits and type(given.rule).name not in ("mean", "ffa", "fedsa", "fedper"),
+            f"{own}, but {name} needs all clients to start from one adapter; take mean, ffa, fedsa or "
+            "fedper.",
         ),
         (
             "async_over_selection",
