@@ -56,7 +56,7 @@ def train(model, start, h, g, steps, rate, drift=None, weight=None, carried=None
     """Trains clients from a common start. Args: h: float[C]; g: float[C, d]."""
     g = np.asarray(g)
     count, size = g.shape
-    moments = more.pop("moments", None)
+    moments, devices = more.pop("moments", None), more.pop("devices", 1)
 
     def rows(k):
         row = lambda i: TrainingRow([1], [3 + i], np.ones(1, bool), float(h[k]), 1, float(g[k, i]))
@@ -77,7 +77,7 @@ def train(model, start, h, g, steps, rate, drift=None, weight=None, carried=None
         Quadratic(None, CommonHyperparams(1, steps, 1, size, 1, 1.0, (2,))),
         make_decoder(model),
         local_config(drift=drift, weight_decay=0.0, **more),
-        make_mesh(jax.devices()[:1]),
+        make_mesh(jax.devices()[:devices]),
         Aggregation(drift=drift),
         shared,
         packed,

@@ -118,6 +118,34 @@ def test_fednova_of_equal_steps_is_the_mean_bit_for_bit(model, descent):
     assert FedNova().factor(np.ones(2), np.array([3.0, 3.0]), 3) == 1.0
 
 
+def test_scaffold_is_the_mean_where_no_client_has_a_control(model, descent):
+    """Bit for bit; and in another order of chunks and devices the same numbers."""
+    g = np.random.default_rng(1).normal(size=(3, 2))
+    sizes, zero = (np.ones(2), np.ones(3), g, 2, 0.1), ClientStart(None, correction=adapter(0 * g))
+    plain = train(model, *sizes)
+    alone = train(model, *sizes, Scaffold(), own=zero)
+    jax.tree.map(np.testing.assert_array_equal, alone.reduced, plain.reduced)
+    drift, like = Scaffold(), adapter(np.ones(2))
+    spread = train(model, *sizes, drift, own=zero, devices=2, clients_at_once=2)
+    ends = [
+        drift.end(
+            drift.init(like, 5, None),
+            np.array([0, 2, 4]),
+            np.ones(3, bool),
+            done.gathered,
+            like,
+            None,
+        )
+        for done in (alone, spread)
+    ]
+    close(numbers(ends[0]["controls"]), numbers(ends[1]["controls"]))
+    close(numbers(ends[0]["control"]), numbers(ends[1]["control"]))
+    # x = 1 and then 1 − 0.1 (1 + g): the mean gradient of both steps, of h = 1
+    want = (1 + g + (1 - 0.1 * (1 + g)) + g) / 2
+    close(numbers(ends[0]["controls"])[[0, 2, 4]], want)
+    close(numbers(ends[0]["control"]), want.sum(0) / 5)
+
+
 def test_mime_freezes_the_servers_momentum_as_its_vector(vector, model, monkeypatch):
     given, want, _ = vector("mime_lite")
     momentum = optax.chain(optax.ema(given["beta"], debias=False), optax.scale(-1.0))
