@@ -192,6 +192,7 @@ def check_aggregation(
             over_selection=clock.over_selection,
             deadline=clock.deadline,
             dropout=clock.dropout,
+            sampling=fed.sampling,
             phases=algorithm.phases,
             ditto=settings.personal.ditto,
             finetune=settings.personal.finetune > 0,

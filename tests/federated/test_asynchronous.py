@@ -211,6 +211,7 @@ def test_what_needs_cohorts_is_refused(vector):
     ]  # fmt: skip
     for changes, message in (
         ({"participation.dropout": 1.0}, "nobody ever arrives"),
+        ({"federation.sampling": "weighted"}, "set sampling to uniform"),
         ({"participation.deadline": 5.0}, "participation.deadline 5 is about a cohort"),
         (
             {"aggregation.state_gb": 1e-6},

@@ -29,7 +29,7 @@ class Choices:
         compression: its kind; error_feedback: whether clients remember what it lost.
         attack: its kind; clock: whether participation is simulated.
         drift: how the drift of clients is corrected; partial: whether lost clients send what they have.
-        mode: of participation; over_selection, deadline, dropout: of the clock.
+        mode: of participation; over_selection, deadline, dropout: of the clock; sampling: of clients.
         phases: of a round of the method; old_logprobs: whether it compares with the policy that
             answered.
         ditto: whether clients have an adapter of their own, too; finetune: whether they train one at
@@ -58,6 +58,7 @@ class Choices:
     over_selection: float = 1.0
     deadline: float = 0.0
     dropout: float = 0.0
+    sampling: str = "uniform"
     phases: int = 1
     old_logprobs: bool = False
     ditto: bool = False
@@ -272,6 +273,12 @@ def _without_cohorts(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             if mixes
             else f"{own}, but federation.reducer {kind!r} trains the server's own client in every "
             "round; take another, or mode=sync.",
+        ),
+        (
+            "async_sampling",
+            waits and given.sampling != "uniform",
+            f"{own}, which draws evenly from the clients that are idle, but federation.sampling is "
+            f"{given.sampling!r}; set sampling to uniform.",
         ),
         (
             "async_dropout",
