@@ -170,6 +170,19 @@ def generation_limits(
     return GenerationLimits(rows or most, tokens, read_tokens, steps)
 
 
+# numbers of a layer's input that keep a GPU or TPU busy: 16,000 tokens of width 1,536 (measured on
+# an H200, docs/performance/accelerators.md)
+FILLING = 25_000_000
+
+
+def filling_tokens(model: ModelConfig) -> int:
+    """Returns the tokens that fill this device in one pass of local training, about.
+
+    On a CPU 4,096 do; more would only leave its caches.
+    """
+    return 4096 if jax.default_backend() == "cpu" else max(4096, FILLING // model.width)
+
+
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
     """An estimate of a round's useful floating-point operations: 2 a token and a weight of the
     projections and the head.
@@ -226,13 +239,13 @@ def fitting_remat(each: Callable[[str], int], together: int, whole: int | None) 
     each(remat) bytes may take half of a device's memory.
 
     It is a function of the machine and the settings, and not of what is free: a run that goes on
-    compiles the same programs. A CPU keeps at most the products. More would leave its caches.
+    compiles the same programs. At most the products are kept. More would leave a CPU's caches, and
+    was no faster on an H200 (docs/performance/accelerators.md).
 
     Args: whole: what the base leaves of a device's memory; None where it cannot be known.
     """
-    kinds = REMAT[1:] if jax.default_backend() == "cpu" else REMAT
     fits = lambda remat: whole is not None and together * each(remat) <= whole // 2
-    return next(filter(fits, kinds), REMAT[-1])
+    return next(filter(fits, REMAT[1:]), REMAT[-1])
 
 
 def fitting(most: int, each: int, free: int | None) -> int:
