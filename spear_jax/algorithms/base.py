@@ -236,6 +236,13 @@ class Algorithm(abc.ABC):
         """
         return False
 
+    @property
+    def measures_cohort(self) -> bool:
+        """Returns whether a client's training depends on a number measured over the other clients'
+        data, beside the global adapter.
+        """
+        return False
+
     def estimate_work(self, size: int) -> WorkEstimate | None:
         """Returns the round's work of a client with `size` examples.
 

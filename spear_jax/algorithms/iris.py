@@ -214,6 +214,10 @@ class Iris(SelfPlay):
                 f"--config.iris.clip={EXPONENT / steepest:g} or lower."
             )
 
+    @property
+    def measures_cohort(self) -> bool:
+        return self.settings.order == "adaptive"  # the gap, averaged over clients
+
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
 

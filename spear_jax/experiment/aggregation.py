@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,9 @@ from spear_jax.federated.aggregation.robust.norm_clip import NormClip
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.participation import Participation
+from spear_jax.federated.privacy import accounting
+from spear_jax.federated.privacy.central import AdaptiveClip, CentralPrivacy
+from spear_jax.federated.privacy.client_side import LocalPrivacy
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
 
@@ -36,10 +40,13 @@ def build_aggregation(
     rule: LoraRule | None = None,
     optimizer: optax.GradientTransformation | None = None,
     transforms: tuple[ClientTransform, ...] = (),
+    examples: Sequence[int] = (),
 ) -> Aggregation:
-    """Builds the aggregation that `federation`, `aggregation` and `attack` name.
+    """Builds the aggregation that `federation`, `aggregation`, `privacy` and `attack` name.
 
-    Args: reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+    Args:
+        reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+        examples: how many each client has.
     Raises: UserError for an unknown reducer or rule, and for a bound or ranks that do not fit.
     """
     fed, attack = settings.federation, settings.attack
@@ -71,6 +78,8 @@ def build_aggregation(
         rate=rate,
         weighting=Weighting(fed.weighting, fed.weight_cap),
         attack=build_attack(settings) if attack.kind in ON_MODELS else None,
+        privacy=build_privacy(settings, examples),
+        local_privacy=build_local_privacy(settings),
         uplink=build_uplink(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
@@ -96,6 +105,46 @@ def build_attack(settings: Settings) -> Attack:
     bad = attackers(settings.seed, fed.num_clients, attack.fraction)
     check_attack(attack.kind, fed.clients_per_round, len(bad))
     return Attack(attack.kind, tuple(bad), attack.strength, settings.seed)
+
+
+def build_privacy(settings: Settings, examples: Sequence[int]) -> CentralPrivacy | None:
+    """Builds the server's noise; None: there is none. Args: examples: how many each client has.
+
+    Raises: UserError where dp-accounting is not installed, and for a noise that leaves the count of
+        an adaptive clip norm none.
+    """
+    given, fed = settings.privacy, settings.federation
+    if not given.noise_multiplier:
+        return None
+    accounting.library()
+    adaptive = None
+    if given.adaptive:
+        sigma = given.sigma_b or fed.clients_per_round / 20
+        adaptive = AdaptiveClip(given.quantile, given.clip_rate, sigma)
+        refusals.check_adaptive(given.noise_multiplier, sigma)
+    weights: tuple[float, ...] = ()
+    if fed.weighting == "capped":
+        weights = tuple(min(count / fed.weight_cap, 1.0) for count in examples)
+    limit = given.cohort_limit if fed.sampling == "poisson" else 0
+    account = accounting.Account(
+        given.noise_multiplier, fed.num_clients, fed.clients_per_round, fed.sampling, limit,
+        delta_of(settings),
+    )  # fmt: skip
+    return CentralPrivacy(account, given.clip, adaptive, weights, settings.seed)
+
+
+def build_local_privacy(settings: Settings) -> LocalPrivacy | None:
+    """Builds the clients' own noise; None: there is none. Raises: as `build_privacy`."""
+    given = settings.privacy
+    if not given.local_noise:
+        return None
+    accounting.library()
+    return LocalPrivacy(given.local_noise, given.clip, delta_of(settings), settings.seed)
+
+
+def delta_of(settings: Settings) -> float:
+    """Returns δ: privacy.delta, or below one in the number of clients."""
+    return settings.privacy.delta or settings.federation.num_clients**-1.1
 
 
 def build_uplink(settings: Settings) -> Uplink | None:
@@ -164,6 +213,12 @@ def check_aggregation(
             attack=settings.attack.kind,
             clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
+            central_noise=settings.privacy.noise_multiplier,
+            local_noise=settings.privacy.local_noise,
+            weighting=fed.weighting,
+            sampling=fed.sampling,
+            over_selection=settings.participation.over_selection,
+            measures_cohort=algorithm.measures_cohort,
         )
     )
 

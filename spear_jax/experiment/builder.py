@@ -507,8 +507,9 @@ def build_federation(
     fed, train = settings.federation, settings.train
     each = bytes_per_client(settings, decoder, algorithm, worker.data)
     aggregation = build_aggregation(
-        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms
-    )
+        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms,
+        list(map(len, clients)),
+    )  # fmt: skip
     check_aggregation(settings, aggregation, algorithm, decoder)
     return Federation(
         algorithm=algorithm,
@@ -536,6 +537,7 @@ def build_federation(
         colliding_streams=fed.colliding_streams,
         max_tokens_per_block=train.max_tokens_per_block,
         seed=settings.seed,
+        cohort_limit=settings.privacy.cohort_limit,
     )
 
 

@@ -110,7 +110,8 @@ class Federation:
 
     num_clients: int = number(10, 1, 1_000_000)
     clients_per_round: int = number(5, 1, 1_000_000)
-    sampling: str = one_of("uniform", "weighted")  # weighted: by number of examples
+    # weighted: by number of examples; poisson: each client by itself, clients_per_round on average
+    sampling: str = one_of("uniform", "weighted", "poisson")
     partition: str = choice("dirichlet", partition.SCHEMES)  # resample: clients share examples
     dirichlet_alpha: float = positive(1.0)
     labels_per_client: int = number(1, 1)  # of by_label
@@ -166,6 +167,21 @@ class Compression:
     levels: int = number(127, 1, 2**16)  # s of qsgd
     block: int = number(256, 1)  # numbers that share a step, of int8 and int4
     error_feedback: bool = False  # clients add what was lost to their next update
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of whole clients."""
+
+    noise_multiplier: float = number(0.0, 0)  # z of the server's noise; 0: none
+    local_noise: float = number(0.0, 0)  # z of the noise that every client adds; 0: none
+    clip: float = positive(0.1)  # S, the largest norm of an update
+    adaptive: bool = False  # S follows a quantile of the updates' norms
+    quantile: float = number(0.5, 0, 1)  # γ of adaptive
+    clip_rate: float = positive(0.2)  # η of adaptive
+    sigma_b: float = number(0.0, 0)  # noise of adaptive's count; 0: a twentieth of the cohort
+    delta: float = number(0.0, 0, below=1)  # δ of ε; 0: num_clients^-1.1
+    cohort_limit: int = number(0, 0)  # the largest cohort under sampling=poisson; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,6 +305,7 @@ class Settings:
     federation: Federation = group(Federation)
     aggregation: AggregationRules = group(AggregationRules)
     compression: Compression = group(Compression)
+    privacy: Privacy = group(Privacy)
     participation: ParticipationSettings = group(ParticipationSettings)
     attack: AttackSettings = group(AttackSettings)
     rollout: Rollout = group(Rollout)

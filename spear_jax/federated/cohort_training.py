@@ -116,6 +116,7 @@ def train(
     carried: list[ClientState] | None = None,
     own: ClientStart | None = None,
     report: Callable[[int], None] = lambda clients: None,
+    usual: int = 0,
 ) -> TrainedCohort:
     """Trains a cohort of C clients, chunk by chunk.
 
@@ -127,9 +128,11 @@ def train(
             states that come back take the memory of these.
         own: what clients start the round from, on the host; None: the global adapter.
         report: called with 0, and then with the clients of each chunk when it is trained.
+        usual: the cohort size that chunks are made for, where cohorts differ from round to round;
+            0: this one's.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
-    size = chunk_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
+    size = chunk_size(usual or cohort, rows.bytes_per_client(), local.clients_at_once, devices)
     if carried is not None:
         size = jax.tree.leaves(carried[0])[0].shape[0]
     begins = range(0, cohort, size)

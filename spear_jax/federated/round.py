@@ -167,7 +167,8 @@ def round_of(
     # always placed alike, or the programs would compile again
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
-    trained = train_clients(
+    train = train_clients if cohort.clients else train_nobody
+    trained = train(
         federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
     )
     began = time.perf_counter()
@@ -197,6 +198,8 @@ def round_of(
         **measured,
         **told,
     }
+    if aggregation.privacy is not None:
+        metrics["round/failed"] = 0.0  # noise is added whoever reports
     if trained.outcome is not None:
         metrics["round/flops"] += trained.outcome.unrun
     ended = federation.algorithm.end_round(
@@ -248,6 +251,7 @@ def play(
     clients = [client for client in cohort.clients if client != aggregation.root]
     up, down = aggregation.bytes_of_clients(adapter, kept, clients, cohort.round)
     active = phases[-1].active[: len(clients)]
+    wanted = len(clients) if federation.sampling == "poisson" else federation.clients_per_round
     read = dict.fromkeys(cohort.clients, 0)
     for record in (record for phase in phases for record in phase.traces):
         for attempt in record.trace.attempts:
@@ -257,10 +261,10 @@ def play(
     outcome = participation.play(
         cohort.round,
         clients,
-        federation.clients_per_round,
+        wanted,
         federation.algorithm.common.steps,
         down,
-        np.where(active, up, 0),
+        np.where(active | aggregation.counts_everybody, up, 0),
         np.array([flops(Tally(prompt=read[client]), 0.0) for client in clients]),
         np.array([flops(Tally(), passes * trained) for trained in rows]) * active,
     )
@@ -405,9 +409,10 @@ def train_clients(
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         if last and federation.participation is not None:
             outcome = play(federation, start, kept, cohort, phases, passes)
-        active = sent = data.active
+        active = data.active
+        sent = active | federation.aggregation.counts_everybody
         if outcome is not None:
-            sent = active & outcome.sent
+            sent = sent & outcome.sent
             data = phases[-1] = reported(data, outcome, cohort)
         rolled = time.perf_counter()
         broadcast = make_broadcast(federation, start, algorithm_state, data, rate)
@@ -419,11 +424,12 @@ def train_clients(
             aggregation,
             broadcast,
             rows_of(federation, data),
-            _members(aggregation, cohort, data, phase_key),
+            _members(aggregation, cohort, data, phase_key, outcome),
             keep := not last,
             carried,
             own,
             progress,
+            federation.clients_per_round if federation.sampling == "poisson" else 0,
         )
         lost = np.flatnonzero(trained.means[NOT_FINITE].total)
         not_finite += [cohort.clients[slot] for slot in lost]
@@ -441,6 +447,42 @@ def train_clients(
         trained.reduced, algorithm_state, means, phases, rate, work, seconds, starts, not_finite,
         outcome, active, sent,
     )  # fmt: skip
+
+
+def train_nobody(
+    federation: Federation,
+    aggregation: Aggregation,
+    start: Adapter,
+    algorithm_state: dict,
+    cohort: Cohort,
+    root: jax.Array,
+    used: BudgetUsed,
+    kept: dict[str, Any],
+) -> TrainedClients:
+    """Returns an empty cohort behind its training; arguments as for `train_clients`."""
+    federation.worker.tally.clear()
+    nobody, none = np.zeros(0, bool), np.zeros(0, np.float32)
+    reduced = aggregation.reducer.init(start)
+    if aggregation.collects:
+        reduced = jax.tree.map(lambda x: np.zeros((0, *x.shape), x.dtype), start), none
+    counts = {"rollout/wins": 0.0, "rollout/loses": 0.0}
+    outcome = None
+    if federation.participation is not None:
+        outcome = Outcome(nobody, nobody, nobody, np.zeros(0, int), 0.0, 0.0)
+    return TrainedClients(
+        reduced=reduced,
+        algorithm_state=algorithm_state,
+        means={NOT_FINITE: Mean(0.0, 0.0)},
+        phases=[CohortData([], none, nobody, [], counts)],
+        learning_rate=federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
+        work=0.0,
+        seconds={"rollout": 0.0, "train": 0.0},
+        starts=None,
+        not_finite=[],
+        outcome=outcome,
+        active=nobody,
+        sent=nobody,
+    )
 
 
 def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
@@ -495,11 +537,17 @@ def make_broadcast(
 
 
 def _members(
-    aggregation: Aggregation, cohort: Cohort, data: CohortData, key: jax.Array
+    aggregation: Aggregation,
+    cohort: Cohort,
+    data: CohortData,
+    key: jax.Array,
+    outcome: Outcome | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
     weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
+    if aggregation.counts_everybody:
+        weight = np.ones_like(weight) if outcome is None else np.float32(outcome.accepted)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

@@ -2,13 +2,15 @@
 
 A round's updates δ_k = θ_k − start_k go through these steps:
 
-    client   δ_k → client transforms (an attacker replaces the result) → compression
-    server   decode → reject what is not finite → the reducer's transforms again → reducer →
-             LoRA rule → server optimiser
+    client   δ_k → client transforms → privacy's clip and local noise (an attacker replaces the
+             result) → compression
+    server   decode → reject what is not finite → the reducer's transforms again → reducer, or
+             privacy's clipped and noisy sum → LoRA rule → server optimiser
 
 The mean of factors streams: clients are transformed, checked and summed inside the device program,
-chunk by chunk. Where a reducer or a LoRA rule reads every client, where updates are compressed, or
-somebody attacks, all of it behind local training and transforms runs on the host, in numpy.
+chunk by chunk. Where a reducer or a LoRA rule reads every client, where updates are compressed or
+private, or somebody attacks, all of it behind local training and transforms runs on the host, in
+numpy.
 """
 
 import dataclasses
@@ -34,6 +36,8 @@ from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean
 from spear_jax.federated.aggregation.robust import ROBUST
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
+from spear_jax.federated.privacy.central import CentralPrivacy
+from spear_jax.federated.privacy.client_side import LocalPrivacy, clipped
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
@@ -52,6 +56,8 @@ class Aggregation:
         rate: η, for a rule that makes its own step.
         weighting: of clients.
         attack: what some clients send in place of their update.
+        privacy: noise on the sum of updates; None: none.
+        local_privacy: noise on each update, before it leaves its client; None: none.
         uplink: how updates are compressed on their way.
         scale: alpha / rank of the adapters.
         ranks: of the clients, over and over; () where all have the adapter's.
@@ -65,6 +71,8 @@ class Aggregation:
     rate: float = 1.0
     weighting: Weighting = Weighting()
     attack: Attack | None = None
+    privacy: CentralPrivacy | None = None
+    local_privacy: LocalPrivacy | None = None
     uplink: Uplink | None = None
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
@@ -74,7 +82,13 @@ class Aggregation:
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        return reads_each or self.attack is not None or self.uplink is not None
+        sends = self.attack is not None or self.uplink is not None
+        return reads_each or sends or self.counts_everybody
+
+    @property
+    def counts_everybody(self) -> bool:
+        """Returns whether clients count that had nothing to train on, each with the weight 1."""
+        return self.privacy is not None or self.local_privacy is not None
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
@@ -165,6 +179,8 @@ def init_server(
         ranks = np.resize(aggregation.ranks or (rank,), clients)
         kept = kept | aggregation.rule.init(adapter, ranks)
         kept = kept | (aggregation.uplink.init_kept(adapter, clients) if aggregation.uplink else {})
+        kept |= aggregation.privacy.init_kept() if aggregation.privacy else {}
+        kept |= aggregation.local_privacy.init_kept(clients) if aggregation.local_privacy else {}
     number, data = jnp.int32(0), jax.random.key_data(key)
     return ServerState(adapter, moments, algorithm_state, number, data, kept)
 
@@ -268,15 +284,17 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
         starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, adapters)
     ids = np.asarray(clients if len(clients) else range(len(weight)))
     received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
-    updates, weight, metrics, rejected, kept = received
+    updates, weight, metrics, rejected, kept, below = received
     if aggregation.root is not None:
         root = ids == aggregation.root
         kept["root"] = jax.tree.map(lambda x: x[0], vectors.take(updates, root))
         weight = np.where(root, 0.0, weight)
     active = weight > 0
+    private = aggregation.privacy is not None  # every round then counts, an empty one too
     failed = active.any() and active.sum() < aggregation.reducer.fewest
-    metrics["round/failed"] = float(failed or (not active.any() and bool(rejected)))
-    if failed or not active.any():
+    failed = not private and (failed or (not active.any() and bool(rejected)))
+    metrics["round/failed"] = float(failed)
+    if failed or not (private or active.any()):
         kept.pop("root", None)
         after = dataclasses.replace(state, round=state.round + 1, aggregation_state=kept)
         return Aggregated(after, np.float32(0), metrics, rejected)
@@ -288,9 +306,15 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
         ids[active], own(starts), own(updates), shares, even, aggregation.scale, aggregation.rate,
         number,
     )  # fmt: skip
-    if not aggregation.rule.personal:
+    if active.any() and not aggregation.rule.personal:
         metrics |= exactness.metrics(exactness.squares(uploads))
-    after, change, kept = step(aggregation, state, start, uploads, weight[active], kept)
+    if private:
+        after, change, kept, told = _private_step(
+            aggregation, state, start, uploads, below[active], kept
+        )
+        metrics |= told
+    else:
+        after, change, kept = step(aggregation, state, start, uploads, weight[active], kept)
     kept.pop("root", None)
     after = dataclasses.replace(after, aggregation_state=kept)
     return Aggregated(after, change, metrics, rejected)
@@ -300,16 +324,23 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
     """What the server has of a cohort: updates and weights without those that are not finite.
 
     Returns: updates, leaves float32[C, ...]; weight float64[C]; metrics; ids that were rejected;
-        what is kept.
+        what is kept; bool[C], whose norm was within privacy's bound before anything clipped it.
     """
     updates = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), adapters, starts)
     number, kept = int(state.round) + 1, dict(state.aggregation_state)
     active, metrics = (weight > 0) & (ids != aggregation.root), {}
+    honest, below = active, np.ones(len(ids), bool)
     if aggregation.attack is not None and active.any():
         own = vectors.take(updates, active)
         sent, bad = aggregation.attack(own, weight[active], ids[active], number)
         metrics["attack/weight_share"] = float(weight[active][bad].sum() / weight[active].sum())
         updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
+        honest = active & ~_put(active, active, bad)
+    if aggregation.counts_everybody:
+        updates, below = _protected(aggregation, updates, honest, ids, number, kept)
+    if aggregation.local_privacy is not None:
+        told, kept = aggregation.local_privacy.count(ids[ids != aggregation.root], kept)
+        metrics |= told
     if aggregation.uplink is not None and active.any():
         own, travels = (
             vectors.take(updates, active),
@@ -324,12 +355,28 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
         zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
         updates = jax.tree.map(zero, updates)
     # the clip that counts: attackers leave out their own, and rounding may lengthen a vector
-    if aggregation.reducer.transforms:
+    if aggregation.reducer.transforms and len(ids):
         clip = lambda update: aggregation.transformed(update, aggregation.reducer.transforms)
         updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
     weight = np.where(accepted, weight, 0.0).astype(np.float64)
-    return updates, weight, metrics, rejected, kept
+    return updates, weight, metrics, rejected, kept, below
+
+
+def _protected(aggregation, updates, honest, ids, number, kept):
+    """Updates as they leave clients: the honest ones clip what they send, and may add noise.
+
+    Returns: updates, likewise; bool[C], whose norm was within the bound before.
+    """
+    sends, local = aggregation.rule.sends(number), aggregation.local_privacy
+    bound = float(kept["bound"]) if local is None else local.clip
+    sent = _sent(updates, sends)
+    below = np.sqrt(vectors.squared_norms(sent)) <= bound
+    own = clipped(vectors.take(sent, honest), bound)
+    if local is not None:
+        own = local.add_noise(own, ids[honest], number)
+    sent = jax.tree.map(lambda x, y: _put(x, honest, y), sent, own)
+    return (sent if sends == "ab" else _held(sent, updates, sends)), below
 
 
 def _travels(updates: Any, sends: str) -> np.ndarray:
@@ -337,6 +384,11 @@ def _travels(updates: Any, sends: str) -> np.ndarray:
     one = jax.tree.map(lambda x: np.ones(x.shape[1:], bool), updates)
     kept = one if sends == "ab" else only(one, sends)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(kept)]).astype(bool)
+
+
+def _sent(updates: Any, sends: str) -> Any:
+    """Updates with zeros in place of what is not sent."""
+    return updates if sends == "ab" else only(updates, sends)
 
 
 def _put(x: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -358,12 +410,24 @@ def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
 def _linear_step(aggregation, state, start, uploads, weight, kept):
     """The reducer's update of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    updates = uploads.updates if sends == "ab" else only(uploads.updates, sends)
+    updates = _sent(uploads.updates, sends)
     ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
     update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
     bare = dataclasses.replace(state, aggregation_state={})
     after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(mass), sends)
     return after, change, rule.remember(uploads, after.lora, kept)
+
+
+def _private_step(aggregation, state, start, uploads, below, kept):
+    """The noisy mean of the factors that were sent, then the server optimiser's step."""
+    rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
+    size = int(_travels(uploads.updates, sends).sum())
+    update, told, kept = aggregation.privacy.release(
+        _sent(uploads.updates, sends), uploads.clients, below, size, kept
+    )
+    bare, mass = dataclasses.replace(state, aggregation_state={}), np.float32(1)
+    after, change = _compiled_step(aggregation, bare, as_float32(update), mass, sends)
+    return after, change, rule.remember(uploads, after.lora, kept), told
 
 
 def _rule_step(aggregation, state, start, uploads, weight, kept):

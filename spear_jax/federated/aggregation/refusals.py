@@ -28,6 +28,9 @@ class Choices:
         references: whether its loss compares with the adapter that a round starts from.
         compression: its kind; error_feedback: whether clients remember what it lost.
         attack: its kind; clock: whether participation is simulated.
+        central_noise: z of the server; local_noise: z of the clients; 0: none.
+        weighting, sampling: of clients; over_selection: of the clock.
+        measures_cohort: whether the method measures numbers over all of a cohort's data.
     """
 
     rule: LoraRule
@@ -46,6 +49,12 @@ class Choices:
     error_feedback: bool = False
     attack: str = "none"
     clock: bool = False
+    central_noise: float = 0.0
+    local_noise: float = 0.0
+    weighting: str = "method"
+    sampling: str = "uniform"
+    over_selection: float = 1.0
+    measures_cohort: bool = False
 
 
 def reasons(given: Choices) -> dict[str, str]:
@@ -54,6 +63,7 @@ def reasons(given: Choices) -> dict[str, str]:
     return {
         reason: message
         for reason, applies, message in (
+            *_of_privacy(given, name),
             *_of_reducers(given, name),
             (
                 "mixed_ranks",
@@ -87,6 +97,84 @@ def reasons(given: Choices) -> dict[str, str]:
     }
 
 
+def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    central, noise = given.central_noise > 0, "privacy.noise_multiplier"
+    private = central or given.local_noise > 0
+    even = ("uniform", "capped") if central else ("uniform",)
+    return [
+        (
+            "dp_both",
+            central and given.local_noise > 0,
+            f"{noise} is {given.central_noise:g} and privacy.local_noise {given.local_noise:g}: the "
+            "server's clip would cut off most of the clients' noise; set one of them to 0.",
+        ),
+        (
+            "dp_weights",
+            private and given.weighting not in even,
+            "privacy needs every client to weigh the same, but federation.weighting is "
+            f"{given.weighting!r}, which tells of its data; set "
+            f"--config.federation.weighting={' or '.join(even)}.",
+        ),
+        (
+            "dp_rule",
+            central and not given.rule.linear,
+            f"{name} multiplies clients' updates, so that no bound holds for what one client changes; "
+            f"under {noise} take ffa, mean, fedsa or rolora, or set privacy.local_noise in its place.",
+        ),
+        (
+            "dp_robust",
+            central and given.reducer_name not in ("mean", "norm_clip"),
+            f"federation.reducer is {given.reducer_name!r}, to which the noise is not calibrated; under "
+            f"{noise} take mean or norm_clip.",
+        ),
+        (
+            "dp_sampling",
+            central and given.sampling not in ("poisson", "uniform"),
+            f"federation.sampling is {given.sampling!r}, for which no accountant is here; set "
+            "--config.federation.sampling=poisson, or uniform, whose epsilon is larger.",
+        ),
+        (
+            "dp_over_selection",
+            central and given.over_selection > 1,
+            f"participation.over_selection is {given.over_selection:g}: who is late would depend on who "
+            "else takes part, which doubles what one client changes; set it to 1, and use "
+            "participation.deadline.",
+        ),
+        (
+            "dp_method",
+            central and given.measures_cohort,
+            f"method {given.method!r} trains each client by a number that is measured over all of the "
+            f"cohort, to which no noise is added; under {noise} take another method, or for iris "
+            "--config.iris.order=fixed or per_step.",
+        ),
+        (
+            "poisson_clock",
+            given.sampling == "poisson" and given.over_selection > 1 and not central,
+            "federation.sampling is 'poisson', whose cohorts have any size, and "
+            f"participation.over_selection {given.over_selection:g}, which asks for a multiple of one; "
+            "set over_selection to 1, or sampling to uniform.",
+        ),
+        (
+            "poisson_local",
+            given.sampling == "poisson" and given.server == "local",
+            "federation.sampling is 'poisson', which may draw nobody, and federation.aggregation "
+            "'local', where each client trains for itself; set sampling to uniform.",
+        ),
+    ]
+
+
+def check_adaptive(noise_multiplier: float, sigma: float) -> None:
+    """Raises UserError where the noise of adaptive's count leaves none for the updates.
+
+    Args: noise_multiplier: z; sigma: σ_b.
+    """
+    if noise_multiplier >= 2 * sigma:
+        raise UserError(
+            f"privacy.noise_multiplier {noise_multiplier:g} is not below twice privacy.sigma_b "
+            f"{sigma:g}; raise sigma_b (a twentieth of the cohort is usual), or the cohort."
+        )
+
+
 def _of_reducers(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     reducer, own = given.reducer, f"federation.reducer is {given.reducer_name!r}"
     fewest = max(reducer.fewest, 1)
@@ -118,6 +206,7 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     plain = type(rule).name == "mean" and given.reducer_name in ("mean", "last")
     # where nothing is ever sent
     unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
+    private = given.central_noise > 0 or given.local_noise > 0
     return [
         (
             "server_optimiser",
@@ -130,10 +219,10 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "server_rule_alone",
-            alone and (not plain or (given.server == "local" and unseen)),
+            alone and (not plain or private or (given.server == "local" and unseen)),
             f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
-            "averages; neither goes with a lora_rule, a robust reducer, compression, participation or "
-            "an attack on the model. Take fedavg.",
+            "averages; neither goes with a lora_rule, a robust reducer, privacy, compression, "
+            "participation or an attack on the model. Take fedavg.",
         ),
     ]
 
