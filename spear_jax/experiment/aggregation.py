@@ -32,6 +32,8 @@ from spear_jax.federated.privacy.client_side import LocalPrivacy
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
 
+LEAST_NOISE = 0.3  # z of the server; below, the accountant's tables grow without a use
+
 
 def build_aggregation(
     settings: Settings,
@@ -110,18 +112,20 @@ def build_attack(settings: Settings) -> Attack:
 def build_privacy(settings: Settings, examples: Sequence[int]) -> CentralPrivacy | None:
     """Builds the server's noise; None: there is none. Args: examples: how many each client has.
 
-    Raises: UserError where dp-accounting is not installed, and for a noise that leaves the count of
-        an adaptive clip norm none.
+    Raises: UserError where dp-accounting is not installed, and for too little noise.
     """
     given, fed = settings.privacy, settings.federation
     if not given.noise_multiplier:
         return None
     accounting.library()
+    if given.noise_multiplier < LEAST_NOISE:
+        raise UserError(
+            f"privacy.noise_multiplier is {given.noise_multiplier:g}; less than {LEAST_NOISE:g} of the "
+            "clip norm protects hardly anybody. Raise it, or set it to 0 for no noise."
+        )
     adaptive = None
     if given.adaptive:
-        sigma = given.sigma_b or fed.clients_per_round / 20
-        adaptive = AdaptiveClip(given.quantile, given.clip_rate, sigma)
-        refusals.check_adaptive(given.noise_multiplier, sigma)
+        adaptive = AdaptiveClip(given.quantile, given.clip_rate, sigma_b(settings))
     weights: tuple[float, ...] = ()
     if fed.weighting == "capped":
         weights = tuple(min(count / fed.weight_cap, 1.0) for count in examples)
@@ -140,6 +144,13 @@ def build_local_privacy(settings: Settings) -> LocalPrivacy | None:
         return None
     accounting.library()
     return LocalPrivacy(given.local_noise, given.clip, delta_of(settings), settings.seed)
+
+
+def sigma_b(settings: Settings) -> float:
+    """Returns the noise of an adaptive clip norm's count: privacy.sigma_b, or a twentieth of the
+    cohort.
+    """
+    return settings.privacy.sigma_b or settings.federation.clients_per_round / 20
 
 
 def delta_of(settings: Settings) -> float:
@@ -215,6 +226,7 @@ def check_aggregation(
             error_feedback=settings.compression.error_feedback,
             central_noise=settings.privacy.noise_multiplier,
             local_noise=settings.privacy.local_noise,
+            sigma_b=sigma_b(settings) if settings.privacy.adaptive else 0.0,
             weighting=fed.weighting,
             sampling=fed.sampling,
             over_selection=settings.participation.over_selection,

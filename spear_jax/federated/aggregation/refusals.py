@@ -29,6 +29,7 @@ class Choices:
         compression: its kind; error_feedback: whether clients remember what it lost.
         attack: its kind; clock: whether participation is simulated.
         central_noise: z of the server; local_noise: z of the clients; 0: none.
+        sigma_b: noise of the count of an adaptive clip norm; 0: the norm stays.
         weighting, sampling: of clients; over_selection: of the clock.
         measures_cohort: whether the method measures numbers over all of a cohort's data.
     """
@@ -51,6 +52,7 @@ class Choices:
     clock: bool = False
     central_noise: float = 0.0
     local_noise: float = 0.0
+    sigma_b: float = 0.0
     weighting: str = "method"
     sampling: str = "uniform"
     over_selection: float = 1.0
@@ -148,6 +150,13 @@ def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             "--config.iris.order=fixed or per_step.",
         ),
         (
+            "dp_adaptive",
+            central and given.sigma_b > 0 and given.central_noise >= 2 * given.sigma_b,
+            f"{noise} {given.central_noise:g} is not below twice privacy.sigma_b {given.sigma_b:g}, so "
+            "that the count of clients within the norm would take all of the noise; raise sigma_b (a "
+            "twentieth of the cohort is usual), or the cohort.",
+        ),
+        (
             "poisson_clock",
             given.sampling == "poisson" and given.over_selection > 1 and not central,
             "federation.sampling is 'poisson', whose cohorts have any size, and "
@@ -161,18 +170,6 @@ def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             "'local', where each client trains for itself; set sampling to uniform.",
         ),
     ]
-
-
-def check_adaptive(noise_multiplier: float, sigma: float) -> None:
-    """Raises UserError where the noise of adaptive's count leaves none for the updates.
-
-    Args: noise_multiplier: z; sigma: σ_b.
-    """
-    if noise_multiplier >= 2 * sigma:
-        raise UserError(
-            f"privacy.noise_multiplier {noise_multiplier:g} is not below twice privacy.sigma_b "
-            f"{sigma:g}; raise sigma_b (a twentieth of the cohort is usual), or the cohort."
-        )
 
 
 def _of_reducers(given: Choices, name: str) -> list[tuple[str, bool, str]]:

@@ -46,11 +46,7 @@ class Account:
 
     def epsilon(self, rounds: int) -> float:
         """Returns ε after so many rounds; infinite where no finite one holds."""
-        if not rounds:
-            return 0.0
-        if self.sampling == "uniform" and self.cohort < self.clients:
-            return _without_replacement(self, rounds)
-        return float(_one_round(self).self_compose(rounds).get_epsilon_for_delta(self.delta))
+        return _epsilon(self, rounds) if rounds else 0.0
 
 
 def local_epsilon(noise_multiplier: float, uploads: int, delta: float) -> float:
@@ -74,6 +70,13 @@ def library() -> Any:
             "privacy.local_noise=0."
         ) from error
     return dp_accounting
+
+
+@functools.lru_cache(16)
+def _epsilon(account: Account, rounds: int) -> float:
+    if account.sampling == "uniform" and account.cohort < account.clients:
+        return _without_replacement(account, rounds)
+    return float(_one_round(account).self_compose(rounds).get_epsilon_for_delta(account.delta))
 
 
 @functools.lru_cache(4)  # of one round; rounds are composed from it, a tenth of a second each time
