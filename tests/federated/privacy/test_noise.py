@@ -6,6 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from spear_jax.algorithms.base import CohortData
+from spear_jax.core.types import Cohort
+from spear_jax.federated import round as round_module
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression import uplink
 from spear_jax.federated.aggregation.compression.blocks import Int8
@@ -13,6 +16,7 @@ from spear_jax.federated.aggregation.lora_rules import LORA_RULES
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round, init_server
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.client_sampling import sample_poisson
+from spear_jax.federated.participation import Outcome
 from spear_jax.federated.privacy import central
 from spear_jax.federated.privacy.accounting import Account, local_epsilon
 from spear_jax.federated.privacy.central import AdaptiveClip, CentralPrivacy
@@ -200,6 +204,20 @@ def test_local_noise_is_the_clients_own():
     assert more.metrics["privacy/epsilon"] == local_epsilon(2.0, 2, 1e-3)
     many = local.add_noise({"x": np.zeros((1, 4000))}, [1], 3)["x"]
     assert np.std(many) == pytest.approx(1.0, rel=0.05)
+
+
+def test_clients_without_anything_to_train_on_send_too():
+    """But for those that the clock says are lost."""
+    none, cohort = np.zeros(3), Cohort(1, [4, 5, 6], [], None)
+    data = CohortData([], none, none > 0, [], {})
+    weight = lambda aggregation, outcome: round_module._members(
+        aggregation, cohort, data, jax.random.key(0), outcome
+    )[1]
+    lost = Outcome(np.array([True, False, True]), none, none, none, 0.0, 0.0)
+    local = Aggregation(local_privacy=LocalPrivacy(1.0, 1.0, 1e-3))
+    for private in (PRIVATE, local):
+        assert list(weight(private, None)) == [1, 1, 1] and list(weight(private, lost)) == [1, 0, 1]
+    assert list(weight(Aggregation(), None)) == [0, 0, 0]
 
 
 def test_poisson_cohorts_are_of_independent_clients():
