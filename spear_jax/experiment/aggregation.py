@@ -23,6 +23,7 @@ from spear_jax.federated.aggregation.pipeline import Aggregation, find_reducer, 
 from spear_jax.federated.aggregation.reducers import ClientTransform, Mean, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.participation import Participation
@@ -83,6 +84,7 @@ def build_aggregation(
         privacy=build_privacy(settings, examples),
         local_privacy=build_local_privacy(settings),
         uplink=build_uplink(settings),
+        secure_sum=build_secure_sum(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
@@ -164,7 +166,29 @@ def build_uplink(settings: Settings) -> Uplink | None:
     if compression.kind == "none":
         return None
     compressor = with_numbers(COMPRESSORS[compression.kind], vars(compression))
-    return Uplink(compressor, compression.error_feedback, settings.seed)
+    together = settings.federation.secure_sum
+    return Uplink(compressor, compression.error_feedback, together, settings.seed)
+
+
+def build_secure_sum(settings: Settings) -> SecureSum | None:
+    """Builds the secure sum; None: the server sees single updates.
+
+    Raises: UserError where a cohort's sum may not fit.
+    """
+    given, fed = settings.aggregation, settings.federation
+    if not fed.secure_sum:
+        return None
+    secure = SecureSum(given.secure_bound, given.secure_bits, settings.seed)
+    largest = fed.clients_per_round
+    if fed.sampling == "poisson":
+        largest = settings.privacy.cohort_limit or fed.num_clients
+    if largest > secure.most_clients:
+        raise UserError(
+            f"federation.secure_sum holds numbers up to {given.secure_bound:g} of "
+            f"{secure.most_clients} clients, but a round may have {largest}; lower "
+            "aggregation.secure_bits or aggregation.secure_bound, or take fewer clients a round."
+        )
+    return secure
 
 
 def build_participation(settings: Settings) -> Participation | None:
@@ -230,6 +254,7 @@ def check_aggregation(
             weighting=fed.weighting,
             sampling=fed.sampling,
             over_selection=settings.participation.over_selection,
+            secure_sum=fed.secure_sum,
             measures_cohort=algorithm.measures_cohort,
         )
     )

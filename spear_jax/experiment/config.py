@@ -132,6 +132,7 @@ class Federation:
     beta2: float = number(0.99, 0, below=1)
     tau: float = positive(5e-3)
     prox: float = number(0.0, 0)  # FedProx's μ
+    secure_sum: bool = False  # the server sees the sum of updates alone, simulated
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
 
@@ -155,6 +156,8 @@ class AggregationRules:
     penalty: float = number(5e-3, 0)  # λ of hetlora's regulariser
     min_rank: int = number(1, 1)  # of hetlora
     ridge: float = number(0.01, 0)  # ρ of fair
+    secure_bound: float = positive(4.0)  # c of secure_sum: numbers are clipped there
+    secure_bits: int = number(16, 0, 30)  # f of secure_sum: bits behind the point
     state_gb: float = positive(4.0)  # the most that clients' own factors may take, in memory
 
 

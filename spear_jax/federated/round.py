@@ -168,9 +168,7 @@ def round_of(
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
     train = train_clients if cohort.clients else train_nobody
-    trained = train(
-        federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
-    )
+    trained = train(federation, aggregation, start, state.algorithm_state, cohort, root, used, kept)
     began = time.perf_counter()
     before = dataclasses.replace(state, lora=start, algorithm_state={})
     state, moved, measured, rejected = end_round(

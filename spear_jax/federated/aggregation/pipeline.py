@@ -34,6 +34,7 @@ from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, a
 from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
 from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
 from spear_jax.federated.aggregation.robust import ROBUST
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.privacy.central import CentralPrivacy
@@ -59,6 +60,7 @@ class Aggregation:
         privacy: noise on the sum of updates; None: none.
         local_privacy: noise on each update, before it leaves its client; None: none.
         uplink: how updates are compressed on their way.
+        secure_sum: hides single updates from the server; None: it sees them.
         scale: alpha / rank of the adapters.
         ranks: of the clients, over and over; () where all have the adapter's.
         root: the id of the server's own client, whose update a reducer compares with.
@@ -74,6 +76,7 @@ class Aggregation:
     privacy: CentralPrivacy | None = None
     local_privacy: LocalPrivacy | None = None
     uplink: Uplink | None = None
+    secure_sum: SecureSum | None = None
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
     root: int | None = None
@@ -82,8 +85,8 @@ class Aggregation:
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        sends = self.attack is not None or self.uplink is not None
-        return reads_each or sends or self.counts_everybody
+        parts = (self.attack, self.uplink, self.secure_sum)
+        return reads_each or self.counts_everybody or any(part is not None for part in parts)
 
     @property
     def counts_everybody(self) -> bool:
@@ -354,8 +357,9 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
     if not accepted.all():  # by selection: 0 times NaN is NaN
         zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
         updates = jax.tree.map(zero, updates)
-    # the clip that counts: attackers leave out their own, and rounding may lengthen a vector
-    if aggregation.reducer.transforms and len(ids):
+    # the clip that counts: attackers leave out their own, and rounding may lengthen a vector. Behind
+    # masks there is nothing to clip
+    if aggregation.reducer.transforms and len(ids) and aggregation.secure_sum is None:
         clip = lambda update: aggregation.transformed(update, aggregation.reducer.transforms)
         updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
@@ -372,6 +376,9 @@ def _protected(aggregation, updates, honest, ids, number, kept):
     bound = float(kept["bound"]) if local is None else local.clip
     sent = _sent(updates, sends)
     below = np.sqrt(vectors.squared_norms(sent)) <= bound
+    if local is None and aggregation.secure_sum is not None:  # S is of what the server sums
+        size = int(_travels(updates, sends).sum())
+        bound = max(0.0, bound - aggregation.secure_sum.rounding(size))
     own = clipped(vectors.take(sent, honest), bound)
     if local is not None:
         own = local.add_noise(own, ids[honest], number)
@@ -410,9 +417,14 @@ def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
 def _linear_step(aggregation, state, start, uploads, weight, kept):
     """The reducer's update of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    updates = _sent(uploads.updates, sends)
-    ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
-    update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
+    updates, secure = _sent(uploads.updates, sends), aggregation.secure_sum
+    if secure is None:
+        ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
+        update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
+    else:
+        mass = secure.mass(weight, uploads.round)
+        total = secure.total(weight, updates, uploads.round)
+        update = jax.tree.map(lambda x: x / mass, total)
     bare = dataclasses.replace(state, aggregation_state={})
     after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(mass), sends)
     return after, change, rule.remember(uploads, after.lora, kept)
@@ -423,7 +435,7 @@ def _private_step(aggregation, state, start, uploads, below, kept):
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
     size = int(_travels(uploads.updates, sends).sum())
     update, told, kept = aggregation.privacy.release(
-        _sent(uploads.updates, sends), uploads.clients, below, size, kept
+        _sent(uploads.updates, sends), uploads.clients, below, size, kept, aggregation.secure_sum
     )
     bare, mass = dataclasses.replace(state, aggregation_state={}), np.float32(1)
     after, change = _compiled_step(aggregation, bare, as_float32(update), mass, sends)

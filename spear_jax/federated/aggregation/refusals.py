@@ -31,6 +31,7 @@ class Choices:
         central_noise: z of the server; local_noise: z of the clients; 0: none.
         sigma_b: noise of the count of an adaptive clip norm; 0: the norm stays.
         weighting, sampling: of clients; over_selection: of the clock.
+        secure_sum: whether the server sees the sum of updates alone.
         measures_cohort: whether the method measures numbers over all of a cohort's data.
     """
 
@@ -57,6 +58,7 @@ class Choices:
     sampling: str = "uniform"
     over_selection: float = 1.0
     measures_cohort: bool = False
+    secure_sum: bool = False
 
 
 def reasons(given: Choices) -> dict[str, str]:
@@ -65,6 +67,7 @@ def reasons(given: Choices) -> dict[str, str]:
     return {
         reason: message
         for reason, applies, message in (
+            *_of_secure_sum(given, name),
             *_of_privacy(given, name),
             *_of_reducers(given, name),
             (
@@ -97,6 +100,26 @@ def reasons(given: Choices) -> dict[str, str]:
         )
         if applies
     }
+
+
+def _of_secure_sum(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    ruled, robust = not given.rule.linear, given.reducer_name not in ("mean", "norm_clip")
+    reads = name if ruled else f"federation.reducer {given.reducer_name!r}"
+    return [
+        (
+            "secure_needs_sum",
+            given.secure_sum and (ruled or robust),
+            f"{reads} reads every client's update, but federation.secure_sum shows the server their "
+            "sum alone; take reducer mean or norm_clip and lora_rule mean, ffa, fedsa or rolora, or "
+            "set secure_sum=False.",
+        ),
+        (
+            "secure_blockwise",
+            given.secure_sum and given.compression not in ("none", "randk"),
+            f"compression.kind is {given.compression!r}, whose codes differ by client, so that they "
+            "cannot be summed; with federation.secure_sum take none or randk.",
+        ),
+    ]
 
 
 def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
@@ -203,7 +226,7 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     plain = type(rule).name == "mean" and given.reducer_name in ("mean", "last")
     # where nothing is ever sent
     unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
-    private = given.central_noise > 0 or given.local_noise > 0
+    private = given.central_noise > 0 or given.local_noise > 0 or given.secure_sum
     return [
         (
             "server_optimiser",

@@ -25,6 +25,7 @@ import numpy as np
 
 from spear_jax.core.rng import path_rng, purpose
 from spear_jax.federated.aggregation import vectors
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.privacy.accounting import Account
 
 NOISE = purpose("dp_noise")
@@ -98,7 +99,13 @@ class CentralPrivacy:
         return {"bound": np.float64(self.clip), "noisy_rounds": np.int32(0)}
 
     def release(
-        self, updates: Any, clients: np.ndarray, below: np.ndarray, size: int, kept: dict[str, Any]
+        self,
+        updates: Any,
+        clients: np.ndarray,
+        below: np.ndarray,
+        size: int,
+        kept: dict[str, Any],
+        secure_sum: SecureSum | None = None,
     ) -> tuple[Any, dict[str, float], dict[str, Any]]:
         """Sums a round's updates privately.
 
@@ -106,13 +113,17 @@ class CentralPrivacy:
             updates: δ_k of n ≥ 0 clients, leaves [n, ...], zero where nothing is sent.
             clients: int[n], their ids; below: bool[n], whose norm was within S.
             size: d, how many numbers are sent.
+            secure_sum: sums in the server's place, which then cannot clip what clients did not.
         Returns: g; metrics; what is kept.
         """
         round, bound = int(kept["noisy_rounds"]) + 1, float(kept["bound"])
         weights = np.ones(len(clients))
         if self.client_weights:
             weights = np.array([self.client_weights[k] for k in clients], np.float64)
-        total = clipped_sum(updates, bound, weights)
+        if secure_sum is None:  # behind masks nothing can be clipped: honest clients have done it
+            weights = weights * clip_factors(updates, bound)
+        sums = vectors.weighted_sum if secure_sum is None else secure_sum.sums(round)
+        total = sums(weights, updates)
         sigma = self.noise_multiplier * bound
         normal = path_rng(self.seed, NOISE, round).standard_normal
         signal = float(np.sqrt(vectors.squared_norms(vectors.add_axis(total))[0]))
@@ -134,11 +145,6 @@ def clip_factors(updates: Any, bound: float) -> np.ndarray:
     """Returns min(1, S / ‖δ_k‖), float64[n]; 1 for a zero update. Args: updates: leaves [n, ...]."""
     norms = np.sqrt(vectors.squared_norms(updates))
     return np.minimum(1.0, bound / np.where(norms > 0, norms, bound))
-
-
-def clipped_sum(updates: Any, bound: float, weights: np.ndarray) -> Any:
-    """Returns Σ w_k δ_k min(1, S / ‖δ_k‖), leaves float64[...]."""
-    return vectors.weighted_sum(weights * clip_factors(updates, bound), updates)
 
 
 def noisy_mean(total: Any, sigma: float, denominator: float, normal: Normal) -> Any:

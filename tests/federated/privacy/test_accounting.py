@@ -47,8 +47,10 @@ def test_epsilon_of_fixed_cohorts_is_of_clients_replaced(vector):
             assert ours > 1.5 * want[wrong][i]
     # where all take part nothing is sampled, however it is called
     both = [Account(2.0, 8, 8, how, 0, 1e-3).epsilon(5) for how in ("uniform", "poisson")]
-    assert both[0] == both[1] == pytest.approx(
-        dp_accounting.get_epsilon_gaussian(2.0 / math.sqrt(5), 1e-3), rel=1e-3
+    assert (
+        both[0]
+        == both[1]
+        == pytest.approx(dp_accounting.get_epsilon_gaussian(2.0 / math.sqrt(5), 1e-3), rel=1e-3)
     )
 
 

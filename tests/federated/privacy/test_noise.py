@@ -9,6 +9,7 @@ import pytest
 from spear_jax.algorithms.base import CohortData
 from spear_jax.core.types import Cohort
 from spear_jax.federated import round as round_module
+from spear_jax.federated.aggregation import vectors
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression import uplink
 from spear_jax.federated.aggregation.compression.blocks import Int8
@@ -43,7 +44,7 @@ class Drawn:
 
 
 def noisy(given, x, weights, denominator):
-    total = central.clipped_sum({"x": x}, given["bound"], weights)
+    total = vectors.weighted_sum(weights * central.clip_factors({"x": x}, given["bound"]), {"x": x})
     sigma = given["noise_multiplier"] * given["bound"]
     normal = Drawn(given["standard_normal"]).standard_normal
     return total["x"], central.noisy_mean(total, sigma, denominator, normal)["x"]
@@ -93,7 +94,9 @@ def pair(x):
     """Three numbers as an adapter: a [1, 2, 1], b [1, 1, 1]; leading axes stay."""
     x = np.asarray(x, np.float32)
     lead = x.shape[:-1]
-    return Adapter(q=LowRank(x[..., :2].reshape(*lead, 1, 2, 1), x[..., 2:].reshape(*lead, 1, 1, 1)))
+    return Adapter(
+        q=LowRank(x[..., :2].reshape(*lead, 1, 2, 1), x[..., 2:].reshape(*lead, 1, 1, 1))
+    )
 
 
 def flat(adapter):
@@ -137,7 +140,9 @@ PRIVATE = Aggregation(privacy=CentralPrivacy(ACCOUNT, 0.5, seed=3))
 def test_every_round_counts_and_adds_noise_whoever_came():
     """An empty cohort, clients that are lost, and one whose update is not finite."""
     none, alone = ended(PRIVATE, np.zeros(3), np.zeros((0, 3)), np.zeros(0))
-    assert int(none.state.aggregation_state["noisy_rounds"]) == 1 and none.metrics["privacy/snr"] == 0
+    assert (
+        int(none.state.aggregation_state["noisy_rounds"]) == 1 and none.metrics["privacy/snr"] == 0
+    )
     rejected, same = ended(PRIVATE, np.zeros(3), np.full((1, 3), np.nan), np.ones(1), [7])
     lost, also = ended(PRIVATE, np.zeros(3), np.ones((2, 3)), np.zeros(2), [7, 8])
     close(alone, same)
