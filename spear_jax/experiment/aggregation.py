@@ -116,36 +116,36 @@ def build_privacy(settings: Settings, examples: Sequence[int]) -> CentralPrivacy
 
     Raises: UserError where dp-accounting is not installed, and for too little noise.
     """
-    given, fed = settings.privacy, settings.federation
-    if not given.noise_multiplier:
+    noise, fed = settings.privacy, settings.federation
+    if not noise.noise_multiplier:
         return None
     accounting.library()
-    if given.noise_multiplier < LEAST_NOISE:
+    if noise.noise_multiplier < LEAST_NOISE:
         raise UserError(
-            f"privacy.noise_multiplier is {given.noise_multiplier:g}; less than {LEAST_NOISE:g} of the "
+            f"privacy.noise_multiplier is {noise.noise_multiplier:g}; less than {LEAST_NOISE:g} of the "
             "clip norm protects hardly anybody. Raise it, or set it to 0 for no noise."
         )
     adaptive = None
-    if given.adaptive:
-        adaptive = AdaptiveClip(given.quantile, given.clip_rate, sigma_b(settings))
+    if noise.adaptive:
+        adaptive = AdaptiveClip(noise.quantile, noise.clip_rate, sigma_b(settings))
     weights: tuple[float, ...] = ()
     if fed.weighting == "capped":
         weights = tuple(min(count / fed.weight_cap, 1.0) for count in examples)
-    limit = given.cohort_limit if fed.sampling == "poisson" else 0
+    limit = noise.cohort_limit if fed.sampling == "poisson" else 0
     account = accounting.Account(
-        given.noise_multiplier, fed.num_clients, fed.clients_per_round, fed.sampling, limit,
+        noise.noise_multiplier, fed.num_clients, fed.clients_per_round, fed.sampling, limit,
         delta_of(settings),
     )  # fmt: skip
-    return CentralPrivacy(account, given.clip, adaptive, weights, settings.seed)
+    return CentralPrivacy(account, noise.clip, adaptive, weights, settings.seed)
 
 
 def build_local_privacy(settings: Settings) -> LocalPrivacy | None:
     """Builds the clients' own noise; None: there is none. Raises: as `build_privacy`."""
-    given = settings.privacy
-    if not given.local_noise:
+    noise = settings.privacy
+    if not noise.local_noise:
         return None
     accounting.library()
-    return LocalPrivacy(given.local_noise, given.clip, delta_of(settings), settings.seed)
+    return LocalPrivacy(noise.local_noise, noise.clip, delta_of(settings), settings.seed)
 
 
 def sigma_b(settings: Settings) -> float:
@@ -258,6 +258,18 @@ def check_aggregation(
             measures_cohort=algorithm.measures_cohort,
         )
     )
+
+
+def told_before(settings: Settings) -> list[str]:
+    """Returns what a user should know of an aggregation that is not refused."""
+    fed, told = settings.federation, []
+    if settings.privacy.noise_multiplier and settings.record_traces:
+        told.append("privacy's epsilon covers the adapters; the traces of this run are not private")
+    if fed.secure_sum and fed.reducer == "norm_clip":
+        told.append(
+            "under federation.secure_sum clients clip themselves; an attacker's update is not clipped"
+        )
+    return told
 
 
 def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) -> None:

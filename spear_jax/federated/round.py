@@ -470,7 +470,7 @@ def train_nobody(
     return TrainedClients(
         reduced=reduced,
         algorithm_state=algorithm_state,
-        means={NOT_FINITE: Mean(0.0, 0.0)},
+        means={NOT_FINITE: Mean(jnp.float32(0), jnp.float32(0))},
         phases=[CohortData([], none, nobody, [], counts)],
         learning_rate=federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
         work=0.0,
@@ -545,7 +545,9 @@ def _members(
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
     weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
     if aggregation.counts_everybody:
-        weight = np.ones_like(weight) if outcome is None else np.float32(outcome.accepted)
+        weight = np.ones(len(weight), np.float32)
+        if outcome is not None:
+            weight = outcome.accepted.astype(np.float32)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 
