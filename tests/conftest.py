@@ -7,10 +7,11 @@ import tempfile
 
 from processes import COMPILATION
 
-# Before anything imports JAX.
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), COMPILATION, "--xla_force_host_platform_device_count=8"]
-)
+# Before anything imports JAX. Tests of a GPU (test_gpu.py) have it compile as it does for a user.
+if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), COMPILATION, "--xla_force_host_platform_device_count=8"]
+    )
 
 # Programs that several files, processes and runs of the suite's subprocesses have in common are
 # compiled once. pytest-xdist's workers find the folder in what they inherit.

@@ -76,6 +76,9 @@ def main(argv: list[str]) -> dict[str, Any]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     host = processes.ask(machine.measure, None)
+    check_attention(preset, host["platform"])
+    if host["platform"] == "gpu":  # its memory is its own: nothing has to be fetched back
+        preset = dataclasses.replace(preset, settle=min(preset.settle, 1.0))
     work = workload.make_workload(preset, host["platform"])
     check_memory(preset.name, floors.memory_needed(work, bool(args.against)), host)
     result = describe(args, preset, host)
@@ -131,6 +134,10 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--phases", help=f"separated by commas (default: {','.join(PHASES)})")
     parser.add_argument("--clients", help="cohort sizes, separated by commas")
     parser.add_argument(
+        "--at-once", type=int, help="clients trained together, 0: all (default: the preset's)"
+    )
+    parser.add_argument("--attention", help="our kernel: xla or cudnn (default: xla)")
+    parser.add_argument(
         "--compile-for", help="an accelerator that is not there: h100-1, tpu-v5e-8, ..."
     )
     parser.add_argument(
@@ -153,10 +160,12 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             "--clients measures local training by cohort size alone; leave out --against and "
             "--phases."
         )
-    unused = ("preset", "model", "dtype", "against", "phases", "clients")
+    if args.at_once is not None and args.at_once < 0:
+        raise UserError(f"--at-once is {args.at_once}; give a number of clients, or 0 for all.")
+    unused = ("preset", "model", "dtype", "against", "phases", "clients", "at_once", "attention")
     if args.compile_for and (given := [name for name in unused if getattr(args, name)]):
         raise UserError(
-            f"--{given[0]} beside --compile-for, which compiles the programs of --config; leave it "
+            f"--{given[0].replace('_', '-')} beside --compile-for, which compiles the programs of --config; leave it "
             "out."
         )
     if args.programs and not args.compile_for:
@@ -195,7 +204,9 @@ def read_sizes(args: argparse.Namespace, rest: list[str]) -> Preset:
     if args.dtype:
         check_dtype(args.dtype)
         preset = dataclasses.replace(preset, dtype=args.dtype)
-    return preset
+    if args.at_once is not None:
+        preset = dataclasses.replace(preset, clients_at_once=args.at_once)
+    return dataclasses.replace(preset, attention=args.attention or preset.attention)
 
 
 def describe(args: argparse.Namespace, preset: Preset, host: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +242,16 @@ def check_memory(name: str, needed: int, host: dict[str, Any]) -> None:
             f"{free / 1e9:.1f} GB are free; take a smaller --preset, leave out --against, or use "
             f"a device with more memory."
         )
+
+
+def check_attention(preset: Preset, platform: str) -> None:
+    """Raises UserError for a kernel that there is not, or that this machine cannot run."""
+    from spear_jax.models import attention, config
+
+    if preset.attention not in attention.KERNELS:
+        raise unknown("kernel (--attention)", preset.attention, attention.KERNELS)
+    width = config.parse_config(preset.shape).head_width
+    attention.check_kernel(preset.attention, platform, preset.dtype, width)
 
 
 def run_phases(

@@ -105,7 +105,7 @@ class System:
         config = parse_config(preset.shape)
         lora = LoraConfig(preset.rank, 2.0 * preset.rank, 0.0, TARGETS)
         self.work, self.preset = work, preset
-        self.decoder = Decoder(config, lora, preset.remat)
+        self.decoder = Decoder(config, lora, preset.remat, preset.attention)
         self.mesh = make_mesh(jax.devices()[:1])
         source = (
             SafetensorsFolder(pathlib.Path(preset.model)) if preset.model else RandomTensors(config)

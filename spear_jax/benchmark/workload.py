@@ -6,6 +6,7 @@ its memory is measured.
 
 import dataclasses
 import json
+import math
 import pathlib
 import zlib
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from spear_jax.core.errors import UserError, unknown
 
 SEED = 0
+DRAWN = 1 << 22  # numbers of a tensor; more would take a minute for a billion weights
 TINY = pathlib.Path(__file__).parents[1] / "assets" / "tiny"
 PHASES = ("rollout", "revision", "evaluation", "local_step", "aggregation", "checkpoint", "round")
 
@@ -44,6 +46,7 @@ class Preset:
         remat: the part that our backward pass computes again, as `train.remat`.
         rival_remat: whether the rival's does so with layers.
         clients_at_once: clients trained together (ours); 0 means all.
+        attention: our kernel, as `attention_kernel`.
         temperature, top_p: of sampling; 0 is greedy.
         margin: of unlikelihood.
         lose_weight: its weight beside likelihood's 1.
@@ -74,6 +77,7 @@ class Preset:
     remat: str = "attention"
     rival_remat: bool = False
     clients_at_once: int = 1
+    attention: str = "xla"
     temperature: float = 0.8
     top_p: float = 0.95
     margin: float = 0.3
@@ -164,7 +168,7 @@ def _qwen() -> Preset:
     return Preset(
         name="qwen2.5-1.5b", shape=shape, model="", dtype="bfloat16",
         clients=3, prompts=160, right=40, fixed=60, lengths=(119, 60, 232), head=0, new_tokens=256, revisions=60, longer=271,
-        questions=64, wins=16, loses=16, steps=5, remat="layers", rival_remat=True, clients_at_once=0,
+        questions=64, wins=16, loses=16, steps=5, rival_remat=True, clients_at_once=0,
     )  # fmt: skip
 
 
@@ -228,6 +232,7 @@ def config_preset(config: Any, shape: dict[str, Any], model: str) -> Preset:
         remat=remat,
         rival_remat=remat == "layers",
         clients_at_once=config.federation.clients_at_once,
+        attention=config.attention_kernel,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
     )
@@ -306,11 +311,13 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the random weight of a Hugging Face or PEFT name, float32, the same in every process.
 
     Norms are 1; matrices [out, in] are uniform with variance 1 / in; embeddings and the rest are
-    small. An adapter's B is not zero, as after some rounds.
+    small. An adapter's B is not zero, as after some rounds. A large tensor repeats its first DRAWN
+    numbers.
     """
     if name.endswith("norm.weight"):
         return np.ones(shape, np.float32)
     plain = len(shape) == 1 or "embed" in name or "lora_B" in name
-    bound = 0.03 if plain else (3.0 / shape[1]) ** 0.5
-    rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
-    return (rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
+    bound = np.float32(0.03 if plain else (3.0 / shape[1]) ** 0.5)
+    rng, count = np.random.default_rng([SEED, zlib.crc32(name.encode())]), math.prod(shape)
+    drawn = rng.uniform(-bound, bound, min(count, DRAWN)).astype(np.float32)
+    return np.resize(drawn, shape)

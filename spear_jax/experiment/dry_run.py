@@ -104,9 +104,10 @@ def needs(built: Experiment) -> dict[str, int | None]:
     settings, federation, model = built.settings, built.federation, built.model.config
     worker = federation.worker
     each = builder.bytes_per_client(settings, federation.decoder, federation.algorithm, worker.data)
-    # generation reads a copy of the layers with the adapter merged in, but on a CPU (`as_policy`)
-    copied = settings.quantize == "none" and jax.default_backend() != "cpu"
-    merged = sum(x.nbytes for x in jax.tree.leaves(built.model.base.layers)) if copied else 0
+    # not on a CPU: generation has a copy of the layers with the adapter merged in (`as_policy`), and
+    # one as decoding reads them (`decoder.unstack`)
+    copies = 0 if jax.default_backend() == "cpu" else 1 + (settings.quantize == "none")
+    merged = copies * sum(x.nbytes for x in jax.tree.leaves(built.model.base.layers))
     longest = max(worker.first, worker.revise, key=lambda config: config.max_new_tokens)
     width, devices = longest_prompt(built), federation.mesh.shape[CLIENTS]
     rows = most_rows(longest, width, devices)

@@ -90,7 +90,8 @@ def flash(q, keys, values, visible, implementation="cudnn"):
 
 
 def _flash_forward(q, keys, values, visible, implementation):
-    return flash(q, keys, values, visible, implementation), (q, keys, values, visible)
+    attended = flash(q, keys, values, visible, implementation)
+    return checkpoint_name(attended, KEPT), (q, keys, values, visible)
 
 
 def _flash_backward(implementation, held, change):

@@ -148,14 +148,15 @@ def generation_limits(
     """Returns the limits that the settings and the device set.
 
     A GPU or TPU decodes as many sequences as the cache's share of its memory holds: a quarter, or
-    half of what the base and its copy leave where that is less. On a CPU 64 sequences and 2,048
+    half of what the base and its copies leave where that is less. On a CPU 64 sequences and 2,048
     prompt tokens fill the cores, and more would take the memory.
 
     Args:
         itemsize: bytes of a value.
         megabytes: of keys and values on a device; 0: by the device.
         rows: sequences on all devices; 0: as many as fit.
-        weights: bytes of the base on a device; decoding reads a copy of it.
+        weights: bytes of the base on a device; beside it lie a copy with the adapter merged in, and
+            one of its layers as decoding reads them.
         devices: that sequences are split over.
     """
     if jax.default_backend() == "cpu":
@@ -163,7 +164,7 @@ def generation_limits(
     else:
         stats = jax.local_devices()[0].memory_stats() or {}
         limit = stats.get("bytes_limit")
-        size = 272_000_000 if limit is None else min(limit // 4, (limit - 2 * weights) // 2)
+        size = 272_000_000 if limit is None else min(limit // 4, (limit - 3 * weights) // 2)
         most, read_tokens, steps = MOST_ROWS * devices, 8192, 8
     tokens = max(1, (megabytes * 1_000_000 or size) // cache_bytes(model, 1, 1, itemsize))
     return GenerationLimits(rows or most, tokens, read_tokens, steps)

@@ -10,6 +10,7 @@ Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from spear_jax.core.mesh import layer_of
 from spear_jax.models.attention import KEPT, attend, seen_in_tree
 from spear_jax.models.config import ModelConfig
 from spear_jax.models.lm_head import head_logits, head_weight
-from spear_jax.models.lora import LoraConfig, merge_layer
+from spear_jax.models.lora import LoraConfig, merge_weights, projection_shapes
 from spear_jax.models.params import Adapter, DecoderParams, KeyValues, LayerParams
 from spear_jax.models.quantization import widen
 from spear_jax.packing.arrays import PackedSequences, spans
@@ -169,12 +170,16 @@ def unstack(base: DecoderParams) -> DecoderParams:
     """Splits the stacked layers into a tuple; on a CPU its weights are views of the stacked ones.
 
     A pass then runs layer after layer instead of scanning them. It compiles longer and copies no
-    weights, which decoding needs. A base that is unstacked is returned as it is.
+    weights, which decoding needs. Where the weights are copied, projections of one input are joined
+    (`_joined`). A base that is unstacked is returned as it is.
     """
     if not base.stacked:
         return base
-    on_cpu = next(iter(base.embed.devices())).platform == "cpu"
-    return base.replace(layers=_layers_of(base.layers) if on_cpu else _copied_layers(base.layers))
+    if next(iter(base.embed.devices())).platform == "cpu":
+        return base.replace(layers=_layers_of(base.layers))
+    weight = base.layers.gate
+    whole = isinstance(weight, jax.Array) and weight.sharding.is_fully_replicated
+    return base.replace(layers=_copied_layers(base.layers, whole))
 
 
 def _layers_of(stack: LayerParams) -> tuple[LayerParams, ...]:
@@ -183,28 +188,52 @@ def _layers_of(stack: LayerParams) -> tuple[LayerParams, ...]:
     return tuple(jax.tree.map(lambda w, i=i: layer_of(w, i), stack) for i in range(count))
 
 
-_copied_layers = jax.jit(_layers_of)  # one program, and not one a layer and weight
+@functools.partial(jax.jit, static_argnums=1)  # one program, and not one a layer and weight
+def _copied_layers(stack: LayerParams, join: bool) -> tuple[LayerParams, ...]:
+    """Copies stacked layers one by one."""
+    layers = _layers_of(stack)
+    return tuple(map(_joined, layers)) if join else layers
+
+
+def _joined(weights: LayerParams) -> LayerParams:
+    """Joins a layer's projections of one input: q, k and v are one product, gate and up another.
+
+    `q` [D, (H + 2 U) E] then holds all three and `gate` [D, 2 F] both; the others are None. A GPU's
+    compiler would join the products by itself, and copy the weights together in every step.
+    """
+    biases = (weights.q_bias, weights.k_bias, weights.v_bias)
+    return weights.replace(
+        q=jnp.concatenate([weights.q, weights.k, weights.v], axis=-1),
+        k=None,
+        v=None,
+        q_bias=None if biases[0] is None else jnp.concatenate(biases, axis=-1),
+        k_bias=None,
+        v_bias=None,
+        gate=jnp.concatenate([weights.gate, weights.up], axis=-1),
+        up=None,
+    )
 
 
 def merge(base: DecoderParams, lora: Adapter, settings: LoraConfig) -> DecoderParams:
-    """Merges an adapter into the base and unstacks its layers, as generation takes them.
-
-    Embedding, head and norm are the base's own: a program that returned them would copy them.
-    """
-    return base.replace(layers=merged_layers(base.layers, lora, settings))
+    """Merges an adapter into a base with stacked layers, all other tensors being the base's own."""
+    layers = base.layers.replace(**merged_layers(base.layers, lora, settings))
+    return base.replace(layers=layers)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def merged_layers(
-    stack: LayerParams, lora: Adapter, settings: LoraConfig
-) -> tuple[LayerParams, ...]:
-    """Copies stacked layers one by one, those that carry adapters with their part merged in."""
-    layers = _layers_of(stack)
-    plain = len(layers) - lora.num_layers
-    return tuple(
-        weights if i < plain else merge_layer(weights, lora.layer(i - plain), settings)
-        for i, weights in enumerate(layers)
-    )
+def merged_layers(stack: LayerParams, lora: Adapter, settings: LoraConfig) -> dict[str, jax.Array]:
+    """Copies the stacked projections that carry adapters, with these merged in.
+
+    The layers go through one after another: the program does not grow with depth, and the product
+    A B of all layers is never held.
+    """
+    own, count = stack.by_name(), lora.num_layers
+    pairs = lora.by_name()
+    tails = {name: own[name][-count:] for name in pairs}
+    merged = jax.lax.map(lambda xs: merge_weights(*xs, settings), (tails, pairs))
+    whole = count == next(iter(own.values())).shape[0]
+    join = lambda name, tail: tail if whole else own[name].at[-count:].set(tail)
+    return {name: join(name, tail) for name, tail in merged.items()}
 
 
 def logits(
@@ -304,11 +333,7 @@ def _layer(
         """Yields x W + bias + scale * dropout(x) A B of each projection."""
         own = {name: low_ranks[name] for name in names if name in low_ranks}
         inner = _inner(decoder.lora, {name: pair.a for name, pair in own.items()}, x, key)
-        for name in names:
-            weight, bias = weights.projection(name)
-            y = x @ weight
-            if bias is not None:
-                y = y + bias
+        for name, y in zip(names, _products(config, weights, x, names), strict=True):
             if name in own:
                 y = y + _grouped(inner[name], own[name].b.astype(x.dtype)) * decoder.lora.scale
             yield y
@@ -341,6 +366,20 @@ def _layer(
     gate, up = (checkpoint_name(y, KEPT) for y in project(x, "gate", "up"))
     hidden = hidden + next(project(jax.nn.silu(gate) * up, "down"))
     return hidden, kept
+
+
+def _products(
+    config: ModelConfig, weights: LayerParams, x: jax.Array, names: tuple[str, ...]
+) -> Iterator[jax.Array]:
+    """Yields x W + bias of projections with the common input x, which may be joined (`_joined`)."""
+    product = lambda weight, bias: x @ weight if bias is None else x @ weight + bias
+    if len(names) > 1 and weights.projection(names[-1])[0] is None:
+        shapes = projection_shapes(config)
+        ends = np.cumsum([shapes[name][1] for name in names])[:-1].tolist()
+        yield from jnp.split(product(*weights.projection(names[0])), ends, axis=-1)
+        return
+    for name in names:
+        yield product(*weights.projection(name))
 
 
 # the number of an input's masks in the dropout key, by the first projection that reads it; another

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.models.config import ModelConfig
-from spear_jax.models.params import Adapter, DecoderParams, LayerParams, LowRank
+from spear_jax.models.params import Adapter, DecoderParams, LowRank
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -126,11 +126,11 @@ def add_to_base(base: DecoderParams, change: dict[str, Any]) -> DecoderParams:
     return base.replace(layers=base.layers.replace(**changed))
 
 
-def merge_layer(weights: LayerParams, adapter: Adapter, lora: LoraConfig) -> LayerParams:
-    """Adds one layer's part of an adapter (`Adapter.layer`) into the layer's weights."""
-    own = weights.by_name()
-    merged = {target: _add(own[target], pair, lora) for target, pair in adapter.by_name().items()}
-    return weights.replace(**merged)
+def merge_weights(
+    weights: dict[str, jax.Array], adapter: dict[str, LowRank], lora: LoraConfig
+) -> dict[str, jax.Array]:
+    """Adds an adapter's updates to weights of the same names and leading axes."""
+    return {name: _add(weights[name], pair, lora) for name, pair in adapter.items()}
 
 
 def _add(weight: jax.Array, pair: LowRank, lora: LoraConfig) -> jax.Array:

@@ -36,7 +36,8 @@ class LayerParams(ParamsByName):
     Attributes:
         attn_norm, mlp_norm: [D].
         q: [D, H * E]; k, v: [D, U * E]; o: [H * E, D].
-        gate, up: [D, F]; down: [F, D].
+        gate, up: [D, F]; down: [F, D]. In layers that decode on a GPU or TPU, q holds k and v too,
+            and gate holds up (`decoder._joined`).
         q_bias: [H * E]; k_bias, v_bias: [U * E]; o_bias: [D]; None where the family has none.
         q_norm, k_norm: [E]; Qwen3's, None elsewhere.
     """
@@ -44,7 +45,7 @@ class LayerParams(ParamsByName):
     attn_norm: jax.Array
     down: jax.Array
     gate: jax.Array
-    k: jax.Array
+    k: jax.Array | None
     k_bias: jax.Array | None = None
     k_norm: jax.Array | None = None
     mlp_norm: jax.Array
@@ -53,11 +54,11 @@ class LayerParams(ParamsByName):
     q: jax.Array
     q_bias: jax.Array | None = None
     q_norm: jax.Array | None = None
-    up: jax.Array
-    v: jax.Array
+    up: jax.Array | None
+    v: jax.Array | None
     v_bias: jax.Array | None = None
 
-    def projection(self, name: str) -> tuple[jax.Array, jax.Array | None]:
+    def projection(self, name: str) -> tuple[jax.Array | None, jax.Array | None]:
         """Weight and bias of the projection `name` ("q", "k", "v", "o", "gate", "up", "down")."""
         return getattr(self, name), getattr(self, f"{name}_bias", None)
 

@@ -25,9 +25,9 @@ class Policy:
 def as_policy(base: DecoderParams, lora: Adapter, settings: LoraConfig, quantize: str) -> Policy:
     """Makes the policy of one adapter: merged into a copy of the base, or beside it.
 
-    Decoding reads weights layer by layer, which needs a copy of the stacked ones on a GPU or TPU;
-    on a CPU the layers are views of them (`mesh.layer_of`), so that the adapter stays beside the
-    base. It also does where the base is quantised.
+    A copy is worth its memory on a GPU or TPU, where every step of decoding would pay for the
+    adapter's small products. On a CPU the adapter stays beside the base, and where the base is
+    quantised.
     """
     merged = quantize == "none" and next(iter(base.embed.devices())).platform != "cpu"
     return Policy(merge(base, lora, settings)) if merged else Policy(base, lora)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spear_jax.models.lm_head import pick
+from spear_jax.models.lm_head import head_logits, pick
 from spear_jax.models.token_logprobs import unpack_rows
 from spear_jax.packing.arrays import Batch, Block
 
@@ -33,3 +33,19 @@ def test_gradient_of_a_picked_logit_is_at_its_token():
     want[np.arange(5), token] = change
     np.testing.assert_array_equal(picked, logits[np.arange(5), token])
     np.testing.assert_array_equal(pull(change)[0], want)
+
+
+def test_a_narrow_heads_gradient_is_the_wide_ones_rounded():
+    rng = np.random.default_rng(3)
+    hidden, head = (jnp.asarray(rng.normal(size=(n, 32)), jnp.bfloat16) for n in (20, 90))
+    targets = jnp.asarray(rng.integers(0, 90, 20))
+
+    def score(hidden, head):
+        return (head_logits(hidden, head) * (jnp.arange(90) == targets[:, None])).sum()
+
+    narrow = jax.grad(score, argnums=(0, 1))(hidden, head)
+    wide = jax.grad(score, argnums=(0, 1))(*(x.astype(jnp.float32) for x in (hidden, head)))
+    for ours, exact in zip(narrow, wide, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        ours, exact = (np.asarray(x, np.float32) for x in (ours, exact))
+        assert np.linalg.norm(ours - exact) < 4e-3 * np.linalg.norm(exact)

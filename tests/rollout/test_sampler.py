@@ -402,8 +402,35 @@ def test_merging_copies_the_layers_alone(model):
     assert merged.embed is model.base.embed and merged.head is model.base.head
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     assert size(merged.layers) == size(model.base.layers) < 0.8 * size(model.base)
-    views, copies = unstack(model.base).layers, decoder_module._copied_layers(model.base.layers)
+    assert merged.layers.gate is model.base.layers.gate  # LORA has none there
+    views = unstack(model.base).layers
+    copies = decoder_module._copied_layers(model.base.layers, False)
     assert jax.tree.all(jax.tree.map(np.array_equal, views, copies))
+
+
+@pytest.mark.parametrize("last_layers", [0, 1])
+def test_merging_layer_by_layer_adds_what_merging_at_once_does(model, last_layers):
+    settings = dataclasses.replace(LORA, last_layers=last_layers)
+    lora = init_lora(jax.random.key(1), settings, model.config)
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    one, other = merge(model.base, lora, settings), merge_lora(model.base, lora, settings)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, other)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_projections_that_are_joined_for_decoding_give_the_same_completions(
+    model, decoder, monkeypatch, own
+):
+    lora = jax.tree.map(lambda x: x + 0.05, init_lora(jax.random.key(1), LORA, model.config))
+    prompts, keys = make_prompts(model, 5), make_keys(5)
+    apart = Sampler(decoder).generate(lora, model.base, prompts, keys, settings())
+    join = lambda base: base.replace(layers=decoder_module._copied_layers(base.layers, True))
+    monkeypatch.setattr(sampler_module, "unstack", join)
+    policy = (lora, model.base) if own else (None, merge(model.base, lora, LORA))
+    joined = Sampler(decoder).generate(*policy, prompts, keys, settings())
+    for one, other in zip(apart, joined, strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_frozen_sampler_reuses_compiled_shapes(model, decoder):
