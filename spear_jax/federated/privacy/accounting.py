@@ -85,7 +85,7 @@ def _one_round(account: Account) -> Any:
     from dp_accounting.pld import privacy_loss_distribution as losses
 
     z, q = account.noise_multiplier, account.cohort / account.clients
-    if account.limit and account.cohort < account.clients:
+    if 0 < account.limit < account.clients:  # where one is left out, another takes its place
         return losses.from_truncated_subsampled_gaussian_mechanism(
             account.clients, q, account.limit, z
         )

@@ -60,6 +60,9 @@ def test_a_ceiling_costs_little_at_five_standard_deviations(vector):
     limit = given["ceiling"][1]
     ours = account(given, limit=limit).epsilon(given["rounds"])
     assert ours == pytest.approx(want["pld"][1], rel=tol)
+    # where all would come and some are left out, others take their place
+    cut, whole = (Account(1.0, 20, 20, "poisson", most, 1e-3).epsilon(1) for most in (5, 0))
+    assert cut > 1.5 * whole == 1.5 * Account(1.0, 20, 20, "poisson", 20, 1e-3).epsilon(1)
 
 
 def test_epsilon_grows_with_rounds_and_falls_with_noise():
