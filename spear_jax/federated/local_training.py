@@ -396,7 +396,7 @@ def _train_on_device(
         e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
         blend = lambda a, b: e * a + (1.0 - e) * b
         ended = jax.tree.map(blend, start, new.lora) if e else new.lora
-        if (aggregation.transforms or reducer.transforms) and not keep:
+        if aggregation.client_transforms and not keep:
             ended = jax.vmap(aggregation.transform, (shared, 0))(start, ended)
         finite = jax.vmap(_has_norm, (shared, 0))(start, ended)
         taken, left_out = active & finite, active & ~finite & (not keep)

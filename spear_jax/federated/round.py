@@ -315,7 +315,7 @@ def client_round(
     """
     cohort = federation.cohort_of([client], round)
     whole, federation = federation.aggregation, federation.on_base(kept)
-    alone = Aggregation(_Alone(), transforms=whole.transforms + whole.reducer.transforms)
+    alone = Aggregation(_Alone(), transforms=whole.client_transforms)
     start = federation.on_devices(adapter)
     trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
     began = start
@@ -548,6 +548,8 @@ def _members(
         weight = np.ones(len(weight), np.float32)
         if outcome is not None:
             weight = outcome.accepted.astype(np.float32)
+    if aggregation.privacy is not None:
+        weight = weight * aggregation.privacy.weights(cohort.clients)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

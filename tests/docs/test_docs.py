@@ -346,7 +346,7 @@ def aggregated() -> set[str]:
     state = init_server(aggregation, start, {}, jax.random.key(0), 2)
     found = end_round(aggregation, state, (adapters, np.ones(2)), range(2)).metrics
     noise = CentralPrivacy(Account(1.0, 2, 2, "poisson", 0, 0.1), 1.0)
-    aggregation = Aggregation(privacy=noise)
+    aggregation = Aggregation(attack=Attack("none", ()), privacy=noise)
     state = init_server(aggregation, start, {}, jax.random.key(0), 2)
     found |= end_round(aggregation, state, (adapters, np.ones(2)), range(2)).metrics
     clock, clients, some = Participation(), range(30), np.ones(30)

@@ -76,6 +76,17 @@ def test_a_private_run_goes_on_with_the_same_bits_over_an_empty_round(tmp_path):
     assert 0 < told["privacy_snr"] < 1
 
 
+def test_capped_weights_are_of_examples():
+    capped = {"federation.weighting": "capped", "federation.weight_cap": 1200.0}
+    federation = build(config_of(**PRIVATE | capped), jax.devices()[:1]).federation
+    sizes = [len(own) for own in federation.clients]
+    assert max(sizes) > 1200 > min(sizes)
+    wanted = [min(size / 1200, 1.0) for size in sizes]
+    privacy = federation.aggregation.privacy
+    assert list(privacy.client_weights) == wanted
+    assert privacy.denominator == pytest.approx(sum(wanted) / 3)
+
+
 def test_local_noise_is_in_what_is_sent():
     changes = {"seed": 3, "federation.sampling": "poisson", "privacy.local_noise": 2.0}
     experiment = build(config_of(**changes), jax.devices()[:1])

@@ -8,9 +8,10 @@ A round's updates δ_k = θ_k − start_k go through these steps:
              privacy's clipped and noisy sum → LoRA rule → server optimiser
 
 The mean of factors streams: clients are transformed, checked and summed inside the device program,
-chunk by chunk. Where a reducer or a LoRA rule reads every client, where updates are compressed or
-private, or somebody attacks, all of it behind local training and transforms runs on the host, in
-numpy.
+chunk by chunk; privacy's clip is then one more transform, and its noise is added to the sum. Where a
+reducer or a LoRA rule reads every client, where updates are compressed, masked or noisy themselves, where
+the clip norm adapts, or somebody attacks, all of it behind local training and transforms runs on the
+host, in numpy.
 """
 
 import dataclasses
@@ -34,6 +35,7 @@ from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, a
 from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
 from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
 from spear_jax.federated.aggregation.robust import ROBUST
+from spear_jax.federated.aggregation.robust.norm_clip import ClipNorm
 from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
@@ -85,8 +87,16 @@ class Aggregation:
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        parts = (self.attack, self.uplink, self.secure_sum)
-        return reads_each or self.counts_everybody or any(part is not None for part in parts)
+        parts = (self.attack, self.uplink, self.secure_sum, self.local_privacy)
+        adapts = self.privacy is not None and self.privacy.adaptive is not None
+        return reads_each or adapts or any(part is not None for part in parts)
+
+    @property
+    def client_transforms(self) -> tuple[ClientTransform, ...]:
+        """Returns what is done to each client's update inside the device program."""
+        streams = self.privacy is not None and not self.collects
+        clip = (ClipNorm(self.privacy.clip),) if streams and self.privacy else ()
+        return self.transforms + self.reducer.transforms + clip
 
     @property
     def counts_everybody(self) -> bool:
@@ -116,10 +126,10 @@ class Aggregation:
 
     def transform(self, start: Adapter, adapter: Adapter) -> Adapter:
         """Returns one client's adapter with its update transformed. Args: start: what it got."""
-        if not self.transforms + self.reducer.transforms:
+        if not self.client_transforms:
             return adapter
         update = jax.tree.map(jnp.subtract, adapter, start)
-        update = self.transformed(update, self.transforms + self.reducer.transforms)
+        update = self.transformed(update, self.client_transforms)
         return jax.tree.map(jnp.add, start, update)
 
     def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
@@ -221,7 +231,15 @@ def end_round(
     metrics = {}
     if isinstance(aggregation.reducer, Metered):
         metrics = exactness.metrics(to_host(_squares(aggregation.reducer, reduced, state.lora)))
-    after, change = _finish_and_step(aggregation, sends, bare, reduced)
+    if aggregation.privacy is not None:
+        update, mass = to_host(_finish(aggregation.reducer, reduced, state.lora))
+        total = jax.tree.map(lambda x: np.asarray(x, np.float64) * float(mass), update)
+        size = int(_travels(vectors.add_axis(total), sends).sum())
+        update, told, kept = aggregation.privacy.add_noise(_sent(total, sends), size, kept)
+        after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(1), sends)
+        metrics |= told
+    else:
+        after, change = _finish_and_step(aggregation, sends, bare, reduced)
     return Aggregated(dataclasses.replace(after, aggregation_state=kept), change, metrics, [])
 
 
@@ -258,6 +276,11 @@ _compiled_step = jax.jit(server_step, static_argnums=(0, 4))
 def _finish_and_step(aggregation, sends, state, reduced):
     finished = aggregation.reducer.finish(reduced, state.lora)
     return server_step(aggregation, state, *finished, sends)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(reducer, reduced, start):
+    return reducer.finish(reduced, start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -313,7 +336,7 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
         metrics |= exactness.metrics(exactness.squares(uploads))
     if private:
         after, change, kept, told = _private_step(
-            aggregation, state, start, uploads, below[active], kept
+            aggregation, state, start, uploads, weight[active], below[active], kept
         )
         metrics |= told
     else:
@@ -430,12 +453,12 @@ def _linear_step(aggregation, state, start, uploads, weight, kept):
     return after, change, rule.remember(uploads, after.lora, kept)
 
 
-def _private_step(aggregation, state, start, uploads, below, kept):
+def _private_step(aggregation, state, start, uploads, weight, below, kept):
     """The noisy mean of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
     size = int(_travels(uploads.updates, sends).sum())
     update, told, kept = aggregation.privacy.release(
-        _sent(uploads.updates, sends), uploads.clients, below, size, kept, aggregation.secure_sum
+        _sent(uploads.updates, sends), weight, below, size, kept, aggregation.secure_sum
     )
     bare, mass = dataclasses.replace(state, aggregation_state={}), np.float32(1)
     after, change = _compiled_step(aggregation, bare, as_float32(update), mass, sends)

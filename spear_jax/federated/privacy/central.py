@@ -10,14 +10,16 @@ Sources: DP-FedAvg (arXiv 1710.06963); the adaptive clip norm is that of Andrew 
 1905.03871). Departures:
   1. A client says whether its norm was within S before it clips itself, as in the paper; an
      attacker's is what the server receives.
-  2. Gaussian numbers are drawn in float64 from the run's seed: they repeat, and whoever knows the seed
+  2. Where updates are summed as clients train, they are clipped in float32: a norm may exceed S by
+     what rounding an adapter adds.
+  3. Gaussian numbers are drawn in float64 from the run's seed: they repeat, and whoever knows the seed
      can take them off again. Floating point itself leaks a little (Mironov, CCS 2012).
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -98,10 +100,16 @@ class CentralPrivacy:
         """Returns what is kept before round 1."""
         return {"bound": np.float64(self.clip), "noisy_rounds": np.int32(0)}
 
+    def weights(self, clients: Sequence[int]) -> np.ndarray:
+        """Returns w_k of these clients, float32[n]."""
+        if not self.client_weights:
+            return np.ones(len(clients), np.float32)
+        return np.array([self.client_weights[k] for k in clients], np.float32)
+
     def release(
         self,
         updates: Any,
-        clients: np.ndarray,
+        weight: np.ndarray,
         below: np.ndarray,
         size: int,
         kept: dict[str, Any],
@@ -111,19 +119,28 @@ class CentralPrivacy:
 
         Args:
             updates: δ_k of n ≥ 0 clients, leaves [n, ...], zero where nothing is sent.
-            clients: int[n], their ids; below: bool[n], whose norm was within S.
+            weight: float[n], from 0 to 1; below: bool[n], whose norm was within S.
             size: d, how many numbers are sent.
             secure_sum: sums in the server's place, which then cannot clip what clients did not.
         Returns: g; metrics; what is kept.
         """
         round, bound = int(kept["noisy_rounds"]) + 1, float(kept["bound"])
-        weights = np.ones(len(clients))
-        if self.client_weights:
-            weights = np.array([self.client_weights[k] for k in clients], np.float64)
-        if secure_sum is None:  # behind masks nothing can be clipped: honest clients have done it
-            weights = weights * clip_factors(updates, bound)
+        if secure_sum is None:
+            weight = weight * clip_factors(updates, bound)
         sums = vectors.weighted_sum if secure_sum is None else secure_sum.sums(round)
-        total = sums(weights, updates)
+        mean, told, kept = self.add_noise(sums(weight, updates), size, kept)
+        told["privacy/clipped"] = float(np.mean(~below)) if len(below) else 0.0
+        if self.adaptive is not None:
+            one = float(path_rng(self.seed, BIT_NOISE, round).standard_normal())
+            moved = self.adaptive.move(bound, below, float(self.account.cohort), one)
+            kept = kept | {"bound": np.float64(moved)}
+        return mean, told, kept
+
+    def add_noise(
+        self, total: Any, size: int, kept: dict[str, Any]
+    ) -> tuple[Any, dict[str, float], dict[str, Any]]:
+        """Adds noise to the sum of clipped updates; arguments and results as for `release`."""
+        round, bound = int(kept["noisy_rounds"]) + 1, float(kept["bound"])
         sigma = self.noise_multiplier * bound
         normal = path_rng(self.seed, NOISE, round).standard_normal
         signal = float(np.sqrt(vectors.squared_norms(vectors.add_axis(total))[0]))
@@ -131,13 +148,9 @@ class CentralPrivacy:
             "privacy/epsilon": self.account.epsilon(round),
             "privacy/delta": self.account.delta,
             "privacy/clip": bound,
-            "privacy/clipped": float(np.mean(~below)) if len(below) else 0.0,
             "privacy/snr": signal / (sigma * math.sqrt(size)),
         }
-        if self.adaptive is not None:
-            one = float(path_rng(self.seed, BIT_NOISE, round).standard_normal())
-            bound = self.adaptive.move(bound, below, float(self.account.cohort), one)
-        kept = kept | {"bound": np.float64(bound), "noisy_rounds": np.int32(round)}
+        kept = kept | {"noisy_rounds": np.int32(round)}
         return noisy_mean(total, sigma, self.denominator, normal), told, kept
 
 

@@ -69,7 +69,9 @@ def test_weights_up_to_one_keep_what_a_client_changes(vector):
     denominator = given["sampling_rate"] * given["total_capped_weight"]
     close(noisy(given, np.array(given["x"]), weights, denominator)[1], want["out"], tol)
     some = tuple([1.0] * 50 + [0.2] * 50)
-    assert CentralPrivacy(ACCOUNT, 1.0, client_weights=some).denominator == pytest.approx(3.0)
+    capped = CentralPrivacy(ACCOUNT, 1.0, client_weights=some)
+    assert capped.denominator == pytest.approx(3.0)
+    close(capped.weights([0, 60]), [1.0, 0.2], 1e-6)
 
 
 def test_the_clip_norm_moves_towards_the_quantile(vector):
@@ -134,7 +136,8 @@ def test_a_round_from_training_to_the_servers_step(vector, monkeypatch):
     assert done.metrics["privacy/clipped"] == 0.75 and done.metrics["round/failed"] == 0
 
 
-PRIVATE = Aggregation(privacy=CentralPrivacy(ACCOUNT, 0.5, seed=3))
+# what collects, as these tests hand updates over
+PRIVATE = Aggregation(attack=Attack("none", ()), privacy=CentralPrivacy(ACCOUNT, 0.5, seed=3))
 
 
 def test_every_round_counts_and_adds_noise_whoever_came():
@@ -170,7 +173,7 @@ def test_the_noise_has_the_variance_that_is_accounted():
     for seed in range(400):
         one = CentralPrivacy(ACCOUNT, 0.5, seed=seed)
         total, _, _ = one.release(
-            {"x": np.zeros((0, 50))}, np.zeros(0, int), np.zeros(0, bool), 50, one.init_kept()
+            {"x": np.zeros((0, 50))}, np.zeros(0), np.zeros(0, bool), 50, one.init_kept()
         )
         draws.append(total["x"])
     assert np.var(draws) == pytest.approx((0.8 * 0.5 / 5) ** 2, rel=0.03)
