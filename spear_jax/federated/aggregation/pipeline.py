@@ -94,9 +94,10 @@ class Aggregation:
     @property
     def client_transforms(self) -> tuple[ClientTransform, ...]:
         """Returns what is done to each client's update inside the device program."""
-        streams = self.privacy is not None and not self.collects
-        clip = (ClipNorm(self.privacy.clip),) if streams and self.privacy else ()
-        return self.transforms + self.reducer.transforms + clip
+        transforms = self.transforms + self.reducer.transforms
+        if self.privacy is None or self.collects:
+            return transforms
+        return (*transforms, ClipNorm(self.privacy.clip))
 
     @property
     def counts_everybody(self) -> bool:

@@ -1,10 +1,12 @@
 """ε against the vectors and against dp-accounting's own accountants, called another way."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 
+from spear_jax.core.errors import UserError
 from spear_jax.federated.privacy.accounting import Account, local_epsilon
 
 dp_accounting = pytest.importorskip("dp_accounting")
@@ -85,3 +87,9 @@ def test_local_epsilon_is_the_gaussian_trade_off(vector):
         )
         assert delta == pytest.approx(given["delta"], rel=1e-3)
     assert local_epsilon(6.0, 0, 1e-5) == 0.0
+
+
+def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(UserError, match=r"pip install 'spear-jax\[privacy\]', or set"):
+        local_epsilon(1.0, 1, 1e-3)
