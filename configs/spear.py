@@ -4,6 +4,7 @@
     python -m spear_jax.train --config=configs/spear.py:arc_challenge,qwen2.5-1.5b,reference --workdir=runs/arc-reference
     python -m spear_jax.train --config=configs/spear.py:arc_challenge,smollm2-135m,cpu --workdir=runs/arc-cpu \\
         --config.data.path=PATH_TO_PARQUET_FOLDER
+    python -m spear_jax.train --config=configs/spear.py:agnews,smollm2-135m,cpu --workdir=runs/news
     python -m spear_jax.train --config=configs/spear.py:facts,tiny --workdir=runs/facts
 
 Cost and result of the paper's sizes: not measured. Of the variant cpu and of the embedded tasks:

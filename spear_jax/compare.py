@@ -82,7 +82,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     check_folder(folder, entries)
     left = unfinished(folder, entries)
     unchecked = [entry for entry in entries if entry.label not in known or entry.label in left]
-    golds = check_rows(unchecked)
+    golds = check_rows(unchecked, args.jobs)
     if args.dry_run:
         count, waiting = len(entries) * len(seeds), sum(map(len, left.values()))
         return {"workdir": args.workdir, "budget": args.budget, "cells": count, "waiting": waiting}

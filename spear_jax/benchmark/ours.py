@@ -117,7 +117,7 @@ class System:
         self.rate = np.float32(preset.rate)
         steps = [[step_groups(step)] for client in work.rows for step in client]
         longest = max(len(row.prompt) for client in work.rows for step in client for row in step)
-        limit = default_config().train.max_tokens_per_block
+        limit = cost_model.filling_tokens(config)
         slots = max(len(groups) for (groups,) in steps)
         prompts = sum(work.prompts, [])
         # a prompt keeps a token of its own behind the shared prefix

@@ -118,7 +118,11 @@ class Rival:
         family, dtype = transformers.AutoModelForCausalLM, getattr(torch, preset.dtype)
         if preset.model:
             return family.from_pretrained(preset.model, dtype=dtype)
-        model = family.from_config(transformers.AutoConfig.for_model(**preset.shape), dtype=dtype)
+        with torch.device(
+            self.device
+        ):  # its own first weights are drawn there, in no time on a GPU
+            config = transformers.AutoConfig.for_model(**preset.shape)
+            model = family.from_config(config, dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(random_tensor(name, tuple(parameter.shape))))

@@ -57,6 +57,7 @@ from spear_jax.feedback.base import Feedback
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.models import cost_model
 from spear_jax.models.attention import check_kernel
+from spear_jax.models.config import ModelConfig
 from spear_jax.models.decoder import REMAT, Decoder
 from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
@@ -83,9 +84,6 @@ RESERVED = {
     "chat_template", "tools", "documents", "return_dict", "return_tensors", "strftime_now",
 }  # fmt: skip
 LABEL_TOKENS = 8  # room behind a prompt for an option's label
-# clients whose blocks fill an accelerator's products; to compute less again is not worth fewer, since
-# each alone starts as many kernels as they do together
-TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +309,7 @@ def choose_remat(
     devices: int,
 ) -> Decoder:
     """Returns the decoder of local training: where train.remat is "auto", with the least that needs
-    to be computed again on this device while TOGETHER of its clients train at once.
+    to be computed again on this device while its clients train together (`clients_together`).
 
     Args: devices: that clients are spread over.
     """
@@ -321,8 +319,8 @@ def choose_remat(
         settings, dataclasses.replace(decoder, remat=remat), algorithm, data
     )
     fed, whole = settings.federation, cost_model.whole_device_bytes()
-    own = cost_model.fitting(min(TOGETHER, -(-fed.clients_per_round // devices)), 0, None)
-    together = fed.clients_at_once or own
+    own = clients_together(settings, decoder.config, algorithm, data, devices)
+    together = fed.clients_at_once or cost_model.fitting(own, 0, None)
     left = None if whole is None else whole - bytes_on_a_device(model.base)
     chosen = REMAT.index(cost_model.fitting_remat(each, together, left))
     return dataclasses.replace(decoder, remat=REMAT[broadcast_from_main(chosen)])
@@ -506,6 +504,8 @@ def build_federation(
     """Builds the federation; raises UserError where the clients that train together cannot fit."""
     fed, train = settings.federation, settings.train
     each = bytes_per_client(settings, decoder, algorithm, worker.data)
+    devices = mesh.shape[CLIENTS]
+    together = clients_together(settings, model.config, algorithm, worker.data, devices)
     aggregation = build_aggregation(
         settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms,
         list(map(len, clients)),
@@ -519,7 +519,7 @@ def build_federation(
         mesh=mesh,
         shapes=shapes,
         clients=clients,
-        local=local_config(settings, mesh.shape[CLIENTS], each),
+        local=local_config(settings, together, each),
         aggregation=aggregation,
         schedule=Schedule(
             settings.rounds,
@@ -535,19 +535,20 @@ def build_federation(
         clients_per_round=fed.clients_per_round,
         sampling=fed.sampling,
         colliding_streams=fed.colliding_streams,
-        max_tokens_per_block=train.max_tokens_per_block,
+        max_tokens_per_block=max_tokens_per_block(settings, decoder.config),
         seed=settings.seed,
         cohort_limit=settings.privacy.cohort_limit,
     )
 
 
-def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
-    """Returns the settings of local training. Args: each: bytes of one client."""
+def local_config(settings: Settings, together: int, each: int) -> LocalConfig:
+    """Returns the settings of local training.
+
+    Args: together: of `clients_together`; each: bytes of one client.
+    """
     train, fed = settings.train, settings.federation
     free = broadcast_from_main(cost_model.device_bytes() or 0) or None
-    at_once = fed.clients_at_once or cost_model.fitting(
-        -(-fed.clients_per_round // devices), each, free
-    )
+    at_once = fed.clients_at_once or cost_model.fitting(together, each, free)
     if fed.aggregation == "local":
         at_once = 1  # a local-only client trains alone
     cost_model.check_memory(at_once, each, free)
@@ -564,6 +565,35 @@ def local_config(settings: Settings, devices: int, each: int) -> LocalConfig:
     )
 
 
+def max_tokens_per_block(settings: Settings, model: ModelConfig) -> int:
+    """Returns the tokens of a block, at most: what is set, or what fills the device."""
+    return settings.train.max_tokens_per_block or cost_model.filling_tokens(model)
+
+
+def block_tokens(
+    settings: Settings, model: ModelConfig, algorithm: Algorithm, data: TokenizedData
+) -> int:
+    """Estimates the tokens of the largest block that may come."""
+    common, together = algorithm.common, algorithm.layout.rows_per_group
+    p, t = data.prompt_length, data.completion_length
+    rows = 4 * common.accumulation * common.batch_size * together  # wins and loses, or a group's
+    tokens = min(max_tokens_per_block(settings, model), rows * (p + t))
+    return max(tokens, p + max(2, together) * t)
+
+
+def clients_together(
+    settings: Settings, model: ModelConfig, algorithm: Algorithm, data: TokenizedData, devices: int
+) -> int:
+    """Returns how many of a round's clients train together on a device, as far as memory allows:
+    all, or those whose blocks fill it.
+
+    Args: devices: that clients are spread over.
+    """
+    tokens = block_tokens(settings, model, algorithm, data)
+    filling = max(1, cost_model.filling_tokens(model) // tokens)
+    return min(filling, -(-settings.federation.clients_per_round // devices))
+
+
 def bytes_per_client(
     settings: Settings, decoder: Decoder, algorithm: Algorithm, data: TokenizedData
 ) -> int:
@@ -573,14 +603,11 @@ def bytes_per_client(
     make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
     lora = jax.eval_shape(make, jax.random.key(0))
     adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    common, together = algorithm.common, algorithm.layout.rows_per_group
-    p, t = data.prompt_length, data.completion_length
-    rows = 4 * common.accumulation * common.batch_size * together  # wins and loses, or a group's
-    tokens = min(settings.train.max_tokens_per_block, rows * (p + t))
-    tokens = max(tokens, p + max(2, together) * t)
+    tokens = block_tokens(settings, decoder.config, algorithm, data)
+    length = data.prompt_length + data.completion_length
     return cost_model.bytes_per_client(
         decoder.config,
-        cost_model.BlockSizes(tokens, tokens, tokens * (p + t), tokens),
+        cost_model.BlockSizes(tokens, tokens, tokens * length, tokens),
         settings.train.head_chunk,
         adapter,
         decoder.remat,

@@ -250,7 +250,8 @@ class Train:
     anchor_weight: float = number(0.0, 0)
     anchor_gradient: bool = True  # False: the published anchor, without gradient (A3)
     ema_decay: float = number(0.0, 0, below=1)
-    max_tokens_per_block: int = number(4096, 1)  # distinct tokens; more where a group has more
+    # distinct tokens; more where a group has more; 0: 4096 on a CPU, what fills another device
+    max_tokens_per_block: int = number(0, 0)
     # what the backward pass computes again; auto: the least that half of a device's memory allows
     remat: str = choice("attention", (*REMAT, "auto"))
     head_chunk: int = number(0, 0)  # positions per LM-head block; 0: as many as take 256 MB

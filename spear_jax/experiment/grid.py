@@ -76,21 +76,23 @@ def unfinished(
     return left
 
 
-def check_rows(rows: Sequence[GridRow]) -> dict[str, str]:
-    """Builds each row's experiment for the first seed, in a process of its own, so that this one
-    never holds a device.
+def check_rows(rows: Sequence[GridRow], jobs: int) -> dict[str, str]:
+    """Builds each row's experiment for the first seed, in `jobs` processes, so that this one never
+    holds a device.
 
-    Returns: the gold text that each label's method sees. Raises: UserError for the first config
-        that cannot run.
+    Returns: the gold text that each label's method sees. Raises: UserError for a config that
+        cannot run.
     """
-    if not rows:
-        return {}
     for row in rows:
         check_wandb(next(iter(row.configs.values())))
-    found = processes.ask(_check, [(row.label, next(iter(row.configs.values()))) for row in rows])
-    if isinstance(found, UserError):
-        raise found
-    return found
+    asked = [(row.label, next(iter(row.configs.values()))) for row in rows]
+    shares = [asked[part::jobs] for part in range(min(jobs, len(asked)))]
+    golds: dict[str, str] = {}
+    for found in processes.ask_all(_check, shares):
+        if isinstance(found, UserError):
+            raise found
+        golds |= found
+    return golds
 
 
 def _check(rows: list[tuple[str, ml_collections.ConfigDict]]) -> dict[str, str] | UserError:
@@ -109,8 +111,11 @@ def machine(jobs: int) -> dict[str, Any]:
 
 
 def run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) -> list[str]:
-    """Trains the unfinished cells, `jobs` at a time, each label in a process of its own. Returns
-    those that failed. Raises: UserError where another process is training the grid.
+    """Trains the unfinished cells, `jobs` at a time. Returns those that failed.
+
+    Each label has a process of its own, or several where there are fewer labels than jobs.
+
+    Raises: UserError where another process is training the grid.
     """
     lock = run_folder.FolderLock(folder)
     lock.take()
@@ -128,11 +133,27 @@ def _run(folder: pathlib.Path, rows: Sequence[GridRow], jobs: int, quiet: bool) 
     cells = sum(len(row.configs) for row in rows)
     report = Report(folder, cells, sum(map(len, left.values())), quiet)
     for label, seed, error in processes.run(
-        functools.partial(train_cells, folder), list(left.items()), jobs
+        functools.partial(train_cells, folder), share_out(left, jobs), jobs
     ):
         report(label, seed, error)
         failed += [f"{label}/seed{seed}"] if error else []
     return failed
+
+
+def share_out(
+    left: dict[str, dict[int, ml_collections.ConfigDict]], jobs: int
+) -> list[tuple[str, dict[int, ml_collections.ConfigDict]]]:
+    """Returns the work of each process: a label with some of its seeds.
+
+    A label's seeds stay together, since they share programs, unless jobs would stand idle: 2 labels
+    of 3 seeds are 2 tasks for 3 jobs, and 4 tasks (seeds 0 and 2, and 1, of each) for 4 jobs.
+    """
+    parts = max(1, jobs // max(1, len(left)))
+    return [
+        (label, dict(list(cells.items())[part::parts]))
+        for label, cells in left.items()
+        for part in range(min(parts, len(cells)))
+    ]
 
 
 def programs(folder: pathlib.Path) -> pathlib.Path:

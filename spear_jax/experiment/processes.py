@@ -58,10 +58,26 @@ class Peer:
 
 
 def ask(work: Callable[[Any], Any], question: Any) -> Any:
-    """work(question) in a process of its own, which has all the cores; raises RuntimeError where
-    that ends without answer.
+    """work(question) in a process of its own, which has all the cores; raises as `ask_all`."""
+    return ask_all(work, [question])[0]
+
+
+def ask_all(work: Callable[[Any], Any], questions: list[Any]) -> list[Any]:
+    """work(question) of each, all at the same time, each in a process of its own with its share of
+    the cores; raises RuntimeError where one ends without answer.
     """
-    process, receiver = _start(_answer, (work, question), 0, 1)
+    started = [
+        _start(_answer, (work, question), slot, len(questions))
+        for slot, question in enumerate(questions)
+    ]
+    try:
+        return [_answered(*one) for one in started]
+    finally:
+        for process, _ in started:
+            process.terminate()
+
+
+def _answered(process: multiprocessing.Process, receiver: connection.Connection) -> Any:
     try:
         return receiver.recv()
     except EOFError:
@@ -69,8 +85,6 @@ def ask(work: Callable[[Any], Any], question: Any) -> Any:
         raise RuntimeError(
             f"a process ended with code {process.exitcode}; the cause is above"
         ) from None
-    finally:
-        process.terminate()
 
 
 def run(

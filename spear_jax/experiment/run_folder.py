@@ -134,6 +134,7 @@ RETIRED = (
 FORMER_DEFAULTS = (
     ("rollout.max_concurrent_sequences", 64, 0),
     ("train.remat", "layers", "auto"),
+    ("train.max_tokens_per_block", 4096, 0),
 )
 
 

@@ -180,7 +180,7 @@ def sweep(
         comparison.write_request(folder, request, "sweep")
         write_array(pathlib.Path(args.slurm), folder, commands, args.jobs)
         return count | {"file": args.slurm}
-    check_rows([setting for setting in settings if setting.label in left])
+    check_rows([setting for setting in settings if setting.label in left], args.jobs or 1)
     comparison.write_request(folder, request | machine(args.jobs or 1), "sweep")
     failed = run(folder, settings, args.jobs or 1, args.quiet)
     return count | conclude(folder, request["fields"], x, split, args.quiet) | {"failed": failed}

@@ -170,6 +170,19 @@ def generation_limits(
     return GenerationLimits(rows or most, tokens, read_tokens, steps)
 
 
+# numbers of a layer's input that keep a GPU or TPU busy: 16,000 tokens of width 1,536 (measured on
+# an H200, docs/performance/accelerators.md)
+FILLING = 25_000_000
+
+
+def filling_tokens(model: ModelConfig) -> int:
+    """Returns the tokens that fill this device in one pass of local training, about.
+
+    On a CPU 4,096 do; more would only leave its caches.
+    """
+    return 4096 if jax.default_backend() == "cpu" else max(4096, FILLING // model.width)
+
+
 def flops(model: ModelConfig, tally: Tally, trained: float) -> float:
     """An estimate of a round's useful floating-point operations: 2 a token and a weight of the
     projections and the head.

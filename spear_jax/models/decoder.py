@@ -170,16 +170,17 @@ def unstack(base: DecoderParams) -> DecoderParams:
     """Splits the stacked layers into a tuple; on a CPU its weights are views of the stacked ones.
 
     A pass then runs layer after layer instead of scanning them. It compiles longer and copies no
-    weights, which decoding needs. Where the weights are copied, projections of one input are joined
-    (`_joined`). A base that is unstacked is returned as it is.
+    weights, which decoding needs. On a GPU projections of one input are joined (`_joined`). A base
+    that is unstacked is returned as it is.
     """
     if not base.stacked:
         return base
-    if next(iter(base.embed.devices())).platform == "cpu":
+    platform = next(iter(base.embed.devices())).platform
+    if platform == "cpu":
         return base.replace(layers=_layers_of(base.layers))
-    weight = base.layers.gate
-    whole = isinstance(weight, jax.Array) and weight.sharding.is_fully_replicated
-    return base.replace(layers=_copied_layers(base.layers, whole))
+    sharding = getattr(base.layers.gate, "sharding", None)  # a quantised weight has none
+    whole = sharding is not None and sharding.is_fully_replicated
+    return base.replace(layers=_copied_layers(base.layers, whole and platform != "tpu"))
 
 
 def _layers_of(stack: LayerParams) -> tuple[LayerParams, ...]:

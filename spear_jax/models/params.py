@@ -36,8 +36,8 @@ class LayerParams(ParamsByName):
     Attributes:
         attn_norm, mlp_norm: [D].
         q: [D, H * E]; k, v: [D, U * E]; o: [H * E, D].
-        gate, up: [D, F]; down: [F, D]. In layers that decode on a GPU or TPU, q holds k and v too,
-            and gate holds up (`decoder._joined`).
+        gate, up: [D, F]; down: [F, D]. In layers that decode on a GPU, q holds k and v too, and gate
+            holds up (`decoder._joined`).
         q_bias: [H * E]; k_bias, v_bias: [U * E]; o_bias: [D]; None where the family has none.
         q_norm, k_norm: [E]; Qwen3's, None elsewhere.
     """

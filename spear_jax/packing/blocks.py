@@ -266,7 +266,10 @@ def _choose_tokens(
     total = max((_read(step, keys, wide) for step in steps), default=least)
     most = max(least, min(wide.tokens, total * HEADROOM / (HEADROOM - 1)))
     best, lowest = wide.tokens, float("inf")
-    for size in sorted({int(-(-size // 16) * 16) for size in np.geomspace(least, most, 48)}):
+    # a GPU splits long sums over tokens into up to 128 parts, and would pad every array to fit
+    step = lambda size: 16 if size <= 4096 else 128
+    sizes = {int(-(-size // step(size)) * step(size)) for size in np.geomspace(least, most, 48)}
+    for size in sorted(sizes):
         # other steps will be a little longer than these
         shape = dataclasses.replace(wide, tokens=max(least, size - size // HEADROOM))
         cost = sum(len(pack_rows(step, shape, keys)) for step in steps) * (size + BLOCK_COST)

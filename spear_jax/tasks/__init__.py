@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from spear_jax.core.errors import unknown
 from spear_jax.core.types import Example
+from spear_jax.tasks.agnews import AgNews
 from spear_jax.tasks.arc_challenge import ArcChallenge, ArcEasy
 from spear_jax.tasks.base import Answer, Task
 from spear_jax.tasks.facts import Facts, FewFacts
@@ -22,6 +23,7 @@ TASKS: dict[str, type[Task]] = {
     "arc_challenge": ArcChallenge,
     "arc_easy": ArcEasy,
     "hellaswag": HellaSwag,
+    "agnews": AgNews,
     "math_mcqa": MathMcqa,
     "strategy_qa": StrategyQa,
     "gsm8k": Gsm8k,

@@ -165,6 +165,10 @@ class Task(abc.ABC):
         """
         return [self.example(row, index) for index, row in rows]
 
+    def needed(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Returns the columns that a table must have. Args: columns: those that it has."""
+        return self.columns
+
     @abc.abstractmethod
     def extract(self, text: str, example: Example) -> Answer | None:
         """Finds the answer in a completion.

@@ -200,11 +200,12 @@ def _is_shared(path: str) -> bool:
 
 def _check_columns(task: Task, table: Table, where: str) -> None:
     """Raises UserError for the first column that the task needs and the table lacks."""
-    for column in task.columns:
+    needed = task.needed(table.columns)
+    for column in needed:
         if column not in table.columns:
             raise UserError(
                 f"column {shown(column)} is missing in {where}; task {task.name!r} needs "
-                f"{listed(task.columns)}. Columns there: {listed(table.columns)}. "
+                f"{listed(needed)}. Columns there: {listed(table.columns)}. "
                 f"{_column_remedy(task, table, column)}"
             )
 

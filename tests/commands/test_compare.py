@@ -237,7 +237,7 @@ def arguments(folder, *more, methods="spear,sft", seeds="0,1", budget="rounds:2"
 def test_a_bad_request_is_a_user_error_before_anything_is_written(
     tmp_path, monkeypatch, change, words
 ):
-    monkeypatch.setattr(processes, "ask", None)  # nothing is built either
+    monkeypatch.setattr(processes, "ask_all", None)  # nothing is built either
     more = [change.pop("more")] if "more" in change else []
     with pytest.raises(UserError, match=words):
         compare.main(arguments(tmp_path / "grid", *more, **change))
@@ -245,13 +245,13 @@ def test_a_bad_request_is_a_user_error_before_anything_is_written(
 
 
 def test_a_config_that_cannot_run_is_a_user_error_of_its_label(monkeypatch):
-    monkeypatch.setattr(processes, "ask", lambda work, question: work(question))
+    monkeypatch.setattr(processes, "ask_all", lambda work, questions: list(map(work, questions)))
     args = compare_args(
         "--methods=spear", "--variant=greedy:spear:federation.num_clients=100000", "--task=facts"
     )
     entries = compare.read_entries(args, [0], {"kind": "rounds", "amount": 1}, [])
     with pytest.raises(UserError, match="^greedy: "):
-        grid_module.check_rows(entries[1:])
+        grid_module.check_rows(entries[1:], 2)
 
 
 def compare_args(*args):
@@ -331,7 +331,9 @@ def fake(monkeypatch):
     monkeypatch.setattr(grid_module, "train_cell", train_cell)
     monkeypatch.setattr(processes, "run", run_here)
     monkeypatch.setattr(
-        processes, "ask", lambda work, question: {label: "pairs" for label, _ in question}
+        processes,
+        "ask_all",
+        lambda work, shares: [{label: "pairs" for label, _ in share} for share in shares],
     )
     return made
 

@@ -54,6 +54,22 @@ def test_every_script_is_clean_for_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_gpu_check_runs_its_steps_and_keeps_their_results(tmp_path):
+    commands = printed("gpu_check.sh", "--out=runs/card", "--steps=tests,speed,many")
+    assert [command[-1] for command in commands] == [
+        "-rsf", "--out=runs/card/speed.json", "--out=runs/card/many.json",
+    ]  # fmt: skip
+    assert "--against=hf" in commands[1] and "tests/test_gpu.py" in commands[0]
+    done = launch("gpu_check.sh", f"--out={tmp_path}", "--steps=tests")
+    assert done.returncode == 0 and "tests: done" in done.stdout, done.stderr
+    assert (
+        "passed" in (tmp_path / "tests.log").read_text()
+        or "skipped" in (tmp_path / "tests.log").read_text()
+    )
+    done = launch("gpu_check.sh", "--steps=tests,sped")
+    assert done.returncode == 2 and "unknown step 'sped'" in done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_script_s_own_text_and_names_its_flags(script):
     done = launch(script, "--help")

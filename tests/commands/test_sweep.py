@@ -82,7 +82,9 @@ def fake(monkeypatch):
     monkeypatch.setattr(grid_module, "train_cell", train_cell)
     monkeypatch.setattr(processes, "run", run)
     monkeypatch.setattr(
-        processes, "ask", lambda work, question: {label: "" for label, _ in question}
+        processes,
+        "ask_all",
+        lambda work, shares: [{label: "" for label, _ in share} for share in shares],
     )
     return made
 
@@ -157,7 +159,7 @@ def test_a_setting_has_its_fields_in_label_config_and_command():
 def test_a_bad_sweep_is_a_user_error_before_anything_is_written(
     tmp_path, monkeypatch, change, words
 ):
-    monkeypatch.setattr(processes, "ask", None)  # nothing is built either
+    monkeypatch.setattr(processes, "ask_all", None)  # nothing is built either
     more = [change.pop("more")] if "more" in change else []
     with pytest.raises(UserError, match=words):
         sweep_command.main(arguments(tmp_path / "sweep", *more, **change))
@@ -431,7 +433,7 @@ def test_a_cohort_is_a_number_or_a_share(text, clients, size):
 def test_a_bad_clients_sweep_is_a_user_error_before_anything_is_written(
     tmp_path, monkeypatch, more, words
 ):
-    monkeypatch.setattr(processes, "ask", None)
+    monkeypatch.setattr(processes, "ask_all", None)
     with pytest.raises(UserError, match=words):
         clients_sweep.main([f"--workdir={tmp_path / 'sweep'}", more])
     assert not (tmp_path / "sweep").exists()

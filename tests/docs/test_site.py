@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
 import docstrings  # noqa: E402 (docs/ is on the path only now)
+import draw_evidence  # noqa: E402
 import draw_imports  # noqa: E402
 
 METHOD_HEADINGS = [
@@ -186,3 +187,17 @@ def test_the_glossary_has_each_word_once():
     words = re.search(r"```\{glossary\}\n(.*?)```", (DOCS / "glossary.md").read_text(), re.S)[1]
     terms = re.findall(r"^(\S.*)$", words, re.M)
     assert terms == sorted(set(terms), key=str.lower)
+
+
+# The evidence
+
+
+def test_the_evidence_page_says_what_its_raw_files_say(tmp_path):
+    page = draw_evidence.PAGE.read_text(encoding="utf-8")
+    assert draw_evidence.names()
+    for name in draw_evidence.names():
+        assert f"](../evidence-{name}.png)" in page
+        assert (DOCS / f"evidence-{name}.png").is_file()
+        assert f"<!-- {name} -->" in page
+        again = draw_evidence.insert(page, name, draw_evidence.render(name, tmp_path / name))
+        assert again == page, "run `python docs/draw_evidence.py`"

@@ -9,10 +9,12 @@ import pytest
 
 from configs import quickstart, spear
 from spear_jax.algorithms.spear import Spear
+from spear_jax.benchmark import workload
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import builder, command_line, run_folder
 from spear_jax.experiment.config import default_config, flatten, parse, set_preset
 from spear_jax.models import cost_model
+from spear_jax.models.config import parse_config
 from spear_jax.models.io.peft import save_adapter
 from spear_jax.models.lora import LoraConfig, init_lora
 
@@ -293,7 +295,7 @@ def test_remat_auto_is_chosen_by_all_memory_and_not_by_what_is_free(monkeypatch)
 
 
 def test_remat_auto_does_not_part_clients_that_may_train_together(monkeypatch):
-    """Three clients of a round share a device's memory; of ten on one device four count."""
+    """The memory is for all clients of a round that fill a device together."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     asked = []
 
@@ -306,7 +308,26 @@ def test_remat_auto_does_not_part_clients_that_may_train_together(monkeypatch):
     for clients, at_once in ((3, 0), (10, 0), (10, 2)):
         fields |= {"federation.clients_per_round": clients, "federation.clients_at_once": at_once}
         builder.build(embedded(**fields), jax.devices()[:1])
-    assert asked == [3, 4, 2]
+    assert asked == [3, 10, 2]
+
+
+def test_a_gpus_blocks_fill_it_and_then_clients_train_alone(monkeypatch):
+    wide = parse_config(workload.PRESETS["qwen2.5-1.5b"]().shape)
+    narrow = parse_config(workload.PRESETS["tiny"]().shape)
+    assert cost_model.filling_tokens(wide) == 4096
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert cost_model.filling_tokens(wide) == 25_000_000 // 1536 == 16_276
+    assert cost_model.filling_tokens(narrow) == 25_000_000 // 128
+    fields = {"federation.num_clients": 10, "federation.clients_per_round": 10}
+    fields |= {"rollout.kv_cache_mb": 10}
+    together = lambda **more: (
+        builder.build(embedded(**fields, **more), jax.devices()[:1]).federation
+    )
+    assert together().local.clients_at_once == 10
+    assert together().max_tokens_per_block == 25_000_000 // 128
+    # rows of 4 x 4 x 512 tokens and more fill it alone
+    alone = together(**{"train.batch_size": 4000, "train.max_tokens_per_block": 190_000})
+    assert alone.local.clients_at_once == 1
 
 
 def test_clients_at_once_is_one_on_a_cpu_and_fills_half_of_an_accelerator(monkeypatch):

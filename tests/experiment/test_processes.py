@@ -10,7 +10,7 @@ import time
 import pytest
 
 from spear_jax.core.errors import UserError
-from spear_jax.experiment.processes import Peer, ask, run
+from spear_jax.experiment.processes import Peer, ask, ask_all, run
 
 
 def tell_cores(name, items):
@@ -73,6 +73,7 @@ def test_a_dying_process_fails_its_item_and_the_others_go_on():
 
 def test_a_question_is_answered_by_another_process_or_raises():
     assert ask(double, 21) == 42
+    assert ask_all(double, [3, 1]) == [6, 2] and ask_all(double, []) == []
     with pytest.raises(RuntimeError, match="code 3"):
         ask(exit_at_once, 3)
 

@@ -53,6 +53,7 @@ def test_leak_rules_of_this_test_see_a_leak():
         ("arc_easy", "arc_easy", "train", 1),
         ("arc_easy", "arc_easy", "test", 1),
         ("hellaswag", "hellaswag", "test", 5),
+        ("agnews", "agnews", "test", 1),
         ("math_mcqa", "gsm8k_mcqa", "train", 1),
         ("math_mcqa", "gsm8k_mcqa", "test", 1),
         ("strategy_qa", "strategyqa", "train", 1),

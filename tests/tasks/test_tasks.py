@@ -1,6 +1,7 @@
 """Tasks: rows become examples, questions are asked, answers are graded."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -40,6 +41,7 @@ ROWS = {
     "arc_challenge": ARC_ROW,
     "arc_easy": ARC_ROW,
     "hellaswag": HELLASWAG_ROW,
+    "agnews": {"text": "Boats race home. Ten crews were back by noon.", "label": 1},
     "math_mcqa": MATH_ROW,
     "strategy_qa": STRATEGY_ROW,
     "gsm8k": {"question": "What is 2 + 3 in dollars?", "answer": "We add <<2+3=5>>5.\n#### 5"},
@@ -91,6 +93,32 @@ def test_hellaswag_label_is_a_string_and_layout_marks_are_removed():
 
 def test_title_mark_after_punctuation_adds_no_full_stop():
     assert strip_markers("Ready? [title] Go on [title] now") == "Ready? Go on. now"
+
+
+def test_news_item_is_cleaned_and_cut_behind_its_last_whole_word():
+    text = "Boats\\race  home. " + "abcdefghi " * 40
+    example = get_task("agnews").example(ROWS["agnews"] | {"text": text}, 5)
+    item = "Boats race home. " + "abcdefghi " * 30 + "..."  # 17 + 30 x 10 of 320 characters
+    assert example.question == f"What is this news item about?\n{item}"
+    assert (example.id, example.options[example.gold], example.labels) == ("5", "Sports", ABCD)
+    task = get_task("agnews")
+    assert task.hint(example, 3) == "Think of teams, athletes and matches."
+
+
+@pytest.mark.parametrize("columns", [{}, {"question": "q", "options": "o", "answer": "a"}])
+def test_news_is_read_from_rows_of_the_hub_and_of_mcqa(tmp_path, columns):
+    names = [columns.get(name, name) for name in ("question", "options", "answer")]
+    own = dict(zip(names, ["Who won?", ["us", "them"], 1], strict=True)) | {"hint": "Not us."}
+    for name, row in (("hub", ROWS["agnews"]), ("own", own), ("neither", {"text": "Ten boats."})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text(json.dumps(row))
+    task = get_task("agnews", columns=columns)
+    (hub,) = load_examples(task, "test", str(tmp_path / "hub"))
+    assert (hub.gold, len(hub.options)) == (1, 4)
+    (example,) = load_examples(task, "test", str(tmp_path / "own"))
+    assert (example.question, example.gold, example.support) == ("Who won?", 1, ("Not us.",))
+    with pytest.raises(UserError, match=f"column '{names[0]}' is missing"):
+        load_examples(task, "test", str(tmp_path / "neither"))
 
 
 def test_strategy_facts_as_one_string_or_as_list_give_the_same_example():
@@ -228,6 +256,8 @@ def test_template_override_changes_one_task_and_only_there():
         ("hellaswag", {"label": "4"}, "label '4' is no index of the 4 endings"),
         ("hellaswag", {"label": ""}, "label '' is no index"),
         ("hellaswag", {"endings": ["p", "[step]", "q", "r"]}, "option 2 .* is empty"),
+        ("agnews", {"label": 4}, "label 4 is no index of the 4 topics"),
+        ("agnews", {"text": " "}, "column 'text' is empty"),
         ("math_mcqa", {"answer": 4}, "answer 4 is no index of the 4 choices"),
         ("math_mcqa", {"answer": True}, "answer True is no index"),
         ("math_mcqa", {"choices": ["5"]}, "1 options in column 'choices', but 2 to 26"),
@@ -286,6 +316,7 @@ def test_template_that_cannot_work_is_named(key, text, problem):
         ("arc_challenge", "arc_challenge", "test", 1172),
         ("arc_easy", "arc_easy", "test", 2376),
         ("hellaswag", "hellaswag", "test", 10042),
+        ("agnews", "agnews", "test", 1600),
         ("math_mcqa", "gsm8k_mcqa", "test", 1319),
         ("strategy_qa", "strategyqa", "test", 687),
         ("strategy_qa", "strategyqa_rich", "train", 1603),
@@ -312,6 +343,23 @@ def test_real_arc_rows_include_three_and_five_options_all_with_letters(data_dir)
         3,
     )  # counted with pandas
     assert {label for example in examples for label in example.labels} == set("ABCDE")
+
+
+def test_the_hubs_news_become_the_questions_of_the_file(data_dir):
+    if not (data_dir / "agnews").is_dir():
+        pytest.skip(f"no dataset agnews in {data_dir}")
+    task = get_task("agnews")
+    whole = [
+        example
+        for example in load_examples(task, "train", str(data_dir / "agnews"))
+        if not example.question.endswith(" ...")  # what was cut would be cut once more
+    ]
+    assert len(whole) > 5000
+    for ours in whole:
+        text = ours.question.partition("\n")[2]
+        hub = task.example({"text": text, "label": ours.gold}, int(ours.id))
+        assert hub.question.split() == ours.question.split()  # some hold runs of spaces
+        assert dataclasses.replace(hub, question=ours.question) == ours
 
 
 def test_every_hub_task_has_a_row_in_these_tests():

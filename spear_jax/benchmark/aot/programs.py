@@ -51,6 +51,7 @@ APART = {"train", "evaluation", "aggregation"}  # what needs nothing of a genera
 NAMES = {
     "train_cohort": "train",
     "merged_layers": "merge",
+    "_copied_layers": "unstack",
     "_prefill": "prefill",
     "prefill_shared_prefix": "shared-prefix",
     DECODE: "decode",

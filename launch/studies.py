@@ -1,0 +1,127 @@
+"""Runs a study of docs/results/evidence.md: one `compare` command with the study's own arguments.
+
+    python launch/studies.py methods --workdir=runs/methods --config.data.path=PATH --jobs=2
+    python launch/studies.py --help
+
+More arguments go to `compare`; a field that is given twice has the last value. A study goes on
+where it was stopped.
+"""
+
+import shlex
+from typing import Any
+
+from spear_jax import compare
+from spear_jax.core.errors import unknown
+from spear_jax.experiment import command_line
+
+NEWS = "agnews,smollm2-135m,cpu"
+FACTS, REASONED = "facts,tiny,small", "reasoned,tiny,small"
+EVERYONE = "spear,feedback_sft,grpo,rltf_sd,opsd,dpo"
+LOSES = (
+    "lose_0:spear:spear.lose_weight=0.0",
+    "lose_0.03:spear:spear.lose_weight=0.03",
+    "lose_0.3:spear:spear.lose_weight=0.3",
+    "margin_0:spear:spear.margin=0.0",
+    "margin_0.6:spear:spear.margin=0.6",
+    "model_confidence:spear:spear.confidence=model",
+)
+# for answers of more than a letter
+TOKENS = (
+    "answer_always:spear:spear.answer_only=always",
+    "answer_never:spear:spear.answer_only=never",
+    "tail_0:spear:spear.tail=0",
+    "tail_4:spear:spear.tail=4",
+)
+SEARCH = (
+    "rate_0.0005:spear:train.learning_rate=5e-4,train.learning_rate_min=1e-4",
+    "rate_0.002:spear:train.learning_rate=2e-3,train.learning_rate_min=4e-4",
+    "rate_0.004:spear:train.learning_rate=4e-3,train.learning_rate_min=8e-4",
+    "steps_8:spear:train.steps=8",
+    "questions_64:spear:rollout.examples=64",
+    "revisions_2:spear:rollout.num_revisions=2",
+    "last_10_layers:spear:lora.last_layers=10",
+    "rank_64:spear:lora.rank=64,lora.alpha=128.0",
+    "answers_of_8:spear:rollout.max_new_tokens=8,rollout.max_new_tokens_revision=8",
+)
+FAULTS = (
+    "no_average:spear:federation.aggregation=last",
+    "skipped_count:spear:spear.skip_weight=rollouts",
+    "batch_confidence:spear:spear.confidence_weighting=batch_mean",
+    "micro:spear:train.normalize=micro",
+)
+PEOPLE = {
+    "right": "",
+    "error_10": "feedback.error_rate=0.1",
+    "error_30": "feedback.error_rate=0.3",
+    "silent_50": "feedback.reply_rate=0.5",
+    "no_hint": "feedback.hint_rate=0.0",
+    "hint_50": "feedback.hint_rate=0.5",
+    "late": "feedback.delay=60.0,feedback.deadline=60.0",
+}
+
+
+def study(task: str, seeds: str, budget: str, variants: tuple[str, ...] = ()) -> list[str]:
+    """Returns the arguments of `compare` for SPEAR and its variants."""
+    return [
+        "--methods=spear",
+        f"--task={task}",
+        f"--seeds={seeds}",
+        f"--budget={budget}",
+        *(f"--variant={variant}" for variant in variants),
+    ]
+
+
+def people() -> tuple[str, ...]:
+    """Returns a variant for each kind of simulated people; they say right or wrong of all answers."""
+    asked = "rollout.feedback=simulated,feedback.asks=verdict"
+    return tuple(f"{label}:spear:{asked},{fields}".rstrip(",") for label, fields in PEOPLE.items())
+
+
+def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list[str]:
+    """Returns the arguments of a comparison of all methods on equal generated tokens.
+
+    `sft` generates none, and takes as many rounds as the preset has. With rates, a row more for each
+    method and rate.
+    """
+    variants = ["sft:sft:rounds=12"]
+    for method in (*EVERYONE.split(","), "sft"):
+        own = "rounds=12," if method == "sft" else ""
+        variants += [
+            f"{method}_{rate:g}:{method}:{own}train.learning_rate={rate:g},"
+            f"train.learning_rate_min={rate / 5:g}"
+            for rate in rates
+        ]
+    return [
+        *(f"--methods={EVERYONE}", f"--task={NEWS}", f"--seeds={seeds}", "--config.rounds=100"),
+        f"--budget=tokens:{tokens}",
+        *(f"--variant={variant}" for variant in variants),
+    ]
+
+
+STUDIES = {
+    "search": study(NEWS, "100", "rounds:12", SEARCH),
+    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:12"),
+    "rates": side_by_side("100", 1000, (5e-4, 2e-3)),
+    "methods": side_by_side("0,1,2", 2000),
+    "loses": study(NEWS, "0,1,2", "rounds:12", LOSES),
+    "loses_facts": study(FACTS, "0,1,2,3,4", "tokens:8000", LOSES),
+    "loses_reasoned": study(REASONED, "0,1,2,3,4", "tokens:80000", (*LOSES, *TOKENS)),
+    "faults": study(NEWS, "0,1,2", "rounds:12", FAULTS),
+    "people": study(NEWS, "0,1,2", "rounds:12", people()),
+}
+
+
+def main(argv: list[str]) -> dict[str, Any]:
+    if not argv or argv[0] in ("--help", "-h"):
+        print(__doc__)
+        for name, arguments in STUDIES.items():
+            print(f"{name}:\n    {shlex.join(arguments)}")
+        return {"studies": list(STUDIES)}
+    name, *more = argv
+    if name not in STUDIES:
+        raise unknown("study", name, STUDIES)
+    return compare.main([*STUDIES[name], *more])
+
+
+if __name__ == "__main__":
+    command_line.run(main)
