@@ -215,8 +215,8 @@ class Iris(SelfPlay):
             )
 
     @property
-    def measures_cohort(self) -> bool:
-        return self.settings.order == "adaptive"  # the gap, averaged over clients
+    def measures_cohort(self) -> str:  # the gap, averaged over clients
+        return "iris.order=per_step" if self.settings.order == "adaptive" else ""
 
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}

@@ -32,7 +32,7 @@ class Choices:
         sigma_b: noise of the count of an adaptive clip norm; 0: the norm stays.
         weighting, sampling: of clients; over_selection: of the clock.
         secure_sum: whether the server sees the sum of updates alone.
-        measures_cohort: whether the method measures numbers over all of a cohort's data.
+        measures_cohort: of the method; see `Algorithm`.
     """
 
     rule: LoraRule
@@ -57,7 +57,7 @@ class Choices:
     weighting: str = "method"
     sampling: str = "uniform"
     over_selection: float = 1.0
-    measures_cohort: bool = False
+    measures_cohort: str = ""
     secure_sum: bool = False
 
 
@@ -167,10 +167,10 @@ def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "dp_method",
-            central and given.measures_cohort,
+            central and bool(given.measures_cohort),
             f"method {given.method!r} trains each client by a number that is measured over all of the "
-            f"cohort, to which no noise is added; under {noise} take another method, or for iris "
-            "--config.iris.order=fixed or per_step.",
+            f"cohort, to which no noise is added; under {noise} set --config.{given.measures_cohort}, or "
+            "take another method.",
         ),
         (
             "dp_adaptive",

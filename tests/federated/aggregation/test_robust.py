@@ -434,11 +434,29 @@ def test_a_config_that_makes_no_sense_is_refused_before_anything_compiles(change
         (
             "iris",
             {"privacy.noise_multiplier": 1.0, "federation.weighting": "uniform"},
-            "method 'iris' trains each client by a number that is measured over all",
+            "noise is added; under privacy.noise_multiplier set --config.iris.order=per_step, or",
+        ),
+        (
+            "sft",
+            {
+                "privacy.noise_multiplier": 1.0,
+                "federation.weighting": "uniform",
+                "sft.east": 4,
+            },
+            "set --config.sft.east=0",
+        ),
+        (
+            "dpo",
+            {
+                "privacy.noise_multiplier": 1.0,
+                "federation.weighting": "uniform",
+                "dpo.source": "east",
+            },
+            "set --config.dpo.source=feedback",
         ),
     ],
 )
-def test_methods_whose_references_a_rule_would_break_are_refused(method, changes, message):
+def test_methods_that_an_aggregation_would_break_are_refused(method, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         built(method, changes)
 
