@@ -244,6 +244,14 @@ class Algorithm(abc.ABC):
         """
         return False
 
+    @property
+    def measures_cohort(self) -> str:
+        """Returns the field to change, with its value, where a client's training depends on a number
+        that is measured over the other clients' data; "" where it depends on the global adapter and
+        its own data alone.
+        """
+        return ""
+
     def estimate_work(self, size: int) -> WorkEstimate | None:
         """Returns the round's work of a client with `size` examples.
 

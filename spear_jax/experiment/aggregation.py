@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,12 +23,18 @@ from spear_jax.federated.aggregation.pipeline import Aggregation, find_reducer, 
 from spear_jax.federated.aggregation.reducers import ClientTransform, Mean, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
 from spear_jax.federated.drift import DRIFTS
 from spear_jax.federated.participation import Asynchronous, Participation
+from spear_jax.federated.privacy import accounting
+from spear_jax.federated.privacy.central import AdaptiveClip, CentralPrivacy
+from spear_jax.federated.privacy.client_side import LocalPrivacy
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
+
+LEAST_NOISE = 0.3  # z of the server; below, the accountant's tables grow without a use
 
 
 def build_aggregation(
@@ -37,10 +44,13 @@ def build_aggregation(
     rule: LoraRule | None = None,
     optimizer: optax.GradientTransformation | None = None,
     transforms: tuple[ClientTransform, ...] = (),
+    examples: Sequence[int] = (),
 ) -> Aggregation:
-    """Builds the aggregation that `federation`, `aggregation` and `attack` name.
+    """Builds the aggregation that `federation`, `aggregation`, `privacy` and `attack` name.
 
-    Args: reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+    Args:
+        reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+        examples: how many each client has.
     Raises: UserError for an unknown reducer or rule, and for a bound or ranks that do not fit.
     """
     fed, attack = settings.federation, settings.attack
@@ -75,7 +85,10 @@ def build_aggregation(
             "uniform" if drift and drift.uniform else fed.weighting, fed.weight_cap
         ),
         attack=build_attack(settings) if attack.kind in ON_MODELS else None,
+        privacy=build_privacy(settings, examples),
+        local_privacy=build_local_privacy(settings),
         uplink=build_uplink(settings),
+        secure_sum=build_secure_sum(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
@@ -104,13 +117,84 @@ def build_attack(settings: Settings) -> Attack:
     return Attack(attack.kind, tuple(bad), attack.strength, settings.seed)
 
 
+def build_privacy(settings: Settings, examples: Sequence[int]) -> CentralPrivacy | None:
+    """Builds the server's noise; None: there is none. Args: examples: how many each client has.
+
+    Raises: UserError where dp-accounting is not installed, and for too little noise.
+    """
+    noise, fed = settings.privacy, settings.federation
+    if not noise.noise_multiplier:
+        return None
+    accounting.library()
+    if noise.noise_multiplier < LEAST_NOISE:
+        raise UserError(
+            f"privacy.noise_multiplier is {noise.noise_multiplier:g}; less than {LEAST_NOISE:g} of the "
+            "clip norm protects hardly anybody. Raise it, or set it to 0 for no noise."
+        )
+    adaptive = None
+    if noise.adaptive:
+        adaptive = AdaptiveClip(noise.quantile, noise.clip_rate, sigma_b(settings))
+    weights: tuple[float, ...] = ()
+    if fed.weighting == "capped":
+        weights = tuple(min(count / fed.weight_cap, 1.0) for count in examples)
+    limit = noise.cohort_limit if fed.sampling == "poisson" else 0
+    account = accounting.Account(
+        noise.noise_multiplier, fed.num_clients, fed.clients_per_round, fed.sampling, limit,
+        delta_of(settings),
+    )  # fmt: skip
+    return CentralPrivacy(account, noise.clip, adaptive, weights, settings.seed)
+
+
+def build_local_privacy(settings: Settings) -> LocalPrivacy | None:
+    """Builds the clients' own noise; None: there is none. Raises: as `build_privacy`."""
+    noise = settings.privacy
+    if not noise.local_noise:
+        return None
+    accounting.library()
+    return LocalPrivacy(noise.local_noise, noise.clip, delta_of(settings), settings.seed)
+
+
+def sigma_b(settings: Settings) -> float:
+    """Returns the noise of an adaptive clip norm's count: privacy.sigma_b, or a twentieth of the
+    cohort.
+    """
+    return settings.privacy.sigma_b or settings.federation.clients_per_round / 20
+
+
+def delta_of(settings: Settings) -> float:
+    """Returns δ: privacy.delta, or below one in the number of clients."""
+    return settings.privacy.delta or settings.federation.num_clients**-1.1
+
+
 def build_uplink(settings: Settings) -> Uplink | None:
     """Builds what `compression` names; None: updates travel as they are."""
     compression = settings.compression
     if compression.kind == "none":
         return None
     compressor = with_numbers(COMPRESSORS[compression.kind], vars(compression))
-    return Uplink(compressor, compression.error_feedback, settings.seed)
+    together = settings.federation.secure_sum
+    return Uplink(compressor, compression.error_feedback, together, settings.seed)
+
+
+def build_secure_sum(settings: Settings) -> SecureSum | None:
+    """Builds the secure sum; None: the server sees single updates.
+
+    Raises: UserError where a cohort's sum may not fit.
+    """
+    given, fed = settings.aggregation, settings.federation
+    if not fed.secure_sum:
+        return None
+    secure = SecureSum(given.secure_bound, given.secure_bits, settings.seed)
+    largest = fed.clients_per_round
+    if fed.sampling == "poisson":
+        largest = settings.privacy.cohort_limit or fed.num_clients
+    if largest > secure.most_clients:
+        raise UserError(
+            f"federation.secure_sum holds numbers up to {given.secure_bound:g} of "
+            f"{secure.most_clients} clients, but a round may have {largest}; lower "
+            "aggregation.secure_bits or aggregation.secure_bound, or take fewer clients a round."
+        )
+    return secure
 
 
 def build_participation(settings: Settings) -> Participation | None:
@@ -197,8 +281,26 @@ def check_aggregation(
             ditto=settings.personal.ditto,
             finetune=settings.personal.finetune > 0,
             old_logprobs=algorithm.scoring.old_logprobs,
+            central_noise=settings.privacy.noise_multiplier,
+            local_noise=settings.privacy.local_noise,
+            sigma_b=sigma_b(settings) if settings.privacy.adaptive else 0.0,
+            weighting=fed.weighting,
+            secure_sum=fed.secure_sum,
+            measures_cohort=algorithm.measures_cohort,
         )
     )
+
+
+def told_before(settings: Settings) -> list[str]:
+    """Returns what a user should know of an aggregation that is not refused."""
+    fed, told = settings.federation, []
+    if settings.privacy.noise_multiplier and settings.record_traces:
+        told.append("privacy's epsilon covers the adapters; the traces of this run are not private")
+    if fed.secure_sum and fed.reducer == "norm_clip":
+        told.append(
+            "under federation.secure_sum clients clip themselves; an attacker's update is not clipped"
+        )
+    return told
 
 
 def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) -> None:

@@ -542,8 +542,9 @@ def build_federation(
     devices = mesh.shape[CLIENTS]
     together = clients_together(settings, model.config, algorithm, worker.data, devices)
     aggregation = build_aggregation(
-        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms
-    )
+        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms,
+        list(map(len, clients)),
+    )  # fmt: skip
     check_aggregation(settings, aggregation, algorithm, decoder)
     return Federation(
         algorithm=algorithm,
@@ -573,6 +574,7 @@ def build_federation(
         colliding_streams=fed.colliding_streams,
         max_tokens_per_block=max_tokens_per_block(settings, decoder.config),
         seed=settings.seed,
+        cohort_limit=settings.privacy.cohort_limit,
     )
 
 

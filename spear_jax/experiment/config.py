@@ -112,7 +112,8 @@ class Federation:
 
     num_clients: int = number(10, 1, 1_000_000)
     clients_per_round: int = number(5, 1, 1_000_000)
-    sampling: str = one_of("uniform", "weighted")  # weighted: by number of examples
+    # weighted: by number of examples; poisson: each client by itself, clients_per_round on average
+    sampling: str = one_of("uniform", "weighted", "poisson")
     partition: str = choice("dirichlet", partition.SCHEMES)  # resample: clients share examples
     dirichlet_alpha: float = positive(1.0)
     labels_per_client: int = number(1, 1)  # of by_label
@@ -134,6 +135,7 @@ class Federation:
     tau: float = positive(5e-3)
     prox: float = number(0.0, 0)  # FedProx's μ
     drift: str = choice("none", ("none", *DRIFTS))  # of clients; how it is corrected
+    secure_sum: bool = False  # the server sees the sum of updates alone, simulated
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
 
@@ -158,6 +160,8 @@ class AggregationRules:
     min_rank: int = number(1, 1)  # of hetlora
     ridge: float = number(0.01, 0)  # ρ of fair
     personal_layers: int = number(1, 1)  # of fedper, the last ones of the adapter
+    secure_bound: float = positive(4.0)  # c of secure_sum: numbers are clipped there
+    secure_bits: int = number(16, 0, 30)  # f of secure_sum: bits behind the point
     state_gb: float = positive(4.0)  # the most that clients' own factors may take, in memory
 
 
@@ -170,6 +174,21 @@ class Compression:
     levels: int = number(127, 1, 2**16)  # s of qsgd
     block: int = number(256, 1)  # numbers that share a step, of int8 and int4
     error_feedback: bool = False  # clients add what was lost to their next update
+
+
+@dataclasses.dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of whole clients."""
+
+    noise_multiplier: float = number(0.0, 0)  # z of the server's noise; 0: none
+    local_noise: float = number(0.0, 0)  # z of the noise that every client adds; 0: none
+    clip: float = positive(0.1)  # S, the largest norm of an update
+    adaptive: bool = False  # S follows a quantile of the updates' norms
+    quantile: float = number(0.5, 0, 1)  # γ of adaptive
+    clip_rate: float = positive(0.2)  # η of adaptive
+    sigma_b: float = number(0.0, 0)  # noise of adaptive's count; 0: a twentieth of the cohort
+    delta: float = number(0.0, 0, below=1)  # δ of ε; 0: num_clients^-1.1
+    cohort_limit: int = number(0, 0)  # the largest cohort under sampling=poisson; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +328,7 @@ class Settings:
     federation: Federation = group(Federation)
     aggregation: AggregationRules = group(AggregationRules)
     compression: Compression = group(Compression)
+    privacy: Privacy = group(Privacy)
     participation: ParticipationSettings = group(ParticipationSettings)
     personal: Personal = group(Personal)
     attack: AttackSettings = group(AttackSettings)

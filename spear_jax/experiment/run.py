@@ -34,6 +34,7 @@ from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Attempt, Example, TraceRecord
 from spear_jax.experiment import finetune, run_folder
+from spear_jax.experiment.aggregation import told_before
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
 from spear_jax.experiment.dry_run import write_split
@@ -358,6 +359,9 @@ class Run:
         self.bars.begin(self.settings.rounds, self.finished_rounds)
         if not fresh and is_main_process() and not self.quiet:
             say(f"going on after round {self.finished_rounds}", sys.stderr)
+        if is_main_process() and not self.quiet:
+            for text in told_before(self.settings):
+                say(f"note: {text}", sys.stderr)
         for callback in self.callbacks:
             callback.on_train_begin(self)
         self._feedback.begin_run(self._view())

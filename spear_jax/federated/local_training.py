@@ -431,7 +431,7 @@ def _train_on_device(
         if config.drift is not None and not keep:
             upload = functools.partial(config.drift.upload, steps=batches.count.shape[-1])
             ended = jax.vmap(upload, (shared, 0, 0))(start, ended, means["grad_norm"].count)
-        if (aggregation.transforms or reducer.transforms) and not keep:
+        if aggregation.client_transforms and not keep:
             ended = jax.vmap(aggregation.transform, (shared, 0))(start, ended)
         finite = jax.vmap(_has_norm, (shared, 0))(start, ended)
         if new.gradient is not None:

@@ -186,9 +186,8 @@ def round_of(
     # always placed alike, or the programs would compile again
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
-    trained = train_clients(
-        federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
-    )
+    train = train_clients if cohort.clients else train_nobody
+    trained = train(federation, aggregation, start, state.algorithm_state, cohort, root, used, kept)
     return _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
 
 
@@ -225,6 +224,8 @@ def _end(
         **measured,
         **told,
     }
+    if aggregation.privacy is not None:
+        metrics["round/failed"] = 0.0  # noise is added whoever reports
     if trained.outcome is not None:
         metrics["round/flops"] += trained.outcome.unrun
     if trained.personal is not None:
@@ -301,6 +302,7 @@ def play(
     clients = [client for client in cohort.clients if client != aggregation.root]
     up, down = aggregation.bytes_of_clients(adapter, kept, clients, cohort.round)
     active = phases[-1].active[: len(clients)]
+    wanted = len(clients) if federation.sampling == "poisson" else federation.clients_per_round
     read = dict.fromkeys(cohort.clients, 0)
     for record in (record for phase in phases for record in phase.traces):
         for attempt in record.trace.attempts:
@@ -310,10 +312,10 @@ def play(
     outcome = participation.play(
         cohort.round,
         clients,
-        federation.clients_per_round,
+        wanted,
         federation.algorithm.common.steps,
         down,
-        np.where(active, up, 0),
+        np.where(active | aggregation.counts_everybody, up, 0),
         np.array([flops(Tally(prompt=read[client]), 0.0) for client in clients]),
         np.array([flops(Tally(), passes * trained) for trained in rows]) * active,
     )
@@ -367,8 +369,7 @@ def client_round(
     """
     cohort = federation.cohort_of([client], round)
     whole, federation = federation.aggregation, federation.on_base(kept)
-    transforms = whole.transforms + whole.reducer.transforms
-    alone = Aggregation(_Alone(), transforms=transforms, drift=whole.drift)
+    alone = Aggregation(_Alone(), transforms=whole.client_transforms, drift=whole.drift)
     start = federation.on_devices(adapter)
     trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
     began = start
@@ -535,7 +536,8 @@ def train_clients(
         mine = jax.tree.map(lambda x: x[cohort.clients], kept["personal"])
         personal = functools.partial(ditto.train, federation, personal=mine)
     key = path_key(root, ROUND, cohort.round)
-    usual = federation.clients_per_round if federation.asynchronous else 0
+    varies = federation.asynchronous is not None or federation.sampling == "poisson"
+    usual = federation.clients_per_round if varies else 0
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
     policies = [worker.policy(start)]
@@ -565,9 +567,10 @@ def train_clients(
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         if last and federation.participation is not None:
             outcome = play(federation, start, kept, cohort, phases, passes)
-        active = sent = data.active
+        active = data.active
+        sent = active | federation.aggregation.counts_everybody
         if outcome is not None:
-            sent = active & outcome.sent
+            sent = sent & outcome.sent
             data = phases[-1] = reported(data, outcome, cohort)
             if federation.participation is not None and federation.participation.partial:
                 own = dataclasses.replace(
@@ -575,7 +578,7 @@ def train_clients(
                 )
         rolled = time.perf_counter()
         broadcast = make_broadcast(federation, start, algorithm_state, data, rate, kept)
-        members = _members(aggregation, cohort, data, phase_key)
+        members = _members(aggregation, cohort, data, phase_key, outcome)
         rows = rows_of(federation, data)
         trained = cohort_training.train(
             algorithm,
@@ -629,6 +632,54 @@ def _rollout_metrics(phases: Sequence[CohortData]) -> dict[str, float]:
     first, counts = phases[0].metrics, ("rollout/wins", "rollout/loses")
     means = {name: float(np.mean([x.metrics[name] for x in phases])) for name in first}
     return means | {name: float(sum(x.metrics[name] for x in phases)) for name in counts}
+
+
+def train_nobody(
+    federation: Federation,
+    aggregation: Aggregation,
+    start: Adapter,
+    algorithm_state: dict,
+    cohort: Cohort,
+    root: jax.Array,
+    used: BudgetUsed,
+    kept: dict[str, Any],
+) -> TrainedClients:
+    """Returns an empty cohort behind its training; arguments as for `train_clients`."""
+    federation.worker.tally.clear()
+    nobody, none = np.zeros(0, bool), np.zeros(0, np.float32)
+    reduced = aggregation.reducer.init(start)
+    if aggregation.collects:
+        reduced = jax.tree.map(lambda x: np.zeros((0, *x.shape), x.dtype), start), none
+    names = (
+        "rollout/wins",
+        "rollout/loses",
+        "rollout/tokens",
+        "round/flops",
+        "time/rollout",
+        "time/train",
+    )
+    metrics = dict.fromkeys(names, 0.0)
+    outcome = None
+    if federation.participation is not None:
+        outcome = Outcome(nobody, nobody, nobody, np.zeros(0, int), 0.0, 0.0)
+    return TrainedClients(
+        reduced=reduced,
+        algorithm_state=algorithm_state,
+        means={NOT_FINITE: Mean(jnp.float32(0), jnp.float32(0))},
+        metrics=metrics,
+        traces=[],
+        learning_rate=federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
+        starts=None,
+        gathered=None,
+        personal=None,
+        weight=none,
+        method_weight=none,
+        steps=np.zeros(0, int),
+        not_finite=[],
+        outcome=outcome,
+        active=nobody,
+        sent=nobody,
+    )
 
 
 def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
@@ -687,11 +738,21 @@ def make_broadcast(
 
 
 def _members(
-    aggregation: Aggregation, cohort: Cohort, data: CohortData, key: jax.Array
+    aggregation: Aggregation,
+    cohort: Cohort,
+    data: CohortData,
+    key: jax.Array,
+    outcome: Outcome | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
     weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
+    if aggregation.counts_everybody:
+        weight = np.ones(len(weight), np.float32)
+        if outcome is not None:
+            weight = outcome.accepted.astype(np.float32)
+    if aggregation.privacy is not None:
+        weight = weight * aggregation.privacy.weights(cohort.clients)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

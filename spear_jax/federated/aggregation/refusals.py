@@ -34,6 +34,11 @@ class Choices:
             answered.
         ditto: whether clients have an adapter of their own, too; finetune: whether they train one at
             the end.
+        central_noise: z of the server; local_noise: z of the clients; 0: none.
+        sigma_b: noise of the count of an adaptive clip norm; 0: the norm stays.
+        weighting: of clients.
+        secure_sum: whether the server sees the sum of updates alone.
+        measures_cohort: of the method; see `Algorithm`.
     """
 
     rule: LoraRule
@@ -63,6 +68,12 @@ class Choices:
     old_logprobs: bool = False
     ditto: bool = False
     finetune: bool = False
+    central_noise: float = 0.0
+    local_noise: float = 0.0
+    sigma_b: float = 0.0
+    weighting: str = "method"
+    measures_cohort: str = ""
+    secure_sum: bool = False
 
 
 def reasons(given: Choices) -> dict[str, str]:
@@ -71,6 +82,8 @@ def reasons(given: Choices) -> dict[str, str]:
     return {
         reason: message
         for reason, applies, message in (
+            *_of_secure_sum(given, name),
+            *_of_privacy(given, name),
             *_of_reducers(given, name),
             (
                 "mixed_ranks",
@@ -107,6 +120,106 @@ def reasons(given: Choices) -> dict[str, str]:
     }
 
 
+def _of_secure_sum(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    ruled, robust = not given.rule.linear, given.reducer_name not in ("mean", "norm_clip")
+    reads = name if ruled else f"federation.reducer {given.reducer_name!r}"
+    return [
+        (
+            "secure_needs_sum",
+            given.secure_sum and (ruled or robust),
+            f"{reads} reads every client's update, but federation.secure_sum shows the server their "
+            "sum alone; take reducer mean or norm_clip and lora_rule mean, ffa, fedsa or rolora, or "
+            "set secure_sum=False.",
+        ),
+        (
+            "secure_blockwise",
+            given.secure_sum and given.compression not in ("none", "randk"),
+            f"compression.kind is {given.compression!r}, whose codes differ by client, so that they "
+            "cannot be summed; with federation.secure_sum take none or randk.",
+        ),
+    ]
+
+
+def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    central, noise = given.central_noise > 0, "privacy.noise_multiplier"
+    private = central or given.local_noise > 0
+    even = ("uniform", "capped") if central else ("uniform",)
+    return [
+        (
+            "dp_both",
+            central and given.local_noise > 0,
+            f"{noise} is {given.central_noise:g} and privacy.local_noise {given.local_noise:g}: the "
+            "server's clip would cut off most of the clients' noise; set one of them to 0.",
+        ),
+        (
+            "dp_weights",
+            private and given.weighting not in even,
+            "privacy needs every client to weigh the same, but federation.weighting is "
+            f"{given.weighting!r}, which tells of its data; set "
+            f"--config.federation.weighting={' or '.join(even)}.",
+        ),
+        (
+            "dp_rule",
+            central and not given.rule.linear,
+            f"{name} multiplies clients' updates, so that no bound holds for what one client changes; "
+            f"under {noise} take ffa, mean, fedsa or rolora, or set privacy.local_noise in its place.",
+        ),
+        (
+            "dp_robust",
+            central and given.reducer_name not in ("mean", "norm_clip"),
+            f"federation.reducer is {given.reducer_name!r}, to which the noise is not calibrated; under "
+            f"{noise} take mean or norm_clip.",
+        ),
+        (
+            "dp_sampling",
+            central and given.sampling not in ("poisson", "uniform"),
+            f"federation.sampling is {given.sampling!r}, for which no accountant is here; set "
+            "--config.federation.sampling=poisson, or uniform, whose epsilon is larger.",
+        ),
+        (
+            "dp_over_selection",
+            central and given.over_selection > 1,
+            f"participation.over_selection is {given.over_selection:g}: who is late would depend on who "
+            "else takes part, which doubles what one client changes; set it to 1, and use "
+            "participation.deadline.",
+        ),
+        (
+            "dp_method",
+            central and bool(given.measures_cohort),
+            f"method {given.method!r} trains each client by a number that is measured over all of the "
+            f"cohort, to which no noise is added; under {noise} set --config.{given.measures_cohort}, or "
+            "take another method.",
+        ),
+        (
+            "dp_adaptive",
+            central and given.sigma_b > 0 and given.central_noise >= 2 * given.sigma_b,
+            f"{noise} {given.central_noise:g} is not below twice privacy.sigma_b {given.sigma_b:g}, so "
+            "that the count of clients within the norm would take all of the noise; raise sigma_b (a "
+            "twentieth of the cohort is usual), or the cohort.",
+        ),
+        (
+            "dp_drift",
+            (private or given.secure_sum) and (given.drift != "none" or given.mode != "sync"),
+            "privacy and federation.secure_sum know cohorts that send one update each, but "
+            f"federation.drift is {given.drift!r} and participation.mode {given.mode!r}; set drift to "
+            "none and mode to sync, or privacy.* to 0 and secure_sum to False.",
+        ),
+        (
+            "poisson_clock",
+            given.sampling == "poisson" and given.over_selection > 1 and not central,
+            "federation.sampling is 'poisson', whose cohorts have any size, and "
+            f"participation.over_selection {given.over_selection:g}, which asks for a multiple of one; "
+            "set over_selection to 1, or sampling to uniform.",
+        ),
+        (
+            "poisson_local",
+            given.sampling == "poisson" and given.server == "local",
+            "federation.sampling is 'poisson', which may draw nobody, and federation.aggregation "
+            "'local', where each client trains for itself; set sampling to uniform.",
+        ),
+    ]
+
+
 def _of_reducers(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     reducer, own = given.reducer, f"federation.reducer is {given.reducer_name!r}"
     fewest = max(reducer.fewest, 1)
@@ -139,6 +252,7 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     # where nothing is ever sent
     unseen = given.compression != "none" or given.attack in ON_MODELS or given.clock
     unseen = unseen or given.drift != "none" or given.ditto or given.finetune
+    private = given.central_noise > 0 or given.local_noise > 0 or given.secure_sum
     return [
         (
             "server_optimiser",
@@ -151,10 +265,13 @@ def _of_the_server(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "server_rule_alone",
-            alone and (not plain or given.mode != "sync" or (given.server == "local" and unseen)),
+            alone
+            and (
+                not plain or private or given.mode != "sync" or (given.server == "local" and unseen)
+            ),
             f"federation.aggregation={given.server!r}: 'last' repeats a fault, and 'local' never "
-            "averages; neither goes with a lora_rule, a robust reducer, compression, participation, "
-            "drift, personal or an attack on the model. Take fedavg.",
+            "averages; neither goes with a lora_rule, a robust reducer, privacy, compression, "
+            "participation, drift, personal or an attack on the model. Take fedavg.",
         ),
     ]
 
