@@ -346,5 +346,6 @@ def news(config: ml_collections.ConfigDict) -> None:
     config.rollout.max_new_tokens = config.rollout.max_new_tokens_revision = 1
     config.train.steps = 4
     config.train.batch_size = 8
-    config.train.learning_rate, config.train.learning_rate_min = 1e-3, 2e-4
+    config.train.learning_rate, config.train.learning_rate_min = 2e-3, 4e-4
+    config.lora.last_layers = 10  # of 30: no backward pass through the others
     config.eval.limit = 800
