@@ -24,7 +24,8 @@ from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
-from spear_jax.federated.participation import Participation
+from spear_jax.federated.drift import DRIFTS
+from spear_jax.federated.participation import Asynchronous, Participation
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
 
@@ -60,6 +61,7 @@ def build_aggregation(
             "federation.weighting is 'capped', but federation.weight_cap is 0; set the largest weight "
             "that a client may have, for example --config.federation.weight_cap=10.0."
         )
+    drift = DRIFTS.get(fed.drift)
     rate = 1.0 if fed.aggregation in ("last", "local") else fed.server_rate
     aggregation = Aggregation(
         reducer=reducer,
@@ -69,12 +71,16 @@ def build_aggregation(
         transforms=transforms,
         rule=rule or find_rule(fed.lora_rule, numbers),
         rate=rate,
-        weighting=Weighting(fed.weighting, fed.weight_cap),
+        weighting=Weighting(
+            "uniform" if drift and drift.uniform else fed.weighting, fed.weight_cap
+        ),
         attack=build_attack(settings) if attack.kind in ON_MODELS else None,
         uplink=build_uplink(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
+        drift=drift,
+        waits=settings.participation.mode != "sync",
     )
     if fed.exactness_meter and not aggregation.collects and isinstance(reducer, Mean):
         return dataclasses.replace(aggregation, reducer=Metered(reducer))
@@ -113,7 +119,8 @@ def build_participation(settings: Settings) -> Participation | None:
     Raises: UserError where more clients would be asked than there are.
     """
     clock, fed = settings.participation, settings.federation
-    if not (clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1):
+    asked = clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1
+    if not asked and clock.mode == "sync":
         return None
     made = with_numbers(Participation, vars(clock) | {"seed": settings.seed})
     asked = made.asked(fed.clients_per_round)
@@ -123,6 +130,14 @@ def build_participation(settings: Settings) -> Participation | None:
             f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
         )
     return made
+
+
+def build_asynchronous(settings: Settings) -> Asynchronous | None:
+    """Builds rounds without cohorts; None where there are cohorts."""
+    given = settings.participation
+    if given.mode == "sync":
+        return None
+    return Asynchronous(given.mode, given.buffer, given.max_staleness, given.mix, given.staleness)
 
 
 def client_ranks(settings: Settings) -> tuple[int, ...]:
@@ -142,6 +157,13 @@ def check_aggregation(
 ) -> None:
     """Raises UserError where reducer, LoRA rule, server optimiser and method do not go together."""
     fed, rule, references = settings.federation, aggregation.rule, False
+    clock, buffers, cohort = (
+        settings.participation,
+        build_asynchronous(settings),
+        fed.clients_per_round,
+    )
+    if buffers is not None and not buffers.mixes:
+        cohort = buffers.size(cohort)
     check_state(settings, aggregation, decoder)
     if rule.personal or len(set(aggregation.ranks)) > 1:
         adapter = init_lora(jax.random.key(0), decoder.lora, decoder.config)
@@ -153,7 +175,7 @@ def check_aggregation(
             reducer_name=fed.reducer,
             server=fed.aggregation,
             server_rate=aggregation.rate,
-            cohort=fed.clients_per_round,
+            cohort=cohort,
             ranks=aggregation.ranks,
             quantize=settings.quantize,
             method=algorithm.name,
@@ -164,6 +186,17 @@ def check_aggregation(
             attack=settings.attack.kind,
             clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
+            drift=fed.drift,
+            partial=clock.partial,
+            mode=clock.mode,
+            over_selection=clock.over_selection,
+            deadline=clock.deadline,
+            dropout=clock.dropout,
+            sampling=fed.sampling,
+            phases=algorithm.phases,
+            ditto=settings.personal.ditto,
+            finetune=settings.personal.finetune > 0,
+            old_logprobs=algorithm.scoring.old_logprobs,
         )
     )
 
@@ -173,17 +206,26 @@ def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) 
     make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
     adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
     remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
-    for cause, applies, factors in (
-        (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
-        ("compression.error_feedback", remembers, "ab"),
+    controls = settings.federation.drift == "scaffold"
+    mode, rule = settings.participation.mode, aggregation.rule
+    whole = factor_bytes(adapter, decoder.lora.rank, "ab")
+    limit, at_work = settings.aggregation.state_gb, settings.federation.clients_per_round
+    for cause, applies, each, count in (
+        (
+            f"federation.lora_rule={rule.name}",
+            rule.personal,
+            rule.own_bytes(adapter, decoder.lora.rank),
+            clients,
+        ),
+        ("compression.error_feedback", remembers, whole, clients),
+        ("federation.drift=scaffold", controls, whole, clients),
+        ("personal.ditto", settings.personal.ditto, whole, clients),
+        (f"participation.mode={mode}", mode != "sync", whole, at_work),
     ):
-        held, limit = (
-            clients * factor_bytes(adapter, decoder.lora.rank, factors),
-            settings.aggregation.state_gb,
-        )
+        held = count * each
         if applies and held > limit * 1e9:
             raise UserError(
-                f"{cause} keeps {held // (4 * clients):,} numbers for each of {clients:,} clients "
+                f"{cause} keeps {held // (4 * count):,} numbers for each of {count:,} clients "
                 f"({held / 1e9:,.1f} GB), over aggregation.state_gb={limit:g}. Take fewer clients, a "
                 "lower lora.rank or fewer lora.targets, or raise aggregation.state_gb."
             )

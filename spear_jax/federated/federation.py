@@ -14,7 +14,7 @@ from spear_jax.core.types import Cohort
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.client_sampling import sample_cohort
 from spear_jax.federated.local_training import LocalConfig
-from spear_jax.federated.participation import Participation
+from spear_jax.federated.participation import Asynchronous, Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import add_to_base
@@ -40,6 +40,8 @@ class Federation:
         aggregation: how updates become the next global adapter.
         schedule: the learning rate of a round.
         participation: who reports back, on a simulated clock; None: all do.
+        asynchronous: rounds without a cohort; None: cohorts.
+        ditto: λ of the pull on clients' own adapters; None: they have none.
         local_only: clients are never averaged; every one keeps an adapter of its own.
         clients_per_round: the cohort's size; sampling: "uniform" or "weighted" by examples.
         colliding_streams: A7 of the published code: client streams keyed by round + client.
@@ -58,6 +60,8 @@ class Federation:
     aggregation: Aggregation
     schedule: Schedule
     participation: Participation | None
+    asynchronous: Asynchronous | None
+    ditto: float | None
     local_only: bool
     clients_per_round: int
     sampling: str
@@ -78,13 +82,16 @@ class Federation:
         chosen = sample_cohort(len(sizes), count, sizes, self.sampling, rng)
         return self.cohort_of(chosen if root is None else [*chosen, root], round)
 
-    def cohort_of(self, chosen: list[int], round: int) -> Cohort:
-        """Returns the cohort of these clients in a round."""
+    def cohort_of(self, chosen: list[int], round: int, wave: int = 0) -> Cohort:
+        """Returns the cohort of these clients in a round.
+
+        Args: wave: how many cohorts of the round came before; each has streams of its own.
+        """
 
         def rngs(slot: int, name: str) -> np.random.Generator:
             client = chosen[slot]
             path = (round + client,) if self.colliding_streams else (round, client)
-            return path_rng(self.seed, purpose(name), *path)
+            return path_rng(self.seed, purpose(name), *path, *[wave] * bool(wave))
 
         return Cohort(round, chosen, [self.clients[c] for c in chosen], rngs)
 

@@ -42,6 +42,9 @@ def check_deployable(experiment: Experiment) -> None:
     for wrong, what, remedy in (
         (federation.local_only, "federation.aggregation is local", "take mean"),
         (federation.participation is not None, "a simulated clock loses clients", "leave participation.* at its defaults"),
+        (aggregation.drift is not None, "federation.drift corrects clients in simulation", "set it to none"),
+        (federation.ditto is not None, "personal.ditto trains a second adapter in simulation", "set it to False"),
+        (settings.personal.finetune > 0, "personal.finetune trains clients after the last round in simulation", "set it to 0"),
         (aggregation.attack is not None, "attack.kind makes clients attack", "set it to none"),
         (aggregation.uplink is not None, "updates are compressed in simulation", "set compression.kind=none"),
         (aggregation.root is not None, "the reducer needs a client of the server's", "take another"),

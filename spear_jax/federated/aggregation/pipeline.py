@@ -28,12 +28,13 @@ from spear_jax.federated.aggregation import exactness, vectors
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.exactness import Metered
-from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32, only
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32
 from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
 from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
 from spear_jax.federated.aggregation.robust import ROBUST
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
+from spear_jax.federated.drift import Drift
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
@@ -56,6 +57,8 @@ class Aggregation:
         scale: alpha / rank of the adapters.
         ranks: of the clients, over and over; () where all have the adapter's.
         root: the id of the server's own client, whose update a reducer compares with.
+        drift: a correction of client drift.
+        waits: whether clients' updates wait until they count (`federated/asynchronous.py`).
     """
 
     reducer: Reducer = Mean()
@@ -69,12 +72,15 @@ class Aggregation:
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
     root: int | None = None
+    drift: Drift | None = None
+    waits: bool = False
 
     @property
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        return reads_each or self.attack is not None or self.uplink is not None
+        sends = self.attack is not None or self.uplink is not None
+        return reads_each or sends or self.waits
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
@@ -92,8 +98,14 @@ class Aggregation:
             plain = self.rule.bytes_up(adapter, rank, round)
             if self.uplink is not None:
                 plain = self.uplink.compressor.bytes_of(plain // 4)
-            up.append(plain * (client != self.root))
             received = self.rule.bytes_down(adapter, rank, round, kept)
+            if self.drift is not None:
+                one = self.rule.bytes_up(adapter, rank, round)
+                plain, received = (
+                    plain + (self.drift.up - 1) * one,
+                    received + (self.drift.down - 1) * one,
+                )
+            up.append(plain * (client != self.root))
             down.append(received * (client != self.root))
         return np.array(up), np.array(down)
 
@@ -106,14 +118,34 @@ class Aggregation:
         return jax.tree.map(jnp.add, start, update)
 
     def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
-        """Returns a client's update after transforms, which see the factors that are sent alone."""
-        sends, own = self.rule.sends(1), None
-        if self.rule.personal:
-            own = only(update, "b" if sends == "a" else "a")
-            update = only(update, sends)
+        """Returns a client's update after transforms, which see what is sent alone."""
+        if not self.rule.personal:
+            for transform in transforms:
+                update = transform(update)
+            return update
+        sent = self.rule.sent(update, 1)
+        own = jax.tree.map(jnp.subtract, update, sent)
         for transform in transforms:
-            update = transform(update)
-        return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
+            sent = transform(sent)
+        return jax.tree.map(jnp.add, self.rule.sent(sent, 1), own)
+
+
+class Received(NamedTuple):
+    """What the server has of a cohort.
+
+    Attributes:
+        updates: leaves float32[C, ...], zeros where they were not finite.
+        weight: float64[C], 0 likewise.
+        metrics: by name.
+        rejected: ids of the clients whose numbers were not finite.
+        kept: the server's `aggregation_state`.
+    """
+
+    updates: Any
+    weight: np.ndarray
+    metrics: dict[str, float]
+    rejected: list[int]
+    kept: dict[str, Any]
 
 
 class Aggregated(NamedTuple):
@@ -185,6 +217,7 @@ def end_round(
     reduced: Any,
     clients: Sequence[int] = (),
     starts: Adapter | None = None,
+    factor: float | np.ndarray | None = None,
 ) -> Aggregated:
     """Finishes the reduction and takes one server step, and tells what it found.
 
@@ -193,16 +226,19 @@ def end_round(
             (adapters [C, ...], weight [C]).
         clients: the cohort's ids, where the aggregation collects.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        factor: what the reduced update is multiplied by, or where the aggregation collects each
+            client's, float[C]; None: nothing.
     """
     kept = state.aggregation_state
     if aggregation.collects:
-        return _on_host(aggregation, state, reduced, clients, starts)
+        return _on_host(aggregation, state, reduced, clients, starts, factor)
     sends = aggregation.rule.sends(int(state.round) + 1)
     bare = dataclasses.replace(state, aggregation_state={})
     metrics = {}
     if isinstance(aggregation.reducer, Metered):
         metrics = exactness.metrics(to_host(_squares(aggregation.reducer, reduced, state.lora)))
-    after, change = _finish_and_step(aggregation, sends, bare, reduced)
+    scale = None if factor is None else np.asarray(factor, np.float32)
+    after, change = _finish_and_step(aggregation, sends, bare, reduced, scale)
     return Aggregated(dataclasses.replace(after, aggregation_state=kept), change, metrics, [])
 
 
@@ -236,9 +272,11 @@ _compiled_step = jax.jit(server_step, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish_and_step(aggregation, sends, state, reduced):
-    finished = aggregation.reducer.finish(reduced, state.lora)
-    return server_step(aggregation, state, *finished, sends)
+def _finish_and_step(aggregation, sends, state, reduced, factor=None):
+    update, mass = aggregation.reducer.finish(reduced, state.lora)
+    if factor is not None:
+        update = jax.tree.map(lambda x: factor * x, update)
+    return server_step(aggregation, state, update, mass, sends)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,15 +298,34 @@ def _held(new: Any, old: Any, sends: str) -> Any:
 # Where every client's adapter is on the host
 
 
-def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
+def _on_host(aggregation, state, collected, clients, starts, factor) -> Aggregated:
     """Attack, rejection, transforms, reducer, LoRA rule and server step, in numpy."""
     adapters, weight = to_host(collected)
     start = to_host(state.lora)
     if starts is None:
         starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, adapters)
     ids = np.asarray(clients if len(clients) else range(len(weight)))
-    received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    received = receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    return conclude(aggregation, state, start, starts, ids, received, factor)
+
+
+def conclude(
+    aggregation: Aggregation,
+    state: ServerState,
+    start: Adapter,
+    starts: Adapter,
+    ids: np.ndarray,
+    received: Received,
+    factor: float | np.ndarray | None = None,
+) -> Aggregated:
+    """Takes the server's step of what it has received.
+
+    Args: start: the global adapter, on the host; starts, factor: as for `end_round`; ids: int[C].
+    """
     updates, weight, metrics, rejected, kept = received
+    if factor is not None:
+        scale = lambda x: np.reshape(factor, (-1, *[1] * (x.ndim - 1))) * np.asarray(x, np.float64)
+        updates = jax.tree.map(scale, updates)
     if aggregation.root is not None:
         root = ids == aggregation.root
         kept["root"] = jax.tree.map(lambda x: x[0], vectors.take(updates, root))
@@ -296,11 +353,17 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
     return Aggregated(after, change, metrics, rejected)
 
 
-def _receive(aggregation, adapters, starts, weight, ids, state):
-    """What the server has of a cohort: updates and weights without those that are not finite.
+def receive(
+    aggregation: Aggregation,
+    adapters: Adapter,
+    starts: Adapter,
+    weight: np.ndarray,
+    ids: np.ndarray,
+    state: ServerState,
+) -> Received:
+    """Sends a cohort's updates up: attack, compression, rejection, and the reducer's transforms.
 
-    Returns: updates, leaves float32[C, ...]; weight float64[C]; metrics; ids that were rejected;
-        what is kept.
+    Args: adapters, starts: leaves [C, ...], on the host; weight: float[C]; ids: int[C].
     """
     updates = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), adapters, starts)
     number, kept = int(state.round) + 1, dict(state.aggregation_state)
@@ -313,7 +376,7 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
     if aggregation.uplink is not None and active.any():
         own, travels = (
             vectors.take(updates, active),
-            _travels(updates, aggregation.rule.sends(number)),
+            _travels(updates, aggregation.rule, number),
         )
         sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
         metrics["round/compression_error"] = lost
@@ -329,14 +392,14 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
         updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
     weight = np.where(accepted, weight, 0.0).astype(np.float64)
-    return updates, weight, metrics, rejected, kept
+    return Received(updates, weight, metrics, rejected, kept)
 
 
-def _travels(updates: Any, sends: str) -> np.ndarray:
+def _travels(updates: Any, rule: LoraRule, round: int) -> np.ndarray:
     """Which numbers of a flattened update are sent, bool[d]."""
     one = jax.tree.map(lambda x: np.ones(x.shape[1:], bool), updates)
-    kept = one if sends == "ab" else only(one, sends)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(kept)]).astype(bool)
+    sent = rule.sent(one, round)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(sent)]).astype(bool)
 
 
 def _put(x: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -358,7 +421,7 @@ def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
 def _linear_step(aggregation, state, start, uploads, weight, kept):
     """The reducer's update of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    updates = uploads.updates if sends == "ab" else only(uploads.updates, sends)
+    updates = rule.sent(uploads.updates, uploads.round)
     ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
     update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
     bare = dataclasses.replace(state, aggregation_state={})

@@ -312,7 +312,7 @@ def test_an_approver_has_half_of_the_average_until_weights_are_even(vector):
 
 # what the table of refusals asks of features that are not here
 ELSEWHERE = {
-    "central_dp", "local_dp", "secure_sum", "compression", "mode", "drift",
+    "central_dp", "local_dp", "secure_sum", "compression", "mode",
     "over_selection", "adaptive_clip", "noise_multiplier", "sigma_b", "freeze", "sampling",
 }  # fmt: skip
 
@@ -329,6 +329,7 @@ def choices(case, defaults):
         ranks=(2, 4) if given["mixed_ranks"] else (), quantize=given["quantize"],
         compression=given["compression"], error_feedback=given["error_feedback"],
         older_adapters=given["older_adapters"], ema_teacher=given["ema_teacher"],
+        drift=given["drift"],
     )  # fmt: skip
 
 
@@ -347,7 +348,7 @@ def test_the_table_of_refusals_holds(vector):
     assert seen == {
         "robust_coordinates", "robust_count", "mixed_ranks", "server_optimiser", "base_quantised",
         "base_references", "gauge_memory", "server_rule_alone",
-        "feedback_without_compression",
+        "feedback_without_compression", "scaffold_rule",
     }  # fmt: skip
 
 
