@@ -83,9 +83,9 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
     `sft` generates none, and takes as many rounds as the preset has. With rates, a row more for each
     method and rate.
     """
-    variants = ["sft:sft:rounds=12"]
+    variants = ["sft:sft:rounds=8"]
     for method in (*EVERYONE.split(","), "sft"):
-        own = "rounds=12," if method == "sft" else ""
+        own = "rounds=8," if method == "sft" else ""
         variants += [
             f"{method}_{rate:g}:{method}:{own}train.learning_rate={rate:g},"
             f"train.learning_rate_min={rate / 5:g}"
@@ -99,15 +99,15 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
 
 
 STUDIES = {
-    "search": study(NEWS, "100", "rounds:12", SEARCH),
-    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:12"),
-    "rates": side_by_side("100", 1000, (5e-4, 1e-3)),
-    "methods": side_by_side("0,1,2", 2000),
-    "loses": study(NEWS, "0,1,2", "rounds:12", LOSES),
+    "search": study(NEWS, "100", "rounds:8", SEARCH),
+    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:8"),
+    "rates": side_by_side("100", 650, (5e-4, 1e-3)),
+    "methods": side_by_side("0,1,2", 1300),
+    "loses": study(NEWS, "0,1,2", "rounds:8", LOSES),
     "loses_facts": study(FACTS, "0,1,2,3,4", "tokens:8000", LOSES),
     "loses_reasoned": study(REASONED, "0,1,2,3,4", "tokens:80000", (*LOSES, *TOKENS)),
-    "faults": study(NEWS, "0,1,2", "rounds:12", FAULTS),
-    "people": study(NEWS, "0,1,2", "rounds:12", people()),
+    "faults": study(NEWS, "0,1,2", "rounds:8", FAULTS),
+    "people": study(NEWS, "0,1,2", "rounds:8", people()),
 }
 
 
