@@ -229,14 +229,6 @@ class Algorithm(abc.ABC):
         return 1
 
     @property
-    def reads_cohort(self) -> bool:
-        """Returns whether it measures on the texts of all clients of a round together.
-
-        A client by itself then trains another round.
-        """
-        return False
-
-    @property
     def keeps_older_adapters(self) -> bool:
         """Returns whether it compares with adapters of rounds before the last one.
 
@@ -248,7 +240,7 @@ class Algorithm(abc.ABC):
     def measures_cohort(self) -> str:
         """Returns the field to change, with its value, where a client's training depends on a number
         that is measured over the other clients' data; "" where it depends on the global adapter and
-        its own data alone.
+        its own data alone. A client by itself trains another round where it does.
         """
         return ""
 

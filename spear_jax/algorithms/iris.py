@@ -221,10 +221,6 @@ class Iris(SelfPlay):
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
 
-    @property
-    def reads_cohort(self) -> bool:
-        return self.settings.order == "adaptive"
-
     def measure(
         self,
         worker: RolloutWorker,

@@ -143,6 +143,7 @@ def _of_secure_sum(given: Choices, name: str) -> list[tuple[str, bool, str]]:
 def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
     central, noise = given.central_noise > 0, "privacy.noise_multiplier"
     private = central or given.local_noise > 0
+    hidden = private or given.secure_sum
     even = ("uniform", "capped") if central else ("uniform",)
     return [
         (
@@ -199,10 +200,15 @@ def _of_privacy(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "dp_drift",
-            (private or given.secure_sum) and (given.drift != "none" or given.mode != "sync"),
-            "privacy and federation.secure_sum know cohorts that send one update each, but "
-            f"federation.drift is {given.drift!r} and participation.mode {given.mode!r}; set drift to "
-            "none and mode to sync, or privacy.* to 0 and secure_sum to False.",
+            hidden and given.drift != "none",
+            f"federation.drift is {given.drift!r}, which sends or changes more than the one update that "
+            "privacy and federation.secure_sum are made for; set drift to none.",
+        ),
+        (
+            "dp_async",
+            hidden and given.mode != "sync",
+            f"participation.mode is {given.mode!r}, but privacy and federation.secure_sum are made for "
+            "cohorts; set mode to sync.",
         ),
         (
             "poisson_clock",
@@ -393,7 +399,7 @@ def _without_cohorts(given: Choices, name: str) -> list[tuple[str, bool, str]]:
         ),
         (
             "async_sampling",
-            waits and given.sampling != "uniform",
+            waits and given.sampling != "uniform" and not given.central_noise,
             f"{own}, which draws evenly from the clients that are idle, but federation.sampling is "
             f"{given.sampling!r}; set sampling to uniform.",
         ),

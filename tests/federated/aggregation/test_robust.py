@@ -354,7 +354,8 @@ def test_the_table_of_refusals_holds(vector):
     assert seen == {
         "robust_coordinates", "robust_count", "mixed_ranks", "server_optimiser", "base_quantised",
         "base_references", "gauge_memory", "server_rule_alone",
-        "scaffold_rule", "dp_drift",
+        "scaffold_rule", "dp_drift", "dp_async", "async_rule", "async_robust",
+        "async_server", "async_drift", "async_over_selection",
         "feedback_without_compression", "dp_weights", "dp_sampling", "dp_rule", "dp_robust",
         "dp_over_selection", "dp_adaptive", "secure_needs_sum", "secure_blockwise",
     }  # fmt: skip
