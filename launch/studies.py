@@ -34,12 +34,12 @@ TOKENS = (
 )
 SEARCH = (
     "rate_0.0005:spear:train.learning_rate=5e-4,train.learning_rate_min=1e-4",
-    "rate_0.002:spear:train.learning_rate=2e-3,train.learning_rate_min=4e-4",
+    "rate_0.001:spear:train.learning_rate=1e-3,train.learning_rate_min=2e-4",
     "rate_0.004:spear:train.learning_rate=4e-3,train.learning_rate_min=8e-4",
     "steps_8:spear:train.steps=8",
     "questions_64:spear:rollout.examples=64",
     "revisions_2:spear:rollout.num_revisions=2",
-    "last_10_layers:spear:lora.last_layers=10",
+    "all_layers:spear:lora.last_layers=0",
     "rank_64:spear:lora.rank=64,lora.alpha=128.0",
     "answers_of_8:spear:rollout.max_new_tokens=8,rollout.max_new_tokens_revision=8",
 )
@@ -83,9 +83,9 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
     `sft` generates none, and takes as many rounds as the preset has. With rates, a row more for each
     method and rate.
     """
-    variants = ["sft:sft:rounds=12"]
+    variants = ["sft:sft:rounds=8"]
     for method in (*EVERYONE.split(","), "sft"):
-        own = "rounds=12," if method == "sft" else ""
+        own = "rounds=8," if method == "sft" else ""
         variants += [
             f"{method}_{rate:g}:{method}:{own}train.learning_rate={rate:g},"
             f"train.learning_rate_min={rate / 5:g}"
@@ -99,15 +99,15 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
 
 
 STUDIES = {
-    "search": study(NEWS, "100", "rounds:12", SEARCH),
-    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:12"),
-    "rates": side_by_side("100", 1000, (5e-4, 2e-3)),
-    "methods": side_by_side("0,1,2", 2000),
-    "loses": study(NEWS, "0,1,2", "rounds:12", LOSES),
+    "search": study(NEWS, "100", "rounds:8", SEARCH),
+    "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:8"),
+    "rates": side_by_side("100", 650, (5e-4, 1e-3)),
+    "methods": side_by_side("0,1,2", 1300),
+    "loses": study(NEWS, "0,1,2", "rounds:8", LOSES),
     "loses_facts": study(FACTS, "0,1,2,3,4", "tokens:8000", LOSES),
     "loses_reasoned": study(REASONED, "0,1,2,3,4", "tokens:80000", (*LOSES, *TOKENS)),
-    "faults": study(NEWS, "0,1,2", "rounds:12", FAULTS),
-    "people": study(NEWS, "0,1,2", "rounds:12", people()),
+    "faults": study(NEWS, "0,1,2", "rounds:8", FAULTS),
+    "people": study(NEWS, "0,1,2", "rounds:8", people()),
 }
 
 

@@ -229,20 +229,20 @@ class Algorithm(abc.ABC):
         return 1
 
     @property
-    def reads_cohort(self) -> bool:
-        """Returns whether it measures on the texts of all clients of a round together.
-
-        A client by itself then trains another round.
-        """
-        return False
-
-    @property
     def keeps_older_adapters(self) -> bool:
         """Returns whether it compares with adapters of rounds before the last one.
 
         They are other policies where the base has changed since.
         """
         return False
+
+    @property
+    def measures_cohort(self) -> str:
+        """Returns the field to change, with its value, where a client's training depends on a number
+        that is measured over the other clients' data; "" where it depends on the global adapter and
+        its own data alone. A client by itself trains another round where it does.
+        """
+        return ""
 
     def estimate_work(self, size: int) -> WorkEstimate | None:
         """Returns the round's work of a client with `size` examples.

@@ -78,6 +78,10 @@ class Dpo(Algorithm):
     def gold(self) -> str:
         return "pairs" if self.settings.source == "data" else ""
 
+    @property
+    def measures_cohort(self) -> str:  # the mean of H^a
+        return "dpo.source=feedback" if self.settings.source == "east" else ""
+
     def estimate_work(self, size: int) -> WorkEstimate | None:
         if self.settings.source == "east":
             return None

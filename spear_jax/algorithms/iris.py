@@ -214,12 +214,12 @@ class Iris(SelfPlay):
                 f"--config.iris.clip={EXPONENT / steepest:g} or lower."
             )
 
+    @property
+    def measures_cohort(self) -> str:  # the gap, averaged over clients
+        return "iris.order=per_step" if self.settings.order == "adaptive" else ""
+
     def init_state(self, lora: Adapter, examples: int, length: int) -> dict:
         return super().init_state(lora, examples, length) | {"gap": np.zeros((), np.float32)}
-
-    @property
-    def reads_cohort(self) -> bool:
-        return self.settings.order == "adaptive"
 
     def measure(
         self,

@@ -56,6 +56,10 @@ class Sft(Algorithm):
     def gold(self) -> str:
         return "responses"
 
+    @property
+    def measures_cohort(self) -> str:  # the mean of H^a
+        return "sft.east=0" if self.settings.east else ""
+
     def estimate_work(self, size: int) -> WorkEstimate | None:
         return None if self.settings.east else WorkEstimate(0, self.common.draws)
 

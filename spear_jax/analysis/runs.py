@@ -192,7 +192,9 @@ def summarise(workdir: str | pathlib.Path) -> dict[str, Any]:
         for name in ("rollout", "train", "aggregate", "eval", "checkpoint", "round")
     }
     seconds["compile"] = total("compile/seconds")  # a part of the others
+    personal = pathlib.Path(workdir) / "personal.json"  # of clients that trained on by themselves
     return {
+        **({"personal": read_json_object(personal)} if personal.is_file() else {}),
         "rounds": int(table["round"].max()),
         "eval": {"first": at(accuracy.iloc[0]), "best": at(best), "last": at(accuracy.iloc[-1])},
         "seconds": seconds,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,11 +23,18 @@ from spear_jax.federated.aggregation.pipeline import Aggregation, find_reducer, 
 from spear_jax.federated.aggregation.reducers import ClientTransform, Mean, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import from_optax, server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
-from spear_jax.federated.participation import Participation
+from spear_jax.federated.drift import DRIFTS
+from spear_jax.federated.participation import Asynchronous, Participation
+from spear_jax.federated.privacy import accounting
+from spear_jax.federated.privacy.central import AdaptiveClip, CentralPrivacy
+from spear_jax.federated.privacy.client_side import LocalPrivacy
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import init_lora
+
+LEAST_NOISE = 0.3  # z of the server; below, the accountant's tables grow without a use
 
 
 def build_aggregation(
@@ -36,10 +44,13 @@ def build_aggregation(
     rule: LoraRule | None = None,
     optimizer: optax.GradientTransformation | None = None,
     transforms: tuple[ClientTransform, ...] = (),
+    examples: Sequence[int] = (),
 ) -> Aggregation:
-    """Builds the aggregation that `federation`, `aggregation` and `attack` name.
+    """Builds the aggregation that `federation`, `aggregation`, `privacy` and `attack` name.
 
-    Args: reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+    Args:
+        reducer, rule, optimizer, transforms: those passed as objects, in place of those named.
+        examples: how many each client has.
     Raises: UserError for an unknown reducer or rule, and for a bound or ranks that do not fit.
     """
     fed, attack = settings.federation, settings.attack
@@ -60,6 +71,7 @@ def build_aggregation(
             "federation.weighting is 'capped', but federation.weight_cap is 0; set the largest weight "
             "that a client may have, for example --config.federation.weight_cap=10.0."
         )
+    drift = DRIFTS.get(fed.drift)
     rate = 1.0 if fed.aggregation in ("last", "local") else fed.server_rate
     aggregation = Aggregation(
         reducer=reducer,
@@ -69,12 +81,19 @@ def build_aggregation(
         transforms=transforms,
         rule=rule or find_rule(fed.lora_rule, numbers),
         rate=rate,
-        weighting=Weighting(fed.weighting, fed.weight_cap),
+        weighting=Weighting(
+            "uniform" if drift and drift.uniform else fed.weighting, fed.weight_cap
+        ),
         attack=build_attack(settings) if attack.kind in ON_MODELS else None,
+        privacy=build_privacy(settings, examples),
+        local_privacy=build_local_privacy(settings),
         uplink=build_uplink(settings),
+        secure_sum=build_secure_sum(settings),
         scale=decoder.lora.scale,
         ranks=client_ranks(settings),
         root=fed.num_clients if isinstance(reducer, FLTrust) else None,
+        drift=drift,
+        waits=settings.participation.mode != "sync",
     )
     if fed.exactness_meter and not aggregation.collects and isinstance(reducer, Mean):
         return dataclasses.replace(aggregation, reducer=Metered(reducer))
@@ -98,13 +117,84 @@ def build_attack(settings: Settings) -> Attack:
     return Attack(attack.kind, tuple(bad), attack.strength, settings.seed)
 
 
+def build_privacy(settings: Settings, examples: Sequence[int]) -> CentralPrivacy | None:
+    """Builds the server's noise; None: there is none. Args: examples: how many each client has.
+
+    Raises: UserError where dp-accounting is not installed, and for too little noise.
+    """
+    noise, fed = settings.privacy, settings.federation
+    if not noise.noise_multiplier:
+        return None
+    accounting.library()
+    if noise.noise_multiplier < LEAST_NOISE:
+        raise UserError(
+            f"privacy.noise_multiplier is {noise.noise_multiplier:g}; less than {LEAST_NOISE:g} of the "
+            "clip norm protects hardly anybody. Raise it, or set it to 0 for no noise."
+        )
+    adaptive = None
+    if noise.adaptive:
+        adaptive = AdaptiveClip(noise.quantile, noise.clip_rate, sigma_b(settings))
+    weights: tuple[float, ...] = ()
+    if fed.weighting == "capped":
+        weights = tuple(min(count / fed.weight_cap, 1.0) for count in examples)
+    limit = noise.cohort_limit if fed.sampling == "poisson" else 0
+    account = accounting.Account(
+        noise.noise_multiplier, fed.num_clients, fed.clients_per_round, fed.sampling, limit,
+        delta_of(settings),
+    )  # fmt: skip
+    return CentralPrivacy(account, noise.clip, adaptive, weights, settings.seed)
+
+
+def build_local_privacy(settings: Settings) -> LocalPrivacy | None:
+    """Builds the clients' own noise; None: there is none. Raises: as `build_privacy`."""
+    noise = settings.privacy
+    if not noise.local_noise:
+        return None
+    accounting.library()
+    return LocalPrivacy(noise.local_noise, noise.clip, delta_of(settings), settings.seed)
+
+
+def sigma_b(settings: Settings) -> float:
+    """Returns the noise of an adaptive clip norm's count: privacy.sigma_b, or a twentieth of the
+    cohort.
+    """
+    return settings.privacy.sigma_b or settings.federation.clients_per_round / 20
+
+
+def delta_of(settings: Settings) -> float:
+    """Returns δ: privacy.delta, or below one in the number of clients."""
+    return settings.privacy.delta or settings.federation.num_clients**-1.1
+
+
 def build_uplink(settings: Settings) -> Uplink | None:
     """Builds what `compression` names; None: updates travel as they are."""
     compression = settings.compression
     if compression.kind == "none":
         return None
     compressor = with_numbers(COMPRESSORS[compression.kind], vars(compression))
-    return Uplink(compressor, compression.error_feedback, settings.seed)
+    together = settings.federation.secure_sum
+    return Uplink(compressor, compression.error_feedback, together, settings.seed)
+
+
+def build_secure_sum(settings: Settings) -> SecureSum | None:
+    """Builds the secure sum; None: the server sees single updates.
+
+    Raises: UserError where a cohort's sum may not fit.
+    """
+    given, fed = settings.aggregation, settings.federation
+    if not fed.secure_sum:
+        return None
+    secure = SecureSum(given.secure_bound, given.secure_bits, settings.seed)
+    largest = fed.clients_per_round
+    if fed.sampling == "poisson":
+        largest = settings.privacy.cohort_limit or fed.num_clients
+    if largest > secure.most_clients:
+        raise UserError(
+            f"federation.secure_sum holds numbers up to {given.secure_bound:g} of "
+            f"{secure.most_clients} clients, but a round may have {largest}; lower "
+            "aggregation.secure_bits or aggregation.secure_bound, or take fewer clients a round."
+        )
+    return secure
 
 
 def build_participation(settings: Settings) -> Participation | None:
@@ -113,7 +203,8 @@ def build_participation(settings: Settings) -> Participation | None:
     Raises: UserError where more clients would be asked than there are.
     """
     clock, fed = settings.participation, settings.federation
-    if not (clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1):
+    asked = clock.clock or clock.dropout or clock.deadline or clock.over_selection > 1
+    if not asked and clock.mode == "sync":
         return None
     made = with_numbers(Participation, vars(clock) | {"seed": settings.seed})
     asked = made.asked(fed.clients_per_round)
@@ -123,6 +214,14 @@ def build_participation(settings: Settings) -> Participation | None:
             f"round, but there are {fed.num_clients}; lower it, or federation.clients_per_round."
         )
     return made
+
+
+def build_asynchronous(settings: Settings) -> Asynchronous | None:
+    """Builds rounds without cohorts; None where there are cohorts."""
+    given = settings.participation
+    if given.mode == "sync":
+        return None
+    return Asynchronous(given.mode, given.buffer, given.max_staleness, given.mix, given.staleness)
 
 
 def client_ranks(settings: Settings) -> tuple[int, ...]:
@@ -142,6 +241,13 @@ def check_aggregation(
 ) -> None:
     """Raises UserError where reducer, LoRA rule, server optimiser and method do not go together."""
     fed, rule, references = settings.federation, aggregation.rule, False
+    clock, buffers, cohort = (
+        settings.participation,
+        build_asynchronous(settings),
+        fed.clients_per_round,
+    )
+    if buffers is not None and not buffers.mixes:
+        cohort = buffers.size(cohort)
     check_state(settings, aggregation, decoder)
     if rule.personal or len(set(aggregation.ranks)) > 1:
         adapter = init_lora(jax.random.key(0), decoder.lora, decoder.config)
@@ -153,7 +259,7 @@ def check_aggregation(
             reducer_name=fed.reducer,
             server=fed.aggregation,
             server_rate=aggregation.rate,
-            cohort=fed.clients_per_round,
+            cohort=cohort,
             ranks=aggregation.ranks,
             quantize=settings.quantize,
             method=algorithm.name,
@@ -164,8 +270,37 @@ def check_aggregation(
             attack=settings.attack.kind,
             clock=build_participation(settings) is not None,
             error_feedback=settings.compression.error_feedback,
+            drift=fed.drift,
+            partial=clock.partial,
+            mode=clock.mode,
+            over_selection=clock.over_selection,
+            deadline=clock.deadline,
+            dropout=clock.dropout,
+            sampling=fed.sampling,
+            phases=algorithm.phases,
+            ditto=settings.personal.ditto,
+            finetune=settings.personal.finetune > 0,
+            old_logprobs=algorithm.scoring.old_logprobs,
+            central_noise=settings.privacy.noise_multiplier,
+            local_noise=settings.privacy.local_noise,
+            sigma_b=sigma_b(settings) if settings.privacy.adaptive else 0.0,
+            weighting=fed.weighting,
+            secure_sum=fed.secure_sum,
+            measures_cohort=algorithm.measures_cohort,
         )
     )
+
+
+def told_before(settings: Settings) -> list[str]:
+    """Returns what a user should know of an aggregation that is not refused."""
+    fed, told = settings.federation, []
+    if settings.privacy.noise_multiplier and settings.record_traces:
+        told.append("privacy's epsilon covers the adapters; the traces of this run are not private")
+    if fed.secure_sum and fed.reducer == "norm_clip":
+        told.append(
+            "under federation.secure_sum clients clip themselves; an attacker's update is not clipped"
+        )
+    return told
 
 
 def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) -> None:
@@ -173,17 +308,26 @@ def check_state(settings: Settings, aggregation: Aggregation, decoder: Decoder) 
     make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
     adapter, clients = jax.eval_shape(make, jax.random.key(0)), settings.federation.num_clients
     remembers = aggregation.uplink is not None and aggregation.uplink.error_feedback
-    for cause, applies, factors in (
-        (f"federation.lora_rule={aggregation.rule.name}", aggregation.rule.personal, "b"),
-        ("compression.error_feedback", remembers, "ab"),
+    controls = settings.federation.drift == "scaffold"
+    mode, rule = settings.participation.mode, aggregation.rule
+    whole = factor_bytes(adapter, decoder.lora.rank, "ab")
+    limit, at_work = settings.aggregation.state_gb, settings.federation.clients_per_round
+    for cause, applies, each, count in (
+        (
+            f"federation.lora_rule={rule.name}",
+            rule.personal,
+            rule.own_bytes(adapter, decoder.lora.rank),
+            clients,
+        ),
+        ("compression.error_feedback", remembers, whole, clients),
+        ("federation.drift=scaffold", controls, whole, clients),
+        ("personal.ditto", settings.personal.ditto, whole, clients),
+        (f"participation.mode={mode}", mode != "sync", whole, at_work),
     ):
-        held, limit = (
-            clients * factor_bytes(adapter, decoder.lora.rank, factors),
-            settings.aggregation.state_gb,
-        )
+        held = count * each
         if applies and held > limit * 1e9:
             raise UserError(
-                f"{cause} keeps {held // (4 * clients):,} numbers for each of {clients:,} clients "
+                f"{cause} keeps {held // (4 * count):,} numbers for each of {count:,} clients "
                 f"({held / 1e9:,.1f} GB), over aggregation.state_gb={limit:g}. Take fewer clients, a "
                 "lower lora.rank or fewer lora.targets, or raise aggregation.state_gb."
             )

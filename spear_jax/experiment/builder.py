@@ -35,12 +35,14 @@ from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
 from spear_jax.experiment.aggregation import (
     build_aggregation,
+    build_asynchronous,
     build_participation,
     check_aggregation,
 )
 from spear_jax.experiment.config import Settings
 from spear_jax.experiment.data import build_task, split_clients, split_root, with_oracle
 from spear_jax.experiment.evaluator import Evaluator
+from spear_jax.federated import asynchronous, ditto
 from spear_jax.federated.aggregation.attacks import attackers
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.pipeline import (
@@ -49,7 +51,7 @@ from spear_jax.federated.aggregation.pipeline import (
 from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.federation import Federation, broadcast_to_clients
-from spear_jax.federated.local_training import LocalConfig
+from spear_jax.federated.local_training import LocalConfig, optimiser
 from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.attacks import ON_FEEDBACK, with_attackers
@@ -119,10 +121,15 @@ class Experiment:
             state = broadcast_to_clients(state, copies)
         clients = 0 if federation.local_only else len(federation.clients)
         server = init_server(federation.aggregation, adapter, state, key, clients)
-        if federation.participation is None:
-            return server
-        clock = {"clock": np.zeros((), np.float64)}
-        kept = server.aggregation_state | clock
+        kept, drift = dict(server.aggregation_state), federation.aggregation.drift
+        if federation.participation is not None:
+            kept["clock"] = np.zeros((), np.float64)
+        if drift is not None:
+            kept |= drift.init(adapter, clients, optimiser(federation.local))
+        if federation.asynchronous is not None:
+            kept |= asynchronous.init(adapter, federation.clients_per_round)
+        if federation.ditto is not None:
+            kept |= ditto.init(adapter, clients)
         return dataclasses.replace(server, aggregation_state=kept)
 
     def adapters(self, state: ServerState) -> list[Adapter]:
@@ -131,12 +138,21 @@ class Experiment:
         if federation.local_only:
             count = len(federation.clients)
             return [jax.tree.map(lambda x, c=c: x[c], adapter) for c in range(count)]
+        if federation.ditto is not None:
+            own, count = state.aggregation_state["personal"], len(federation.clients)
+            return [jax.tree.map(lambda x, c=c: x[c], own) for c in range(count)]
         return federation.aggregation.rule.policies(adapter, state.aggregation_state)
 
     def policies(self, state: ServerState) -> list[Policy]:
         """Returns what to evaluate: the global policy, or every client's where each has its own."""
+        return self._policies_of(self.adapters(state), state)
+
+    def policy_of(self, adapter: Adapter, state: ServerState) -> Policy:
+        """Returns the policy of an adapter, on the base of that state."""
+        return self._policies_of([adapter], state)[0]
+
+    def _policies_of(self, own: list[Adapter], state: ServerState) -> list[Policy]:
         federation = self.federation.on_base(state.aggregation_state)
-        own = self.adapters(state)
         if self.evaluator.method == "generate":
             return list(map(federation.worker.policy, own))
         # one pass is not worth a merged copy
@@ -182,6 +198,7 @@ def build(
         settings.rollout.feedback, task, settings.rollout.hint_words, settings.feedback
     )
     check_processes(feedback)
+    check_finetuning(settings, feedback)
     train_set = load_examples(task, "train", settings.data.path, settings.data.train_limit)
     test_set = train_set
     if own.client is None:
@@ -286,6 +303,16 @@ def check_processes(feedback: Feedback) -> None:
             f"feedback {type(feedback).__name__!r} asks somebody, but this run has several "
             "processes, each of which would ask; start it without --distributed, or set "
             "--config.rollout.feedback=oracle."
+        )
+
+
+def check_finetuning(settings: Settings, feedback: Feedback) -> None:
+    """Raises UserError where clients that train after the last round would ask people."""
+    if settings.personal.finetune and feedback.asks_people:
+        raise UserError(
+            f"personal.finetune is {settings.personal.finetune}, which rolls out after the last round, "
+            f"when feedback {type(feedback).__name__!r} asks nobody any more; set "
+            "--config.rollout.feedback=oracle, or finetune=0."
         )
 
 
@@ -515,8 +542,9 @@ def build_federation(
     devices = mesh.shape[CLIENTS]
     together = clients_together(settings, model.config, algorithm, worker.data, devices)
     aggregation = build_aggregation(
-        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms
-    )
+        settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms,
+        list(map(len, clients)),
+    )  # fmt: skip
     check_aggregation(settings, aggregation, algorithm, decoder)
     return Federation(
         algorithm=algorithm,
@@ -538,12 +566,15 @@ def build_federation(
             settings.budget.seconds,
         ),
         participation=build_participation(settings),
+        asynchronous=build_asynchronous(settings),
+        ditto=settings.personal.pull if settings.personal.ditto else None,
         local_only=fed.aggregation == "local",
         clients_per_round=fed.clients_per_round,
         sampling=fed.sampling,
         colliding_streams=fed.colliding_streams,
         max_tokens_per_block=max_tokens_per_block(settings, decoder.config),
         seed=settings.seed,
+        cohort_limit=settings.privacy.cohort_limit,
     )
 
 

@@ -22,6 +22,8 @@ from spear_jax.federated.aggregation.attacks import ON_MODELS
 from spear_jax.federated.aggregation.compression import COMPRESSORS
 from spear_jax.federated.aggregation.server_optimizer import RULES
 from spear_jax.federated.aggregation.weighting import KINDS as WEIGHTINGS
+from spear_jax.federated.drift import DRIFTS
+from spear_jax.federated.participation import STALENESS
 from spear_jax.feedback.attacks import ON_FEEDBACK
 from spear_jax.feedback.recorded import FeedbackSettings
 from spear_jax.models.attention import KERNELS
@@ -110,7 +112,8 @@ class Federation:
 
     num_clients: int = number(10, 1, 1_000_000)
     clients_per_round: int = number(5, 1, 1_000_000)
-    sampling: str = one_of("uniform", "weighted")  # weighted: by number of examples
+    # weighted: by number of examples; poisson: each client by itself, clients_per_round on average
+    sampling: str = one_of("uniform", "weighted", "poisson")
     partition: str = choice("dirichlet", partition.SCHEMES)  # resample: clients share examples
     dirichlet_alpha: float = positive(1.0)
     labels_per_client: int = number(1, 1)  # of by_label
@@ -120,7 +123,7 @@ class Federation:
     reducer: str = "mean"  # clients' adapters to one: mean, norm_clip, median, trimmed_mean, krum,
     # multi_krum, bulyan, geometric_median, centred_clip, fltrust, last, or one of your own
     lora_rule: str = "mean"  # mean, ffa, fedsa, rolora, flora, fedex, fedex_truncated, flexlora,
-    # hetlora, fair, or one of your own: which factor travels, and how factors become an adapter
+    # hetlora, fair, fedper, or one of your own: which factor travels, and how factors become an adapter
     weighting: str = choice("method", WEIGHTINGS)  # method: wins; capped: at weight_cap
     weight_cap: float = number(0.0, 0)
     clip_bound: float = number(0.0, 0)  # c of norm_clip, the norm of an update
@@ -131,6 +134,8 @@ class Federation:
     beta2: float = number(0.99, 0, below=1)
     tau: float = positive(5e-3)
     prox: float = number(0.0, 0)  # FedProx's μ
+    drift: str = choice("none", ("none", *DRIFTS))  # of clients; how it is corrected
+    secure_sum: bool = False  # the server sees the sum of updates alone, simulated
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
 
@@ -154,6 +159,9 @@ class AggregationRules:
     penalty: float = number(5e-3, 0)  # λ of hetlora's regulariser
     min_rank: int = number(1, 1)  # of hetlora
     ridge: float = number(0.01, 0)  # ρ of fair
+    personal_layers: int = number(1, 1)  # of fedper, the last ones of the adapter
+    secure_bound: float = positive(4.0)  # c of secure_sum: numbers are clipped there
+    secure_bits: int = number(16, 0, 30)  # f of secure_sum: bits behind the point
     state_gb: float = positive(4.0)  # the most that clients' own factors may take, in memory
 
 
@@ -169,19 +177,49 @@ class Compression:
 
 
 @dataclasses.dataclass(frozen=True)
+class Privacy:
+    """Differential privacy of whole clients."""
+
+    noise_multiplier: float = number(0.0, 0)  # z of the server's noise; 0: none
+    local_noise: float = number(0.0, 0)  # z of the noise that every client adds; 0: none
+    clip: float = positive(0.1)  # S, the largest norm of an update
+    adaptive: bool = False  # S follows a quantile of the updates' norms
+    quantile: float = number(0.5, 0, 1)  # γ of adaptive
+    clip_rate: float = positive(0.2)  # η of adaptive
+    sigma_b: float = number(0.0, 0)  # noise of adaptive's count; 0: a twentieth of the cohort
+    delta: float = number(0.0, 0, below=1)  # δ of ε; 0: num_clients^-1.1
+    cohort_limit: int = number(0, 0)  # the largest cohort under sampling=poisson; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
 class ParticipationSettings:
     """Who of a cohort reports back, on a simulated clock; without one all do."""
 
-    clock: bool = False  # simulate a clock; dropout, over_selection and deadline do so, too
+    clock: bool = False  # simulate a clock; all below but its own numbers do so, too
+    mode: str = one_of("sync", "fedbuff", "fedasync")  # the last two without cohorts
+    buffer: int = number(0, 0)  # B of fedbuff; 0: federation.clients_per_round
+    max_staleness: int = number(0, 0)  # versions; an older update is dropped; 0 means none is
+    staleness: str = choice("polynomial", STALENESS)  # how age shortens a step
+    mix: float = number(0.6, above=0, high=1)  # α of fedasync
     dropout: float = number(0.0, 0, 1)  # the chance that a client is lost in a round
     over_selection: float = number(1.0, 1, 100)  # asks so many times as many clients as it wants
     deadline: float = number(0.0, 0)  # simulated seconds; 0 means none
     min_reports: int = number(1, 1)  # with fewer the round fails
+    partial: bool = False  # a client that is lost in the middle of training sends what it has
     speed: float = positive(5e11)  # FLOP/s, the median of devices
     up: float = positive(5e5)  # bytes/s, likewise
     down: float = positive(1e6)
     spread: float = number(0.5, 0, 10)  # σ of all three, of their logarithm
     latency: float = number(0.05, 0)  # seconds each way
+
+
+@dataclasses.dataclass(frozen=True)
+class Personal:
+    """Adapters of single clients, beside the global one."""
+
+    ditto: bool = False  # every client trains one of its own, pulled towards the global one
+    pull: float = number(1.0, 0)  # λ of ditto
+    finetune: int = number(0, 0)  # steps that each client trains by itself after the last round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +328,9 @@ class Settings:
     federation: Federation = group(Federation)
     aggregation: AggregationRules = group(AggregationRules)
     compression: Compression = group(Compression)
+    privacy: Privacy = group(Privacy)
     participation: ParticipationSettings = group(ParticipationSettings)
+    personal: Personal = group(Personal)
     attack: AttackSettings = group(AttackSettings)
     rollout: Rollout = group(Rollout)
     feedback: FeedbackSettings = group(FeedbackSettings)

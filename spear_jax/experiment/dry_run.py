@@ -1,6 +1,7 @@
 """What a run would be, without running it: `train --dry-run`."""
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -50,7 +51,7 @@ def dry_run(built: Experiment, config: ml_collections.ConfigDict, workdir: str) 
         print(f"{name} = {value!r}   (default {default!r})")
     print("--- split ---")
     print_split(built, folder)
-    numbers = sizes(built) | needs(built) | work_of(built)
+    numbers = sizes(built) | needs(built) | work_of(built) | privacy_of(built)
     print("--- sizes ---")
     for name, value in numbers.items():
         print(f"{name}: {'not known before the run' if value is None else shown(name, value)}")
@@ -146,6 +147,23 @@ def work_of(built: Experiment) -> dict[str, int | None]:
     tally = Tally(prompt=int(answers * (prompt + times * revised)), generated=int(generated))
     flops = cost_model.flops(built.model.config, tally, trained * passes)
     return dict(zip(names, map(round, (answers, generated, trained, flops)), strict=True))
+
+
+def privacy_of(built: Experiment) -> dict[str, float]:
+    """Returns, of a run with central noise, ε after its last round, and the most that the clipped sum
+    of an expected cohort can be in units of the noise, ‖Σ‖ / (z S √d); {} of any other.
+    """
+    federation, rule = built.federation, built.federation.aggregation.rule
+    privacy = federation.aggregation.privacy
+    if privacy is None:
+        return {}
+    make = functools.partial(init_lora, lora=federation.decoder.lora, model=built.model.config)
+    adapter = jax.eval_shape(make, jax.random.key(0))
+    size = rule.bytes_up(adapter, federation.decoder.lora.rank, 1) // 4
+    return {
+        "privacy_epsilon": privacy.account.epsilon(built.settings.rounds),
+        "privacy_snr": privacy.denominator / (privacy.noise_multiplier * math.sqrt(size)),
+    }
 
 
 def revisions_of(built: Experiment, work: WorkEstimate | None) -> int:
@@ -247,6 +265,8 @@ def shown(name: str, value: float) -> str:
     """A number for people: bytes in MB, the rest with separators."""
     if "bytes" in name or name.startswith("memory"):
         return f"{value / 1e6:,.1f} MB"
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return f"{value:.2e}" if value >= 1e9 else f"{value:,.0f}"
 
 

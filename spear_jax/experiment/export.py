@@ -95,7 +95,8 @@ def check_empty(folder: str | pathlib.Path) -> pathlib.Path:
 def chosen_adapter(experiment: Experiment, state: ServerState, client: int | None) -> Any:
     """Returns the global adapter, or one client's where every client has its own."""
     adapters, rule = experiment.adapters(state), experiment.federation.aggregation.rule
-    if not experiment.federation.local_only and not rule.personal:
+    theirs = experiment.federation.ditto is not None
+    if not experiment.federation.local_only and not rule.personal and not theirs:
         if client is not None:
             raise UserError(
                 f"--client={client}, but the run has one global adapter; leave --client out."
@@ -103,6 +104,8 @@ def chosen_adapter(experiment: Experiment, state: ServerState, client: int | Non
         return state.lora
     if client is None or not 0 <= client < len(adapters):
         why = "a local-only run has an adapter for each client"
+        if theirs:
+            why = "personal.ditto gave every client an adapter of its own"
         if rule.personal:
             why = f"federation.lora_rule={rule.name} leaves every client a part of its own"
         raise UserError(f"{why}; give --client=0 to {len(adapters) - 1}, not {client}.")

@@ -33,7 +33,8 @@ from spear_jax.core.files import DiskError, write_whole, writing
 from spear_jax.core.mesh import barrier, broadcast_from_main, is_main_process
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Attempt, Example, TraceRecord
-from spear_jax.experiment import run_folder
+from spear_jax.experiment import finetune, run_folder
+from spear_jax.experiment.aggregation import told_before
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.checkpoint import Checkpoints, restore, saved_rounds
 from spear_jax.experiment.dry_run import write_split
@@ -41,7 +42,7 @@ from spear_jax.experiment.evaluator import Accuracy
 from spear_jax.experiment.export import export_adapter, export_model
 from spear_jax.experiment.run_logger import NullLogger, ProgressBars, RunLogger
 from spear_jax.experiment.wandb_logger import WandbLogger, check_wandb
-from spear_jax.federated import local_only
+from spear_jax.federated import asynchronous, local_only
 from spear_jax.federated import round as whole_cohort
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule
 from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
@@ -169,6 +170,7 @@ class Run:
             ended_before = self._over()
             if not ended_before:
                 yield from self._rounds()
+            self._finetune()
             self.close()
             if is_main_process():
                 summary = finish(self.workdir, self.quiet)
@@ -312,6 +314,15 @@ class Run:
                 callback.on_round_end(self, round)
             yield round
 
+    def _finetune(self) -> None:
+        """Fine-tunes every client after the last round, once, where the config asks for it."""
+        file = self.workdir / finetune.NAME
+        if not self.settings.personal.finetune or broadcast_from_main(file.is_file()):
+            return
+        found = finetune.finetune(self.experiment, self.state)
+        if is_main_process():
+            write_whole(file, json.dumps(found, indent=1) + "\n")
+
     def _leave(self, error: BaseException) -> None:
         """Closes the run that an error has ended; where that is a disk's, says what is kept."""
         # for a checkpoint of several processes all of them would have to wait
@@ -348,6 +359,9 @@ class Run:
         self.bars.begin(self.settings.rounds, self.finished_rounds)
         if not fresh and is_main_process() and not self.quiet:
             say(f"going on after round {self.finished_rounds}", sys.stderr)
+        if is_main_process() and not self.quiet:
+            for text in told_before(self.settings):
+                say(f"note: {text}", sys.stderr)
         for callback in self.callbacks:
             callback.on_train_begin(self)
         self._feedback.begin_run(self._view())
@@ -420,8 +434,12 @@ class Run:
     def _run_round(self) -> RoundResult:
         """Runs the next round, all of its clients in this process."""
         federation = self.experiment.federation
-        rounds = local_only if federation.local_only else whole_cohort
-        return rounds.run_round(federation, self.state, BudgetUsed.read(self.line))
+        run_round = whole_cohort.run_round
+        if federation.local_only:
+            run_round = local_only.run_round
+        if federation.asynchronous is not None:
+            run_round = asynchronous.run_round
+        return run_round(federation, self.state, BudgetUsed.read(self.line))
 
     def _tell_left_out(self, number: int, metrics: dict[str, float]) -> None:
         """Says, once in a run, that updates or steps were not finite and are left out."""
@@ -468,6 +486,10 @@ class Run:
         accuracy = float(np.mean([one.accuracy for one in found]))
         metrics = accuracy_metrics(accuracy, found[0].count)
         metrics["time/eval"] = time.perf_counter() - began
+        if self.experiment.federation.ditto is not None:
+            whole = self.experiment.policy_of(self.state.lora, self.state)
+            own = [one.accuracy for one in found]
+            metrics |= personal_metrics(own, self.experiment.evaluator(whole).accuracy)
         if found[0].nll is not None:
             metrics["eval/nll"] = float(np.mean([one.nll for one in found]))
         for callback in self.callbacks:
@@ -512,6 +534,18 @@ def mean_accuracy(found: list[Accuracy]) -> Accuracy:
         return found[0]
     mean = round(sum(one.correct for one in found) / len(found))
     return dataclasses.replace(found[0], correct=mean)
+
+
+def personal_metrics(own: list[float], whole: float) -> dict[str, float]:
+    """Returns metrics beside the mean over clients' own adapters.
+
+    Args: own: accuracy of each; whole: of the global one.
+    """
+    return {
+        "personal/global_accuracy": whole,
+        "personal/worst_accuracy": min(own),
+        "personal/best_accuracy": max(own),
+    }
 
 
 def is_due(settings: Any, number: int) -> bool:

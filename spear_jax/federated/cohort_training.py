@@ -93,6 +93,7 @@ class TrainedCohort:
         means: metrics, (total, count) float32[C] each, on the host.
         states: where they were to be kept, those of each chunk's clients [size, ...]: on the host,
             or on the devices where there is but one chunk.
+        gathered: what drift correction makes of the gradients that clients send (`Drift.gather`).
         tokens: real tokens of all rows; read: the same with padding.
     """
 
@@ -101,6 +102,7 @@ class TrainedCohort:
     states: list[ClientState] | None
     tokens: int
     read: int
+    gathered: Any = None
 
 
 def train(
@@ -116,6 +118,7 @@ def train(
     carried: list[ClientState] | None = None,
     own: ClientStart | None = None,
     report: Callable[[int], None] = lambda clients: None,
+    usual: int = 0,
 ) -> TrainedCohort:
     """Trains a cohort of C clients, chunk by chunk.
 
@@ -125,22 +128,31 @@ def train(
         keep: whether the clients' states come back, for a next phase.
         carried: those of the phase before; None: each client starts the round. Where `keep`, the
             states that come back take the memory of these.
-        own: what clients start the round from, on the host; None: the global adapter.
+        own: what clients have to themselves, on the host; None: nothing.
         report: called with 0, and then with the clients of each chunk when it is trained.
+        usual: the cohort size that chunks are made for, where cohorts differ from round to round;
+            0: this one's.
     """
     cohort, devices = len(rows.blocks), mesh.shape[CLIENTS]
-    size = chunk_size(cohort, rows.bytes_per_client(), local.clients_at_once, devices)
+    size = chunk_size(usual or cohort, rows.bytes_per_client(), local.clients_at_once, devices)
     if carried is not None:
         size = jax.tree.leaves(carried[0])[0].shape[0]
     begins = range(0, cohort, size)
-    collects = aggregation.collects and not keep
+    collects, drift = aggregation.collects and not keep, local.drift
+    gathers = drift is not None and drift.gradients
     rest = to_host if len(begins) > 1 else lambda states: states
     run = _train_on if keep and carried is not None else _train
-    running, reduced, means, states, tokens, read = None, [], [], [], 0, 0
+    running, reduced, means, states, tokens, read, gathered = None, [], [], [], 0, 0, None
 
     def finish(chunk_means, chunk_states):
+        nonlocal gathered
         means.append(to_host(chunk_means))  # waits for the chunk
-        states.append(rest(chunk_states))
+        if gathers:
+            finite = 1 - means[-1][local_training.NOT_FINITE].total
+            weight = _padded(members[1][begins[len(means) - 1] :][:size], size) * finite
+            gathered = drift.gather(gathered, to_host(chunk_states.gradient), weight)
+        else:
+            states.append(rest(chunk_states))
         report(min(size, cohort - begins[len(means) - 1]))
 
     report(0)
@@ -163,7 +175,7 @@ def train(
     join = lambda *x: np.concatenate(x)[:cohort]
     whole = jax.tree.map(join, *reduced) if collects else reduced[0]
     means = jax.tree.map(join, *means)
-    return TrainedCohort(whole, means, states if keep else None, tokens, read)
+    return TrainedCohort(whole, means, states if keep else None, tokens, read, gathered)
 
 
 def chunk_size(cohort: int, each: int, at_once: int, devices: int) -> int:

@@ -12,9 +12,9 @@ from spear_jax.core.mesh import MODEL, replicate
 from spear_jax.core.rng import path_rng, purpose
 from spear_jax.core.types import Cohort
 from spear_jax.federated.aggregation.pipeline import Aggregation
-from spear_jax.federated.client_sampling import sample_cohort
+from spear_jax.federated.client_sampling import sample_cohort, sample_poisson
 from spear_jax.federated.local_training import LocalConfig
-from spear_jax.federated.participation import Participation
+from spear_jax.federated.participation import Asynchronous, Participation
 from spear_jax.federated.schedule import Schedule
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.lora import add_to_base
@@ -25,6 +25,7 @@ from spear_jax.rollout.policy import as_policy
 from spear_jax.rollout.worker import RolloutWorker
 
 COHORT = purpose("cohort")
+POISSON = purpose("poisson")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,12 @@ class Federation:
         aggregation: how updates become the next global adapter.
         schedule: the learning rate of a round.
         participation: who reports back, on a simulated clock; None: all do.
+        asynchronous: rounds without a cohort; None: cohorts.
+        ditto: λ of the pull on clients' own adapters; None: they have none.
         local_only: clients are never averaged; every one keeps an adapter of its own.
-        clients_per_round: the cohort's size; sampling: "uniform" or "weighted" by examples.
+        clients_per_round: the cohort's size; sampling: "uniform", "weighted" by examples, or
+            "poisson": each client by itself, so that the size is an expected one.
+        cohort_limit: of more clients that "poisson" draws, so many are kept; 0: all.
         colliding_streams: A7 of the published code: client streams keyed by round + client.
         max_tokens_per_block: of packed sequences.
         seed: of all random streams.
@@ -58,12 +63,15 @@ class Federation:
     aggregation: Aggregation
     schedule: Schedule
     participation: Participation | None
+    asynchronous: Asynchronous | None
+    ditto: float | None
     local_only: bool
     clients_per_round: int
     sampling: str
     colliding_streams: bool
     max_tokens_per_block: int
     seed: int
+    cohort_limit: int = 0
 
     def cohort(self, round: int) -> Cohort:
         """Returns a round's clients and their host-side random streams; a function of (seed, round)
@@ -75,16 +83,23 @@ class Federation:
         count = self.clients_per_round
         if self.participation is not None:
             count = self.participation.asked(count)
-        chosen = sample_cohort(len(sizes), count, sizes, self.sampling, rng)
+        if self.sampling == "poisson":
+            rng = path_rng(self.seed, POISSON, round)
+            chosen = sample_poisson(len(sizes), count / len(sizes), self.cohort_limit, rng)
+        else:
+            chosen = sample_cohort(len(sizes), count, sizes, self.sampling, rng)
         return self.cohort_of(chosen if root is None else [*chosen, root], round)
 
-    def cohort_of(self, chosen: list[int], round: int) -> Cohort:
-        """Returns the cohort of these clients in a round."""
+    def cohort_of(self, chosen: list[int], round: int, wave: int = 0) -> Cohort:
+        """Returns the cohort of these clients in a round.
+
+        Args: wave: how many cohorts of the round came before; each has streams of its own.
+        """
 
         def rngs(slot: int, name: str) -> np.random.Generator:
             client = chosen[slot]
             path = (round + client,) if self.colliding_streams else (round, client)
-            return path_rng(self.seed, purpose(name), *path)
+            return path_rng(self.seed, purpose(name), *path, *[wave] * bool(wave))
 
         return Cohort(round, chosen, [self.clients[c] for c in chosen], rngs)
 

@@ -25,6 +25,7 @@ from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.types import Mean
 from spear_jax.federated.aggregation.lora_rules.base import only
 from spear_jax.federated.aggregation.pipeline import Aggregation
+from spear_jax.federated.drift import Drift
 from spear_jax.federated.state import ClientStart, ClientState
 from spear_jax.models.decoder import Decoder
 from spear_jax.models.params import Adapter, DecoderParams
@@ -54,6 +55,7 @@ class LocalConfig:
         head_chunk: positions per LM-head block.
         trains: the factors that are trained, "ab", "a" or "b".
         rank_penalty: λ of Σ ‖a[:, tail]‖ ‖b[tail, :]‖ over layers and projections.
+        drift: a correction of client drift.
     """
 
     clients_at_once: int
@@ -67,6 +69,7 @@ class LocalConfig:
     head_chunk: int
     trains: str = "ab"
     rank_penalty: float = 0.0
+    drift: Drift | None = None
 
 
 @flax.struct.dataclass
@@ -101,6 +104,7 @@ class Broadcast:
         references: the method's J frozen adapters.
         loss_scalars: {name: array}, numbers that the loss needs besides the batch.
         rate: float32[], the round's learning rate.
+        moments: the moments that clients begin with; None: zero ones.
     """
 
     start: Adapter
@@ -108,6 +112,7 @@ class Broadcast:
     references: tuple[Adapter, ...]
     loss_scalars: dict[str, jax.Array]
     rate: jax.typing.ArrayLike
+    moments: Any = None
 
 
 def optimiser(config: LocalConfig) -> optax.GradientTransformation:
@@ -141,21 +146,24 @@ def local_update(
         client: its adapter and moments at the phase's start.
         batches: leading axes [S].
         key: the client's key of this phase.
-        own: what it started the round from; None: the global adapter.
-    Returns: adapter and moments afterwards; metrics summed over steps.
+        own: what it has to itself; None: nothing.
+    Returns: adapter and moments afterwards; metrics summed over steps, `grad_norm` with the number of
+        steps that were taken.
     Source: AdamW (arXiv 1711.05101), FedProx (arXiv 1812.06127), and the SPEAR code's shell (steps
     with a non-finite gradient norm skipped).
     """
     plain = TokenLogprobs(decoder, broadcast.base, config.head_chunk)
     dropout = decoder.lora.dropout > 0.0 and algorithm.scoring.dropout
-    start, tail = (broadcast.start, None) if own is None else (own.lora, own.tail)
+    own = ClientStart(None) if own is None else own
+    start, tail = broadcast.start if own.lora is None else own.lora, own.tail
+    drift = config.drift
 
     def forward(lora, block, at):
         scorer = dataclasses.replace(plain, dropout_key=at) if dropout else plain
         return algorithm.forward(scorer, lora, block, broadcast.references)
 
     def step(carry, xs):
-        lora, opt_state, loss_scalars = carry
+        lora, opt_state, loss_scalars, seen = carry
         batches, index = xs
         keys = jax.vmap(lambda k: path_key(key, DROPOUT, index, k))(
             jnp.arange(batches.blocks.micro.shape[0])
@@ -173,19 +181,34 @@ def local_update(
             lora, start, tail
         )
         grads = jax.tree.map(jnp.add, grads, extra_grads)
-        (lora, opt_state), norm, finite = _apply(config, broadcast.rate, lora, opt_state, grads)
+        raw, runs = grads, None if own.steps is None else index < own.steps
+        if own.correction is not None:
+            grads = jax.tree.map(jnp.add, grads, own.correction)
+        (lora, moved), norm, finite = _apply(config, broadcast.rate, lora, opt_state, grads, runs)
+        if drift is None or not drift.freezes:
+            opt_state = moved
+        if drift is not None and drift.gradients:
+            raw = raw if config.trains == "ab" else only(raw, config.trains)
+            seen = drift.remember(seen, raw, finite, index)
         means |= {
             "loss": Mean(jnp.where(finite, loss + extra, 0.0), finite.astype(jnp.float32)),
             "grad_norm": Mean(jnp.where(finite, norm, 0.0), finite.astype(jnp.float32)),
             "skipped_steps": Mean(1.0 - finite, jnp.float32(1)),
         }
-        return (lora, opt_state, dict(algorithm.update_loss_scalars(loss_scalars, sums))), means
+        if runs is not None:
+            means = jax.tree.map(lambda x: jnp.where(runs, x, 0.0), means)
+        scalars = dict(algorithm.update_loss_scalars(loss_scalars, sums))
+        return (lora, opt_state, scalars, seen), means
 
     steps = jnp.arange(batches.count.shape[0])
-    (lora, opt_state, _), means = jax.lax.scan(
-        step, (client.lora, client.opt_state, broadcast.loss_scalars), (batches, steps)
-    )
-    return ClientState(lora, opt_state), jax.tree.map(lambda x: x.sum(0), means)
+    sends = drift is not None and drift.gradients
+    seen = jax.tree.map(jnp.zeros_like, client.lora) if sends else None
+    begin = client.lora, client.opt_state, broadcast.loss_scalars, seen
+    (lora, opt_state, _, seen), means = jax.lax.scan(step, begin, (batches, steps))
+    means = jax.tree.map(lambda x: x.sum(0), means)
+    if drift is not None and drift.gradients:
+        seen = drift.sends(seen, means["grad_norm"].count)
+    return ClientState(lora, opt_state, seen), means
 
 
 def _sum_gradients(algorithm, forward, lora, batches, per_block, loss_scalars):
@@ -212,15 +235,17 @@ def _sum_gradients(algorithm, forward, lora, batches, per_block, loss_scalars):
     return jax.lax.fori_loop(0, batches.count, add, zero)
 
 
-def _apply(config, rate, lora, opt_state, grads):
-    """One AdamW step, left out where the gradient is not finite.
+def _apply(config, rate, lora, opt_state, grads, runs=None):
+    """One AdamW step, left out where the gradient is not finite, and where it does not run.
 
-    Returns: (adapter, moments); the gradient's norm; whether it was finite.
+    Returns: (adapter, moments); the gradient's norm; whether the step was taken.
     """
     if config.trains != "ab":
         grads = only(grads, config.trains)
     norm = pytrees.global_norm(grads)
     finite = jnp.isfinite(norm)
+    if runs is not None:
+        finite = finite & runs
     safe = pytrees.where(finite, grads, jax.tree.map(jnp.zeros_like, grads))
     updates, moved = optimiser(config).update(safe, opt_state, lora)
     if config.trains != "ab":  # weight decay moves the other factor, too
@@ -295,7 +320,9 @@ def _regulariser(
         held = lora if config.anchor_gradient else jax.lax.stop_gradient(lora)
         value += config.anchor_weight * losses.anchor(held, start)
     if config.prox:
-        value += config.prox / 2 * pytrees.global_norm(jax.tree.map(jnp.subtract, lora, start)) ** 2
+        # not the norm's square: the root has no gradient at 0, where every client begins
+        square = lambda x, y: jnp.sum(jnp.square(x - y))
+        value += config.prox / 2 * sum(jax.tree.leaves(jax.tree.map(square, lora, start)))
     if config.rank_penalty and tail is not None:
         value += config.rank_penalty * _tail_norm(lora, tail)
     return value
@@ -340,10 +367,10 @@ def train_cohort(
         keys: uint32[C, 2] key data of each client's phase.
         weight: float32[C]; active: bool[C], clients that train (the others contribute the adapter
             they had).
-        own: what each client started the round from; None: the global adapter.
+        own: what each client has to itself; None: nothing.
     Returns: the reducer's state, or where it collects (adapters [C, ...], weight [C]); per-client
         metrics, each (total, count) float32[C], the clients left out under NOT_FINITE; the clients'
-        states where kept.
+        states where kept, or of them the gradients that drift correction sends.
     """
     collects = aggregation.collects and not keep
     device = functools.partial(
@@ -381,24 +408,34 @@ def _train_on_device(
 
     def one(client, own, batches, key):
         if client is None:
-            start = broadcast.start if own is None else own.lora
-            client = ClientState(start, optimiser(config).init(start))
+            start = broadcast.start if own is None or own.lora is None else own.lora
+            moments = broadcast.moments
+            if moments is None:
+                moments = optimiser(config).init(start)
+            client = ClientState(start, moments)
         key = jax.random.wrap_key_data(key)
         new, means = local_update(algorithm, decoder, config, broadcast, client, batches, key, own)
         return client, new, means
 
     def chunk(reduced, xs):
         carried, (batches, keys, weight, active, own) = xs
-        start, shared = (broadcast.start, None) if own is None else (own.lora, 0)
-        in_axes = (None if carried is None else 0, shared, 0, 0)
+        start, shared = broadcast.start, None
+        if own is not None and own.lora is not None:
+            start, shared = own.lora, 0
+        in_axes = (None if carried is None else 0, None if own is None else 0, 0, 0)
         old, new, means = pytrees.vmap_or_single(one, in_axes)(carried, own, batches, keys)
         where = lambda flag: lambda a, b: jnp.where(flag.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         e = 0.0 if keep else config.ema_decay  # once a round, after the last phase
         blend = lambda a, b: e * a + (1.0 - e) * b
         ended = jax.tree.map(blend, start, new.lora) if e else new.lora
-        if (aggregation.transforms or reducer.transforms) and not keep:
+        if config.drift is not None and not keep:
+            upload = functools.partial(config.drift.upload, steps=batches.count.shape[-1])
+            ended = jax.vmap(upload, (shared, 0, 0))(start, ended, means["grad_norm"].count)
+        if aggregation.client_transforms and not keep:
             ended = jax.vmap(aggregation.transform, (shared, 0))(start, ended)
         finite = jax.vmap(_has_norm, (shared, 0))(start, ended)
+        if new.gradient is not None:
+            finite &= jax.vmap(lambda g: jnp.isfinite(pytrees.global_norm(g)))(new.gradient)
         taken, left_out = active & finite, active & ~finite & (not keep)
         lora = jax.tree.map(where(taken), ended, old.lora)
         weight = jnp.where(finite, weight, 0.0)
@@ -409,6 +446,9 @@ def _train_on_device(
         # a client that goes back to the adapter it had goes back to that one's moments
         moments = jax.tree.map(where(finite), new.opt_state, old.opt_state)
         states = ClientState(lora, moments) if keep else None
+        if new.gradient is not None:
+            gradient = jax.tree.map(lambda x: where(taken)(x, jnp.zeros_like(x)), new.gradient)
+            states = ClientState(None, None, gradient)
         return reduced, (means, states, (lora, weight) if collects else None)
 
     split = lambda x: x.reshape(-1, config.clients_at_once, *x.shape[1:])

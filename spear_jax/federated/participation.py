@@ -30,6 +30,52 @@ DROPOUT = purpose("dropout")
 MOMENTS = ("after_download", "mid_training", "before_upload")
 
 
+STALENESS = ("polynomial", "constant", "hinge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asynchronous:
+    """Settings of rounds without a cohort (`federated/asynchronous.py`).
+
+    Attributes:
+        mode: "fedbuff" or "fedasync".
+        buffer: B of fedbuff; 0: as many as are at work.
+        oldest: the age of the oldest update that is taken; 0: any.
+        mix: α of fedasync.
+        staleness: s(τ): "polynomial" (1 + τ)^(−a), "constant" 1, "hinge" 1 up to b, then
+            1 / (a (τ − b) + 1).
+        power: a of polynomial; slope, flat: a and b of hinge.
+    """
+
+    mode: str
+    buffer: int = 0
+    oldest: int = 0
+    mix: float = 0.6
+    staleness: str = "polynomial"
+    power: float = 0.5
+    slope: float = 10.0
+    flat: int = 4
+
+    @property
+    def mixes(self) -> bool:
+        """Returns whether clients' adapters are mixed in, not their updates."""
+        return self.mode == "fedasync"
+
+    def size(self, at_work: int) -> int:
+        """Returns B."""
+        return 1 if self.mixes else self.buffer or at_work
+
+    def shrink(self, age: np.ndarray) -> np.ndarray:
+        """Returns what updates of these ages are multiplied by, float64[n]."""
+        age = np.asarray(age, np.float64)
+        s = {
+            "polynomial": (1 + age) ** -self.power,
+            "constant": np.ones_like(age),
+            "hinge": 1 / (self.slope * np.maximum(age - self.flat, 0) + 1),
+        }[self.staleness]
+        return s * self.mix if self.mixes else s
+
+
 class Device(NamedTuple):
     """A client's device: FLOP/s, bytes/s up, bytes/s down."""
 
@@ -77,6 +123,7 @@ class Participation:
         over_selection: o.
         deadline: seconds; 0 is none.
         min_reports: with fewer the round fails.
+        partial: whether a client that is lost in the middle of training sends what it has.
         seed: of all draws.
     """
 
@@ -89,6 +136,7 @@ class Participation:
     over_selection: float = 1.0
     deadline: float = 0.0
     min_reports: int = 1
+    partial: bool = False
     seed: int = 0
 
     def asked(self, wanted: int) -> int:
@@ -133,9 +181,11 @@ class Participation:
             rollout, training: FLOP of each, likewise.
         """
         losses = [self.loss(round, client, steps) for client in clients]
-        lost = np.array([loss is not None for loss in losses], bool)
         done = np.array([steps if loss is None else loss.steps for loss in losses], int)
-        each = zip(bytes_down, bytes_up, rollout + training, map(self.device, clients), strict=True)
+        some = self.partial & (done > 0) & (done < steps)
+        lost = np.array([loss is not None for loss in losses], bool) & ~some
+        work = rollout + training * np.where(some, done / steps, 1.0)
+        each = zip(bytes_down, bytes_up, work, map(self.device, clients), strict=True)
         report = np.array([round_time(*one, self.latency) for one in each])
         wait = self.deadline or math.inf
         accepted, seconds = accept(np.where(lost, math.inf, report), wanted, wait)
@@ -143,7 +193,10 @@ class Participation:
             seconds = float(report.max(initial=0.0))
         if accepted.sum() < self.min_reports:
             accepted = np.zeros_like(accepted)
-        unrun = float(np.sum(training * done / steps * ~accepted))
+        share = done / steps
+        unrun = float(
+            np.sum(training * share * ~accepted - training * (1 - share) * some * accepted)
+        )
         return Outcome(accepted, ~lost, lost, done, seconds, unrun)
 
     def metrics(

@@ -18,12 +18,12 @@ from spear_jax.core.mesh import broadcast_from_main, is_main_process, to_host
 from spear_jax.core.rng import path_key, purpose
 from spear_jax.core.surroundings import say
 from spear_jax.core.types import Cohort, Mean, Tally, TraceRecord
-from spear_jax.federated import cohort_training
+from spear_jax.federated import cohort_training, ditto
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule, rank_of
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
 from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
-from spear_jax.federated.local_training import NOT_FINITE, Broadcast
+from spear_jax.federated.local_training import NOT_FINITE, Broadcast, optimiser
 from spear_jax.federated.participation import Outcome
 from spear_jax.federated.round_metrics import BudgetUsed, sum_over_clients, training_metrics
 from spear_jax.federated.state import ClientStart, ClientState, ServerState
@@ -68,9 +68,14 @@ class TrainedClients:
         traces: what the rollouts said.
         learning_rate: of the round.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        gathered: the gradients that they sent, as `Drift.gather` left them.
+        personal: their own adapters under Ditto, leaves [C, ...], and the mean loss of these; None:
+            they have none.
+        weight: float[C], of aggregation; 0 for clients that are left out.
+        method_weight: float[C], from the method, in the last phase.
+        steps: float[C], the local steps that each has taken.
         not_finite: ids of the clients whose training ended without a finite update.
         outcome: who has reported, on the simulated clock; None: there is none.
-        weight: float[C], from the method, in the last phase.
         active: bool[C], who had something to train on, lost clients among them.
         sent: bool[C], who has sent an update.
     """
@@ -82,11 +87,21 @@ class TrainedClients:
     traces: list[TraceRecord]
     learning_rate: float
     starts: Adapter | None
+    gathered: Any
+    personal: tuple[Adapter, float] | None
+    weight: np.ndarray
+    method_weight: np.ndarray
+    steps: np.ndarray
     not_finite: list[int]
     outcome: Outcome | None
-    weight: np.ndarray
     active: np.ndarray
     sent: np.ndarray
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        """Returns (first answers, wrong ones among them)."""
+        asked = [record.trace for record in self.traces if not record.trace.beside]
+        return len(asked), sum(not trace.first.correct for trace in asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +116,8 @@ class ClientUpdate:
         metrics: numbers of its rollouts by name.
         answers: (first answers, wrong ones among them), over which clients' fractions are averaged.
         learning_rate: of the round.
+        gradient: what it sends beside its update (`Drift.gather` of it alone); None: nothing.
+        personal: its own adapter under Ditto, which does not leave it; None: it has none.
         client_state: its part of the algorithm's state, which never leaves it.
         traces: what was said, which does not leave it either.
     """
@@ -114,6 +131,8 @@ class ClientUpdate:
     learning_rate: float
     client_state: dict
     traces: list[TraceRecord]
+    gradient: Any = None
+    personal: Adapter | None = None
 
 
 def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> RoundResult:
@@ -167,9 +186,8 @@ def round_of(
     # always placed alike, or the programs would compile again
     start = federation.on_devices(state.lora)
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
-    trained = train_clients(
-        federation, aggregation, start, state.algorithm_state, cohort, root, used, kept
-    )
+    train = train_clients if cohort.clients else train_nobody
+    trained = train(federation, aggregation, start, state.algorithm_state, cohort, root, used, kept)
     return _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
 
 
@@ -183,10 +201,13 @@ def _end(
     """Aggregates a trained cohort, and names the round's numbers."""
     began, kept, start = time.perf_counter(), state.aggregation_state, state.lora
     before = dataclasses.replace(state, algorithm_state={})
+    drift, steps = aggregation.drift, federation.algorithm.common.steps
+    factor = None if drift is None else drift.factor(trained.weight, trained.steps, steps)
     state, moved, measured, rejected = end_round(
-        aggregation, before, trained.reduced, cohort.clients, trained.starts
+        aggregation, before, trained.reduced, cohort.clients, trained.starts, factor
     )
-    _tell_left_out(cohort.round, [*trained.not_finite, *rejected])
+    state = _end_of_drift(federation, state, trained, cohort, rejected, measured)
+    tell_left_out(cohort.round, [*trained.not_finite, *rejected])
     change = float(moved)
     state, told = _clock(federation, state, trained.outcome, cohort)
     means = dict(trained.means)
@@ -203,13 +224,40 @@ def _end(
         **measured,
         **told,
     }
+    if aggregation.privacy is not None:
+        metrics["round/failed"] = 0.0  # noise is added whoever reports
     if trained.outcome is not None:
         metrics["round/flops"] += trained.outcome.unrun
+    if trained.personal is not None:
+        personal, metrics["personal/loss"] = trained.personal
+        kept = ditto.put(state.aggregation_state, cohort.clients, personal)
+        state = dataclasses.replace(state, aggregation_state=kept)
     ended = federation.algorithm.end_round(
         trained.algorithm_state, state.lora, metrics, cohort.round
     )
     metrics["time/aggregate"] = time.perf_counter() - began
     return RoundResult(dataclasses.replace(state, algorithm_state=ended), metrics, trained.traces)
+
+
+def _end_of_drift(
+    federation: Federation,
+    state: ServerState,
+    trained: TrainedClients,
+    cohort: Cohort,
+    rejected: list[int],
+    measured: dict[str, float],
+) -> ServerState:
+    """Has drift correction keep what it needs of a round; nothing where the round failed."""
+    drift, ids = federation.aggregation.drift, np.asarray(cohort.clients)
+    accepted = (trained.weight > 0) & ~np.isin(ids, rejected)
+    accepted &= ids != federation.aggregation.root
+    if drift is None or measured.get("round/failed") or not accepted.any():
+        return state
+    kept = drift.end(
+        state.aggregation_state, ids, accepted, trained.gathered, state.lora,
+        optimiser(federation.local),
+    )  # fmt: skip
+    return dataclasses.replace(state, aggregation_state=kept)
 
 
 def _bytes(
@@ -254,6 +302,7 @@ def play(
     clients = [client for client in cohort.clients if client != aggregation.root]
     up, down = aggregation.bytes_of_clients(adapter, kept, clients, cohort.round)
     active = phases[-1].active[: len(clients)]
+    wanted = len(clients) if federation.sampling == "poisson" else federation.clients_per_round
     read = dict.fromkeys(cohort.clients, 0)
     for record in (record for phase in phases for record in phase.traces):
         for attempt in record.trace.attempts:
@@ -263,10 +312,10 @@ def play(
     outcome = participation.play(
         cohort.round,
         clients,
-        federation.clients_per_round,
+        wanted,
         federation.algorithm.common.steps,
         down,
-        np.where(active, up, 0),
+        np.where(active | aggregation.counts_everybody, up, 0),
         np.array([flops(Tally(prompt=read[client]), 0.0) for client in clients]),
         np.array([flops(Tally(), passes * trained) for trained in rows]) * active,
     )
@@ -278,6 +327,7 @@ def play(
         accepted=last(outcome.accepted, True),
         sent=last(outcome.sent, False),
         lost=last(outcome.lost, False),
+        steps=last(outcome.steps, federation.algorithm.common.steps),
     )
 
 
@@ -287,7 +337,7 @@ def training_tokens(steps: list) -> int:
     return sum(len(row.prompt) + len(row.completion) for row in rows)
 
 
-def _tell_left_out(round: int, clients: list[int]) -> None:
+def tell_left_out(round: int, clients: list[int]) -> None:
     """Names the clients that are left out of a round's aggregation."""
     if clients and is_main_process():
         names = ", ".join(map(str, clients))
@@ -319,26 +369,27 @@ def client_round(
     """
     cohort = federation.cohort_of([client], round)
     whole, federation = federation.aggregation, federation.on_base(kept)
-    alone = Aggregation(_Alone(), transforms=whole.transforms + whole.reducer.transforms)
+    alone = Aggregation(_Alone(), transforms=whole.client_transforms, drift=whole.drift)
     start = federation.on_devices(adapter)
     trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
     began = start
     if trained.starts is not None:
         began = jax.tree.map(lambda x: x[0], trained.starts)
     update, mass = alone.reducer.finish(trained.reduced, began)
-    asked = [record.trace for record in trained.traces if not record.trace.beside]
     return ClientUpdate(
         update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
-        weight=0.0 if trained.not_finite else float(trained.weight[0]),
+        weight=0.0 if trained.not_finite else float(trained.method_weight[0]),
         active=bool(trained.active[0]),
         counts=trained.means,
         metrics=trained.metrics,
-        answers=(len(asked), sum(not trace.first.correct for trace in asked)),
+        answers=trained.answers,
         learning_rate=trained.learning_rate,
         client_state={
             name: trained.algorithm_state[name] for name in federation.algorithm.client_state
         },
         traces=trained.traces,
+        gradient=trained.gathered,
+        personal=trained.personal and jax.tree.map(lambda x: x[0], trained.personal[0]),
     )
 
 
@@ -370,15 +421,19 @@ def join_updates(
         reduced,
         state.algorithm_state,
         jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
-        _joined(own),
+        join_metrics(own),
         [record for one in own for record in one.traces],
         own[0].learning_rate,
-        None,
-        left_out,
-        None,
-        raw,
-        active,
-        active,
+        starts=None,
+        gathered=None,
+        personal=None,
+        weight=weight,
+        method_weight=raw,
+        steps=np.full(len(own), federation.algorithm.common.steps),
+        not_finite=left_out,
+        outcome=None,
+        active=active,
+        sent=active,
     )
     result = _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
     check_finite(result.metrics, cohort.round)
@@ -408,9 +463,9 @@ def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> 
     return reducer.add(state, adapters, weight)
 
 
-def _joined(updates: Sequence[ClientUpdate]) -> dict[str, float]:
-    """The clients' numbers as the round's: counts are summed, fractions averaged over first answers
-    (over the wrong ones for what was fixed), and of LARGEST the largest is taken.
+def join_metrics(updates: Sequence[ClientUpdate | TrainedClients]) -> dict[str, float]:
+    """Joins numbers of rollouts: counts are summed, fractions averaged over first answers (over the
+    wrong ones for what was fixed), and of LARGEST the largest is taken.
     """
     metrics = {}
     for name in sorted({name for one in updates for name in one.metrics}):
@@ -469,16 +524,28 @@ def train_clients(
     algorithm, worker = federation.algorithm, federation.worker
     rule, slots = federation.aggregation.rule, {c: i for i, c in enumerate(cohort.clients)}
     local = dataclasses.replace(
-        federation.local, trains=rule.trains(cohort.round), rank_penalty=rule.penalty
+        federation.local,
+        trains=rule.trains(cohort.round),
+        rank_penalty=rule.penalty,
+        drift=aggregation.drift,
     )
     own, not_finite = clients_start(federation, start, kept, cohort), []
     outcome: Outcome | None = None
+    personal, theirs = None, None
+    if federation.ditto is not None:
+        mine = jax.tree.map(lambda x: x[cohort.clients], kept["personal"])
+        personal = functools.partial(ditto.train, federation, personal=mine)
     key = path_key(root, ROUND, cohort.round)
+    varies = federation.asynchronous is not None or federation.sampling == "poisson"
+    usual = federation.clients_per_round if varies else 0
     worker.tally.clear()
     # popped, so that merged weights are not held while clients train
     policies = [worker.policy(start)]
-    if own is not None:
-        policies = [Policy(federation.base, cohort_training.layers_first(own.lora), slots)]
+    if own is not None and own.lora is not None:
+        # without cohorts, always as many as may be at work, or generation would compile again
+        full = lambda x: np.resize(x, (usual, *x.shape[1:])) if len(x) < usual else x
+        adapters = cohort_training.layers_first(jax.tree.map(full, own.lora))
+        policies = [Policy(federation.base, adapters, slots)]
     carried: list[ClientState] | None = None
     means: dict[str, Mean] = {}
     phases: list[CohortData] = []
@@ -500,12 +567,19 @@ def train_clients(
         passes = 4 + 2 * ((federation.decoder.remat == "layers") + algorithm.scoring.extra_passes)
         if last and federation.participation is not None:
             outcome = play(federation, start, kept, cohort, phases, passes)
-        active = sent = data.active
+        active = data.active
+        sent = active | federation.aggregation.counts_everybody
         if outcome is not None:
-            sent = active & outcome.sent
+            sent = sent & outcome.sent
             data = phases[-1] = reported(data, outcome, cohort)
+            if federation.participation is not None and federation.participation.partial:
+                own = dataclasses.replace(
+                    own or ClientStart(None), steps=jnp.asarray(outcome.steps, jnp.int32)
+                )
         rolled = time.perf_counter()
-        broadcast = make_broadcast(federation, start, algorithm_state, data, rate)
+        broadcast = make_broadcast(federation, start, algorithm_state, data, rate, kept)
+        members = _members(aggregation, cohort, data, phase_key, outcome)
+        rows = rows_of(federation, data)
         trained = cohort_training.train(
             algorithm,
             federation.decoder,
@@ -513,12 +587,13 @@ def train_clients(
             federation.mesh,
             aggregation,
             broadcast,
-            rows_of(federation, data),
-            _members(aggregation, cohort, data, phase_key),
+            rows,
+            members,
             keep := not last,
             carried,
             own,
             progress,
+            usual=usual,
         )
         lost = np.flatnonzero(trained.means[NOT_FINITE].total)
         not_finite += [cohort.clients[slot] for slot in lost]
@@ -529,6 +604,9 @@ def train_clients(
         if keep and carried is not None:
             adapters = cohort_training.stacked(carried, len(slots))
             policies.append(Policy(federation.base, adapters, slots))
+        if personal is not None:
+            theirs = personal(local, broadcast, rows, members, own=own)
+            work += trained.tokens * (passes + 2 * len(broadcast.references))
         seconds["rollout"] += rolled - began
         seconds["train"] += time.perf_counter() - rolled
     tally = worker.tally
@@ -541,9 +619,11 @@ def train_clients(
     }
     traces = [record for phase in phases for record in phase.traces]
     starts = None if own is None else own.lora
+    weight = members[1] * np.asarray(1 - trained.means[NOT_FINITE].total)
+    taken = np.asarray(trained.means["grad_norm"].count)
     return TrainedClients(
-        trained.reduced, algorithm_state, means, metrics, traces, rate, starts, not_finite, outcome,
-        data.weight, active, sent,
+        trained.reduced, algorithm_state, means, metrics, traces, rate, starts, trained.gathered,
+        theirs, weight, data.weight, taken, not_finite, outcome, active, sent,
     )  # fmt: skip
 
 
@@ -552,6 +632,54 @@ def _rollout_metrics(phases: Sequence[CohortData]) -> dict[str, float]:
     first, counts = phases[0].metrics, ("rollout/wins", "rollout/loses")
     means = {name: float(np.mean([x.metrics[name] for x in phases])) for name in first}
     return means | {name: float(sum(x.metrics[name] for x in phases)) for name in counts}
+
+
+def train_nobody(
+    federation: Federation,
+    aggregation: Aggregation,
+    start: Adapter,
+    algorithm_state: dict,
+    cohort: Cohort,
+    root: jax.Array,
+    used: BudgetUsed,
+    kept: dict[str, Any],
+) -> TrainedClients:
+    """Returns an empty cohort behind its training; arguments as for `train_clients`."""
+    federation.worker.tally.clear()
+    nobody, none = np.zeros(0, bool), np.zeros(0, np.float32)
+    reduced = aggregation.reducer.init(start)
+    if aggregation.collects:
+        reduced = jax.tree.map(lambda x: np.zeros((0, *x.shape), x.dtype), start), none
+    names = (
+        "rollout/wins",
+        "rollout/loses",
+        "rollout/tokens",
+        "round/flops",
+        "time/rollout",
+        "time/train",
+    )
+    metrics = dict.fromkeys(names, 0.0)
+    outcome = None
+    if federation.participation is not None:
+        outcome = Outcome(nobody, nobody, nobody, np.zeros(0, int), 0.0, 0.0)
+    return TrainedClients(
+        reduced=reduced,
+        algorithm_state=algorithm_state,
+        means={NOT_FINITE: Mean(jnp.float32(0), jnp.float32(0))},
+        metrics=metrics,
+        traces=[],
+        learning_rate=federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
+        starts=None,
+        gathered=None,
+        personal=None,
+        weight=none,
+        method_weight=none,
+        steps=np.zeros(0, int),
+        not_finite=[],
+        outcome=outcome,
+        active=nobody,
+        sent=nobody,
+    )
 
 
 def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
@@ -573,18 +701,20 @@ def reported(data: CohortData, outcome: Outcome, cohort: Cohort) -> CohortData:
 def clients_start(
     federation: Federation, adapter: Adapter, kept: dict[str, Any], cohort: Cohort
 ) -> ClientStart | None:
-    """Returns what the cohort's clients receive; None: all of them the global adapter.
+    """Returns what the cohort's clients have to themselves; None: nothing.
 
     Args: adapter: the global one; kept: the server's `aggregation_state`.
     """
-    rule = federation.aggregation.rule
-    if type(rule).starts is LoraRule.starts and "rank" not in kept:
+    rule, drift = federation.aggregation.rule, federation.aggregation.drift
+    correction = None if drift is None else drift.corrections(kept, cohort.clients)
+    lora = tails = None
+    if type(rule).starts is not LoraRule.starts or "rank" in kept:
+        lora = rule.starts(to_host(adapter), kept, cohort.clients)
+    if lora is not None:
+        tails = rule.tails(kept, cohort.clients, rank_of(lora))
+    if lora is None and correction is None:
         return None
-    lora = rule.starts(to_host(adapter), kept, cohort.clients)
-    if lora is None:
-        return None
-    tails = rule.tails(kept, cohort.clients, rank_of(lora))
-    return ClientStart(lora, None if tails is None else jnp.asarray(tails, jnp.float32))
+    return ClientStart(lora, None if tails is None else jnp.asarray(tails, jnp.float32), correction)
 
 
 def make_broadcast(
@@ -593,6 +723,7 @@ def make_broadcast(
     algorithm_state: dict,
     data: CohortData,
     learning_rate: float,
+    kept: dict[str, Any],
 ) -> Broadcast:
     """Puts the part of a phase that all clients share on the devices."""
     references = federation.algorithm.references(algorithm_state, start)
@@ -602,15 +733,26 @@ def make_broadcast(
         references=federation.on_devices(references),
         loss_scalars=federation.on_devices(jax.tree.map(np.float32, data.loss_scalars)),
         rate=np.float32(learning_rate),
+        moments=federation.on_devices(kept["moments"]) if "moments" in kept else None,
     )
 
 
 def _members(
-    aggregation: Aggregation, cohort: Cohort, data: CohortData, key: jax.Array
+    aggregation: Aggregation,
+    cohort: Cohort,
+    data: CohortData,
+    key: jax.Array,
+    outcome: Outcome | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
     weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
+    if aggregation.counts_everybody:
+        weight = np.ones(len(weight), np.float32)
+        if outcome is not None:
+            weight = outcome.accepted.astype(np.float32)
+    if aggregation.privacy is not None:
+        weight = weight * aggregation.privacy.weights(cohort.clients)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

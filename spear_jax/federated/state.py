@@ -15,23 +15,29 @@ class ClientState:
     Attributes:
         lora: its adapter.
         opt_state: its optimiser's moments.
+        gradient: what it sends beside its update (`Drift.gradients`); None: nothing.
     """
 
     lora: Adapter
     opt_state: Any
+    gradient: Any = None
 
 
 @flax.struct.dataclass
 class ClientStart:
-    """What clients receive of a round, where it is not the global adapter for all.
+    """What clients have to themselves at the start of a round, with a leading axis C.
 
     Attributes:
-        lora: their adapters, leaves [C, ...].
+        lora: their adapters; None: the global one.
         tail: bool[C, R], the rank indices under `LocalConfig.rank_penalty`; None: none.
+        correction: what drift correction adds to their gradients; None: nothing.
+        steps: int32[C], the local steps that each takes; None: all.
     """
 
-    lora: Adapter
+    lora: Adapter | None
     tail: jax.Array | None = None
+    correction: Adapter | None = None
+    steps: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -353,6 +353,16 @@ def test_what_averaging_loses_has_a_panel_where_it_was_measured(single, tmp_path
     assert (tmp_path / "out" / "aggregation_error.svg").is_file()
 
 
+def test_what_a_private_run_reveals_has_a_panel_and_says_what_it_does_not_cover(single, tmp_path):
+    private = lambda epsilon: {"privacy/epsilon": epsilon, "privacy/delta": 1e-3}
+    lines = [line(0, 0.4), line(1, **private(0.5)), line(2, 0.5, **private(0.75))]
+    write_run(tmp_path / "private", lines, privacy__noise_multiplier=1.0)
+    read = Reader(write_report(tmp_path / "out", tmp_path / "private", single)[1])
+    assert "7.50e-01" in read.text["privacy"] and "does not cover" in read.text["privacy"]
+    assert (tmp_path / "out" / "epsilon.svg").is_file()
+    assert (tmp_path / "out" / "accuracy_epsilon.svg").is_file()
+
+
 def test_accuracy_is_drawn_against_the_simulated_clock_where_there_is_one(single, tmp_path):
     lines = [
         {**x, "sim/clock": 20.0 * x["round"]} if x["round"] else x

@@ -36,12 +36,16 @@ from spear_jax.analysis import runs
 from spear_jax.core.errors import UserError
 from spear_jax.experiment import command_line, presets
 from spear_jax.experiment.config import parse
+from spear_jax.experiment.run import personal_metrics
 from spear_jax.federated import cohort_training, local_training
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression.blocks import Int8
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round, init_server
+from spear_jax.federated.asynchronous import Flight, Played, Queue, metrics_of_clock
 from spear_jax.federated.participation import Participation
+from spear_jax.federated.privacy.accounting import Account
+from spear_jax.federated.privacy.central import CentralPrivacy
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.models.lora import TARGETS
 from spear_jax.models.params import Adapter, LowRank
@@ -348,9 +352,16 @@ def aggregated() -> set[str]:
     start = jax.tree.map(lambda x: np.zeros_like(x[0]), adapters)
     state = init_server(aggregation, start, {}, jax.random.key(0), 2)
     found = end_round(aggregation, state, (adapters, np.ones(2)), range(2)).metrics
+    noise = CentralPrivacy(Account(1.0, 2, 2, "poisson", 0, 0.1), 1.0)
+    aggregation = Aggregation(attack=Attack("none", ()), privacy=noise)
+    state = init_server(aggregation, start, {}, jax.random.key(0), 2)
+    found |= end_round(aggregation, state, (adapters, np.ones(2)), range(2)).metrics
     clock, clients, some = Participation(), range(30), np.ones(30)
     outcome = clock.play(1, clients, 30, 1, some, some, some, some)
-    return set(found) | set(clock.metrics(outcome, clients, 30, 0.0))
+    flights = [Flight(0, 0, 0, 1.0)]
+    version = metrics_of_clock(Played(Queue(1.0, 1, 1, ()), flights, [], [], []), 0, 0.0)
+    personal = {"personal/loss", *personal_metrics([0.5], 0.5)}  # tests/federated/test_ditto.py
+    return {*found, *clock.metrics(outcome, clients, 30, 0.0), *version, *personal}
 
 
 def test_every_metric_that_is_explained_is_written(written):

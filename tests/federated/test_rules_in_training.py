@@ -19,6 +19,8 @@ from spear_jax.federated.aggregation.reducers import Mean
 from spear_jax.federated.aggregation.robust.coordinate_wise import TrimmedMean
 from spear_jax.federated.aggregation.robust.krum import MultiKrum
 from spear_jax.federated.aggregation.robust.norm_clip import NormClip
+from spear_jax.federated.privacy.accounting import Account
+from spear_jax.federated.privacy.central import CentralPrivacy
 from spear_jax.federated.state import ClientStart
 
 COLLECTED = Aggregation(attack=Attack("none", ()))
@@ -175,3 +177,24 @@ def test_norm_clipping_in_the_device_program_is_that_of_the_server(model, lora, 
     on_host = dataclasses.replace(clipped, attack=Attack("none", ()))
     close(ended(on_host, lora, collected).state.lora, streamed.state.lora)
     assert 0 < float(streamed.change) <= 0.05 + 1e-6
+
+
+def test_a_private_sum_that_streams_is_the_one_of_the_server(model, lora, cohort, collected):
+    """The noise is the same: it depends on seed and round. FFA has half of the numbers."""
+    pytest.importorskip("dp_accounting")
+    account = Account(1.0, 9, 3, "poisson", 0, 1e-2)
+    for rule in ("mean", "ffa"):
+        private = Aggregation(
+            privacy=CentralPrivacy(account, 0.05, seed=1), rule=LORA_RULES[rule]()
+        )
+        factors = private.rule.trains(1)
+        one = dataclasses.replace(private, attack=Attack("none", ()))
+        streamed = ended(private, lora, train(model, lora, cohort, private, trains=factors))
+        whole = ended(one, lora, to_host(train(model, lora, cohort, one, trains=factors)))
+        close(streamed.state.lora, whole.state.lora)
+        for name in ("privacy/snr", "privacy/epsilon", "privacy/clip"):
+            assert streamed.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-4)
+        assert streamed.state.aggregation_state == whole.state.aggregation_state
+    nobody = ended(private, lora, private.reducer.init(lora))
+    assert int(nobody.state.aggregation_state["noisy_rounds"]) == 1
+    assert float(nobody.change) > 0 and nobody.metrics["privacy/snr"] == 0

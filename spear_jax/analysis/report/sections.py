@@ -28,6 +28,7 @@ MOST_HEAT_MAPS = 16
 MOST_SPLITS = 6
 BAND_MANY = "Mean over seeds, as far as all reach; band: 95 % Student t interval, cut where it leaves the axes."
 METER = "round/aggregation_error"
+EPSILON = "privacy/epsilon"
 # metric -> (title, y axis, what the figure shows, what one run's band is)
 PANELS = {
     "eval/accuracy": ("Held-out accuracy", "accuracy", "Accuracy on the test questions", "95 % score interval"),
@@ -57,6 +58,8 @@ PANELS = {
                                                           "clients, in all so far", ""),
     METER: ("Lost by averaging factors", "fraction of the update", "The part of the clients' mean "
             "update that the mean of their factors is not", ""),
+    EPSILON: ("Epsilon", "epsilon", "What the adapters so far reveal of one client, at the run's "
+                                    "delta", ""),
 }  # fmt: skip
 FEEDBACK = ("rollout/wins", "rollout/loses", "rollout/first_accuracy", "rollout/fixed")
 LOSSES = ("train/loss", "train/win_nll", "train/unlikelihood")
@@ -91,6 +94,7 @@ class SectionWriter:
             self.lines("losses", "Losses", LOSSES),
             self.lines("bytes", "Communication", BYTES),
             *self.aggregation(),
+            *self.privacy(),
             self.time(),
             self.clients(),
             self.split(),
@@ -174,6 +178,8 @@ class SectionWriter:
             pictures.append(self.final())
         caption = "Against the seconds of the simulated clock."
         pictures += self.against("sim/clock", "simulated seconds", caption, "accuracy_clock")
+        caption = "Against what the adapters reveal of one client."
+        pictures += self.against(EPSILON, "epsilon", caption, "accuracy_epsilon")
         return Section("results", "Results", notes + missing, [texts(caption, shown)], pictures)
 
     def shown_results(self) -> pd.DataFrame:
@@ -298,6 +304,22 @@ class SectionWriter:
         table = Table("Lost in the last round, by projection", ["run", *shown], rows)
         pictures, missing = self.panels([METER])
         return [Section("aggregation", "Aggregation", notes + missing, [table], pictures)]
+
+    def privacy(self) -> list[Section]:
+        """Returns the section of differential privacy; none where no run has noise."""
+        noisy = [run for run in self.runs if EPSILON in run.table]
+        if not noisy:
+            return []
+        names = ("epsilon", "delta", "clip", "snr")
+        rows = [[run.name, *(_last(run.table, f"privacy/{x}") for x in names)] for run in noisy]
+        headings = ["run", "epsilon", "delta", "clip norm", "signal to noise"]
+        notes = [
+            "Epsilon covers the adapters. It does not cover recorded traces, counts of wins and "
+            "other metrics, and what stays with single clients."
+        ]
+        table = Table("After the last round", headings, rows)
+        pictures, missing = self.panels([EPSILON])
+        return [Section("privacy", "Privacy", notes + missing, [table], pictures)]
 
     def time(self) -> Section:
         """Returns the section of seconds by phase: of each round for a single run, else of runs."""

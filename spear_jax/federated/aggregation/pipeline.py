@@ -2,13 +2,16 @@
 
 A round's updates δ_k = θ_k − start_k go through these steps:
 
-    client   δ_k → client transforms (an attacker replaces the result) → compression
-    server   decode → reject what is not finite → the reducer's transforms again → reducer →
-             LoRA rule → server optimiser
+    client   δ_k → client transforms → privacy's clip and local noise (an attacker replaces the
+             result) → compression
+    server   decode → reject what is not finite → the reducer's transforms again → reducer, or
+             privacy's clipped and noisy sum → LoRA rule → server optimiser
 
 The mean of factors streams: clients are transformed, checked and summed inside the device program,
-chunk by chunk. Where a reducer or a LoRA rule reads every client, where updates are compressed, or
-somebody attacks, all of it behind local training and transforms runs on the host, in numpy.
+chunk by chunk; privacy's clip is then one more transform, and its noise is added to the sum. Where a
+reducer or a LoRA rule reads every client, where updates are compressed, masked or noisy themselves, where
+the clip norm adapts, or somebody attacks, all of it behind local training and transforms runs on the
+host, in numpy.
 """
 
 import dataclasses
@@ -28,12 +31,17 @@ from spear_jax.federated.aggregation import exactness, vectors
 from spear_jax.federated.aggregation.attacks import Attack
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.exactness import Metered
-from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32, only
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32
 from spear_jax.federated.aggregation.lora_rules.mean import Mean as MeanOfFactors
 from spear_jax.federated.aggregation.reducers import ClientTransform, Last, Mean, Reducer
 from spear_jax.federated.aggregation.robust import ROBUST
+from spear_jax.federated.aggregation.robust.norm_clip import ClipNorm
+from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.federated.aggregation.server_optimizer import server_optimizer
 from spear_jax.federated.aggregation.weighting import Weighting
+from spear_jax.federated.drift import Drift
+from spear_jax.federated.privacy.central import CentralPrivacy
+from spear_jax.federated.privacy.client_side import LocalPrivacy, clipped
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
@@ -52,10 +60,15 @@ class Aggregation:
         rate: η, for a rule that makes its own step.
         weighting: of clients.
         attack: what some clients send in place of their update.
+        privacy: noise on the sum of updates; None: none.
+        local_privacy: noise on each update, before it leaves its client; None: none.
         uplink: how updates are compressed on their way.
+        secure_sum: hides single updates from the server; None: it sees them.
         scale: alpha / rank of the adapters.
         ranks: of the clients, over and over; () where all have the adapter's.
         root: the id of the server's own client, whose update a reducer compares with.
+        drift: a correction of client drift.
+        waits: whether clients' updates wait until they count (`federated/asynchronous.py`).
     """
 
     reducer: Reducer = Mean()
@@ -65,16 +78,36 @@ class Aggregation:
     rate: float = 1.0
     weighting: Weighting = Weighting()
     attack: Attack | None = None
+    privacy: CentralPrivacy | None = None
+    local_privacy: LocalPrivacy | None = None
     uplink: Uplink | None = None
+    secure_sum: SecureSum | None = None
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
     root: int | None = None
+    drift: Drift | None = None
+    waits: bool = False
 
     @property
     def collects(self) -> bool:
         """Returns whether every client's adapter comes to the host."""
         reads_each = self.reducer.collects or not self.rule.linear or self.rule.personal
-        return reads_each or self.attack is not None or self.uplink is not None
+        parts = (self.attack, self.uplink, self.secure_sum, self.local_privacy)
+        adapts = self.privacy is not None and self.privacy.adaptive is not None
+        return reads_each or adapts or self.waits or any(part is not None for part in parts)
+
+    @property
+    def client_transforms(self) -> tuple[ClientTransform, ...]:
+        """Returns what is done to each client's update inside the device program."""
+        transforms = self.transforms + self.reducer.transforms
+        if self.privacy is None or self.collects:
+            return transforms
+        return (*transforms, ClipNorm(self.privacy.clip))
+
+    @property
+    def counts_everybody(self) -> bool:
+        """Returns whether clients count that had nothing to train on, each with the weight 1."""
+        return self.privacy is not None or self.local_privacy is not None
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
@@ -92,28 +125,56 @@ class Aggregation:
             plain = self.rule.bytes_up(adapter, rank, round)
             if self.uplink is not None:
                 plain = self.uplink.compressor.bytes_of(plain // 4)
-            up.append(plain * (client != self.root))
             received = self.rule.bytes_down(adapter, rank, round, kept)
+            if self.drift is not None:
+                one = self.rule.bytes_up(adapter, rank, round)
+                plain, received = (
+                    plain + (self.drift.up - 1) * one,
+                    received + (self.drift.down - 1) * one,
+                )
+            up.append(plain * (client != self.root))
             down.append(received * (client != self.root))
         return np.array(up), np.array(down)
 
     def transform(self, start: Adapter, adapter: Adapter) -> Adapter:
         """Returns one client's adapter with its update transformed. Args: start: what it got."""
-        if not self.transforms + self.reducer.transforms:
+        if not self.client_transforms:
             return adapter
         update = jax.tree.map(jnp.subtract, adapter, start)
-        update = self.transformed(update, self.transforms + self.reducer.transforms)
+        update = self.transformed(update, self.client_transforms)
         return jax.tree.map(jnp.add, start, update)
 
     def transformed(self, update: Adapter, transforms: tuple[ClientTransform, ...]) -> Adapter:
-        """Returns a client's update after transforms, which see the factors that are sent alone."""
-        sends, own = self.rule.sends(1), None
-        if self.rule.personal:
-            own = only(update, "b" if sends == "a" else "a")
-            update = only(update, sends)
+        """Returns a client's update after transforms, which see what is sent alone."""
+        if not self.rule.personal:
+            for transform in transforms:
+                update = transform(update)
+            return update
+        sent = self.rule.sent(update, 1)
+        own = jax.tree.map(jnp.subtract, update, sent)
         for transform in transforms:
-            update = transform(update)
-        return update if own is None else jax.tree.map(jnp.add, only(update, sends), own)
+            sent = transform(sent)
+        return jax.tree.map(jnp.add, self.rule.sent(sent, 1), own)
+
+
+class Received(NamedTuple):
+    """What the server has of a cohort.
+
+    Attributes:
+        updates: leaves float32[C, ...], zeros where they were not finite.
+        weight: float64[C], 0 likewise.
+        metrics: by name.
+        rejected: ids of the clients whose numbers were not finite.
+        kept: the server's `aggregation_state`.
+        below: bool[C], whose norm was within privacy's bound before anything clipped it.
+    """
+
+    updates: Any
+    weight: np.ndarray
+    metrics: dict[str, float]
+    rejected: list[int]
+    kept: dict[str, Any]
+    below: np.ndarray
 
 
 class Aggregated(NamedTuple):
@@ -165,6 +226,8 @@ def init_server(
         ranks = np.resize(aggregation.ranks or (rank,), clients)
         kept = kept | aggregation.rule.init(adapter, ranks)
         kept = kept | (aggregation.uplink.init_kept(adapter, clients) if aggregation.uplink else {})
+        kept |= aggregation.privacy.init_kept() if aggregation.privacy else {}
+        kept |= aggregation.local_privacy.init_kept(clients) if aggregation.local_privacy else {}
     number, data = jnp.int32(0), jax.random.key_data(key)
     return ServerState(adapter, moments, algorithm_state, number, data, kept)
 
@@ -185,6 +248,7 @@ def end_round(
     reduced: Any,
     clients: Sequence[int] = (),
     starts: Adapter | None = None,
+    factor: float | np.ndarray | None = None,
 ) -> Aggregated:
     """Finishes the reduction and takes one server step, and tells what it found.
 
@@ -193,16 +257,28 @@ def end_round(
             (adapters [C, ...], weight [C]).
         clients: the cohort's ids, where the aggregation collects.
         starts: what clients started from, leaves [C, ...]; None: the global adapter.
+        factor: what the reduced update is multiplied by, or where the aggregation collects each
+            client's, float[C]; None: nothing.
     """
     kept = state.aggregation_state
     if aggregation.collects:
-        return _on_host(aggregation, state, reduced, clients, starts)
+        return _on_host(aggregation, state, reduced, clients, starts, factor)
     sends = aggregation.rule.sends(int(state.round) + 1)
     bare = dataclasses.replace(state, aggregation_state={})
     metrics = {}
     if isinstance(aggregation.reducer, Metered):
         metrics = exactness.metrics(to_host(_squares(aggregation.reducer, reduced, state.lora)))
-    after, change = _finish_and_step(aggregation, sends, bare, reduced)
+    if aggregation.privacy is not None:
+        update, mass = to_host(_finish(aggregation.reducer, reduced, state.lora))
+        total = jax.tree.map(lambda x: np.asarray(x, np.float64) * float(mass), update)
+        rule, number = aggregation.rule, int(state.round) + 1
+        size = int(_travels(vectors.add_axis(total), rule, number).sum())
+        update, told, kept = aggregation.privacy.add_noise(rule.sent(total, number), size, kept)
+        after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(1), sends)
+        metrics |= told
+    else:
+        scale = None if factor is None else np.asarray(factor, np.float32)
+        after, change = _finish_and_step(aggregation, sends, bare, reduced, scale)
     return Aggregated(dataclasses.replace(after, aggregation_state=kept), change, metrics, [])
 
 
@@ -236,9 +312,16 @@ _compiled_step = jax.jit(server_step, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _finish_and_step(aggregation, sends, state, reduced):
-    finished = aggregation.reducer.finish(reduced, state.lora)
-    return server_step(aggregation, state, *finished, sends)
+def _finish_and_step(aggregation, sends, state, reduced, factor=None):
+    update, mass = aggregation.reducer.finish(reduced, state.lora)
+    if factor is not None:
+        update = jax.tree.map(lambda x: factor * x, update)
+    return server_step(aggregation, state, update, mass, sends)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(reducer, reduced, start):
+    return reducer.finish(reduced, start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -260,23 +343,44 @@ def _held(new: Any, old: Any, sends: str) -> Any:
 # Where every client's adapter is on the host
 
 
-def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
+def _on_host(aggregation, state, collected, clients, starts, factor) -> Aggregated:
     """Attack, rejection, transforms, reducer, LoRA rule and server step, in numpy."""
     adapters, weight = to_host(collected)
     start = to_host(state.lora)
     if starts is None:
         starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, adapters)
     ids = np.asarray(clients if len(clients) else range(len(weight)))
-    received = _receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
-    updates, weight, metrics, rejected, kept = received
+    received = receive(aggregation, adapters, starts, np.asarray(weight), ids, state)
+    return conclude(aggregation, state, start, starts, ids, received, factor)
+
+
+def conclude(
+    aggregation: Aggregation,
+    state: ServerState,
+    start: Adapter,
+    starts: Adapter,
+    ids: np.ndarray,
+    received: Received,
+    factor: float | np.ndarray | None = None,
+) -> Aggregated:
+    """Takes the server's step of what it has received.
+
+    Args: start: the global adapter, on the host; starts, factor: as for `end_round`; ids: int[C].
+    """
+    updates, weight, metrics, rejected, kept, below = received
+    if factor is not None:
+        scale = lambda x: np.reshape(factor, (-1, *[1] * (x.ndim - 1))) * np.asarray(x, np.float64)
+        updates = jax.tree.map(scale, updates)
     if aggregation.root is not None:
         root = ids == aggregation.root
         kept["root"] = jax.tree.map(lambda x: x[0], vectors.take(updates, root))
         weight = np.where(root, 0.0, weight)
     active = weight > 0
+    private = aggregation.privacy is not None  # every round then counts, an empty one too
     failed = active.any() and active.sum() < aggregation.reducer.fewest
-    metrics["round/failed"] = float(failed or (not active.any() and bool(rejected)))
-    if failed or not active.any():
+    failed = not private and (failed or (not active.any() and bool(rejected)))
+    metrics["round/failed"] = float(failed)
+    if failed or not (private or active.any()):
         kept.pop("root", None)
         after = dataclasses.replace(state, round=state.round + 1, aggregation_state=kept)
         return Aggregated(after, np.float32(0), metrics, rejected)
@@ -288,32 +392,51 @@ def _on_host(aggregation, state, collected, clients, starts) -> Aggregated:
         ids[active], own(starts), own(updates), shares, even, aggregation.scale, aggregation.rate,
         number,
     )  # fmt: skip
-    if not aggregation.rule.personal:
+    if active.any() and not aggregation.rule.personal:
         metrics |= exactness.metrics(exactness.squares(uploads))
-    after, change, kept = step(aggregation, state, start, uploads, weight[active], kept)
+    if private:
+        after, change, kept, told = _private_step(
+            aggregation, state, start, uploads, weight[active], below[active], kept
+        )
+        metrics |= told
+    else:
+        after, change, kept = step(aggregation, state, start, uploads, weight[active], kept)
     kept.pop("root", None)
     after = dataclasses.replace(after, aggregation_state=kept)
     return Aggregated(after, change, metrics, rejected)
 
 
-def _receive(aggregation, adapters, starts, weight, ids, state):
-    """What the server has of a cohort: updates and weights without those that are not finite.
+def receive(
+    aggregation: Aggregation,
+    adapters: Adapter,
+    starts: Adapter,
+    weight: np.ndarray,
+    ids: np.ndarray,
+    state: ServerState,
+) -> Received:
+    """Sends a cohort's updates up: attack, compression, rejection, and the reducer's transforms.
 
-    Returns: updates, leaves float32[C, ...]; weight float64[C]; metrics; ids that were rejected;
-        what is kept.
+    Args: adapters, starts: leaves [C, ...], on the host; weight: float[C]; ids: int[C].
     """
     updates = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), adapters, starts)
     number, kept = int(state.round) + 1, dict(state.aggregation_state)
     active, metrics = (weight > 0) & (ids != aggregation.root), {}
+    honest, below = active, np.ones(len(ids), bool)
     if aggregation.attack is not None and active.any():
         own = vectors.take(updates, active)
         sent, bad = aggregation.attack(own, weight[active], ids[active], number)
         metrics["attack/weight_share"] = float(weight[active][bad].sum() / weight[active].sum())
         updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
+        honest = active & ~_put(active, active, bad)
+    if aggregation.counts_everybody:
+        updates, below = _protected(aggregation, updates, honest, ids, number, kept)
+    if aggregation.local_privacy is not None:
+        told, kept = aggregation.local_privacy.count(ids[ids != aggregation.root], kept)
+        metrics |= told
     if aggregation.uplink is not None and active.any():
         own, travels = (
             vectors.take(updates, active),
-            _travels(updates, aggregation.rule.sends(number)),
+            _travels(updates, aggregation.rule, number),
         )
         sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
         metrics["round/compression_error"] = lost
@@ -323,20 +446,41 @@ def _receive(aggregation, adapters, starts, weight, ids, state):
     if not accepted.all():  # by selection: 0 times NaN is NaN
         zero = lambda x: np.where(accepted.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros_like(x))
         updates = jax.tree.map(zero, updates)
-    # the clip that counts: attackers leave out their own, and rounding may lengthen a vector
-    if aggregation.reducer.transforms:
+    # the clip that counts: attackers leave out their own, and rounding may lengthen a vector. Behind
+    # masks there is nothing to clip
+    if aggregation.reducer.transforms and len(ids) and aggregation.secure_sum is None:
         clip = lambda update: aggregation.transformed(update, aggregation.reducer.transforms)
         updates = to_host(jax.vmap(clip)(updates))
     metrics["round/rejected"] = float(len(rejected))
     weight = np.where(accepted, weight, 0.0).astype(np.float64)
-    return updates, weight, metrics, rejected, kept
+    return Received(updates, weight, metrics, rejected, kept, below)
 
 
-def _travels(updates: Any, sends: str) -> np.ndarray:
+def _protected(aggregation, updates, honest, ids, number, kept):
+    """Updates as they leave clients: the honest ones clip what they send, and may add noise.
+
+    Returns: updates, likewise; bool[C], whose norm was within the bound before.
+    """
+    rule, local = aggregation.rule, aggregation.local_privacy
+    bound = float(kept["bound"]) if local is None else local.clip
+    sent = travels = rule.sent(updates, number)
+    below = np.sqrt(vectors.squared_norms(sent)) <= bound
+    if local is None and aggregation.secure_sum is not None:  # S is of what the server sums
+        size = int(_travels(updates, rule, number).sum())
+        bound = max(0.0, bound - aggregation.secure_sum.rounding(size))
+    own = clipped(vectors.take(sent, honest), bound)
+    if local is not None:
+        own = local.add_noise(own, ids[honest], number)
+    sent = jax.tree.map(lambda x, y: _put(x, honest, y), sent, own)
+    stays = jax.tree.map(np.subtract, updates, travels)
+    return jax.tree.map(np.add, sent, stays), below
+
+
+def _travels(updates: Any, rule: LoraRule, round: int) -> np.ndarray:
     """Which numbers of a flattened update are sent, bool[d]."""
     one = jax.tree.map(lambda x: np.ones(x.shape[1:], bool), updates)
-    kept = one if sends == "ab" else only(one, sends)
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(kept)]).astype(bool)
+    sent = rule.sent(one, round)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(sent)]).astype(bool)
 
 
 def _put(x: np.ndarray, where: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -358,12 +502,29 @@ def _shares(reducer, updates, weight) -> tuple[np.ndarray, np.ndarray]:
 def _linear_step(aggregation, state, start, uploads, weight, kept):
     """The reducer's update of the factors that were sent, then the server optimiser's step."""
     rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    updates = uploads.updates if sends == "ab" else only(uploads.updates, sends)
-    ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
-    update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
+    updates, secure = rule.sent(uploads.updates, uploads.round), aggregation.secure_sum
+    if secure is None:
+        ended = jax.tree.map(lambda x, y: np.asarray(x, np.float64) + y, start, updates)
+        update, mass, kept = aggregation.reducer.reduce(ended, weight, start, kept)
+    else:
+        mass = secure.mass(weight, uploads.round)
+        total = secure.total(weight, updates, uploads.round)
+        update = jax.tree.map(lambda x: x / mass, total)
     bare = dataclasses.replace(state, aggregation_state={})
     after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(mass), sends)
     return after, change, rule.remember(uploads, after.lora, kept)
+
+
+def _private_step(aggregation, state, start, uploads, weight, below, kept):
+    """The noisy mean of the factors that were sent, then the server optimiser's step."""
+    rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
+    size = int(_travels(uploads.updates, rule, uploads.round).sum())
+    update, told, kept = aggregation.privacy.release(
+        rule.sent(uploads.updates, uploads.round), weight, below, size, kept, aggregation.secure_sum
+    )
+    bare, mass = dataclasses.replace(state, aggregation_state={}), np.float32(1)
+    after, change = _compiled_step(aggregation, bare, as_float32(update), mass, sends)
+    return after, change, rule.remember(uploads, after.lora, kept), told
 
 
 def _rule_step(aggregation, state, start, uploads, weight, kept):

@@ -4,6 +4,7 @@ A cohort's updates are a tree with leaves [n, ...]. Work goes leaf by leaf, so t
 leaf of all clients is copied.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 
 def rows(leaf: Any) -> np.ndarray:
     """Returns a leaf as float64[n, numbers]."""
-    return np.asarray(leaf, np.float64).reshape(len(leaf), -1)
+    leaf = np.asarray(leaf, np.float64)
+    return leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))
 
 
 def squared_norms(updates: Any) -> np.ndarray:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spear_jax.core.errors import UserError
 from spear_jax.experiment.export import whole_adapter
-from spear_jax.federated.aggregation import exactness, low_rank
+from spear_jax.federated.aggregation import exactness, low_rank, vectors
 from spear_jax.federated.aggregation.lora_rules import LORA_RULES
 from spear_jax.federated.aggregation.lora_rules.base import base_bytes, sliced
 from spear_jax.federated.aggregation.lora_rules.hetlora import HetLoRA, tail_norm
@@ -100,6 +101,48 @@ def test_fedsa_averages_a_and_every_client_keeps_its_b(vector, adapter):
     assert not np.any(done.state.lora.q.b) and not np.any(kept["b"]["q"][3])
     own = rule("fedsa").policies(done.state.lora, kept)
     near(own[1].q.a @ own[1].q.b, np.array(want["a"]) @ np.array(given["b"][1])[None])
+
+
+def test_fedper_averages_the_first_layers_and_every_client_keeps_the_last():
+    """Three layers, of which one stays; the last client did not train."""
+    rng = np.random.default_rng(0)
+    a, b = np.float32(rng.normal(size=(3, 3, 4, 2))), np.float32(rng.normal(size=(3, 3, 2, 5)))
+    start = Adapter(q=LowRank(a[2] + 1, b[2] - 1))
+    weight, ruled = np.array([1.0, 3.0, 0.0]), Aggregation(rule=rule("fedper"))
+    done = aggregated(ruled, Adapter(q=LowRank(a, b)), weight, start)
+    for new, own, first in (
+        (done.state.lora.q.a, a, start.q.a),
+        (done.state.lora.q.b, b, start.q.b),
+    ):
+        near(new[:2], (own[0, :2] + 3 * own[1, :2]) / 4)
+        np.testing.assert_array_equal(new[2], first[2])
+    kept = done.state.aggregation_state["own"]
+    near(kept.q.a[:2, 0], a[:2, 2])
+    np.testing.assert_array_equal(kept.q.b[2, 0], start.q.b[2])
+    second = rule("fedper").policies(done.state.lora, {"own": kept})[1]
+    near(second.q.a[2], a[1, 2])
+    near(second.q.a[:2], done.state.lora.q.a[:2])
+    sizes = rule("fedper", personal_layers=2)
+    one = 4 * 2 * (4 + 5)  # of a layer
+    assert sizes.bytes_up(start, 2, 1) == sizes.bytes_down(start, 2, 1, {}) == one
+    assert sizes.own_bytes(start, 2) == 2 * one
+    with pytest.raises(UserError, match="personal_layers is 3, but the adapter has 3 layers"):
+        rule("fedper", personal_layers=3).own_bytes(start, 2)
+
+
+@pytest.mark.parametrize("name", ["fedsa", "fedper"])
+def test_what_stays_takes_no_part_in_norms(name):
+    """A huge own part is not clipped, and does not shorten what is sent."""
+    made = Aggregation(rule=rule(name), reducer=NormClip(1.0))
+    rng = np.random.default_rng(1)
+    update = Adapter(q=LowRank(*(np.float32(rng.normal(size=s)) for s in ((3, 4, 2), (3, 2, 5)))))
+    sent = made.rule.sent(update, 1)
+    larger = jax.tree.map(lambda x, s: s + 1e3 * (x - s), update, sent)
+    zero = jax.tree.map(np.zeros_like, update)
+    clipped = made.transform(zero, larger)
+    near(vectors.squared_norms(vectors.add_axis(made.rule.sent(clipped, 1)))[0], 1.0)
+    for x, big, s in zip(*map(jax.tree.leaves, (clipped, larger, sent)), strict=True):
+        np.testing.assert_array_equal(np.where(s == 0, x, 0), np.where(s == 0, big, 0))
 
 
 def test_what_a_client_keeps_is_not_clipped(adapter):
@@ -367,6 +410,8 @@ def test_bytes_of_every_rule_are_those_of_the_table(vector, adapter):
     m, n, r, active = (given[name] for name in ("m", "n", "rank", "active"))
     like = adapter(np.zeros((m, r)), np.zeros((r, n)))
     for name, kind in LORA_RULES.items():
+        if name == "fedper":  # by hand, above
+            continue
         made = rule(name, rank=given["residual_rank"]) if name == "fedex_truncated" else kind()
         kept = made.init(like, np.full(active, r))
         if made.changes_base:  # of one round with all of them

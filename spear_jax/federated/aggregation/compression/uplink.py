@@ -19,11 +19,13 @@ class Uplink:
     Attributes:
         compressor: encodes and decodes.
         error_feedback: whether a client keeps what was lost, and adds it to its next update.
+        together: whether all clients of a round have one stream, so that their codes can be summed.
         seed: of the rounding; a client's stream in a round depends on nothing else.
     """
 
     compressor: Compressor
     error_feedback: bool = False
+    together: bool = False
     seed: int = 0
 
     def init_kept(self, adapter: Any, clients: int) -> dict[str, Any]:
@@ -51,7 +53,8 @@ class Uplink:
             x = row[sent] + (0.0 if memory is None else memory[client][sent])
             if not np.isfinite(x).all():  # top-k would hide it; it is to be rejected
                 continue
-            code = self.compressor.encode(x, path_rng(self.seed, QUANTISE, round, int(client)))
+            path = (round,) if self.together else (round, int(client))
+            code = self.compressor.encode(x, path_rng(self.seed, QUANTISE, *path))
             row[sent] = self.compressor.decode(code, len(x))
             lost = x - row[sent]
             errors.append(float(np.linalg.norm(lost) / (np.linalg.norm(x) or 1.0)))

@@ -109,6 +109,17 @@ class LoraRule(abc.ABC):
         """Returns the factors that clients send."""
         return self.trains(round)
 
+    def sent(self, update: Any, round: int) -> Any:
+        """Returns an update with zeros in what stays with its client. Args: update: leaves [..., L',
+        in, out].
+        """
+        sends = self.sends(round)
+        return update if sends == "ab" else only(update, sends)
+
+    def own_bytes(self, adapter: Adapter, rank: int) -> int:
+        """Returns the bytes that are kept for each client of the population; where `personal`."""
+        return 0
+
     def init(self, adapter: Adapter, ranks: np.ndarray) -> Kept:
         """Returns what is kept before round 1. Args: ranks: int[K], of all clients."""
         mixed = ranks.min() < rank_of(adapter)

@@ -51,5 +51,8 @@ class FedSA(LoraRule):
         mine = self.starts(adapter, kept, list(range(count)))
         return [jax.tree.map(lambda x, c=c: x[c], mine) for c in range(count)]
 
+    def own_bytes(self, adapter: Adapter, rank: int) -> int:
+        return factor_bytes(adapter, rank, "b")
+
     def bytes_down(self, adapter: Adapter, rank: int, round: int, kept: Kept) -> int:
         return factor_bytes(adapter, rank, "a")

@@ -1,0 +1,1 @@
+"""Differential privacy of whole clients: noise, clipping, and the account of what a run reveals."""
