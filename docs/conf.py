@@ -25,6 +25,7 @@ nb_execution_mode = "off"  # notebooks carry their output
 nb_merge_streams = True
 smartquotes = False  # two hyphens are an option of a command
 
+autodoc_mock_imports = ["flwr"]  # the site is built without the extra
 autodoc_member_order = "bysource"
 toc_object_entries = False  # the tree of pages beside each page would list 1,500 functions
 autodoc_typehints = "none"  # shapes and dtypes, which matter here, stand in the text
