@@ -389,7 +389,8 @@ def flush(
     starts = rule.starts(start, state.aggregation_state, ids) if rule.personal else None
     if starts is None:
         starts = jax.tree.map(lambda x, many: np.broadcast_to(x, many.shape), start, updates)
-    received = Received(updates, weight, {}, [], dict(state.aggregation_state))
+    everybody = np.ones(len(ids), bool)
+    received = Received(updates, weight, {}, [], dict(state.aggregation_state), everybody)
     return conclude(
         federation.aggregation, state, start, starts, np.asarray(ids), received, given.shrink(age)
     )

@@ -666,7 +666,7 @@ def train_nobody(
         reduced=reduced,
         algorithm_state=algorithm_state,
         means={NOT_FINITE: Mean(jnp.float32(0), jnp.float32(0))},
-        metrics=metrics,
+        metrics=metrics | federation.worker.feedback.take_metrics(),
         traces=[],
         learning_rate=federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
         starts=None,

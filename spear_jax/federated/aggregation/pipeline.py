@@ -271,10 +271,10 @@ def end_round(
     if aggregation.privacy is not None:
         update, mass = to_host(_finish(aggregation.reducer, reduced, state.lora))
         total = jax.tree.map(lambda x: np.asarray(x, np.float64) * float(mass), update)
-        rule, number = aggregation.rule, int(state.round) + 1
-        size = int(_travels(vectors.add_axis(total), rule, number).sum())
-        update, told, kept = aggregation.privacy.add_noise(rule.sent(total, number), size, kept)
-        after, change = _compiled_step(aggregation, bare, as_float32(update), np.float32(1), sends)
+        total = aggregation.rule.sent(total, int(state.round) + 1)
+        size = int(_travels(vectors.add_axis(total), aggregation.rule, int(state.round) + 1).sum())
+        released = aggregation.privacy.add_noise(total, size, kept)
+        after, change, kept, told = _noisy_step(aggregation, bare, released)
         metrics |= told
     else:
         scale = None if factor is None else np.asarray(factor, np.float32)
@@ -463,17 +463,17 @@ def _protected(aggregation, updates, honest, ids, number, kept):
     """
     rule, local = aggregation.rule, aggregation.local_privacy
     bound = float(kept["bound"]) if local is None else local.clip
-    sent = travels = rule.sent(updates, number)
+    sent = rule.sent(updates, number)
     below = np.sqrt(vectors.squared_norms(sent)) <= bound
     if local is None and aggregation.secure_sum is not None:  # S is of what the server sums
         size = int(_travels(updates, rule, number).sum())
         bound = max(0.0, bound - aggregation.secure_sum.rounding(size))
+    stays = jax.tree.map(np.subtract, updates, sent)
     own = clipped(vectors.take(sent, honest), bound)
     if local is not None:
-        own = local.add_noise(own, ids[honest], number)
-    sent = jax.tree.map(lambda x, y: _put(x, honest, y), sent, own)
-    stays = jax.tree.map(np.subtract, updates, travels)
-    return jax.tree.map(np.add, sent, stays), below
+        own = rule.sent(local.add_noise(own, ids[honest], number), number)
+    put = lambda x, new, rest: _put(x, honest, new) + rest
+    return jax.tree.map(put, sent, own, stays), below
 
 
 def _travels(updates: Any, rule: LoraRule, round: int) -> np.ndarray:
@@ -516,15 +516,23 @@ def _linear_step(aggregation, state, start, uploads, weight, kept):
 
 
 def _private_step(aggregation, state, start, uploads, weight, below, kept):
-    """The noisy mean of the factors that were sent, then the server optimiser's step."""
-    rule, sends = aggregation.rule, aggregation.rule.sends(uploads.round)
-    size = int(_travels(uploads.updates, rule, uploads.round).sum())
-    update, told, kept = aggregation.privacy.release(
-        rule.sent(uploads.updates, uploads.round), weight, below, size, kept, aggregation.secure_sum
-    )
-    bare, mass = dataclasses.replace(state, aggregation_state={}), np.float32(1)
-    after, change = _compiled_step(aggregation, bare, as_float32(update), mass, sends)
+    """The noisy mean of what was sent, then the server optimiser's step."""
+    rule, secure = aggregation.rule, aggregation.secure_sum
+    updates = rule.sent(uploads.updates, uploads.round)
+    bare = dataclasses.replace(state, aggregation_state={})
+    size = int(_travels(updates, rule, uploads.round).sum())
+    released = aggregation.privacy.release(updates, weight, below, size, kept, secure)
+    after, change, kept, told = _noisy_step(aggregation, bare, released)
     return after, change, rule.remember(uploads, after.lora, kept), told
+
+
+def _noisy_step(aggregation, state, released):
+    """The server optimiser's step along what privacy has released; noise stays off the rest."""
+    update, told, kept = released
+    rule, number = aggregation.rule, int(state.round) + 1
+    update = as_float32(rule.sent(update, number))
+    after, change = _compiled_step(aggregation, state, update, np.float32(1), rule.sends(number))
+    return after, change, kept, told
 
 
 def _rule_step(aggregation, state, start, uploads, weight, kept):

@@ -194,6 +194,18 @@ def test_noise_stays_off_the_factor_that_is_not_sent():
     close(own, 101.0, 1e-6)
 
 
+def test_noise_stays_off_the_layers_of_single_clients():
+    ruled = dataclasses.replace(PRIVATE, rule=LORA_RULES["fedper"](personal_layers=1))
+    start = Adapter(q=LowRank(np.ones((2, 3, 1), np.float32), np.ones((2, 1, 1), np.float32)))
+    sent = jax.tree.map(lambda x: 101 * x[None], start), np.ones(1)
+    state = init_server(ruled, start, {}, jax.random.key(0), 9)
+    done = end_round(ruled, state, sent, [4])
+    shared, own = (done.state.lora.q.a[i] for i in (0, 1))
+    assert np.all(np.asarray(shared) != 1) and np.all(np.asarray(own) == 1)
+    assert done.metrics["privacy/snr"] == pytest.approx(0.5 / (0.4 * 2), rel=1e-5)  # d = 3 + 1
+    close(done.state.aggregation_state["own"].q.a[4], 101.0, 1e-6)
+
+
 def test_local_noise_is_the_clients_own():
     local = LocalPrivacy(2.0, 0.5, 1e-3, seed=4)
     aggregation = Aggregation(local_privacy=local)
@@ -207,6 +219,9 @@ def test_local_noise_is_the_clients_own():
     close(theta, np.mean(alone, 0), 1e-6)
     uploads = done.state.aggregation_state["uploads"]
     assert list(np.flatnonzero(uploads)) == [2, 5, 9] and uploads.max() == 1
+    ruled = dataclasses.replace(aggregation, rule=LORA_RULES["fedsa"]())
+    own, _ = ended(ruled, np.ones(3), delta, np.ones(3), [5, 2, 9])
+    close(own.state.aggregation_state["b"]["q"][5], 5.0, 1e-6)  # what stays has no noise
     assert done.metrics["privacy/epsilon"] == local_epsilon(2.0, 1, 1e-3)
     more, _ = ended(aggregation, None, delta[:1], np.ones(1), [5], done.state)
     assert more.metrics["privacy/epsilon"] == local_epsilon(2.0, 2, 1e-3)
