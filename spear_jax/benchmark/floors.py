@@ -224,7 +224,7 @@ def memory_needed(work: Workload, rival: bool) -> int:
         return weights + max(cache, step + logits)
 
     at_once = preset.clients_at_once or preset.clients
-    merged = c.layers * c.size  # a copy of the weights, where generation takes one
+    merged = 2 * c.layers * c.size  # copies of the weights, where generation takes them
     ours = held(preset.clients * preset.prompts, rows * at_once, 0.0) + merged
     full = (c.size + 12) * (rows // 2) * length * model.vocab_size
     return int(ours + (held(preset.prompts, rows // 2, full) if rival else 0.0))

@@ -168,7 +168,7 @@ def _qwen() -> Preset:
     return Preset(
         name="qwen2.5-1.5b", shape=shape, model="", dtype="bfloat16",
         clients=3, prompts=160, right=40, fixed=60, lengths=(119, 60, 232), head=0, new_tokens=256, revisions=60, longer=271,
-        questions=64, wins=16, loses=16, steps=5, rival_remat=True, clients_at_once=0,
+        questions=64, wins=16, loses=16, steps=5, rival_remat=True,
     )  # fmt: skip
 
 
