@@ -17,7 +17,7 @@ from spear_jax.core.mesh import to_host
 from spear_jax.experiment.builder import Experiment
 from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.federation import Federation
-from spear_jax.federated.round import client_round
+from spear_jax.federated.single_client import client_round
 from spear_jax.federated.state import ServerState
 
 NAME = "personal.json"  # of the result, in the run folder

@@ -48,12 +48,12 @@ from spear_jax.federated.round import (
     RoundResult,
     TrainedClients,
     check_finite,
-    join_metrics,
     tell_left_out,
     train_clients,
     with_budget,
 )
 from spear_jax.federated.round_metrics import BudgetUsed, training_metrics
+from spear_jax.federated.single_client import join_metrics
 from spear_jax.federated.state import ServerState
 from spear_jax.models import cost_model
 from spear_jax.models.params import Adapter

@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ from spear_jax.core.types import Cohort, Mean, Tally, TraceRecord
 from spear_jax.federated import cohort_training, ditto
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule, rank_of
 from spear_jax.federated.aggregation.pipeline import Aggregation, end_round
-from spear_jax.federated.aggregation.reducers import Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE, Broadcast, optimiser
 from spear_jax.federated.participation import Outcome
@@ -38,11 +37,9 @@ LOCAL = purpose("local")
 PHASE = purpose("phase")
 
 NOTHING_USED = BudgetUsed()
+
+
 # numbers of clients of which the largest counts, or their sum, where their rounds are joined
-LARGEST = ("time/", "feedback/tokens_of_most")
-SUMMED = ("rollout/tokens", "rollout/wins", "rollout/loses", "feedback/", "round/flops")
-
-
 class RoundResult(NamedTuple):
     """A finished round.
 
@@ -104,37 +101,6 @@ class TrainedClients:
         return len(asked), sum(not trace.first.correct for trace in asked)
 
 
-@dataclasses.dataclass(frozen=True)
-class ClientUpdate:
-    """What one client sends after its round, and what stays with it.
-
-    Attributes:
-        update: θ_k - θ, float32; zeros where the client did not train.
-        weight: its aggregation weight, before the reducer weighs; 0 where its update is not finite.
-        active: whether it had something to train on.
-        counts: training metrics as (total, count), to be added over clients.
-        metrics: numbers of its rollouts by name.
-        answers: (first answers, wrong ones among them), over which clients' fractions are averaged.
-        learning_rate: of the round.
-        gradient: what it sends beside its update (`Drift.gather` of it alone); None: nothing.
-        personal: its own adapter under Ditto, which does not leave it; None: it has none.
-        client_state: its part of the algorithm's state, which never leaves it.
-        traces: what was said, which does not leave it either.
-    """
-
-    update: Adapter
-    weight: float
-    active: bool
-    counts: dict[str, Mean]
-    metrics: dict[str, float]
-    answers: tuple[int, int]
-    learning_rate: float
-    client_state: dict
-    traces: list[TraceRecord]
-    gradient: Any = None
-    personal: Adapter | None = None
-
-
 def run_round(federation: Federation, state: ServerState, used: BudgetUsed) -> RoundResult:
     """Runs the next round. Args: used: what the run has used before it."""
     cohort = federation.cohort(int(state.round) + 1)
@@ -188,10 +154,12 @@ def round_of(
     root = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
     train = train_clients if cohort.clients else train_nobody
     trained = train(federation, aggregation, start, state.algorithm_state, cohort, root, used, kept)
-    return _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
+    return end_cohort(
+        federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
+    )
 
 
-def _end(
+def end_cohort(
     federation: Federation,
     aggregation: Aggregation,
     state: ServerState,
@@ -342,166 +310,6 @@ def tell_left_out(round: int, clients: list[int]) -> None:
     if clients and is_main_process():
         names = ", ".join(map(str, clients))
         say(f"warning: round {round}: not finite, and left out: client {names}", sys.stderr)
-
-
-def client_round(
-    federation: Federation,
-    adapter: Adapter,
-    algorithm_state: dict,
-    client: int,
-    round: int,
-    key: jax.Array,
-    used: BudgetUsed = NOTHING_USED,
-    kept: dict[str, Any] = {},  # noqa: B006 (never changed)
-) -> ClientUpdate:
-    """Runs one client's round by itself, as a real device would.
-
-    The weighted mean of all clients' updates is the round's update (`run_round` computes the same
-    for a whole cohort in one program). One departure: IRIS measures its gap on this client alone.
-
-    Args:
-        adapter: the global adapter θ.
-        algorithm_state: the server's part and this client's own.
-        round: 1-based.
-        key: the run's root key.
-        used: what the run has used before the round; it sets the learning rate.
-        kept: the server's `aggregation_state`.
-    """
-    cohort = federation.cohort_of([client], round)
-    whole, federation = federation.aggregation, federation.on_base(kept)
-    alone = Aggregation(_Alone(), transforms=whole.client_transforms, drift=whole.drift)
-    start = federation.on_devices(adapter)
-    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
-    began = start
-    if trained.starts is not None:
-        began = jax.tree.map(lambda x: x[0], trained.starts)
-    update, mass = alone.reducer.finish(trained.reduced, began)
-    return ClientUpdate(
-        update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
-        weight=0.0 if trained.not_finite else float(trained.method_weight[0]),
-        active=bool(trained.active[0]),
-        counts=trained.means,
-        metrics=trained.metrics,
-        answers=trained.answers,
-        learning_rate=trained.learning_rate,
-        client_state={
-            name: trained.algorithm_state[name] for name in federation.algorithm.client_state
-        },
-        traces=trained.traces,
-        gradient=trained.gathered,
-        personal=trained.personal and jax.tree.map(lambda x: x[0], trained.personal[0]),
-    )
-
-
-def join_updates(
-    federation: Federation,
-    state: ServerState,
-    used: BudgetUsed,
-    cohort: Cohort,
-    updates: Mapping[int, ClientUpdate],
-) -> RoundResult:
-    """Ends a round of clients that trained by themselves (`client_round`), as a real server would.
-
-    The clients that sent nothing do not count. The state's parts of clients stay as they are.
-
-    Args: updates: by client, of some of the cohort, at least one.
-    """
-    own = [updates[client] for client in cohort.clients if client in updates]
-    cohort = federation.cohort_of([c for c in cohort.clients if c in updates], cohort.round)
-    aggregation, start = federation.aggregation, federation.on_devices(state.lora)
-    active = np.array([one.active for one in own])
-    left_out = [
-        c for c, one in zip(cohort.clients, own, strict=True) if one.counts[NOT_FINITE].total
-    ]
-    raw = np.array([one.weight for one in own])
-    weight = np.asarray(aggregation.weights(raw, active), np.float32)
-    weight = np.where(np.isin(cohort.clients, left_out), np.float32(0), weight)
-    reduced = _reduced(aggregation, start, [one.update for one in own], weight)
-    trained = TrainedClients(
-        reduced,
-        state.algorithm_state,
-        jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
-        join_metrics(own),
-        [record for one in own for record in one.traces],
-        own[0].learning_rate,
-        starts=None,
-        gathered=None,
-        personal=None,
-        weight=weight,
-        method_weight=raw,
-        steps=np.full(len(own), federation.algorithm.common.steps),
-        not_finite=left_out,
-        outcome=None,
-        active=active,
-        sent=active,
-    )
-    result = _end(federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained)
-    check_finite(result.metrics, cohort.round)
-    return with_budget(result, used)
-
-
-def _reduced(
-    aggregation: Aggregation, start: Adapter, updates: Sequence[Adapter], weight: np.ndarray
-) -> Any:
-    """Adds clients one by one, as a cohort's program does; collects them where the aggregation does.
-
-    Args: weight: float32[C].
-    """
-    adapter = lambda update: jax.tree.map(jnp.add, start, update)
-    if aggregation.collects:
-        stack = lambda *x: np.stack(x)
-        return jax.tree.map(stack, *(to_host(adapter(update)) for update in updates)), weight
-    reduced = aggregation.reducer.init(start)
-    for update, mass in zip(updates, weight, strict=True):
-        one = jax.tree.map(lambda x: x[None], adapter(update))
-        reduced = _add(aggregation.reducer, reduced, one, mass[None])
-    return reduced
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
-    return reducer.add(state, adapters, weight)
-
-
-def join_metrics(updates: Sequence[ClientUpdate | TrainedClients]) -> dict[str, float]:
-    """Joins numbers of rollouts: counts are summed, fractions averaged over first answers (over the
-    wrong ones for what was fixed), and of LARGEST the largest is taken.
-    """
-    metrics = {}
-    for name in sorted({name for one in updates for name in one.metrics}):
-        known = [one for one in updates if name in one.metrics]
-        values = [one.metrics[name] for one in known]
-        if name.startswith(LARGEST):
-            metrics[name] = max(values)
-        elif name.startswith(SUMMED):
-            metrics[name] = float(np.sum(values))
-        else:
-            mass = [one.answers[name == "rollout/fixed"] for one in known]
-            metrics[name] = float(np.average(values, weights=mass if any(mass) else None))
-    return metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class _Alone(Reducer):
-    """The adapter of a cohort of one."""
-
-    def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
-        return active.astype(np.float32)
-
-    def init(self, start: Adapter) -> Any:
-        return jax.tree.map(jnp.zeros_like, start), jnp.float32(0)
-
-    def add(self, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
-        total, mass = state
-        chosen = lambda total, x: total + jnp.tensordot(weight, x, axes=1)
-        return jax.tree.map(chosen, total, adapters), mass + weight.sum()
-
-    def merge(self, states: Any) -> Any:
-        return jax.tree.map(lambda x: x.sum(0), states)
-
-    def finish(self, state: Any, start: Adapter) -> tuple[Adapter, jax.Array]:
-        total, mass = state
-        return jax.tree.map(jnp.subtract, total, start), mass
 
 
 def train_clients(

@@ -18,8 +18,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from spear_jax.core import pytrees
 from spear_jax.core.types import Mean
 from spear_jax.federated.local_training import NOT_FINITE
-from spear_jax.federated.round import ClientUpdate
 from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.federated.single_client import ClientUpdate
 from spear_jax.flower import PROTOCOL
 from spear_jax.models.params import Adapter
 

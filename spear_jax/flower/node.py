@@ -26,7 +26,7 @@ from spear_jax.core.files import write_whole, writing
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.run import view_of
 from spear_jax.experiment.run_logger import write_traces
-from spear_jax.federated.round import ClientUpdate, client_round
+from spear_jax.federated.single_client import ClientUpdate, client_round
 from spear_jax.flower import messages
 from spear_jax.flower.terms import Terms, client_of, folder_of, with_own
 

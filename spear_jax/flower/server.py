@@ -21,8 +21,9 @@ from spear_jax.core.mesh import to_host
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.run import Run
-from spear_jax.federated.round import ClientUpdate, RoundResult, join_updates
+from spear_jax.federated.round import RoundResult
 from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.federated.single_client import ClientUpdate, join_updates
 from spear_jax.flower import messages
 from spear_jax.flower.messages import Refused, Request
 from spear_jax.flower.terms import Terms

@@ -18,8 +18,8 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.types import Mean
 from spear_jax.experiment.run import Run
 from spear_jax.federated.local_training import NOT_FINITE
-from spear_jax.federated.round import ClientUpdate
 from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.federated.single_client import ClientUpdate
 from spear_jax.flower import messages, node, server
 from spear_jax.flower.__main__ import main
 from spear_jax.flower.terms import Terms, with_own

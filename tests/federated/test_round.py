@@ -9,8 +9,9 @@ from small_cohort import close
 import spear_jax as sj
 from spear_jax.core.types import Mean
 from spear_jax.experiment.builder import build
-from spear_jax.federated.round import client_round, join_updates, run_round
+from spear_jax.federated.round import run_round
 from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.federated.single_client import client_round, join_updates
 
 SMALL = {
     "federation.num_clients": 3,

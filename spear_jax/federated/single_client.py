@@ -1,0 +1,229 @@
+"""The round of one client by itself, as a real device runs it, and the round that such clients make.
+
+update = client_round(federation, adapter, algorithm_state, client, round, key)
+result = join_updates(federation, state, used, cohort, {client: update, ...})
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spear_jax.core.mesh import to_host
+from spear_jax.core.types import Cohort, Mean, TraceRecord
+from spear_jax.federated.aggregation.pipeline import Aggregation
+from spear_jax.federated.aggregation.reducers import Reducer
+from spear_jax.federated.federation import Federation
+from spear_jax.federated.local_training import NOT_FINITE
+from spear_jax.federated.round import (
+    NOTHING_USED,
+    RoundResult,
+    TrainedClients,
+    check_finite,
+    end_cohort,
+    train_clients,
+    with_budget,
+)
+from spear_jax.federated.round_metrics import BudgetUsed
+from spear_jax.federated.state import ServerState
+from spear_jax.models.params import Adapter
+
+LARGEST = ("time/", "feedback/tokens_of_most")
+SUMMED = ("rollout/tokens", "rollout/wins", "rollout/loses", "feedback/", "round/flops")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends after its round, and what stays with it.
+
+    Attributes:
+        update: θ_k - θ, float32; zeros where the client did not train.
+        weight: its aggregation weight, before the reducer weighs; 0 where its update is not finite.
+        active: whether it had something to train on.
+        counts: training metrics as (total, count), to be added over clients.
+        metrics: numbers of its rollouts by name.
+        answers: (first answers, wrong ones among them), over which clients' fractions are averaged.
+        learning_rate: of the round.
+        gradient: what it sends beside its update (`Drift.gather` of it alone); None: nothing.
+        personal: its own adapter under Ditto, which does not leave it; None: it has none.
+        client_state: its part of the algorithm's state, which never leaves it.
+        traces: what was said, which does not leave it either.
+    """
+
+    update: Adapter
+    weight: float
+    active: bool
+    counts: dict[str, Mean]
+    metrics: dict[str, float]
+    answers: tuple[int, int]
+    learning_rate: float
+    client_state: dict
+    traces: list[TraceRecord]
+    gradient: Any = None
+    personal: Adapter | None = None
+
+
+def client_round(
+    federation: Federation,
+    adapter: Adapter,
+    algorithm_state: dict,
+    client: int,
+    round: int,
+    key: jax.Array,
+    used: BudgetUsed = NOTHING_USED,
+    kept: dict[str, Any] = {},  # noqa: B006 (never changed)
+) -> ClientUpdate:
+    """Runs one client's round by itself, as a real device would.
+
+    The weighted mean of all clients' updates is the round's update (`run_round` computes the same
+    for a whole cohort in one program). One departure: IRIS measures its gap on this client alone.
+
+    Args:
+        adapter: the global adapter θ.
+        algorithm_state: the server's part and this client's own.
+        round: 1-based.
+        key: the run's root key.
+        used: what the run has used before the round; it sets the learning rate.
+        kept: the server's `aggregation_state`.
+    """
+    cohort = federation.cohort_of([client], round)
+    whole, federation = federation.aggregation, federation.on_base(kept)
+    alone = Aggregation(_Alone(), transforms=whole.client_transforms, drift=whole.drift)
+    start = federation.on_devices(adapter)
+    trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
+    began = start
+    if trained.starts is not None:
+        began = jax.tree.map(lambda x: x[0], trained.starts)
+    update, mass = alone.reducer.finish(trained.reduced, began)
+    return ClientUpdate(
+        update=update if float(mass) else jax.tree.map(jnp.zeros_like, start),
+        weight=0.0 if trained.not_finite else float(trained.method_weight[0]),
+        active=bool(trained.active[0]),
+        counts=trained.means,
+        metrics=trained.metrics,
+        answers=trained.answers,
+        learning_rate=trained.learning_rate,
+        client_state={
+            name: trained.algorithm_state[name] for name in federation.algorithm.client_state
+        },
+        traces=trained.traces,
+        gradient=trained.gathered,
+        personal=trained.personal and jax.tree.map(lambda x: x[0], trained.personal[0]),
+    )
+
+
+def join_updates(
+    federation: Federation,
+    state: ServerState,
+    used: BudgetUsed,
+    cohort: Cohort,
+    updates: Mapping[int, ClientUpdate],
+) -> RoundResult:
+    """Ends a round of clients that trained by themselves (`client_round`), as a real server would.
+
+    The clients that sent nothing do not count. The state's parts of clients stay as they are.
+
+    Args: updates: by client, of some of the cohort, at least one.
+    """
+    own = [updates[client] for client in cohort.clients if client in updates]
+    cohort = federation.cohort_of([c for c in cohort.clients if c in updates], cohort.round)
+    aggregation, start = federation.aggregation, federation.on_devices(state.lora)
+    active = np.array([one.active for one in own])
+    left_out = [
+        c for c, one in zip(cohort.clients, own, strict=True) if one.counts[NOT_FINITE].total
+    ]
+    raw = np.array([one.weight for one in own])
+    weight = np.asarray(aggregation.weights(raw, active), np.float32)
+    weight = np.where(np.isin(cohort.clients, left_out), np.float32(0), weight)
+    reduced = _reduced(aggregation, start, [one.update for one in own], weight)
+    trained = TrainedClients(
+        reduced,
+        state.algorithm_state,
+        jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
+        join_metrics(own),
+        [record for one in own for record in one.traces],
+        own[0].learning_rate,
+        starts=None,
+        gathered=None,
+        personal=None,
+        weight=weight,
+        method_weight=raw,
+        steps=np.full(len(own), federation.algorithm.common.steps),
+        not_finite=left_out,
+        outcome=None,
+        active=active,
+        sent=active,
+    )
+    result = end_cohort(
+        federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
+    )
+    check_finite(result.metrics, cohort.round)
+    return with_budget(result, used)
+
+
+def _reduced(
+    aggregation: Aggregation, start: Adapter, updates: Sequence[Adapter], weight: np.ndarray
+) -> Any:
+    """Adds clients one by one, as a cohort's program does; collects them where the aggregation does.
+
+    Args: weight: float32[C].
+    """
+    adapter = lambda update: jax.tree.map(jnp.add, start, update)
+    if aggregation.collects:
+        stack = lambda *x: np.stack(x)
+        return jax.tree.map(stack, *(to_host(adapter(update)) for update in updates)), weight
+    reduced = aggregation.reducer.init(start)
+    for update, mass in zip(updates, weight, strict=True):
+        one = jax.tree.map(lambda x: x[None], adapter(update))
+        reduced = _add(aggregation.reducer, reduced, one, mass[None])
+    return reduced
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
+    return reducer.add(state, adapters, weight)
+
+
+def join_metrics(updates: Sequence[ClientUpdate | TrainedClients]) -> dict[str, float]:
+    """Joins numbers of rollouts: counts are summed, fractions averaged over first answers (over the
+    wrong ones for what was fixed), and of LARGEST the largest is taken.
+    """
+    metrics = {}
+    for name in sorted({name for one in updates for name in one.metrics}):
+        known = [one for one in updates if name in one.metrics]
+        values = [one.metrics[name] for one in known]
+        if name.startswith(LARGEST):
+            metrics[name] = max(values)
+        elif name.startswith(SUMMED):
+            metrics[name] = float(np.sum(values))
+        else:
+            mass = [one.answers[name == "rollout/fixed"] for one in known]
+            metrics[name] = float(np.average(values, weights=mass if any(mass) else None))
+    return metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class _Alone(Reducer):
+    """The adapter of a cohort of one."""
+
+    def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
+        return active.astype(np.float32)
+
+    def init(self, start: Adapter) -> Any:
+        return jax.tree.map(jnp.zeros_like, start), jnp.float32(0)
+
+    def add(self, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
+        total, mass = state
+        chosen = lambda total, x: total + jnp.tensordot(weight, x, axes=1)
+        return jax.tree.map(chosen, total, adapters), mass + weight.sum()
+
+    def merge(self, states: Any) -> Any:
+        return jax.tree.map(lambda x: x.sum(0), states)
+
+    def finish(self, state: Any, start: Adapter) -> tuple[Adapter, jax.Array]:
+        total, mass = state
+        return jax.tree.map(jnp.subtract, total, start), mass
