@@ -377,8 +377,8 @@ def conclude(
         weight = np.where(root, 0.0, weight)
     active = weight > 0
     private = aggregation.privacy is not None  # every round then counts, an empty one too
-    failed = active.any() and active.sum() < aggregation.reducer.fewest
-    failed = not private and (failed or (not active.any() and bool(rejected)))
+    too_few = bool(active.any()) and int(active.sum()) < aggregation.reducer.fewest
+    failed = not private and (too_few or (not active.any() and bool(rejected)))
     metrics["round/failed"] = float(failed)
     if failed or not (private or active.any()):
         kept.pop("root", None)
