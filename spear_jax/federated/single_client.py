@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spear_jax.core import types
 from spear_jax.core.mesh import to_host
-from spear_jax.core.types import Cohort, Mean, TraceRecord
+from spear_jax.core.types import Cohort, TraceRecord
 from spear_jax.federated.aggregation.pipeline import Aggregation
-from spear_jax.federated.aggregation.reducers import Reducer
+from spear_jax.federated.aggregation.reducers import Mean, Reducer
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE
 from spear_jax.federated.round import (
@@ -57,7 +58,7 @@ class ClientUpdate:
     update: Adapter
     weight: float
     active: bool
-    counts: dict[str, Mean]
+    counts: dict[str, types.Mean]
     metrics: dict[str, float]
     answers: tuple[int, int]
     learning_rate: float
@@ -207,23 +208,8 @@ def join_metrics(updates: Sequence[ClientUpdate | TrainedClients]) -> dict[str, 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Alone(Reducer):
-    """The adapter of a cohort of one."""
+class _Alone(Mean):
+    """The mean of a cohort of one: its update, whatever its weight."""
 
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         return active.astype(np.float32)
-
-    def init(self, start: Adapter) -> Any:
-        return jax.tree.map(jnp.zeros_like, start), jnp.float32(0)
-
-    def add(self, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
-        total, mass = state
-        chosen = lambda total, x: total + jnp.tensordot(weight, x, axes=1)
-        return jax.tree.map(chosen, total, adapters), mass + weight.sum()
-
-    def merge(self, states: Any) -> Any:
-        return jax.tree.map(lambda x: x.sum(0), states)
-
-    def finish(self, state: Any, start: Adapter) -> tuple[Adapter, jax.Array]:
-        total, mass = state
-        return jax.tree.map(jnp.subtract, total, start), mass
