@@ -39,7 +39,6 @@ PHASE = purpose("phase")
 NOTHING_USED = BudgetUsed()
 
 
-# numbers of clients of which the largest counts, or their sum, where their rounds are joined
 class RoundResult(NamedTuple):
     """A finished round.
 

@@ -33,6 +33,7 @@ from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.state import ServerState
 from spear_jax.models.params import Adapter
 
+# numbers of clients of which the largest counts, or their sum, where their rounds are joined
 LARGEST = ("time/", "feedback/tokens_of_most")
 SUMMED = ("rollout/tokens", "rollout/wins", "rollout/loses", "feedback/", "round/flops")
 
