@@ -338,10 +338,11 @@ def test_two_people_teach_for_three_rounds(trainer, open_page):
     pages = [open_page("person-0"), open_page("person-1")]
     for round in (1, 2, 3):
         trainer.ask("first?", "second?", "third?", "fourth?", round=round)
-        for key in "rw":  # each answers in turn, and is asked what the other is not
+        for key in "rw":  # each holds a question before one answers, and so answers two
             for page in pages:
                 playwright.expect(page.locator("#card")).not_to_have_attribute("aria-busy", "true")
                 playwright.expect(page.locator("#question")).to_be_visible()
+            for page in pages:
                 page.keyboard.press(key)
         told = [verdict for verdict, _ in trainer.answers(4 * round)[-4:]]
         assert sorted(told) == ["right", "right", "wrong", "wrong"]
