@@ -1,5 +1,7 @@
 """Flower's apps in one process: real messages, taken apart into bytes and put together again.
 
+A node's worker is no process here: tests/commands/test_flower_worker.py has those.
+
 Imported by tests that have made sure of flwr.
 """
 
@@ -10,6 +12,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity
 
 from spear_jax.flower.client_app import app as client_app
+from spear_jax.flower.node import Answers
 
 TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 1
 
@@ -28,6 +31,7 @@ class Loopback(Grid):
             place + 1: Context(1, place + 1, own, RecordDict(), run_config)
             for place, own in enumerate(nodes)
         }
+        self.answers = {node: Answers(at.node_config, run_config) for node, at in self.nodes.items()}
         self.change, self.replies, self.wire = change, {}, []
 
     def set_run(self, run):
@@ -46,12 +50,17 @@ class Loopback(Grid):
         for message in messages:
             node = message.metadata.dst_node_id
             arrived = self.carry(message)
-            reply = client_app(arrived, self.nodes[node])
+            reply = self.answer(arrived, node)
             reply = self.change(node, message.metadata.message_type, reply)
             ids.append(arrived.metadata.message_id)
             if reply is not None:
                 self.replies[ids[-1]] = reply if reply.has_error() else self.carry(reply)
         return ids
+
+    def answer(self, message, node):
+        if message.metadata.message_type == "train":
+            return Message(self.answers[node].reply(message.content), reply_to=message)
+        return client_app(message, self.nodes[node])
 
     def pull_messages(self, message_ids):
         return [self.replies.pop(name) for name in message_ids if name in self.replies]

@@ -1,13 +1,12 @@
-"""The ClientApp: what Flower starts on a node, once for every message."""
-
-import traceback
+"""The ClientApp: what Flower starts on a node, once for every message. It imports no JAX."""
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from spear_jax import __version__
 from spear_jax.core.errors import UserError
-from spear_jax.flower import PROTOCOL
+from spear_jax.flower import PROTOCOL, worker
+from spear_jax.flower.terms import WRONG_NODE
 
 app = ClientApp()
 
@@ -22,18 +21,12 @@ def hello(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains a round. Errors are told on this node alone: a message of one may quote an example."""
-    from spear_jax.flower import messages, node
-
+    """Has the worker train a round. One that is lost becomes an error of Flower's."""
     try:
-        records = node.answer(message.content, context.node_config, context.run_config)
-    except messages.Refused as refused:
-        print(f"error: the server's request is refused: {refused}", flush=True)
-        records = messages.write_refusal(str(refused))
+        records = worker.ask(message.content, context.node_config, context.run_config)
     except UserError as error:
+        from spear_jax.flower.messages import write_refusal  # imports JAX
+
         print(f"error: {error}", flush=True)
-        records = messages.write_refusal("the node is set up wrongly; its log says how")
-    except Exception as error:
-        traceback.print_exc()
-        records = messages.write_refusal(f"{type(error).__name__} on the node; its log has more")
+        records = write_refusal(WRONG_NODE)
     return Message(records, reply_to=message)

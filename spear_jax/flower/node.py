@@ -8,11 +8,13 @@ Its examples, its part of the algorithm's state and all text stay in its folder:
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,43 +25,74 @@ from flwr.app import RecordDict
 from spear_jax.core.compilation import Compiles, enable_compilation_cache
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.files import write_whole, writing
+from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.run import view_of
 from spear_jax.experiment.run_logger import write_traces
 from spear_jax.federated.single_client import ClientUpdate, client_round
 from spear_jax.flower import messages
-from spear_jax.flower.terms import Terms, client_of, folder_of, with_own
+from spear_jax.flower.terms import WRONG_NODE, Terms, client_of, folder_of, with_own
 
 KEPT = 2  # states of a node; a server that was killed asks for the round before once more
 STEADY = 2  # rounds after which padded sizes are frozen, as in a run
 
 
-def answer(
-    records: RecordDict, node_config: Mapping[str, Any], run_config: Mapping[str, Any]
-) -> RecordDict:
-    """Trains a round of this node's client; returns what the server gets.
+class Answers:
+    """What a node answers to the requests of a run.
 
-    Raises: UserError for a node that is set up wrongly, messages.Refused for a request that does
-        not fit it.
+    The experiment is built at the first request and kept, with its compiled programs.
+
+    Args: node_config, run_config: of Flower.
     """
-    messages.check_protocol(records, "asked")
-    began, compiles = time.perf_counter(), Compiles()
-    enable_compilation_cache()
-    # a process trains one round, so that short compilations count, too
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    node = build_node(node_config, run_config)
-    state = node.experiment.initial_state()
-    mine = node.experiment.federation.algorithm.client_state
-    shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
-    request = messages.read_request(records, state.lora, shared)
-    update = node.train(request)
-    seconds = {
-        "time/node": time.perf_counter() - began,
-        "time/node_compile": compiles.take()["compile/seconds"],
-    }
-    update = dataclasses.replace(update, metrics=update.metrics | seconds)
-    sends = node.experiment.federation.aggregation.rule.sends(request.round)
-    return messages.write_update(update, sends)
+
+    def __init__(self, node_config: Mapping[str, Any], run_config: Mapping[str, Any]):
+        self.node_config, self.run_config = node_config, run_config
+        self.compiles = Compiles()
+        enable_compilation_cache()
+        # a worker ends where nobody asks it for long, so that short compilations are kept, too
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    @functools.cached_property
+    def node(self) -> "Node":
+        return build_node(self.node_config, self.run_config)
+
+    def reply(self, records: RecordDict) -> RecordDict:
+        """Trains a round; returns what the server gets. Errors are told on this node alone: a
+        message of one may quote an example.
+        """
+        try:
+            return self.train(records)
+        except messages.Refused as refused:
+            say(f"error: the server's request is refused: {refused}")
+            return messages.write_refusal(str(refused))
+        except UserError as error:
+            say(f"error: {error}")
+            return messages.write_refusal(WRONG_NODE)
+        except Exception as error:
+            traceback.print_exc()
+            self.__dict__.pop("node", None)  # whatever the error has left behind in it
+            return messages.write_refusal(f"{type(error).__name__} on the node; its log has more")
+
+    def train(self, records: RecordDict) -> RecordDict:
+        """Trains a round of this node's client; returns the update.
+
+        Raises: UserError for a node that is set up wrongly, messages.Refused for a request that
+            does not fit it.
+        """
+        messages.check_protocol(records, "asked")
+        began = time.perf_counter()
+        self.compiles.take()
+        state, federation = self.node.experiment.initial_state(), self.node.experiment.federation
+        mine = federation.algorithm.client_state
+        shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
+        request = messages.read_request(records, state.lora, shared)
+        update = self.node.train(request)
+        seconds = {
+            "time/node": time.perf_counter() - began,
+            "time/node_compile": self.compiles.take()["compile/seconds"],
+        }
+        update = dataclasses.replace(update, metrics=update.metrics | seconds)
+        return messages.write_update(update, federation.aggregation.rule.sends(request.round))
 
 
 def build_node(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> "Node":

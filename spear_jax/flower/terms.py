@@ -1,19 +1,23 @@
-"""What a run config and a node config of Flower say."""
+"""What a run config and a node config of Flower say.
+
+The ClientApp reads them without JAX, which is imported where a config of the experiment is made.
+"""
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from spear_jax.core.errors import UserError, shown
-from spear_jax.experiment.command_line import apply_overrides
-from spear_jax.experiment.run_folder import config_of
+
+if TYPE_CHECKING:
+    import ml_collections
 
 # config fields that a node may set for itself: its data, its copy of the model, who comments
 OF_NODES = ("data.path", "model", "rollout.feedback")
+# all that a server is told of a mistake on a node: the message may quote the node's files
+WRONG_NODE = "the node is set up wrongly; its log says how"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +55,10 @@ class Terms:
         deadline, quorum = float(run_config["deadline"]), float(run_config["quorum"])
         return cls(str(run_config["experiment"]), str(run_config["workdir"]), deadline, quorum)
 
-    def config(self) -> ml_collections.ConfigDict:
+    def config(self) -> "ml_collections.ConfigDict":
         """Returns the experiment's config."""
+        from spear_jax.experiment.run_folder import config_of
+
         return config_of(json.loads(self.experiment), pathlib.Path("pyproject.toml"))
 
 
@@ -79,12 +85,14 @@ def folder_of(node_config: Mapping[str, Any]) -> pathlib.Path:
 
 
 def with_own(
-    config: ml_collections.ConfigDict, node_config: Mapping[str, Any]
-) -> ml_collections.ConfigDict:
+    config: "ml_collections.ConfigDict", node_config: Mapping[str, Any]
+) -> "ml_collections.ConfigDict":
     """Returns the config with the fields that a node sets for itself.
 
     Raises: UserError for fields that must be the same everywhere.
     """
+    from spear_jax.experiment.command_line import apply_overrides
+
     own = {name: value for name, value in node_config.items() if name not in ("client", "folder")}
     for name in own:
         if name not in OF_NODES and not name.startswith("feedback."):

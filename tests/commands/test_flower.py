@@ -264,7 +264,7 @@ def test_a_node_refuses_a_server_of_another_protocol(adapter):
     records = messages.write_request(messages.Request("ab" * 8, 0, 1, adapter, {}, BudgetUsed()))
     records["asked"]["protocol"] = 7
     with pytest.raises(messages.Refused, match="protocol 7"):
-        node.answer(records, {"client": 0, "folder": "nowhere"}, {})
+        node.Answers({"client": 0, "folder": "nowhere"}, {}).train(records)
 
 
 def test_a_node_goes_back_where_its_server_does(tmp_path):

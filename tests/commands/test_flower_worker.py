@@ -1,0 +1,113 @@
+"""The worker of a node: real processes, which refuse a request of another protocol and build nothing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs Flower: pip install -e .[flower]")
+
+from flwr.app import ConfigRecord, RecordDict
+from processes import environment
+
+import spear_jax as sj
+from spear_jax.core.errors import UserError
+from spear_jax.flower import PROTOCOL, worker
+from spear_jax.flower.terms import Terms
+
+RUN = vars(Terms("{}", "elsewhere", deadline=60.0))
+
+
+class There:
+    """A node's folder, as the ClientApp finds it."""
+
+    def __init__(self, folder):
+        self.folder, self.file = folder, folder / "worker.json"
+
+    def ask(self, run="ab" * 8, run_config=RUN, **more):
+        """Asks, and checks the answer; returns the worker's process."""
+        asked = RecordDict({"asked": ConfigRecord({"protocol": 7, "run": run})})
+        reply = worker.ask(asked, {"client": 0, "folder": str(self.folder)}, run_config, **more)
+        assert "speaks protocol 7" in reply["answer"]["refused"]
+        return json.loads(self.file.read_text())["pid"]
+
+    def has_ended(self, pid, seconds=20):
+        """Whether it ends by itself, and leaves no socket."""
+        home = pathlib.Path(json.loads(self.file.read_text())["socket"]).parent
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not gone(pid):
+            time.sleep(0.02)
+        return gone(pid) and not home.exists()
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    there = There(tmp_path / "a node")
+    yield there
+    if there.file.exists() and not gone(pid := json.loads(there.file.read_text())["pid"]):
+        os.kill(pid, signal.SIGKILL)
+
+
+def gone(pid):
+    """A process that has ended is this one's, and waits to be asked for its end."""
+    state = pathlib.Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_worker_stays_and_another_takes_its_place_when_it_must(there, monkeypatch):
+    first = there.ask()
+    assert there.ask() == first
+    home = pathlib.Path(json.loads(there.file.read_text())["socket"]).parent
+    assert home.stat().st_mode & 0o777 == 0o700
+
+    os.kill(first, signal.SIGKILL)
+    second = there.ask()
+    assert second != first and not home.exists()
+
+    monkeypatch.setattr(worker, "GREETING", 0.2)
+    os.kill(second, signal.SIGSTOP)
+    third = there.ask()
+    assert gone(second) and third != second
+
+    fourth = there.ask(run="cd" * 8, idle=0.5)
+    assert gone(third) and fourth != third
+    assert there.has_ended(fourth)
+
+
+def test_a_worker_ends_with_its_supernode_whatever_it_does(there):
+    supernode = subprocess.Popen(["sleep", "600"])
+    pid = there.ask(supernode=supernode.pid)
+    supernode.kill()
+    supernode.wait()
+    assert there.has_ended(pid)
+
+
+def test_a_worker_that_is_not_done_in_time_is_ended(there):
+    config = sj.preset("spear", task="facts", model="tiny")  # its building takes longer
+    terms = vars(Terms(json.dumps(config.to_dict()), "elsewhere", deadline=0.01))
+    asked = RecordDict({"asked": ConfigRecord({"protocol": PROTOCOL, "run": "ab" * 8})})
+    with pytest.raises(worker.Lost, match="within the round's deadline"):
+        worker.ask(asked, {"client": 0, "folder": str(there.folder)}, terms)
+    assert gone(json.loads(there.file.read_text())["pid"])
+
+
+def test_a_worker_that_cannot_start_is_lost(there, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(worker.Lost, match="does not start; its log"):
+        there.ask()
+
+
+def test_a_node_without_a_folder_says_what_is_missing():
+    with pytest.raises(UserError, match="has no folder"):
+        worker.ask(RecordDict(), {"client": 0}, RUN)
+
+
+def test_the_client_app_imports_no_jax():
+    code = "import sys, spear_jax.flower.client_app; sys.exit('jax' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], env=environment()).returncode
