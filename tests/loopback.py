@@ -31,7 +31,9 @@ class Loopback(Grid):
             place + 1: Context(1, place + 1, own, RecordDict(), run_config)
             for place, own in enumerate(nodes)
         }
-        self.answers = {node: Answers(at.node_config, run_config) for node, at in self.nodes.items()}
+        self.answers = {
+            node: Answers(at.node_config, run_config) for node, at in self.nodes.items()
+        }
         self.change, self.replies, self.wire = change, {}, []
 
     def set_run(self, run):

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import select
 import shutil
 import signal
 import socket
@@ -139,7 +140,7 @@ def _find(folder: pathlib.Path, task: str) -> _Worker | None:
 
 def _start(folder: pathlib.Path, task: str, idle: float, supernode: int) -> _Worker:
     """Starts a worker for a task. Its socket is open before it is, in a folder of the user's own."""
-    home = tempfile.mkdtemp(prefix="spear-jax-")
+    home = tempfile.mkdtemp(prefix="spear-jax-worker-")
     address = os.path.join(home, "socket")
     command = [sys.executable, "-m", "spear_jax.flower.worker", str(idle), str(supernode)]
     with socket.socket(socket.AF_UNIX) as listener, writing(folder / "worker.log"):
@@ -192,7 +193,9 @@ def main(idle: float, supernode: int) -> None:
 def _end_with(supernode: int, home: pathlib.Path) -> None:
     """Ends this process, whatever it does, when the supernode is gone."""
     with contextlib.suppress(ProcessLookupError):
-        while True:
+        if hasattr(os, "pidfd_open"):  # of Linux; also where nobody has taken note of its end
+            select.select([os.pidfd_open(supernode)], [], [])
+        while not hasattr(os, "pidfd_open"):
             os.kill(supernode, 0)
             time.sleep(1.0)
     shutil.rmtree(home, ignore_errors=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,9 @@ class There:
         assert "speaks protocol 7" in reply["answer"]["refused"]
         return json.loads(self.file.read_text())["pid"]
 
-    def has_ended(self, pid, seconds=20):
-        """Whether it ends by itself, and leaves no socket."""
-        home = pathlib.Path(json.loads(self.file.read_text())["socket"]).parent
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not gone(pid):
-            time.sleep(0.02)
-        return gone(pid) and not home.exists()
+    def home(self):
+        """The folder of the worker's socket."""
+        return pathlib.Path(json.loads(self.file.read_text())["socket"]).parent
 
 
 @pytest.fixture
@@ -50,20 +47,27 @@ def there(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     there = There(tmp_path / "a node")
     yield there
-    if there.file.exists() and not gone(pid := json.loads(there.file.read_text())["pid"]):
+    if there.file.exists() and runs(pid := json.loads(there.file.read_text())["pid"]):
         os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(there.home())
 
 
-def gone(pid):
-    """A process that has ended is this one's, and waits to be asked for its end."""
-    state = pathlib.Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+def runs(pid):
+    state = pathlib.Path(f"/proc/{pid}/stat")  # Z: has ended, and its parent has not asked yet
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def has_ended(pid, seconds=20):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and runs(pid):
+        time.sleep(0.02)
+    return not runs(pid)
 
 
 def test_a_worker_stays_and_another_takes_its_place_when_it_must(there, monkeypatch):
     first = there.ask()
     assert there.ask() == first
-    home = pathlib.Path(json.loads(there.file.read_text())["socket"]).parent
+    home = there.home()
     assert home.stat().st_mode & 0o777 == 0o700
 
     os.kill(first, signal.SIGKILL)
@@ -73,19 +77,19 @@ def test_a_worker_stays_and_another_takes_its_place_when_it_must(there, monkeypa
     monkeypatch.setattr(worker, "GREETING", 0.2)
     os.kill(second, signal.SIGSTOP)
     third = there.ask()
-    assert gone(second) and third != second
+    assert has_ended(second) and third != second
 
     fourth = there.ask(run="cd" * 8, idle=0.5)
-    assert gone(third) and fourth != third
-    assert there.has_ended(fourth)
+    assert has_ended(third) and fourth != third
+    assert has_ended(fourth) and not there.home().exists()
 
 
 def test_a_worker_ends_with_its_supernode_whatever_it_does(there):
     supernode = subprocess.Popen(["sleep", "600"])
     pid = there.ask(supernode=supernode.pid)
     supernode.kill()
+    assert has_ended(pid) and not there.home().exists()
     supernode.wait()
-    assert there.has_ended(pid)
 
 
 def test_a_worker_that_is_not_done_in_time_is_ended(there):
@@ -94,7 +98,7 @@ def test_a_worker_that_is_not_done_in_time_is_ended(there):
     asked = RecordDict({"asked": ConfigRecord({"protocol": PROTOCOL, "run": "ab" * 8})})
     with pytest.raises(worker.Lost, match="within the round's deadline"):
         worker.ask(asked, {"client": 0, "folder": str(there.folder)}, terms)
-    assert gone(json.loads(there.file.read_text())["pid"])
+    assert has_ended(json.loads(there.file.read_text())["pid"])
 
 
 def test_a_worker_that_cannot_start_is_lost(there, monkeypatch):
