@@ -291,3 +291,65 @@ def test_a_slurm_job_whose_time_is_nearly_over_goes_back_to_the_queue(tmp_path):
     _, told = job.communicate(timeout=60)
     assert (tmp_path / "asked").read_text() == "requeue 77\n" and b"requeueing job 77" in told
     assert job.returncode == 128 + signal.SIGTERM
+
+
+# Flower
+
+
+def test_a_node_prints_its_supernode(tmp_path):
+    (tmp_path / "ca.pem").touch()
+    there = ["--server=server.example.org:8760", f"--ca={tmp_path}/ca.pem", "--client=2"]
+    own = ["data.path=my questions", "rollout.feedback=service"]
+    (command,) = printed("flower_node.sh", *there, "--folder=/n/%t", "--port=9000", *own)
+    assert command == [
+        "flower-supernode",
+        "--superlink=server.example.org:8760",
+        f"--root-certificates={tmp_path}/ca.pem",
+        "--auth-supernode-private-key=/n/2/key",
+        "--host=127.0.0.1",
+        "--port=9002",
+        '--node-config=client=2 folder="/n/2" data.path="my questions" rollout.feedback="service"',
+    ]
+
+
+def test_a_slurm_job_has_a_supernode_a_task_whose_number_is_its_client(tmp_path):
+    (step,) = printed("flower_slurm.sbatch", "--folder=/shared/f", "--port=9000", "--config=spear")
+    assert step[:3] == ["srun", "--kill-on-bad-exit=1", "bash"]
+    node, (server, ca, *rest) = step[3], step[4:]
+    assert server.startswith("--server=") and server.endswith(":9000")
+    assert ca == "--ca=/shared/f/keys/ca.pem"
+    (tmp_path / "ca.pem").touch()
+    task = ["bash", node, server, f"--ca={tmp_path}/ca.pem", *rest, "--dry-run"]
+    env = environment() | {"SLURM_PROCID": "3"}
+    done = subprocess.run(task, env=env, capture_output=True, text=True)
+    words = shlex.split(done.stdout)
+    assert '--node-config=client=3 folder="/shared/f/nodes/3"' in words and "--port=9004" in words
+
+
+@pytest.mark.parametrize(
+    "script, given, words",
+    [
+        ("flower_node.sh", [], "no server"),
+        ("flower_node.sh", ["--server=host"], "give HOST:PORT"),
+        ("flower_node.sh", ["--server=host:1"], "--ca is '', where no file is"),
+        ("flower_node.sh", ["--server=host:1", "--ca=setup.py"], "--client is ''"),
+        ("flower_node.sh", ["--workdir=runs/x"], "unknown argument '--workdir=runs/x'"),
+        ("flower_server.sh", ["--config=spear"], "no names"),
+        ("flower_server.sh", ["--name=host"], "unknown argument '--name=host'"),
+        ("flower_slurm.sbatch", ["--config=spear"], "submit it: sbatch"),
+        ("flower_slurm.sbatch", ["--port=x"], "whole number"),
+        ("flower.sh", ["--nodes=0"], "--nodes is 0; it must be at least 1"),
+    ],
+)
+def test_flower_s_scripts_name_what_is_missing(script, given, words):
+    done = launch(script, *given)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["flower.sh", "flower_node.sh", "flower_server.sh", "flower_slurm.sbatch"]
+)
+def test_flower_s_scripts_say_how_they_are_called(script):
+    done = launch(script, "--help")
+    assert done.returncode == 0 and f"launch/{script}" in done.stdout
+    assert "SBATCH" not in done.stdout and "set -euo" not in done.stdout
