@@ -6,6 +6,7 @@
 launch/flower.sh does the same with TLS and keys.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from processes import environment
@@ -65,12 +67,15 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def start(self, name, program, *arguments):
-        """Starts a program in a session of its own, so that what it starts ends with it."""
+    def start(self, name, program, *arguments, **more):
+        """Starts a program in a session of its own, so that what it starts ends with it.
+
+        Args: more: of its environment.
+        """
         log = (self.folder / f"{name}.log").open("a")
         command = [sys.executable, "-c", START.format(*PROGRAMS[program], program), *arguments]
         self.processes[name] = subprocess.Popen(
-            command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            command, env=self.environment | more, stdout=log, stderr=log, start_new_session=True
         )
 
     def start_server(self):
@@ -86,11 +91,13 @@ class Deployment:
                 assert time.monotonic() < until, (self.folder / "superlink.log").read_text()
                 time.sleep(0.2)
 
-    def start_node(self, client, config=""):
+    def start_node(self, client, config="", port=None, **more):
+        """Args: port: of the superlink, or of what stands before it; more: of its environment."""
         self.start(
             f"node{client}", "flower-supernode", "--insecure", "--host=127.0.0.1",
-            f"--superlink=127.0.0.1:{self.port}", f"--port={free_port()}",
+            f"--superlink=127.0.0.1:{port or self.port}", f"--port={free_port()}",
             f'--node-config=client={client} folder="{self.folder}/node{client}" {config}',
+            **more,
         )  # fmt: skip
 
     def kill(self, name):
@@ -122,6 +129,39 @@ class Deployment:
         if wait:
             self.processes["run"].wait()
         return self.processes["run"]
+
+
+class Relay(threading.Thread):
+    """Stands before a port of this machine, and keeps all bytes that go through.
+
+    Attributes: port; seen: the bytes of each connection and direction.
+    """
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.behind, self.seen, self.listener = port, [], socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self):
+        while True:
+            one, _ = self.listener.accept()
+            try:
+                other = socket.create_connection(("127.0.0.1", self.behind))
+            except OSError:  # it has ended
+                one.close()
+                continue
+            for ends in ((one, other), (other, one)):
+                self.seen.append(bytearray())
+                args = (*ends, self.seen[-1])
+                threading.Thread(target=self._carry, args=args, daemon=True).start()
+
+    def _carry(self, source, target, seen):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                seen += data
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
 
 
 def _flower_scripts():

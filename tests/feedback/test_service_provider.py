@@ -17,55 +17,20 @@ from spear_jax.core.errors import UserError
 from spear_jax.feedback.recorded import FILE, FeedbackSettings
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.feedback.service import Service
-from spear_jax.tasks import get_task
 
-httpx = pytest.importorskip("httpx", reason="live feedback needs pip install -e .[live]")
+pytest.importorskip("httpx", reason="live feedback needs pip install -e .[live]")
 pytest.importorskip("uvicorn", reason="live feedback needs pip install -e .[live]")
 
-TASK = get_task("few_facts")
+import httpx
+from people import TASK, Person, serve
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     """The service in a process of its own, at a free port: (url, tokens by name)."""
-    folder = tmp_path_factory.mktemp("service")
-    command = [sys.executable, "-m", "spear_jax.serve", f"--folder={folder}", "--people=2"]
-    command += ["--clients=2", "--port=0", "--undo=0"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-    url = process.stdout.readline().split()[-1].partition("/?")[0]
-    users = json.loads((folder / "tokens.json").read_text())["users"]
-    yield url, {user["name"]: user["token"] for user in users}
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
-
-
-class Person(threading.Thread):
-    """Somebody who leases, and says right or wrong of what they know, with a hint."""
-
-    def __init__(self, url, token, examples, most=10**9):
-        super().__init__(daemon=True)
-        headers = {"Authorization": f"Bearer {token}"}
-        self.client = httpx.Client(base_url=url, headers=headers, timeout=30)
-        self.known = {TASK.question(example): example for example in examples}
-        self.most, self.ids, self.done = most, [], threading.Event()
-
-    def run(self):
-        while not self.done.is_set() and len(self.ids) < self.most:
-            reply = self.client.post("/api/lease")
-            if reply.status_code != 200:
-                time.sleep(0.05)
-                continue
-            item = reply.json()
-            example = self.known[item["question"]]
-            assert item["right"] == example.options[example.gold]
-            right = TASK.grade(item["answer"], example)
-            hint = None if right else TASK.hint(example, 3)
-            body = {"verdict": "right" if right else "wrong", "hint": hint}
-            if item["asks"] == "hint":
-                assert not right
-                body["verdict"] = None
-            self.client.put(f"/api/answers/{item['id']}", json=body).raise_for_status()
-            self.ids.append(item["id"])
+    flags = ("--people=2", "--clients=2")
+    with serve(tmp_path_factory.mktemp("service"), *flags) as (url, tokens):
+        yield url, tokens
 
 
 def config(url, **fields):
