@@ -48,4 +48,21 @@ if [ -z "$dry" ] && [ ! -e "$key" ]; then
   echo "then give the same command again"
   exit
 fi
-become_supernode "$server" "$ca" "$key" "$((port + client))" "$client" "$folder" "${own[*]-}"
+node=("$server" "$ca" "$key" "$((port + client))" "$client" "$folder" "${own[*]-}")
+if [ -n "$dry" ]; then
+  become_supernode "${node[@]}"
+  exit
+fi
+# a supernode gives up where the superlink does not know its key, which may be so as long as the server starts
+trap end_jobs EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+while true; do
+  become_supernode "${node[@]}" &
+  jobs=($!)
+  ! wait "${jobs[0]}" || break
+  echo "the supernode has ended, and starts again in 10 s" >&2
+  sleep 10 &
+  jobs=($!)
+  wait "${jobs[0]}"
+done
