@@ -34,12 +34,16 @@ for flag in "$@"; do
   esac
 done
 [ -n "$server" ] || fail "no server: give --server=HOST:PORT."
-[ -f "$ca" ] || fail "--ca is '$ca', where no file is; give the ca.pem that the server's owner has sent you."
+[ -n "$dry" ] || [ -f "$ca" ] || fail "--ca is '$ca', where no file is; give the ca.pem that the server's owner has sent you."
 check_number --client "$client" 0
 into=${into//%t/$client}
-ca=$(cd "$(dirname "$ca")" && pwd)/$(basename "$ca")
 
-if [ -n "$dry" ]; then folder=$into; else enter_flower "$into" "$(find_extra)"; fi
+if [ -n "$dry" ]; then
+  folder=$into
+else
+  ca=$(cd "$(dirname "$ca")" && pwd)/$(basename "$ca")
+  enter_flower "$into" "$(find_extra)"
+fi
 key=$folder/key
 if [ -z "$dry" ] && [ ! -e "$key" ]; then
   make_node_key "$key"

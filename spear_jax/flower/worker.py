@@ -43,6 +43,8 @@ IDLE = 600.0  # seconds without a request, after which it ends: many times what 
 START = 300.0  # seconds that its start may take
 GREETING = 10.0  # seconds until it takes a request; nobody else asks it meanwhile
 
+LONGEST = 1e6  # seconds that a poll can wait
+
 
 class Lost(Exception):
     """A worker that has not answered; says why, without any text of a client."""
@@ -74,7 +76,7 @@ def ask(
             try:
                 there.send_bytes(configs.encode())
                 there.send_bytes(recorddict_to_proto(records).SerializeToString())
-                if there.poll(deadline):
+                if there.poll(min(deadline, LONGEST)):
                     return _records(there.recv_bytes())
             except (EOFError, OSError):
                 raise Lost("the node's worker has ended; its log may say why") from None
@@ -127,7 +129,7 @@ def _find(folder: pathlib.Path, task: str) -> _Worker | None:
         there = json.loads((folder / "worker.json").read_text(encoding="utf-8"))
         home = pathlib.Path(there["socket"]).parent
         worker = _Worker(Client(there["socket"], "AF_UNIX"), there["pid"], home)
-    except FileNotFoundError:  # none was started, or it has ended
+    except (FileNotFoundError, ValueError, KeyError):  # none was started, or it has ended
         return None
     except ConnectionRefusedError:  # it was killed
         shutil.rmtree(home, ignore_errors=True)

@@ -13,13 +13,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs Flower: pip install -e .[flower]")
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
+from loopback import Loopback
 from processes import environment
 
 import spear_jax as sj
-from spear_jax.core.errors import UserError
 from spear_jax.flower import PROTOCOL, worker
-from spear_jax.flower.terms import Terms
+from spear_jax.flower.client_app import app
+from spear_jax.flower.terms import WRONG_NODE, Terms
 
 RUN = vars(Terms("{}", "elsewhere", deadline=60.0))
 
@@ -107,9 +108,11 @@ def test_a_worker_that_cannot_start_is_lost(there, monkeypatch):
         there.ask()
 
 
-def test_a_node_without_a_folder_says_what_is_missing():
-    with pytest.raises(UserError, match="has no folder"):
-        worker.ask(RecordDict(), {"client": 0}, RUN)
+def test_the_server_learns_nothing_of_a_mistake_on_a_node_but_that_there_is_one(capsys):
+    grid = Loopback([{"client": 0}], RUN)
+    reply = app(grid.carry(Message(RecordDict(), 1, "train")), grid.nodes[1])
+    assert reply.content["answer"]["refused"] == WRONG_NODE
+    assert "error: the node has no folder for what it keeps" in capsys.readouterr().out
 
 
 def test_the_client_app_imports_no_jax():

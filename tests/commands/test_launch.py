@@ -296,15 +296,14 @@ def test_a_slurm_job_whose_time_is_nearly_over_goes_back_to_the_queue(tmp_path):
 # Flower
 
 
-def test_a_node_prints_its_supernode(tmp_path):
-    (tmp_path / "ca.pem").touch()
-    there = ["--server=server.example.org:8760", f"--ca={tmp_path}/ca.pem", "--client=2"]
+def test_a_node_prints_its_supernode():
+    there = ["--server=server.example.org:8760", "--ca=/a/ca.pem", "--client=2"]
     own = ["data.path=my questions", "rollout.feedback=service"]
     (command,) = printed("flower_node.sh", *there, "--folder=/n/%t", "--port=9000", *own)
     assert command == [
         "flower-supernode",
         "--superlink=server.example.org:8760",
-        f"--root-certificates={tmp_path}/ca.pem",
+        "--root-certificates=/a/ca.pem",
         "--auth-supernode-private-key=/n/2/key",
         "--host=127.0.0.1",
         "--port=9002",
@@ -312,18 +311,21 @@ def test_a_node_prints_its_supernode(tmp_path):
     ]
 
 
-def test_a_slurm_job_has_a_supernode_a_task_whose_number_is_its_client(tmp_path):
+def test_a_slurm_job_has_a_supernode_a_task_whose_number_is_its_client():
     (step,) = printed("flower_slurm.sbatch", "--folder=/shared/f", "--port=9000", "--config=spear")
     assert step[:3] == ["srun", "--kill-on-bad-exit=1", "bash"]
-    node, (server, ca, *rest) = step[3], step[4:]
-    assert server.startswith("--server=") and server.endswith(":9000")
-    assert ca == "--ca=/shared/f/keys/ca.pem"
-    (tmp_path / "ca.pem").touch()
-    task = ["bash", node, server, f"--ca={tmp_path}/ca.pem", *rest, "--dry-run"]
     env = environment() | {"SLURM_PROCID": "3"}
-    done = subprocess.run(task, env=env, capture_output=True, text=True)
-    words = shlex.split(done.stdout)
-    assert '--node-config=client=3 folder="/shared/f/nodes/3"' in words and "--port=9004" in words
+    done = subprocess.run([*step[2:], "--dry-run"], env=env, capture_output=True, text=True)
+    assert shlex.split(done.stdout) == [
+        "flower-supernode",
+        step[4].replace("--server", "--superlink"),
+        "--root-certificates=/shared/f/keys/ca.pem",
+        "--auth-supernode-private-key=/shared/f/nodes/3/key",
+        "--host=127.0.0.1",
+        "--port=9004",
+        '--node-config=client=3 folder="/shared/f/nodes/3"',
+    ]
+    assert step[4].endswith(":9000")
 
 
 @pytest.mark.parametrize(
