@@ -15,7 +15,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR
 . "$root/launch/flower_parts.sh"
 
-nodes=3 port=8760 deadline=600 rest=()
+nodes=3 port=8760 deadline=600 dry='' rest=()
 for flag in "$@"; do
   case $flag in
     --help | -h) usage "$0" && exit ;;

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts that start Flower: certificates, keys, a superlink, a supernode, a run.
+#   scripts set: dry (empty, or yes for --dry-run)
 #   enter_flower sets folder (of all that is kept) and jobs (processes that end with the script)
 # Nothing is sent to Flower Labs: telemetry and the look for updates are off.
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
@@ -66,12 +67,13 @@ register() { # register FILE.pub
 become_supernode() { # become_supernode SERVER:PORT CA KEY PORT CLIENT NODEFOLDER [NAME=VALUE]: or, with --dry-run, the line that would be run
   local command=(flower-supernode "--superlink=$1" "--root-certificates=$2" "--auth-supernode-private-key=$3"
     --host=127.0.0.1 "--port=$4" "--node-config=client=$5 folder=\"$6\"${7:+ $7}")
-  if [ -n "${dry:-}" ]; then quoted "${command[@]}"; else exec "${command[@]}"; fi
+  if [ -n "$dry" ]; then quoted "${command[@]}"; else exec "${command[@]}"; fi
 }
 
 run_app() { # run_app ARGUMENT...: of spear_jax.flower; trains until the last round
-  python -m spear_jax.flower "$@" --app="$folder/app" --workdir="$folder/server"
-  flwr run "$folder/app" here --stream
+  run python -m spear_jax.flower "$@" --app="$folder/app" --workdir="$folder/server"
+  run flwr run "$folder/app" here --stream
+  [ -z "$dry" ] || return 0
   [ -e "$folder/server/summary.json" ] || fail "the run has not ended; see $folder/logs/superlink.log, and start again to go on."
   echo "picture: $folder/server/accuracy.png"
   echo "who was asked, and what came of it: $folder/server/clients.jsonl"

@@ -16,7 +16,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR
 . "$root/launch/flower_parts.sh"
 
-names='' port=8760 into=runs/flower rest=()
+names='' port=8760 into=runs/flower dry='' rest=()
 for flag in "$@"; do
   case $flag in
     --help | -h) usage "$0" && exit ;;

@@ -42,7 +42,6 @@ from spear_jax.flower.terms import Terms, folder_of
 IDLE = 600.0  # seconds without a request, after which it ends: many times what its start takes
 START = 300.0  # seconds that its start may take
 GREETING = 10.0  # seconds until it takes a request; nobody else asks it meanwhile
-
 LONGEST = 1e6  # seconds that a poll can wait
 
 

@@ -312,7 +312,18 @@ def test_a_node_prints_its_supernode():
 
 
 def test_a_slurm_job_has_a_supernode_a_task_whose_number_is_its_client():
-    (step,) = printed("flower_slurm.sbatch", "--folder=/shared/f", "--port=9000", "--config=spear")
+    given = ["--folder=/shared/f", "--port=9000", "--config=spear:facts,tiny"]
+    step, app, _ = printed("flower_slurm.sbatch", *given)
+    assert app == [
+        "python",
+        "-m",
+        "spear_jax.flower",
+        "--config.federation.num_clients=1",
+        "--config.federation.clients_per_round=1",
+        "--config=spear:facts,tiny",
+        "--app=/shared/f/app",
+        "--workdir=/shared/f/server",
+    ]
     assert step[:3] == ["srun", "--kill-on-bad-exit=1", "bash"]
     env = environment() | {"SLURM_PROCID": "3"}
     done = subprocess.run([*step[2:], "--dry-run"], env=env, capture_output=True, text=True)
