@@ -130,7 +130,9 @@ def over_heads(rows: Sharding, heads: int) -> Sharding:
     """Returns where keys and values [B, heads, ...] lie whose rows lie as `rows` says: their heads
     are split over `model`, as the projections are that make them, where their number allows.
     """
-    parts = rows.mesh.shape[MODEL] if isinstance(rows, NamedSharding) else 1
+    if not isinstance(rows, NamedSharding):
+        return rows
+    parts = rows.mesh.shape[MODEL]
     if parts == 1 or heads % parts:
         return rows
     return NamedSharding(rows.mesh, Spec(*(rows.spec or (None,)), MODEL))
