@@ -116,7 +116,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     """Waits until no other ClientApp asks the worker of a folder."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "worker.lock").open("a")
+        lock = (folder / "worker.lock").open("ab")
         fcntl.flock(lock, fcntl.LOCK_EX)
     with lock:
         yield
@@ -188,7 +188,7 @@ def main(idle: float, supernode: int) -> None:
                 answers = answers or Answers(*configs)
                 reply = answers.reply(_records(connection.recv_bytes()))
                 connection.send_bytes(recorddict_to_proto(reply).SerializeToString())
-    shutil.rmtree(home)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 def _end_with(supernode: int, home: pathlib.Path) -> None:
