@@ -9,7 +9,7 @@
 #   --dry-run           print the command, run nothing
 #   NAME=VALUE          what the node sets for itself, for example data.path="mine"
 # The first call makes the node's key, prints the half that is public, and ends. When the server knows that, the same command starts the node.
-# Environment: .venv-flower (or $VENV), with the extra $EXTRA (cuda by itself where there is an NVIDIA GPU). Log of training: DIR/worker.log.
+# Paths count from the repository. Environment: .venv-flower (or $VENV), with the extra $EXTRA (cuda by itself where there is an NVIDIA GPU). Log of training: DIR/worker.log.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR
@@ -33,6 +33,7 @@ for flag in "$@"; do
     *) fail "unknown argument '$flag'; run with --help. What a node sets for itself is NAME=VALUE, for example data.path=mine." ;;
   esac
 done
+cd "$root"
 [ -n "$server" ] || fail "no server: give --server=HOST:PORT."
 [ -n "$dry" ] || [ -f "$ca" ] || fail "--ca is '$ca', where no file is; give the ca.pem that the server's owner has sent you."
 check_number --client "$client" 0

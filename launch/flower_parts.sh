@@ -49,12 +49,14 @@ make_node_key() { # make_node_key FILE: FILE, and FILE.pub, which the superlink 
   [ -e "$1" ] || { mkdir -p "$(dirname "$1")" && ssh-keygen -q -t ecdsa -b 384 -N "" -C "spear-jax node" -f "$1"; }
 }
 
-start_superlink() { # start_superlink HOST PORT
+start_superlink() { # start_superlink ADDRESS PORT: at an address of this machine, which its certificate names; 0.0.0.0: at all
+  local here=$1
+  [ "$here" != 0.0.0.0 ] || here=127.0.0.1
   flower-superlink --host="$1" --port="$2" --ssl-certfile="$folder/keys/server.pem" --ssl-keyfile="$folder/keys/server.key" \
     --ssl-ca-certfile="$folder/keys/ca.pem" --enable-supernode-auth --disable-runtime-dependency-installation >"$folder/logs/superlink.log" 2>&1 &
   jobs+=($!)
-  printf '[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:%s"\nroot-certificates = "%s"\n' "$2" "$folder/keys/ca.pem" >"$FLWR_HOME/config.toml"
-  until (exec 3<>"/dev/tcp/127.0.0.1/$2") 2>/dev/null; do
+  printf '[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "%s:%s"\nroot-certificates = "%s"\n' "$here" "$2" "$folder/keys/ca.pem" >"$FLWR_HOME/config.toml"
+  until (exec 3<>"/dev/tcp/$here/$2") 2>/dev/null; do
     kill -0 "${jobs[0]}" 2>/dev/null || fail "the superlink has ended; see $folder/logs/superlink.log"
     sleep 0.2
   done
