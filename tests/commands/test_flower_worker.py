@@ -50,7 +50,7 @@ def there(tmp_path, monkeypatch):
     yield there
     if there.file.exists() and runs(pid := json.loads(there.file.read_text())["pid"]):
         os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(there.home())
+        shutil.rmtree(there.home(), ignore_errors=True)
 
 
 def runs(pid):
