@@ -16,8 +16,9 @@ import numpy as np
 from spear_jax.core import types
 from spear_jax.core.mesh import to_host
 from spear_jax.core.types import Cohort, TraceRecord
+from spear_jax.federated.aggregation import vectors
 from spear_jax.federated.aggregation.pipeline import Aggregation
-from spear_jax.federated.aggregation.reducers import Mean, Reducer
+from spear_jax.federated.aggregation.reducers import Mean
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE
 from spear_jax.federated.round import (
@@ -27,6 +28,7 @@ from spear_jax.federated.round import (
     check_finite,
     end_cohort,
     train_clients,
+    train_nobody,
     with_budget,
 )
 from spear_jax.federated.round_metrics import BudgetUsed
@@ -93,7 +95,8 @@ def client_round(
         kept: the server's `aggregation_state`.
     """
     cohort = federation.cohort_of([client], round)
-    whole, federation = federation.aggregation, federation.on_base(kept)
+    whole = federation.aggregation
+    federation = dataclasses.replace(federation.on_base(kept), sampling="uniform")  # always one
     alone = Aggregation(_Alone(), transforms=whole.client_transforms, drift=whole.drift)
     start = federation.on_devices(adapter)
     trained = train_clients(federation, alone, start, algorithm_state, cohort, key, used, kept)
@@ -127,25 +130,53 @@ def join_updates(
 ) -> RoundResult:
     """Ends a round of clients that trained by themselves (`client_round`), as a real server would.
 
-    The clients that sent nothing do not count. The state's parts of clients stay as they are.
+    The clients that sent nothing do not count; under central privacy they add zero, and the
+    denominator stays. The state's parts of clients stay as they are. Without any update it is the
+    round of an empty cohort: nothing moves, or by noise alone.
 
-    Args: updates: by client, of some of the cohort, at least one.
+    Args: updates: by client, of some of the cohort.
     """
     own = [updates[client] for client in cohort.clients if client in updates]
     cohort = federation.cohort_of([c for c in cohort.clients if c in updates], cohort.round)
     aggregation, start = federation.aggregation, federation.on_devices(state.lora)
+    if own:
+        trained = _trained(federation, state, start, cohort, own)
+    else:
+        key = jax.random.wrap_key_data(jnp.asarray(to_host(state.key)))
+        trained = train_nobody(
+            federation, aggregation, start, state.algorithm_state, cohort, key, used,
+            state.aggregation_state,
+        )  # fmt: skip
+    result = end_cohort(
+        federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
+    )
+    check_finite(result.metrics, cohort.round)
+    return with_budget(result, used)
+
+
+def _trained(
+    federation: Federation,
+    state: ServerState,
+    start: Adapter,
+    cohort: Cohort,
+    own: Sequence[ClientUpdate],
+) -> TrainedClients:
+    """The cohort's updates, summed or collected. Args: own: at least one, in the cohort's order."""
+    aggregation = federation.aggregation
     active = np.array([one.active for one in own])
-    left_out = [
-        c for c, one in zip(cohort.clients, own, strict=True) if one.counts[NOT_FINITE].total
-    ]
+    finite = [bool(vectors.finite(vectors.add_axis(to_host(one.update)))[0]) for one in own]
+    told = [not one.counts[NOT_FINITE].total for one in own]
+    left_out = [c for c, *good in zip(cohort.clients, finite, told, strict=True) if not all(good)]
     raw = np.array([one.weight for one in own])
-    weight = np.asarray(aggregation.weights(raw, active), np.float32)
+    weight = aggregation.weights_of(raw, active, cohort.clients)
     weight = np.where(np.isin(cohort.clients, left_out), np.float32(0), weight)
-    reduced = _reduced(aggregation, start, [one.update for one in own], weight)
-    trained = TrainedClients(
-        reduced,
+    nothing = jax.tree.map(np.zeros_like, own[0].update)  # by selection: 0 times NaN is NaN
+    updates = [one.update if good else nothing for one, good in zip(own, finite, strict=True)]
+    counts = jax.tree.map(lambda *x: sum(x), *(one.counts for one in own))
+    return TrainedClients(
+        _reduced(aggregation, start, updates, weight),
         state.algorithm_state,
-        jax.tree.map(lambda *x: sum(x), *(one.counts for one in own)),
+        counts | {NOT_FINITE: types.Mean(float(len(left_out)), float(active.sum()))},
         join_metrics(own),
         [record for one in own for record in one.traces],
         own[0].learning_rate,
@@ -158,19 +189,16 @@ def join_updates(
         not_finite=left_out,
         outcome=None,
         active=active,
-        sent=active,
+        sent=active | aggregation.counts_everybody,
     )
-    result = end_cohort(
-        federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
-    )
-    check_finite(result.metrics, cohort.round)
-    return with_budget(result, used)
 
 
 def _reduced(
     aggregation: Aggregation, start: Adapter, updates: Sequence[Adapter], weight: np.ndarray
 ) -> Any:
     """Adds clients one by one, as a cohort's program does; collects them where the aggregation does.
+
+    What is added is clipped once more, since the client may not have done so.
 
     Args: weight: float32[C].
     """
@@ -180,14 +208,15 @@ def _reduced(
         return jax.tree.map(stack, *(to_host(adapter(update)) for update in updates)), weight
     reduced = aggregation.reducer.init(start)
     for update, mass in zip(updates, weight, strict=True):
-        one = jax.tree.map(lambda x: x[None], adapter(update))
-        reduced = _add(aggregation.reducer, reduced, one, mass[None])
+        reduced = _add(aggregation, reduced, start, update, mass[None])
     return reduced
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _add(reducer: Reducer, state: Any, adapters: Adapter, weight: jax.Array) -> Any:
-    return reducer.add(state, adapters, weight)
+def _add(aggregation: Aggregation, state: Any, start: Adapter, update: Adapter, weight: Any) -> Any:
+    update = aggregation.transformed(update, aggregation.clips)
+    adapters = jax.tree.map(lambda x, y: (x + y)[None], start, update)
+    return aggregation.reducer.add(state, adapters, weight)
 
 
 def join_metrics(updates: Sequence[ClientUpdate | TrainedClients]) -> dict[str, float]:

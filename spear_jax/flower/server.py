@@ -30,12 +30,16 @@ from spear_jax.flower.terms import Terms
 
 PAUSE = 0.25  # seconds between two looks for replies
 HELLO = 60.0  # seconds that a node has to say which client it is
+SECRET = 256  # bits
 
 OK, LOST, LATE, REFUSED = "ok", "lost", "late", "refused"
 
 
-def check_deployable(experiment: Experiment) -> None:
-    """Raises UserError for settings that hold in simulation alone."""
+def check_deployable(experiment: Experiment, quorum: float = 1.0) -> None:
+    """Raises UserError for settings that hold in simulation alone.
+
+    Args: quorum: of `Terms`.
+    """
     federation, settings = experiment.federation, experiment.settings
     aggregation, rule = federation.aggregation, federation.aggregation.rule
     kept = experiment.initial_state().aggregation_state
@@ -49,8 +53,9 @@ def check_deployable(experiment: Experiment) -> None:
         (aggregation.attack is not None, "attack.kind makes clients attack", "set it to none"),
         (aggregation.uplink is not None, "updates are compressed in simulation", "set compression.kind=none"),
         (federation.asynchronous is not None, "rounds without a cohort are simulated", "set participation.mode=sync"),
-        (aggregation.privacy is not None or aggregation.local_privacy is not None,
-         "privacy.* is accounted for in simulation", "leave it out"),
+        (aggregation.local_privacy is not None,
+         "privacy.local_noise covers an update and not the counts of wins and losses beside it",
+         "take privacy.noise_multiplier, or leave privacy.* out"),
         (aggregation.root is not None, "the reducer needs a client of the server's", "take another"),
         (rule.personal or rule.changes_base or "rank" in kept,
          f"lora_rule {rule.name!r} sends each client more than the adapter", "take mean or ffa"),
@@ -59,14 +64,45 @@ def check_deployable(experiment: Experiment) -> None:
          f"set {federation.algorithm.measures_cohort}"),
         (aggregation.secure_sum is not None, "federation.secure_sum masks updates in simulation",
          "set it to False"),
-        (federation.sampling == "poisson", "federation.sampling is poisson, which may ask nobody",
-         "set it to uniform"),
         (provider.asks_people or provider.asks_by_id,
          f"rollout.feedback {settings.rollout.feedback!r} asks somebody, whom the server cannot see",
          "name it in each node's --node-config, and set rollout.feedback=oracle here"),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"{what}, which real clients do not do; {remedy}.")
+    if aggregation.privacy is not None:
+        _check_private(experiment, quorum)
+
+
+def _check_private(experiment: Experiment, quorum: float) -> None:
+    """Raises UserError where a client would move more than its own clipped update."""
+    if quorum < 1:
+        raise UserError(
+            f"--quorum is {quorum:g}, with privacy.noise_multiplier: whose update is late would depend "
+            "on who else takes part, which doubles what one client changes; set --quorum=1, and let "
+            "--deadline end the rounds."
+        )
+    schedule = experiment.federation.schedule
+    if schedule.tokens or schedule.seconds:
+        raise UserError(
+            "budget.* sets the learning rate by what clients have generated, to which no noise is added "
+            "on its way to other clients; with privacy.noise_multiplier take rounds alone."
+        )
+
+
+def with_secret(experiment: Experiment, seed: int) -> Experiment:
+    """Returns a private experiment whose cohorts and noise are drawn from a seed of the server's own.
+
+    The config's seed is known to all nodes. Who knew the cohorts could not be told that sampling
+    protects, and who knew the noise could take it off.
+    """
+    federation = experiment.federation
+    privacy = federation.aggregation.privacy
+    assert privacy is not None
+    private = dataclasses.replace(privacy, seed=seed)
+    aggregation = dataclasses.replace(federation.aggregation, privacy=private)
+    federation = dataclasses.replace(federation, seed=seed, aggregation=aggregation)
+    return dataclasses.replace(experiment, federation=federation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +181,20 @@ class Nodes:
 class DeployedRun(Run):
     """A run whose clients are Flower's nodes.
 
-    Args: parts: as for `Run`: callbacks, devices, a reducer.
+    Args:
+        secret: the seed of cohorts and noise under privacy; None: drawn for this process, and kept
+            nowhere. A round that is repeated after a kill has other noise, and was never sent before.
+        parts: as for `Run`: callbacks, devices, a reducer.
     Raises: UserError as `Run`, and for settings that hold in simulation alone.
     """
 
-    def __init__(self, grid: Grid, terms: Terms, **parts: Any):
+    def __init__(self, grid: Grid, terms: Terms, secret: int | None = None, **parts: Any):
         super().__init__(terms.config(), terms.workdir, quiet=True, **parts)
-        check_deployable(self.experiment)
+        check_deployable(self.experiment, terms.quorum)
+        self.private = self.experiment.federation.aggregation.privacy is not None
+        if self.private:
+            own = secrets.randbits(SECRET) if secret is None else secret
+            self.experiment = with_secret(self.experiment, own)
         self.grid, self.terms = grid, terms
         self.nodes = Nodes(grid, self.settings.federation.num_clients, terms.deadline)
         self.run_id = self._run_id()
@@ -167,12 +210,15 @@ class DeployedRun(Run):
         """Asks the cohort's nodes, and joins what they send."""
         federation, number = self.experiment.federation, self.finished_rounds + 1
         cohort, began = federation.cohort(number), time.perf_counter()
-        self.nodes.find(cohort.clients)
+        if self.private:
+            self.save()  # or a round would be sent twice, with other noise, and counted once
+        if cohort.clients:
+            self.nodes.find(cohort.clients)
         outcomes = self._ask(cohort.clients, number)
         waited = time.perf_counter() - began
         self._tell(number, outcomes)
         updates = {one.client: one.update for one in outcomes if one.update is not None}
-        if not updates:
+        if not updates and cohort.clients and not self.private:
             reasons = "; ".join(f"client {one.client}: {one.result}, {one.why}" for one in outcomes)
             raise UserError(
                 f"round {number}: no client has sent an update that can be taken ({reasons[:600]}). "
@@ -196,7 +242,9 @@ class DeployedRun(Run):
         state, mine = self.state, self.experiment.federation.algorithm.client_state
         adapter = to_host(state.lora)
         shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
-        used, outcomes, sent = BudgetUsed.read(self.line), {}, {}
+        # of what others have generated nothing leaves a private server but the noisy adapter
+        used = BudgetUsed() if self.private else BudgetUsed.read(self.line)
+        outcomes, sent = {}, {}
         for client in clients:
             if client not in self.nodes.node:
                 outcomes[client] = Outcome(client, LOST, "no node is connected")

@@ -39,6 +39,12 @@ SMALL = {
     "lora.targets": ("q", "down"),  # each more is time to compile
 }
 
+PRIVATE = {
+    "privacy.noise_multiplier": 0.5,
+    "privacy.clip": 0.02,
+    "federation.weighting": "uniform",
+}
+
 
 @pytest.fixture(scope="module")
 def config():
@@ -174,6 +180,61 @@ def test_a_round_without_any_update_says_why(config, tmp_path):
 
     with pytest.raises(UserError, match="speaks protocol 2 and this side 1; install the same"):
         deployed(config, tmp_path, change, deadline=0.1).train()
+
+
+def private(config, folder, **parts):
+    """A private run on nodes that are not there."""
+    pytest.importorskip("dp_accounting")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(PRIVATE)
+    config.federation.num_clients = 40
+    terms = Terms(json.dumps(config.to_dict()), str(folder), deadline=0.1)
+    return server.DeployedRun(Loopback([], {}), terms, devices=jax.devices()[:1], **parts)
+
+
+def test_a_private_run_adds_noise_of_its_own_whoever_replies(config, tmp_path):
+    run = private(config, tmp_path / "own")
+    start, account = run.state.lora, run.experiment.federation.aggregation.privacy.account
+    first = next(iter(run))
+    run.close()
+    again = private(config, tmp_path / "own")  # killed, it goes on with other noise
+    assert again.finished_rounds == 1
+    second = next(iter(again))
+    for number, line in enumerate((first.metrics, second.metrics), 1):
+        assert line["participation/lost"] == 2 and line["round/clients"] == 0
+        assert line["privacy/epsilon"] == account.epsilon(number)
+    known = private(config, tmp_path / "known", secret=config.seed)
+    next(iter(known))
+    assert distance(known.state.lora, start, run.state.lora) > 0.5
+    seeds = [one.experiment.federation.seed for one in (run, again, known)]
+    assert len(set(seeds)) == 3 and min(seeds[:2]) > 2**200
+    cohorts = lambda one: [one.experiment.federation.cohort(r).clients for r in range(20)]
+    assert cohorts(run) != cohorts(known)
+    for file in (tmp_path / "own").rglob("*"):  # it is kept nowhere
+        if file.is_file():
+            content = file.read_bytes()
+            for seed in seeds[:2]:
+                assert str(seed).encode() not in content
+                assert seed.to_bytes(32, "little") not in content
+
+
+def test_nodes_of_a_private_run_are_told_nothing_of_each_other(config, tmp_path):
+    run = private(config, tmp_path)
+    run.line = {"budget/tokens": 77.0, "budget/flops": 7e9, "budget/seconds": 7.0}
+    run.nodes.node = {3: 1}
+    sent = []
+    run.grid.push_messages = lambda messages: sent.extend(messages) or ["name"]
+    run._ask([3], 1)
+    asked = sent[0].content["asked"]
+    assert [asked[f"used_{name}"] for name in vars(BudgetUsed())] == [0, 0, 0]
+
+
+def test_a_private_round_does_not_end_by_quorum(tmp_path):
+    pytest.importorskip("dp_accounting")
+    fields = [f"--config.{name}={value}" for name, value in PRIVATE.items()]
+    argv = ["--config=quickstart", "--app=nowhere", f"--workdir={tmp_path}", *fields]
+    with pytest.raises(UserError, match="--quorum is 0.5, .*set --quorum=1"):
+        main([*argv, "--quorum=0.5"])
 
 
 def test_a_node_is_met_by_its_client(capsys):
@@ -320,11 +381,10 @@ def test_a_node_trains_on_its_own_file_however_small(tmp_path):
         ({"compression.kind": "topk"}, "compressed"),
         ({"participation.dropout": 0.1}, "clock"),
         ({"participation.mode": "fedbuff"}, "clock|cohort"),
-        ({"federation.sampling": "poisson"}, "poisson"),
         ({"federation.drift": "scaffold"}, "drift"),
         ({"federation.secure_sum": True}, "secure_sum"),
-        ({"privacy.local_noise": 1.0}, "privacy"),
-        ({"privacy.noise_multiplier": 1.0, "privacy.clip": 0.1}, "privacy"),
+        ({"privacy.local_noise": 1.0, "federation.weighting": "uniform"}, "privacy.local_noise"),
+        (PRIVATE | {"budget.tokens": 1000}, "takes? rounds alone"),
         ({"personal.ditto": True}, "personal"),
         ({"personal.finetune": 2}, "personal"),
         ({"federation.lora_rule": "fedsa"}, "fedsa"),
