@@ -2,6 +2,8 @@
 
 update = client_round(federation, adapter, algorithm_state, client, round, key)
 result = join_updates(federation, state, used, cohort, {client: update, ...})
+
+Where the server is to know sums alone, clients `hide` their updates and `join_sum` ends the round.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from spear_jax.federated.aggregation.pipeline import Aggregation
 from spear_jax.federated.aggregation.reducers import Mean
 from spear_jax.federated.federation import Federation
 from spear_jax.federated.local_training import NOT_FINITE
+from spear_jax.federated.privacy.client_side import clipped
 from spear_jax.federated.round import (
     NOTHING_USED,
     RoundResult,
@@ -147,6 +150,83 @@ def join_updates(
             federation, aggregation, start, state.algorithm_state, cohort, key, used,
             state.aggregation_state,
         )  # fmt: skip
+    result = end_cohort(
+        federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
+    )
+    check_finite(result.metrics, cohort.round)
+    return with_budget(result, used)
+
+
+def hide(
+    federation: Federation, client: int, update: ClientUpdate, kept: Mapping[str, Any]
+) -> tuple[Any, dict[str, types.Mean]]:
+    """Returns what a client adds to its cohort's secure sum: w δ of what it sends, leaves float64,
+    and its weight, counts and metrics, as (total, count).
+
+    Only sums of them are read, so that `join_sum` takes the mean of what `join_metrics` takes the
+    largest of.
+
+    Args: kept: the server's `aggregation_state`, of which privacy's bound is read.
+    """
+    aggregation, sent = federation.aggregation, update.update
+    secure, privacy = aggregation.secure_sum, aggregation.privacy
+    assert secure is not None
+    weight = aggregation.weights_of(np.array([update.weight]), np.array([update.active]), [client])
+    mass = 0.0 if update.counts[NOT_FINITE].total else float(weight[0])
+    if privacy is not None:  # nobody else can: what rounding may add is left free
+        size = sum(x.size for x in jax.tree.leaves(sent))
+        bound = float(kept["bound"]) - secure.rounding(size)
+        sent = jax.tree.map(lambda x: x[0], clipped(vectors.add_axis(sent), max(0.0, bound)))
+    told = {"own/weight": types.Mean(mass, 1.0), "own/active": types.Mean(float(update.active), 1)}
+    told |= {f"count/{name}": x for name, x in update.counts.items()}
+    for name, value in update.metrics.items():
+        one = name.startswith((*LARGEST, *SUMMED))
+        share = 1.0 if one else float(update.answers[name == "rollout/fixed"])
+        told[f"metric/{name}"] = types.Mean(value * share, share)
+    return jax.tree.map(lambda x: mass * np.asarray(x, np.float64), sent), told
+
+
+def join_sum(
+    federation: Federation,
+    state: ServerState,
+    used: BudgetUsed,
+    cohort: Cohort,
+    total: Any,
+    told: Mapping[str, types.Mean],
+) -> RoundResult:
+    """Ends a round of clients of which the server knows sums alone (`hide`).
+
+    Args: cohort: the clients whose numbers are in the sums; total: Σ w_k δ_k, leaves float64.
+    """
+    start, clients = federation.on_devices(state.lora), len(cohort.clients)
+    aggregation = dataclasses.replace(federation.aggregation, secure_sum=None)
+    mass, active = told["own/weight"].total, np.arange(clients) < round(told["own/active"].total)
+    named = lambda kind: {
+        name.removeprefix(kind): x for name, x in told.items() if name.startswith(kind)
+    }
+    metrics = {
+        name: float(x.total) if name.startswith(SUMMED) else x.value()
+        for name, x in named("metric/").items()
+    }
+    lora = jax.tree.map(lambda x, s: np.float32(np.asarray(x, np.float64) * mass + s), start, total)
+    trained = TrainedClients(
+        (federation.on_devices(lora), jnp.float32(mass)),
+        state.algorithm_state,
+        named("count/"),
+        metrics,
+        [],
+        federation.schedule.learning_rate(cohort.round, used.tokens, used.seconds),
+        starts=None,
+        gathered=None,
+        personal=None,
+        weight=np.full(clients, mass / clients),
+        method_weight=np.full(clients, mass / clients),
+        steps=np.full(clients, federation.algorithm.common.steps),
+        not_finite=[],
+        outcome=None,
+        active=active,
+        sent=np.ones(clients, bool),
+    )
     result = end_cohort(
         federation, aggregation, dataclasses.replace(state, lora=start), cohort, trained
     )

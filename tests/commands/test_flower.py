@@ -1,5 +1,6 @@
 """Flower's apps beside a simulated run. Needs the extra `flower`."""
 
+import dataclasses
 import gzip
 import json
 import tomllib
@@ -137,6 +138,38 @@ def test_messages_hold_adapters_and_no_text(pair):
     assert not [ids for ids in longer for kind in kinds if np.array(ids, kind).tobytes() in sent]
     for _, line in lines:  # what travels is what the metrics count, and a little more
         assert 1 <= line["flower/bytes_up"] / line["round/bytes_up"] < 1.5
+
+
+def test_a_secure_sum_is_the_simulated_round(pair, config, tmp_path):
+    _, states, lines, plain = pair
+    config = config.copy_and_resolve_references()
+    config.federation.secure_sum = True
+
+    def change(node, kind, reply):
+        gone = kind == "train.mask" and reply.metadata.group_id == "2" and node == 2
+        return None if gone else reply
+
+    run = deployed(config, tmp_path, change, deadline=20.0)
+    rounds = iter(run)
+    line, wanted = next(rounds).metrics, lines[0][0]
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    mass = wanted["rollout/wins"]  # of two clients, each right to half a step
+    step = 2 / 2**17 / mass
+    start = states[0][0].lora
+    rounding = 2e-5 * np.linalg.norm(flat(states[1][0].lora) - flat(start))
+    np.testing.assert_allclose(flat(run.state.lora), flat(states[1][0].lora), atol=step + rounding)
+    assert distance(run.state.lora, states[1][0].lora, start) < 1e-2
+    for name in wanted.keys() - {"eval/accuracy"}:
+        if not name.startswith(("time/", "budget/seconds", "compile/", "memory/", "aggregation/")):
+            assert line[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+    sent = b"".join(run.grid.wire)
+    for name in (b"q.b", b"q.a"):
+        assert sent.count(name) < b"".join(plain).count(name)
+    assert not list((tmp_path / "node0").rglob("secure/*"))
+    with pytest.raises(UserError, match="1 of the 2 clients that have trained are there to mask"):
+        run.terms = dataclasses.replace(run.terms, deadline=0.1)
+        next(rounds)
+    assert run.finished_rounds == 1
 
 
 def test_a_killed_server_goes_on_where_it_was(pair, config, tmp_path):
@@ -382,7 +415,12 @@ def test_a_node_trains_on_its_own_file_however_small(tmp_path):
         ({"participation.dropout": 0.1}, "clock"),
         ({"participation.mode": "fedbuff"}, "clock|cohort"),
         ({"federation.drift": "scaffold"}, "drift"),
-        ({"federation.secure_sum": True}, "secure_sum"),
+        ({"federation.secure_sum": True, "federation.sampling": "poisson"}, "may ask one client"),
+        (
+            PRIVATE
+            | {"federation.secure_sum": True, "privacy.adaptive": True, "privacy.sigma_b": 2.0},
+            "counts what federation.secure_sum hides",
+        ),
         ({"privacy.local_noise": 1.0, "federation.weighting": "uniform"}, "privacy.local_noise"),
         (PRIVATE | {"budget.tokens": 1000}, "takes? rounds alone"),
         ({"personal.ditto": True}, "personal"),
