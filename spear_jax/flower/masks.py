@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -175,7 +175,7 @@ class Member:
         """The cipher of shares to another client, or from it; a key seals one message."""
         way = (other, self.client) if inward else (self.client, other)
         agreed = _agreed(self.sealing, self.public[other][:KEY])
-        return ChaCha20Poly1305(_derived(agreed, "seal", self.label, *way))
+        return ChaCha20Poly1305(derived(agreed, "seal", self.label, *way))
 
     def _pair(self, other: int) -> bytes:
         return _pair_key(self.masking, self.public[other][KEY:], self.label, self.client, other)
@@ -259,7 +259,18 @@ def join(shares: Shares) -> bytes:
 
 def keystream(key: bytes, size: int) -> bytes:
     """Returns that many bytes of ChaCha20's stream; a key is used once."""
-    return Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor().update(bytes(size))
+    return open_stream(key).update(bytes(size))
+
+
+def open_stream(key: bytes) -> CipherContext:
+    """Returns ChaCha20 at the beginning of a key's stream."""
+    return Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor()
+
+
+def derived(secret: bytes, *use: str | int) -> bytes:
+    """Returns the key of a use."""
+    info = "|".join(map(str, use)).encode()
+    return HKDF(SHA256(), KEY, hashlib.sha256(b"spear-jax").digest(), info).derive(secret)
 
 
 def _public(private: bytes) -> bytes:
@@ -275,15 +286,10 @@ def _agreed(private: bytes, public: bytes) -> bytes:
         raise Refused("a key is none") from error
 
 
-def _derived(secret: bytes, *use: str | int) -> bytes:
-    info = "|".join(map(str, use)).encode()
-    return HKDF(SHA256(), KEY, hashlib.sha256(b"spear-jax").digest(), info).derive(secret)
-
-
 def _seed_key(seed: bytes, label: str) -> bytes:
-    return _derived(seed, "seed", label)
+    return derived(seed, "seed", label)
 
 
 def _pair_key(private: bytes, public: bytes, label: str, one: int, other: int) -> bytes:
     """The key of the mask between two clients, the same for both."""
-    return _derived(_agreed(private, public), "pair", label, *sorted((one, other)))
+    return derived(_agreed(private, public), "pair", label, *sorted((one, other)))

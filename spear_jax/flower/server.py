@@ -25,13 +25,14 @@ from spear_jax.federated.round import RoundResult
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import join_sum, join_updates
 from spear_jax.flower import messages, secure
+from spear_jax.flower.masks import KEY
 from spear_jax.flower.messages import Request
+from spear_jax.flower.noise import with_secret
 from spear_jax.flower.records import Refused, check_protocol
 from spear_jax.flower.terms import Terms
 
 PAUSE = 0.25  # seconds between two looks for replies
 HELLO = 60.0  # seconds that a node has to say which client it is
-SECRET = 256  # bits
 
 OK, LOST, LATE, REFUSED = "ok", "lost", "late", "refused"
 
@@ -93,21 +94,6 @@ def _check_private(experiment: Experiment, quorum: float) -> None:
             "budget.* sets the learning rate by what clients have generated, to which no noise is added "
             "on its way to other clients; with privacy.noise_multiplier take rounds alone."
         )
-
-
-def with_secret(experiment: Experiment, seed: int) -> Experiment:
-    """Returns a private experiment whose cohorts and noise are drawn from a seed of the server's own.
-
-    The config's seed is known to all nodes. Who knew the cohorts could not be told that sampling
-    protects, and who knew the noise could take it off.
-    """
-    federation = experiment.federation
-    privacy = federation.aggregation.privacy
-    assert privacy is not None
-    private = dataclasses.replace(privacy, seed=seed)
-    aggregation = dataclasses.replace(federation.aggregation, privacy=private)
-    federation = dataclasses.replace(federation, seed=seed, aggregation=aggregation)
-    return dataclasses.replace(experiment, federation=federation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,19 +182,20 @@ class DeployedRun(Run):
     """A run whose clients are Flower's nodes.
 
     Args:
-        secret: the seed of cohorts and noise under privacy; None: drawn for this process, and kept
-            nowhere. A round that is repeated after a kill has other noise, and was never sent before.
+        secret: what cohorts and noise are drawn from under privacy; None: drawn for this process, and
+            kept nowhere. A round that is repeated after a kill has other noise, and was never sent
+            before.
         parts: as for `Run`: callbacks, devices, a reducer.
     Raises: UserError as `Run`, and for settings that hold in simulation alone.
     """
 
-    def __init__(self, grid: Grid, terms: Terms, secret: int | None = None, **parts: Any):
+    def __init__(self, grid: Grid, terms: Terms, secret: bytes | None = None, **parts: Any):
         super().__init__(terms.config(), terms.workdir, quiet=True, **parts)
         check_deployable(self.experiment, terms.quorum)
         self.private = self.experiment.federation.aggregation.privacy is not None
         if self.private:
-            own = secrets.randbits(SECRET) if secret is None else secret
-            self.experiment = with_secret(self.experiment, own)
+            federation = with_secret(self.experiment.federation, secret or secrets.token_bytes(KEY))
+            self.experiment = dataclasses.replace(self.experiment, federation=federation)
         self.grid, self.terms = grid, terms
         self.nodes = Nodes(grid, self.settings.federation.num_clients, terms.deadline)
         self.run_id = self._run_id()

@@ -19,9 +19,10 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.types import Mean
 from spear_jax.experiment.run import Run
 from spear_jax.federated.local_training import NOT_FINITE
+from spear_jax.federated.privacy.accounting import Account
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import ClientUpdate
-from spear_jax.flower import messages, node, server
+from spear_jax.flower import messages, node, noise, server
 from spear_jax.flower.__main__ import main
 from spear_jax.flower.terms import Terms, with_own
 from spear_jax.models.params import Adapter, LowRank
@@ -236,19 +237,36 @@ def test_a_private_run_adds_noise_of_its_own_whoever_replies(config, tmp_path):
     for number, line in enumerate((first.metrics, second.metrics), 1):
         assert line["participation/lost"] == 2 and line["round/clients"] == 0
         assert line["privacy/epsilon"] == account.epsilon(number)
-    known = private(config, tmp_path / "known", secret=config.seed)
+    whose = [one.experiment.federation for one in (run, again)]
+    cohorts = [[one.cohort(r).clients for r in range(20)] for one in whose]
+    secret = [one.aggregation.privacy.secret for one in whose]
+    assert cohorts[0] != cohorts[1] and secret[0] != secret[1]
+    known = private(config, tmp_path / "known", secret=secret[0])
     next(iter(known))
-    assert distance(known.state.lora, start, run.state.lora) > 0.5
-    seeds = [one.experiment.federation.seed for one in (run, again, known)]
-    assert len(set(seeds)) == 3 and min(seeds[:2]) > 2**200
-    cohorts = lambda one: [one.experiment.federation.cohort(r).clients for r in range(20)]
-    assert cohorts(run) != cohorts(known)
+    assert distance(known.state.lora, run.state.lora, start) == 0
+    noises = [again.state.lora, known.state.lora]
+    assert distance(*noises, start) > 0.5
     for file in (tmp_path / "own").rglob("*"):  # it is kept nowhere
-        if file.is_file():
-            content = file.read_bytes()
-            for seed in seeds[:2]:
-                assert str(seed).encode() not in content
-                assert seed.to_bytes(32, "little") not in content
+        content = file.read_bytes() if file.is_file() else b""
+        for own, seed in zip(secret, (one.seed for one in whose), strict=True):
+            assert own not in content and own.hex().encode() not in content
+            assert str(seed).encode() not in content
+
+
+def test_secret_noise_is_normal_and_of_its_round():
+    account = Account(1.0, 9, 9, "poisson", 0, 1e-3)
+    private = noise.SecretPrivacy(account, 0.5, secret=bytes(range(32)))
+    drawn = private.normal(7, 1)
+    one, two = drawn((400, 250)), drawn((100_001,))
+    for numbers in (one.ravel(), two):
+        assert abs(numbers.mean()) < 4.5 / np.sqrt(1e5)
+        assert numbers.var() == pytest.approx(1.0, abs=4.5 * np.sqrt(2 / 1e5))
+        share = np.mean(np.abs(numbers) < 1.959964)  # 95 %
+        assert share == pytest.approx(0.95, abs=4.5 * np.sqrt(0.95 * 0.05 / 1e5))
+    others = [private.normal(*path)((400, 250)) for path in ((7, 2), (8, 1))]
+    for other in (*others, two[:100_000]):
+        assert abs(np.corrcoef(one.ravel(), np.ravel(other))[0, 1]) < 4.5 / np.sqrt(1e5)
+    np.testing.assert_array_equal(private.normal(7, 1)((400, 250)), one)
 
 
 def test_nodes_of_a_private_run_are_told_nothing_of_each_other(config, tmp_path):

@@ -15,7 +15,13 @@ from spear_jax.federated.local_training import NOT_FINITE
 from spear_jax.federated.privacy.central import BIT_NOISE, NOISE
 from spear_jax.federated.round import run_round
 from spear_jax.federated.round_metrics import BudgetUsed
-from spear_jax.federated.single_client import ClientUpdate, client_round, join_updates
+from spear_jax.federated.single_client import (
+    ClientUpdate,
+    client_round,
+    hide,
+    join_sum,
+    join_updates,
+)
 
 pytest.importorskip("dp_accounting")
 NUMBERS = ("privacy/epsilon", "privacy/delta", "privacy/clip", "privacy/snr", "round/failed")
@@ -146,6 +152,64 @@ def test_an_update_without_a_norm_is_left_out(plain):
     moved, end = joined(plain, {0: huge, 1: good})
     np.testing.assert_allclose(moved, released(plain, flat(good.update)), atol=2e-7)
     assert end.metrics["round/clients_not_finite"] == 1
+
+
+def summed(plain, updates):
+    """A round of which the server knows sums alone."""
+    federation, state = plain
+    kept = state.aggregation_state
+    hidden = [hide(federation, client, one, kept) for client, one in updates.items()]
+    total = jax.tree.map(lambda *x: sum(x), *(update for update, _ in hidden))
+    told = {}
+    for _, numbers in hidden:
+        for name, x in numbers.items():
+            told[name] = told.get(name, Mean(0.0, 0.0)) + x
+    cohort = federation.cohort_of(list(updates), 1)
+    after = join_sum(federation, state, BudgetUsed(), cohort, total, told)
+    return flat(after.state.lora) - flat(state.lora), after
+
+
+def test_clients_that_hide_clip_themselves_and_leave_room_for_rounding():
+    hiding = built(**{"federation.secure_sum": True, "aggregation.secure_bits": 12})
+    short, long = made(hiding[1], 1, 0.001), made(hiding[1], 2, 5.0)
+    moved, end = summed(hiding, {0: short, 2: long})
+    bound = 0.02 - np.sqrt(flat(hiding[1].lora).size) / 2**13
+    assert 0.001 < bound < 0.019
+    wanted = released(hiding, flat(short.update), flat(long.update) * bound / 5.0)
+    np.testing.assert_allclose(moved, wanted, atol=2e-7)
+    assert end.metrics["privacy/epsilon"] == hiding[0].aggregation.privacy.account.epsilon(1)
+
+
+def test_sums_alone_end_a_round_as_updates_do():
+    hiding = built(**{"privacy.noise_multiplier": 0.0, "federation.weighting": "method"}
+                   | {"federation.secure_sum": True})  # fmt: skip
+    seen = hiding[0]
+    seen = dataclasses.replace(
+        seen, aggregation=dataclasses.replace(seen.aggregation, secure_sum=None)
+    )
+    numbers = [("rollout/wins", 3.0), ("rollout/first_accuracy", 0.25), ("rollout/fixed", 0.5)]
+    one, two = made(hiding[1], 1, 0.5), made(hiding[1], 2, 2.0, weight=2.0, answers=(8, 3))
+    broken = made(hiding[1], 3, 1.0, weight=0.0)
+    broken = dataclasses.replace(
+        broken,
+        update=jax.tree.map(lambda x: 0 * x, broken.update),
+        counts=broken.counts | {NOT_FINITE: Mean(1.0, 1.0)},
+    )
+    for update, times in ((one, 1), (two, 2), (broken, 0)):
+        update.metrics.update((name, x * times) for name, x in numbers)
+    idle = made(hiding[1], 4, 0.0, weight=0.0, active=False)
+    updates = {0: one, 1: two, 2: broken}
+    moved, end = summed(hiding, updates)
+    plain, known = joined((seen, hiding[1]), updates)
+    np.testing.assert_allclose(moved, plain, atol=2e-7)
+    np.testing.assert_allclose(moved, (5 * flat(one.update) + 2 * flat(two.update)) / 7, atol=2e-7)
+    for name in known.metrics.keys() - {"time/aggregate", "budget/seconds", "round/rate"}:
+        if not name.startswith("exactness/"):
+            assert end.metrics[name] == pytest.approx(known.metrics[name], rel=1e-6), name
+    assert end.metrics["rollout/first_accuracy"] == pytest.approx((0.25 * 4 + 0.5 * 8) / 16)
+    assert end.metrics["round/clients_not_finite"] == 1
+    _, end = summed(hiding, {0: one, 1: idle})
+    assert end.metrics["round/clients_without_wins"] == 1
 
 
 def test_without_privacy_a_clipping_server_clips_and_an_empty_round_changes_nothing():
