@@ -184,8 +184,7 @@ def collect(
         if len(answers) < max(2, least):
             raise NoSum(
                 f"round {round}: {len(answers)} of the {len(keys)} clients that have trained are there "
-                f"to {kind}, and with fewer than {max(2, least)} a sum would not hide each of them. "
-                "The rounds before it are kept; `flwr run` on the same app goes on from there."
+                f"to {kind}, and with fewer than {max(2, least)} a sum would not hide each of them."
             )
         return answers
 

@@ -33,6 +33,7 @@ from spear_jax.flower.terms import Terms
 
 PAUSE = 0.25  # seconds between two looks for replies
 HELLO = 60.0  # seconds that a node has to say which client it is
+GOES_ON = "The rounds before it are kept; `flwr run` on the same app goes on from there."
 
 OK, LOST, LATE, REFUSED = "ok", "lost", "late", "refused"
 
@@ -224,7 +225,7 @@ class DeployedRun(Run):
             reasons = "; ".join(f"client {one.client}: {one.result}, {one.why}" for one in outcomes)
             raise UserError(
                 f"round {number}: no client has sent an update that can be taken ({reasons[:600]}). "
-                "The rounds before it are kept; `flwr run` on the same app goes on from there."
+                f"{GOES_ON}"
             )
         if total is None:
             result = join_updates(federation, self.state, used, cohort, there)
@@ -294,7 +295,7 @@ class DeployedRun(Run):
             total, arrived = (update, got.totals), got.clients
         except secure.NoSum as error:
             if not self.private:
-                raise
+                raise UserError(f"{error} {GOES_ON}") from error
             say(f"warning: {error}", sys.stderr)
             arrived = set()
         left_out = lambda one: dataclasses.replace(one, result=LOST, why="it is not in the sum")

@@ -19,6 +19,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.types import Mean
 from spear_jax.experiment.run import Run
 from spear_jax.federated.local_training import NOT_FINITE
+from spear_jax.federated.privacy import central
 from spear_jax.federated.privacy.accounting import Account
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import ClientUpdate
@@ -171,6 +172,36 @@ def test_a_secure_sum_is_the_simulated_round(pair, config, tmp_path):
         run.terms = dataclasses.replace(run.terms, deadline=0.1)
         next(rounds)
     assert run.finished_rounds == 1
+
+
+def test_noise_is_added_to_a_secure_sum_and_where_there_is_none(config, tmp_path):
+    pytest.importorskip("dp_accounting")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(PRIVATE | {"federation.secure_sum": True})
+
+    def change(node, kind, reply):
+        gone = kind == "train.share" and reply.metadata.group_id == "2" and node == 2
+        return None if gone else reply
+
+    run = deployed(config, tmp_path, change, deadline=20.0)
+    privacy, rounds = run.experiment.federation.aggregation.privacy, iter(run)
+    start, line = run.state.lora, next(rounds).metrics
+    assert line["round/clients"] == 2 and line["privacy/epsilon"] == privacy.account.epsilon(1)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    drawn = privacy.normal(central.NOISE, 1)
+    noisy = flat(jax.tree.map(lambda x: 0.5 * 0.02 * drawn(x.shape), start))
+    total = 2 * (flat(run.state.lora) - flat(start)) - noisy  # of two clients, clipped to 0.02
+    assert 0.02 < np.linalg.norm(total) < 0.04 + 1e-6
+    signal = line["privacy/snr"] * 0.5 * 0.02 * np.sqrt(total.size)
+    assert np.linalg.norm(total) == pytest.approx(signal, rel=1e-3)
+    before, run.terms = run.state.lora, dataclasses.replace(run.terms, deadline=0.1)
+    line = next(rounds).metrics
+    counts = [line[f"participation/{x}"] for x in ("lost", "late")]
+    assert line["round/clients"] == 0 and counts == [1, 1]
+    assert line["privacy/epsilon"] == privacy.account.epsilon(2)
+    drawn = privacy.normal(central.NOISE, 2)
+    alone = flat(jax.tree.map(lambda x: 0.5 * 0.02 * drawn(x.shape) / 2, start))
+    np.testing.assert_allclose(flat(run.state.lora) - flat(before), alone, atol=1e-6)
 
 
 def test_a_killed_server_goes_on_where_it_was(pair, config, tmp_path):
