@@ -183,7 +183,12 @@ def hide(
         one = name.startswith((*LARGEST, *SUMMED))
         share = 1.0 if one else float(update.answers[name == "rollout/fixed"])
         told[f"metric/{name}"] = types.Mean(value * share, share)
-    return jax.tree.map(lambda x: mass * np.asarray(x, np.float64), sent), told
+    hidden = jax.tree.map(lambda x: mass * np.asarray(x, np.float64), sent)
+    cut = [np.abs(x) > secure.bound for x in jax.tree.leaves(hidden)]
+    told["metric/secure/clipped"] = types.Mean(
+        float(sum(x.sum() for x in cut)), float(sum(x.size for x in cut))
+    )
+    return hidden, told
 
 
 def join_sum(

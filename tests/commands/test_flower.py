@@ -164,6 +164,7 @@ def test_a_secure_sum_is_the_simulated_round(pair, config, tmp_path):
     for name in wanted.keys() - {"eval/accuracy"}:
         if not name.startswith(("time/", "budget/seconds", "compile/", "memory/", "aggregation/")):
             assert line[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+    assert line["secure/clipped"] == 0
     sent = b"".join(run.grid.wire)
     for name in (b"q.b", b"q.a"):
         assert sent.count(name) < b"".join(plain).count(name)

@@ -208,6 +208,11 @@ def test_sums_alone_end_a_round_as_updates_do():
             assert end.metrics[name] == pytest.approx(known.metrics[name], rel=1e-6), name
     assert end.metrics["rollout/first_accuracy"] == pytest.approx((0.25 * 4 + 0.5 * 8) / 16)
     assert end.metrics["round/clients_not_finite"] == 1
+    assert end.metrics["secure/clipped"] == 0
+    far = made(hiding[1], 5, 4.0 * np.sqrt(flat(hiding[1].lora).size))
+    _, end = summed(hiding, {0: far, 1: one})
+    outside = np.sum(np.abs(5 * flat(far.update)) > 4) / (2 * flat(far.update).size)
+    assert end.metrics["secure/clipped"] == pytest.approx(outside) > 0.3
     _, end = summed(hiding, {0: one, 1: idle})
     assert end.metrics["round/clients_without_wins"] == 1
 
