@@ -21,6 +21,7 @@ from spear_jax.core.mesh import to_host
 from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.run import Run
+from spear_jax.federated.federation import Federation
 from spear_jax.federated.round import RoundResult
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import join_sum, join_updates
@@ -56,45 +57,48 @@ def check_deployable(experiment: Experiment, quorum: float = 1.0) -> None:
         (aggregation.attack is not None, "attack.kind makes clients attack", "set it to none"),
         (aggregation.uplink is not None, "updates are compressed in simulation", "set compression.kind=none"),
         (federation.asynchronous is not None, "rounds without a cohort are simulated", "set participation.mode=sync"),
-        (aggregation.local_privacy is not None,
-         "privacy.local_noise covers an update and not the counts of wins and losses beside it",
-         "take privacy.noise_multiplier, or leave privacy.* out"),
         (aggregation.root is not None, "the reducer needs a client of the server's", "take another"),
         (rule.personal or rule.changes_base or "rank" in kept,
          f"lora_rule {rule.name!r} sends each client more than the adapter", "take mean or ffa"),
         (bool(federation.algorithm.measures_cohort),
          f"method {settings.algorithm.name!r} measures on the texts of all clients together",
          f"set {federation.algorithm.measures_cohort}"),
-        (aggregation.secure_sum is not None and aggregation.privacy is not None
-         and aggregation.privacy.adaptive is not None,
-         "privacy.adaptive counts what federation.secure_sum hides", "set one of them to False"),
-        (aggregation.secure_sum is not None and federation.sampling == "poisson"
-         and aggregation.privacy is None,
-         "federation.sampling is poisson and may ask one client, whom no sum hides", "set it to uniform"),
         (provider.asks_people or provider.asks_by_id,
          f"rollout.feedback {settings.rollout.feedback!r} asks somebody, whom the server cannot see",
          "name it in each node's --node-config, and set rollout.feedback=oracle here"),
     ):  # fmt: skip
         if wrong:
             raise UserError(f"{what}, which real clients do not do; {remedy}.")
-    if aggregation.privacy is not None:
-        _check_private(experiment, quorum)
+    _check_hidden(federation, quorum)
 
 
-def _check_private(experiment: Experiment, quorum: float) -> None:
-    """Raises UserError where a client would move more than its own clipped update."""
-    if quorum < 1:
-        raise UserError(
-            f"--quorum is {quorum:g}, with privacy.noise_multiplier: whose update is late would depend "
-            "on who else takes part, which doubles what one client changes; set --quorum=1, and let "
-            "--deadline end the rounds."
-        )
-    schedule = experiment.federation.schedule
-    if schedule.tokens or schedule.seconds:
-        raise UserError(
-            "budget.* sets the learning rate by what clients have generated, to which no noise is added "
-            "on its way to other clients; with privacy.noise_multiplier take rounds alone."
-        )
+def _check_hidden(federation: Federation, quorum: float) -> None:
+    """Raises UserError where noise or a secure sum would not hide what it is asked to."""
+    aggregation, schedule = federation.aggregation, federation.schedule
+    private, sums = aggregation.privacy is not None, aggregation.secure_sum is not None
+    for wrong, message in (
+        (aggregation.local_privacy is not None,
+         "privacy.local_noise covers a client's update, but its counts of wins and its losses would reach "
+         "the server beside it, without noise; take privacy.noise_multiplier, or set local_noise=0."),
+        (private and quorum < 1,
+         f"--quorum is {quorum:g}, with privacy.noise_multiplier: whose update is late would depend on who "
+         "else takes part, which doubles what one client changes; set --quorum=1, and let --deadline "
+         "end the rounds."),
+        (private and bool(schedule.tokens or schedule.seconds),
+         "budget.* sets the learning rate by what clients have generated, to which no noise is added on "
+         "its way to other clients; with privacy.noise_multiplier take rounds alone."),
+        (sums and aggregation.privacy is not None and aggregation.privacy.adaptive is not None,
+         "privacy.adaptive counts the clients within the clip norm, which federation.secure_sum hides; set "
+         "one of them to False."),
+        (sums and not private and federation.sampling == "poisson",
+         "federation.sampling is poisson, which may ask one client alone, and no federation.secure_sum "
+         "hides that one; set sampling to uniform, or add privacy.noise_multiplier."),
+        (sums and federation.clients_per_round < 2,
+         "federation.secure_sum hides a client among others, but federation.clients_per_round is 1; set it "
+         "to 2 at least, 3 where clients should not know each other's updates."),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True)

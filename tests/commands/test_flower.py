@@ -469,10 +469,14 @@ def test_a_node_trains_on_its_own_file_however_small(tmp_path):
         (
             PRIVATE
             | {"federation.secure_sum": True, "privacy.adaptive": True, "privacy.sigma_b": 2.0},
-            "counts what federation.secure_sum hides",
+            "which federation.secure_sum hides",
         ),
         ({"privacy.local_noise": 1.0, "federation.weighting": "uniform"}, "privacy.local_noise"),
         (PRIVATE | {"budget.tokens": 1000}, "takes? rounds alone"),
+        (
+            {"federation.secure_sum": True, "federation.clients_per_round": 1},
+            "hides a client among",
+        ),
         ({"personal.ditto": True}, "personal"),
         ({"personal.finetune": 2}, "personal"),
         ({"federation.lora_rule": "fedsa"}, "fedsa"),
