@@ -132,7 +132,8 @@ class Node:
         kept = self.experiment.initial_state().aggregation_state  # of which nothing moves
         hidden, totals = hide(federation, self.client, update, kept)
         codes = secure.encode(messages.as_vector(hidden, sends), secure.bound)
-        return begin(self.folder / request.run, self.client, number, codes, totals)
+        pairs = {name: (float(x.total), float(x.count)) for name, x in totals.items()}
+        return begin(self.folder / request.run, self.client, number, codes, pairs)
 
     def _open_shapes(self, folder: pathlib.Path) -> int:
         """Takes up the padded sizes of earlier rounds; returns how many those were."""

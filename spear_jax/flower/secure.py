@@ -22,7 +22,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from spear_jax.core.errors import UserError
 from spear_jax.core.files import writing
-from spear_jax.core.types import Mean
 from spear_jax.flower import PROTOCOL, STAGES
 from spear_jax.flower.masks import (
     SHARE,
@@ -38,7 +37,7 @@ from spear_jax.flower.records import Refused, check_answer, check_protocol, reco
 
 SEALED = 2 * SHARE + 16  # bytes
 
-Totals = dict[str, Mean]
+Totals = dict[str, tuple[float, float]]  # by name (total, count)
 Reader = Callable[[int, RecordDict], Any]  # a client and its answer to what is read; raises Refused
 
 
@@ -76,11 +75,10 @@ def begin(
     Args: folder: of the run, on the node; update: codes, uint32[d].
     """
     member = Member.new(client, f"{folder.name}/{round}")
-    pairs = {name: [float(x.total), float(x.count)] for name, x in totals.items()}
-    _put_away(folder, member, round, "share", pairs)
+    _put_away(folder, member, round, "share", totals)
     with _private(folder / "secure/update.npy") as out:
         np.save(out, update)
-    keys = ConfigRecord({"public": member.keys(), "names": sorted(pairs)})
+    keys = ConfigRecord({"public": member.keys(), "names": sorted(totals)})
     return RecordDict({"answer": ConfigRecord({"protocol": PROTOCOL}), "keys": keys})
 
 
@@ -205,7 +203,7 @@ def collect(
         raise NoSum(f"round {round}: the sum cannot be read: {refused}.") from refused
     found = decode_totals(total.totals)
     pairs = zip(names, found[::2], found[1::2], strict=True)
-    return SecureTotal(set(arrived), total.update, {name: Mean(x, n) for name, x, n in pairs})
+    return SecureTotal(set(arrived), total.update, {name: (x, n) for name, x, n in pairs})
 
 
 def _shares_of(records: RecordDict, clients: Set[int], size: int) -> Shares:

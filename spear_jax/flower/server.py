@@ -19,6 +19,7 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.files import write_whole, writing
 from spear_jax.core.mesh import to_host
 from spear_jax.core.surroundings import say
+from spear_jax.core.types import Mean
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.run import Run
 from spear_jax.federated.federation import Federation
@@ -274,7 +275,7 @@ class DeployedRun(Run):
 
     def _masked(
         self, number: int, outcomes: list[Outcome]
-    ) -> tuple[tuple[Any, secure.Totals] | None, list[Outcome]]:
+    ) -> tuple[tuple[Any, dict[str, Mean]] | None, list[Outcome]]:
         """Has clients that have trained add up what they keep, where the sum is secure.
 
         Returns: the sum of updates and the totals, None where there is none; the outcomes.
@@ -296,7 +297,8 @@ class DeployedRun(Run):
         try:
             got = secure.collect(ask, keys, self.run_id, number, size)
             update = messages.from_vector(hiding.decode(got.update), self.state.lora, sends)
-            total, arrived = (update, got.totals), got.clients
+            totals = {name: Mean(*pair) for name, pair in got.totals.items()}
+            total, arrived = (update, totals), got.clients
         except secure.NoSum as error:
             if not self.private:
                 raise UserError(f"{error} {GOES_ON}") from error

@@ -11,7 +11,6 @@ pytest.importorskip("flwr", reason="needs Flower: pip install -e .[flower]")
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from spear_jax.core.errors import UserError
-from spear_jax.core.types import Mean
 from spear_jax.federated.aggregation.secure_sum import SecureSum
 from spear_jax.flower import PROTOCOL, masks, secure
 from spear_jax.flower.masks import Coded, Member
@@ -23,8 +22,8 @@ HIDING = SecureSum(4.0, 16)
 
 def numbers(client):
     draw = np.random.default_rng(client)
-    return draw.normal(size=SIZE) * 0.05, {"weight": Mean(3.0 + client, 1.0), f"own{client}": Mean(
-        -1e12 * client, 0.5)}  # fmt: skip
+    totals = {"weight": (3.0 + client, 1.0), f"own{client}": (-1e12 * client, 0.5)}
+    return draw.normal(size=SIZE) * 0.05, totals
 
 
 class Cohort:
@@ -68,9 +67,9 @@ def check(total, clients):
     assert total.clients == set(clients)
     plain = np.sum([numbers(client)[0] for client in clients], 0)
     np.testing.assert_allclose(HIDING.decode(total.update), plain, atol=len(clients) / 2**17)
-    assert total.totals["weight"] == Mean(sum(3.0 + c for c in clients), float(len(clients)))
+    assert total.totals["weight"] == (sum(3.0 + c for c in clients), float(len(clients)))
     for client in clients:
-        assert total.totals[f"own{client}"] == Mean(-1e12 * client, 0.5)
+        assert total.totals[f"own{client}"] == (-1e12 * client, 0.5)
 
 
 # A threshold of the clients is enough, whenever the others are lost
