@@ -29,8 +29,10 @@ from spear_jax.core.surroundings import say
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.run import view_of
 from spear_jax.experiment.run_logger import write_traces
-from spear_jax.federated.single_client import ClientUpdate, client_round
+from spear_jax.federated.single_client import ClientUpdate, client_round, hide
 from spear_jax.flower import messages
+from spear_jax.flower.records import Refused, check_protocol, write_refusal
+from spear_jax.flower.secure import begin
 from spear_jax.flower.terms import WRONG_NODE, Terms, client_of, folder_of, with_own
 
 KEPT = 2  # states of a node; a server that was killed asks for the round before once more
@@ -62,28 +64,28 @@ class Answers:
         """
         try:
             return self.train(records)
-        except messages.Refused as refused:
+        except Refused as refused:
             say(f"error: the server's request is refused: {refused}")
-            return messages.write_refusal(str(refused))
+            return write_refusal(str(refused))
         except UserError as error:
             say(f"error: {error}")
-            return messages.write_refusal(WRONG_NODE)
+            return write_refusal(WRONG_NODE)
         except Exception as error:
             traceback.print_exc()
             self.__dict__.pop("node", None)  # whatever the error has left behind in it
-            return messages.write_refusal(f"{type(error).__name__} on the node; its log has more")
+            return write_refusal(f"{type(error).__name__} on the node; its log has more")
 
     def train(self, records: RecordDict) -> RecordDict:
         """Trains a round of this node's client; returns the update.
 
-        Raises: UserError for a node that is set up wrongly, messages.Refused for a request that
+        Raises: UserError for a node that is set up wrongly, Refused for a request that
             does not fit it.
         """
-        messages.check_protocol(records, "asked")
+        check_protocol(records, "asked")
         began = time.perf_counter()
         self.compiles.take()
-        state, federation = self.node.experiment.initial_state(), self.node.experiment.federation
-        mine = federation.algorithm.client_state
+        state = self.node.experiment.initial_state()
+        mine = self.node.experiment.federation.algorithm.client_state
         shared = {name: x for name, x in state.algorithm_state.items() if name not in mine}
         request = messages.read_request(records, state.lora, shared)
         update = self.node.train(request)
@@ -92,7 +94,7 @@ class Answers:
             "time/node_compile": self.compiles.take()["compile/seconds"],
         }
         update = dataclasses.replace(update, metrics=update.metrics | seconds)
-        return messages.write_update(update, federation.aggregation.rule.sends(request.round))
+        return self.node.write(update, request)
 
 
 def build_node(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> "Node":
@@ -122,12 +124,12 @@ class Node:
     def train(self, request: messages.Request) -> ClientUpdate:
         """Runs the client's round, and keeps what stays with it.
 
-        Raises: messages.Refused for a request to another client.
+        Raises: Refused for a request to another client.
         """
         if request.client != self.client:
-            raise messages.Refused(f"this node is client {self.client}, not {request.client}")
+            raise Refused(f"this node is client {self.client}, not {request.client}")
         if not re.fullmatch(r"[0-9a-f]{8,64}", request.run):
-            raise messages.Refused(f"{shown(request.run)} is no name of a run")
+            raise Refused(f"{shown(request.run)} is no name of a run")
         folder = self.folder / request.run
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,18 @@ class Node:
         saved = {"rounds": rounds + 1, "shapes": self.experiment.shapes.save()}
         write_whole(folder / "shapes.json", json.dumps(saved) + "\n")
         return update
+
+    def write(self, update: ClientUpdate, request: messages.Request) -> RecordDict:
+        """Returns what the server gets: the update, or under a secure sum keys alone."""
+        federation, number = self.experiment.federation, request.round
+        sends, secure = federation.aggregation.rule.sends(number), federation.aggregation.secure_sum
+        if secure is None:
+            return messages.write_update(update, sends)
+        kept = self.experiment.initial_state().aggregation_state  # of which nothing moves
+        hidden, totals = hide(federation, self.client, update, kept)
+        codes = secure.encode(messages.as_vector(hidden, sends), secure.bound)
+        pairs = {name: (float(x.total), float(x.count)) for name, x in totals.items()}
+        return begin(self.folder / request.run, self.client, number, codes, pairs)
 
     def _open_shapes(self, folder: pathlib.Path) -> int:
         """Takes up the padded sizes of earlier rounds; returns how many those were."""
