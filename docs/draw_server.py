@@ -108,7 +108,7 @@ def rows_of(
                 "row": label,
                 "seeds": str(len(own)),
                 "accuracy": told(own["accuracy"]),
-                "less plain": "" if label == base else told(less, "+"),
+                "less the plain row": "" if label == base else told(less, "+"),
                 **{
                     heading: form.format(own[column].mean())
                     for heading, (column, form) in columns.items()
@@ -252,7 +252,7 @@ def names() -> list[str]:
 
 
 def render(name: str, folder: pathlib.Path) -> tuple[str, Figure]:
-    """Returns a study's table as Markdown, and its figure; `folder` gets it unpacked."""
+    """Returns a study's part of the page, and its figure; `folder` gets it unpacked."""
     packed = unpack(RAW / f"{name}.json", folder)
     table = read_runs(folder, PLAIN[name])
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -264,7 +264,7 @@ def render(name: str, folder: pathlib.Path) -> tuple[str, Figure]:
         f"before training {table['before'].mean():.3f} of {int(table['count'].max())} questions; "
         f"{failed} failed rounds. jax {versions['jax']}, Python {versions['python']}, a CPU."
     )
-    return f"{head}\n\n{shown}", figure
+    return f"![{name}](../server-{name}.png)\n\n{head}\n\n{shown}", figure
 
 
 def main(arguments: list[str]) -> None:

@@ -73,9 +73,7 @@ def test_a_lying_user_changes_what_the_own_client_learns(honest, kind):
     federation, state, lora, _, told = honest
     worker, task = federation.worker, federation.worker.task
     feedback = with_attackers(worker.feedback, kind, [BAD], TARGET, worker.examples)
-    lied_to = dataclasses.replace(
-        federation, worker=dataclasses.replace(worker, feedback=feedback)
-    )
+    lied_to = dataclasses.replace(federation, worker=dataclasses.replace(worker, feedback=feedback))
     after, metrics, traces = run_round(lied_to, state, BudgetUsed())
     others = set(range(5)) - {BAD}
     assert attempts(traces, others) == attempts(told, others)
@@ -92,7 +90,9 @@ def test_a_lying_user_changes_what_the_own_client_learns(honest, kind):
     hints = {text for _, text, _ in attempts(traces, {BAD}) if text}
     assert hints and not hints & {text for _, text, _ in attempts(told, {BAD})}
     if kind != "invert":  # which names no option
-        wanted = {x.example.labels[2 if kind == "mislead" and x.example.gold == 1 else 1] for x in own}
+        wanted = {
+            x.example.labels[2 if kind == "mislead" and x.example.gold == 1 else 1] for x in own
+        }
         assert all(text.endswith(tuple(f"Choose {label}." for label in wanted)) for text in hints)
     assert metrics["attack/weight_share"] == 0  # no update is forged
     moved = jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), after.lora, lora)
