@@ -122,30 +122,35 @@ def rows_of(
 
 
 def attacks(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
-    """A row a reducer, a column an attack and share."""
-    parts = table["label"].str.split("-", expand=True).reindex(columns=range(3))
-    table = table.assign(reducer=parts[0], attack=parts[1].fillna("nobody"), share=parts[2])
-    table["case"] = table["attack"].str.cat(table["share"], sep=" ", na_rep="").str.strip()
-    cases, reducers = (list(dict.fromkeys(table[x])) for x in ("case", "reducer"))
-    cases.sort(key=lambda case: (case != "nobody", case))
-    reducers.sort(key=lambda name: name not in ("wins", "mean"))
-    rows = []
-    axes = figure.subplots()
-    for at, reducer in enumerate(reducers):
-        own = table[table["reducer"] == reducer]
-        cell = lambda case, own=own: own[own["case"] == case]["accuracy"]
-        seeds = sorted({len(cell(case)) for case in cases if len(cell(case))})
-        rows.append(
-            {"reducer": reducer, "seeds": " to ".join(str(x) for x in {seeds[0], seeds[-1]})}
-            | {case: told(cell(case)) for case in cases}
-        )
-        for number, case in enumerate(cases):
+    """A row a reducer and attack."""
+    parts = table["label"].str.split("-", n=1, expand=True).reindex(columns=range(2))
+    table = table.assign(reducer=parts[0], case=parts[1].fillna("nobody"))
+    first = lambda name, *names: [*names, *sorted(set(table[name]) - set(names))]
+    cases, reducers = first("case", "nobody"), first("reducer", "wins", "mean")
+    axes, rows = figure.subplots(), []
+    for number, case in enumerate(cases):
+        for at, reducer in enumerate(reducers):
+            of = lambda one, case=case: one if case == "nobody" else f"{one}-{case}"
+            own = table[table["label"] == of(reducer)]
             place = at + 0.7 * (number / max(1, len(cases) - 1) - 0.5)
-            bar(axes, place, cell(case), number, case if not at else None)
+            bar(axes, place, own["accuracy"], number, None if at else case)
+            if len(own):
+                less_mean = gaps(table, of(reducer), of("mean"))
+                less_nobody = gaps(table, of(reducer), reducer)
+                rows.append(
+                    {
+                        "reducer": reducer,
+                        "attack and share": case,
+                        "seeds": str(len(own)),
+                        "accuracy": told(own["accuracy"]),
+                        "less `mean` there": told(less_mean, "+") if reducer != "mean" else "",
+                        "less nobody attacks": told(less_nobody, "+") if number else "",
+                    }
+                )
     axes.axhline(table["before"].mean(), color="black", linestyle="--", linewidth=0.8)
     axes.set_xticks(range(len(reducers)), reducers, rotation=20, ha="right")
     axes.set(ylabel="held-out accuracy", title="Reducers under attack (dashed: before training)")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return pd.DataFrame(rows)
 
 
@@ -235,15 +240,15 @@ def scatter(axes, table: pd.DataFrame, column: str) -> None:
     for number, (label, own) in enumerate(table.groupby("label", sort=False)):
         bar(axes, own[column].mean(), own["accuracy"], number, label)
     axes.set_ylabel("held-out accuracy")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def bar(axes, x: float, values: pd.Series, number: int, label: str | None) -> None:
     """Draws the mean of values with its 95 % t interval."""
-    if len(values):
-        half = half_width(list(values)) if len(values) > 1 else 0.0
-        style = {"color": runs.COLOURS[number % 8], "marker": comparison.MARKERS[number % 13]}
-        axes.errorbar(x, np.mean(values), half, label=label, capsize=3, markersize=5, **style)
+    style = {"color": runs.COLOURS[number % 8], "marker": comparison.MARKERS[number % 13]}
+    half = half_width(list(values)) if len(values) > 1 else 0.0
+    middle = np.mean(values) if len(values) else np.nan
+    axes.errorbar(x, middle, half, label=label, linestyle="", capsize=3, markersize=5, **style)
 
 
 def names() -> list[str]:

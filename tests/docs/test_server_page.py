@@ -38,14 +38,18 @@ def table_of(name, folder):
     return shown.set_index(shown.columns[0])
 
 
-def test_attacks_have_a_column_a_case_and_a_row_a_reducer(tmp_path):
-    cases = {"spear": 0.5, "median": 0.4, "wins-sign_flip-0.3": 0.1, "median-sign_flip-0.3": 0.4}
+def test_attacks_have_a_row_a_reducer_and_case(tmp_path):
+    cases = {"mean": 0.5, "median": 0.4, "mean-sign_flip-0.3": 0.1, "median-sign_flip-0.3": 0.35}
     write_runs(tmp_path, cases)
-    table = table_of("attacks", tmp_path)
-    assert list(table.index) == ["wins", "median"]
-    assert list(table.columns) == ["seeds", "nobody", "sign_flip 0.3"]
+    table = table_of("attacks", tmp_path).set_index("attack and share", append=True)
+    assert list(table.index) == [
+        (reducer, case) for case in ("nobody", "sign_flip-0.3") for reducer in ("mean", "median")
+    ]
     # t(1) s / sqrt(2) = 12.706 x 0.0707 / 1.414
-    assert list(table.loc["wins"]) == ["2", "0.550 ± 0.635", "0.150 ± 0.635"]
+    same, wide = "± 0.000", "± 0.635"
+    assert list(table.loc["median", "nobody"]) == ["2", f"0.450 {wide}", f"-0.100 {same}", ""]
+    flipped = ["2", f"0.400 {wide}", f"+0.250 {same}", f"-0.050 {same}"]
+    assert list(table.loc["median", "sign_flip-0.3"]) == flipped
 
 
 @pytest.mark.parametrize(
