@@ -136,7 +136,8 @@ def attacks(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
             bar(axes, place, own["accuracy"], number, None if at else case)
             if len(own):
                 less_mean = gaps(table, of(reducer), of("mean"))
-                less_nobody = gaps(table, of(reducer), reducer)
+                less_plain = gaps(table, of(reducer), PLAIN["attacks"])
+                plain = of(reducer) == PLAIN["attacks"]
                 rows.append(
                     {
                         "reducer": reducer,
@@ -144,7 +145,7 @@ def attacks(table: pd.DataFrame, figure: Figure) -> pd.DataFrame:
                         "seeds": str(len(own)),
                         "accuracy": told(own["accuracy"]),
                         "less `mean` there": told(less_mean, "+") if reducer != "mean" else "",
-                        "less nobody attacks": told(less_nobody, "+") if number else "",
+                        "less `wins` without attack": "" if plain else told(less_plain, "+"),
                     }
                 )
     axes.axhline(table["before"].mean(), color="black", linestyle="--", linewidth=0.8)

@@ -39,16 +39,23 @@ def table_of(name, folder):
 
 
 def test_attacks_have_a_row_a_reducer_and_case(tmp_path):
-    cases = {"mean": 0.5, "median": 0.4, "mean-sign_flip-0.3": 0.1, "median-sign_flip-0.3": 0.35}
+    cases = {
+        "spear": 0.45,
+        "mean": 0.5,
+        "median": 0.4,
+        "mean-sign_flip-0.3": 0.1,
+        "median-sign_flip-0.3": 0.35,
+    }
     write_runs(tmp_path, cases)
     table = table_of("attacks", tmp_path).set_index("attack and share", append=True)
-    assert list(table.index) == [
-        (reducer, case) for case in ("nobody", "sign_flip-0.3") for reducer in ("mean", "median")
-    ]
+    assert [case for _, case in table.index] == ["nobody"] * 3 + ["sign_flip-0.3"] * 2
+    assert [reducer for reducer, _ in table.index] == ["wins", "mean", "median", "mean", "median"]
     # t(1) s / sqrt(2) = 12.706 x 0.0707 / 1.414
     same, wide = "± 0.000", "± 0.635"
-    assert list(table.loc["median", "nobody"]) == ["2", f"0.450 {wide}", f"-0.100 {same}", ""]
-    flipped = ["2", f"0.400 {wide}", f"+0.250 {same}", f"-0.050 {same}"]
+    assert list(table.loc["median", "nobody"]) == [
+        "2", f"0.450 {wide}", f"-0.100 {same}", f"-0.050 {same}"
+    ]  # fmt: skip
+    flipped = ["2", f"0.400 {wide}", f"+0.250 {same}", f"-0.100 {same}"]
     assert list(table.loc["median", "sign_flip-0.3"]) == flipped
 
 
