@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as Spec
 
 from spear_jax.core.errors import UserError
@@ -126,6 +126,18 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), tree)
 
 
+def over_heads(rows: Sharding, heads: int) -> Sharding:
+    """Returns where keys and values [B, heads, ...] lie whose rows lie as `rows` says: their heads
+    are split over `model`, as the projections are that make them, where their number allows.
+    """
+    if not isinstance(rows, NamedSharding):
+        return rows
+    parts = rows.mesh.shape[MODEL]
+    if parts == 1 or heads % parts:
+        return rows
+    return NamedSharding(rows.mesh, Spec(*(rows.spec or (None,)), MODEL))
+
+
 def bytes_on_a_device(tree: Any) -> int:
     """Returns how many bytes of the tree's arrays lie on each device."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -144,10 +156,11 @@ def base_placer(mesh: Mesh) -> Callable[[str, Any], jax.Array]:
     """
 
     def place(name: str, leaf: Any) -> jax.Array:
-        axis = _SPLIT.get(name)
+        axis, parts = _SPLIT.get(name), mesh.shape[MODEL]
+        if axis is None or parts == 1 or leaf.shape[axis] % parts:
+            return replicate(leaf, mesh)
         spec: list[str | None] = [None] * leaf.ndim
-        if axis is not None and leaf.shape[axis] % mesh.shape[MODEL] == 0:
-            spec[axis] = MODEL
+        spec[axis] = MODEL
         return _put(leaf, NamedSharding(mesh, Spec(*spec)))
 
     return place

@@ -23,6 +23,7 @@ from spear_jax.algorithms.base import Algorithm
 from spear_jax.core.errors import UserError, shown
 from spear_jax.core.mesh import (
     CLIENTS,
+    MODEL,
     base_placer,
     broadcast_from_main,
     bytes_on_a_device,
@@ -427,6 +428,7 @@ def sampling_configs(
         rollout.max_concurrent_sequences,
         bytes_on_a_device(model.base),
         mesh.shape[CLIENTS],
+        mesh.shape[MODEL],
     )
     first = SamplingConfig(
         max_new_tokens=rollout.max_new_tokens,
@@ -650,4 +652,5 @@ def bytes_per_client(
         decoder.remat,
         itemsize=DTYPES[settings.dtype].itemsize,
         dropout=decoder.lora.dropout > 0,
+        parts=settings.devices.model,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from spear_jax.algorithms.base import WorkEstimate
 from spear_jax.core.files import writing
-from spear_jax.core.mesh import CLIENTS
+from spear_jax.core.mesh import CLIENTS, MODEL, bytes_on_a_device
 from spear_jax.core.types import Example, Tally
 from spear_jax.experiment import builder, run_folder
 from spear_jax.experiment.builder import Experiment
@@ -107,7 +107,7 @@ def needs(built: Experiment) -> dict[str, int | None]:
     # not on a CPU: generation has a copy of the layers with the adapter merged in (`as_policy`), and
     # one as decoding reads them (`decoder.unstack`)
     copies = 0 if jax.default_backend() == "cpu" else 1 + (settings.quantize == "none")
-    merged = copies * sum(x.nbytes for x in jax.tree.leaves(built.model.base.layers))
+    merged = copies * bytes_on_a_device(built.model.base.layers)
     longest = max(worker.first, worker.revise, key=lambda config: config.max_new_tokens)
     width, devices = longest_prompt(built), federation.mesh.shape[CLIENTS]
     rows = most_rows(longest, width, devices)
@@ -117,7 +117,9 @@ def needs(built: Experiment) -> dict[str, int | None]:
         "clients_at_once": federation.local.clients_at_once,
         "memory_training": federation.local.clients_at_once * each,
         "memory_rollout": merged
-        + cost_model.cache_bytes(model, -(-rows // devices), length, itemsize),
+        + cost_model.cache_bytes(
+            model, -(-rows // devices), length, itemsize, federation.mesh.shape[MODEL]
+        ),
         "memory_free": cost_model.device_bytes(),
     }
 

@@ -85,8 +85,9 @@ def bytes_per_client(
     remat: str,
     itemsize: int = 4,
     dropout: bool = False,
+    parts: int = 1,
 ) -> int:
-    """Estimates what one client's local step holds, in bytes, besides the base.
+    """Estimates what one client's local step holds on a device, in bytes, besides the base.
 
     It holds what all layers keep of a block for the backward pass; then either one layer's backward
     pass or one chunk of logits; and the adapter's gradient, its sum over blocks and two moments.
@@ -96,28 +97,35 @@ def bytes_per_client(
         adapter: bytes of the adapter.
         itemsize: bytes of an activation; scores and logits are float32.
         dropout: whether the adapter has dropout.
+        parts: devices that share the base. They split the MLP, the heads and the vocabulary; what
+            is as wide as the model they all hold.
     """
 
     def size(values: Values, itemsize: float = itemsize) -> float:
-        a_token = values.width * model.width + values.mlp * model.mlp_width
-        an_entry = values.heads * model.heads + values.kv_heads * model.kv_heads
+        a_token = values.width * model.width + values.mlp * model.mlp_width / parts
+        an_entry = (values.heads * model.heads + values.kv_heads * model.kv_heads) / parts
         numbers = block.tokens * a_token + block.entries * an_entry * model.head_width
-        return itemsize * numbers + 4 * block.pairs * values.scores * model.heads
+        return itemsize * numbers + 4 * block.pairs * values.scores * model.heads / parts
 
     # XLA keeps half of what norms and activation functions leave in the float32 that it has there
     each = (itemsize + 4) / 2 if remat == "nothing" else itemsize
     kept = size(KEPT[remat], each) + dropout * size(KEPT_DROPOUT[remat], each)
     held = size(HELD[remat]) + dropout * size(HELD_DROPOUT)
     positions = min(block_positions(head_chunk, model.vocab_size), block.scored)
-    logits = 4 * positions * model.vocab_size
+    logits = 4 * positions * model.vocab_size / parts
     return int(model.layers * kept + max(held, logits) + 4 * adapter)
 
 
-def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int) -> int:
-    """Keys and values of a generation batch, in bytes. Args: length: prompt and completion;
-    itemsize: bytes of a value.
+def cache_bytes(model: ModelConfig, rows: int, length: int, itemsize: int, parts: int = 1) -> int:
+    """Keys and values of a generation batch on a device, in bytes.
+
+    Args:
+        length: prompt and completion.
+        itemsize: bytes of a value.
+        parts: devices that share the base; they split the heads where their number allows.
     """
-    return rows * length * model.layers * 2 * model.kv_heads * model.head_width * itemsize
+    heads = model.kv_heads // parts if model.kv_heads % parts == 0 else model.kv_heads
+    return rows * length * model.layers * 2 * heads * model.head_width * itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +151,13 @@ MOST_ROWS = 1024
 
 
 def generation_limits(
-    model: ModelConfig, itemsize: int, megabytes: int, rows: int, weights: int, devices: int
+    model: ModelConfig,
+    itemsize: int,
+    megabytes: int,
+    rows: int,
+    weights: int,
+    devices: int,
+    parts: int = 1,
 ) -> GenerationLimits:
     """Returns the limits that the settings and the device set.
 
@@ -158,6 +172,7 @@ def generation_limits(
         weights: bytes of the base on a device; beside it lie a copy with the adapter merged in, and
             one of its layers as decoding reads them.
         devices: that sequences are split over.
+        parts: as for `cache_bytes`.
     """
     if jax.default_backend() == "cpu":
         size, most, read_tokens, steps = 272_000_000, 64, 2048, 1
@@ -166,7 +181,8 @@ def generation_limits(
         limit = stats.get("bytes_limit")
         size = 272_000_000 if limit is None else min(limit // 4, (limit - 3 * weights) // 2)
         most, read_tokens, steps = MOST_ROWS * devices, 8192, 8
-    tokens = max(1, (megabytes * 1_000_000 or size) // cache_bytes(model, 1, 1, itemsize))
+    token = cache_bytes(model, 1, 1, itemsize, parts)
+    tokens = max(1, (megabytes * 1_000_000 or size) // token)
     return GenerationLimits(rows or most, tokens, read_tokens, steps)
 
 

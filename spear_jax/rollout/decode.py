@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from spear_jax.core import pytrees
+from spear_jax.core.mesh import over_heads
 from spear_jax.models.decoder import (
     Decoder,
     LayerKeyValues,
@@ -73,17 +74,17 @@ class DecodeState:
 def init_decode_state(
     decoder: Decoder, config: SamplingConfig, width: int, live: jax.Array, dtype
 ) -> DecodeState:
-    """Makes a state of free slots, laid on devices as `live` bool[B] is.
+    """Makes a state of free slots, laid on devices as `live` bool[B] is; devices that share a base
+    split the heads of its cache.
 
     Args: width: P; dtype: of the cache.
     """
     model, rows, length = decoder.config, live.shape[0], config.max_new_tokens
     zeros = functools.partial(jnp.zeros, device=live.sharding)
     shape = rows, model.kv_heads, width + length, model.head_width
+    empty = lambda: jnp.zeros(shape, dtype, device=over_heads(live.sharding, model.kv_heads))
     return DecodeState(
-        cache=tuple(
-            KeyValues(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(model.layers)
-        ),
+        cache=tuple(KeyValues(empty(), empty()) for _ in range(model.layers)),
         cache_mask=zeros((rows, width + length), bool),
         completions=GrowingCompletions(
             tokens=zeros((rows, length), jnp.int32),

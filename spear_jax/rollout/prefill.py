@@ -137,8 +137,7 @@ def _smallest(config, groups, prompts, devices, shared_prefix, width) -> Prefill
     largest = max(map(len, groups))
     most = max(1, most_rows(config, width, devices) // len(groups))
     times = -(-largest // most)
-    finest = max(1, most // 8)
-    rows = min(most, -(-largest // times // finest) * finest)
+    rows = min(most, size_bucket(-(-largest // times), max(1, min(most, 64) // 8)))
     passes = -(-sum(lengths) // (config.read_tokens * times * devices))
     if times > 1:
         # equal batches that fill all slots, where there are: completions of one length end together

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spear_jax.core.malloc import release_free_memory
-from spear_jax.core.mesh import to_host
+from spear_jax.core.mesh import over_heads, to_host
 from spear_jax.models.decoder import Decoder, LayerKeyValues, unstack
 from spear_jax.models.params import Adapter, DecoderParams
 from spear_jax.packing.prefix_tree import one_sequence, pack_prompts
@@ -267,6 +267,8 @@ class ContinuousBatch:
         like = lambda sharding, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         shapes = jax.eval_shape(init)
         before = jax.tree.map(functools.partial(like, free.sharding), shapes)
+        heads = over_heads(free.sharding, self.decoder.config.kv_heads)
+        before = before.replace(cache=jax.tree.map(functools.partial(like, heads), shapes.cache))
         lowered = _prefill.lower(*self._model(0), before, self.shared_prefix, *inputs, self.at)
         compiled = lowered.compile()
         if self.config.max_new_tokens > 1:

@@ -69,6 +69,27 @@ def test_estimate_is_within_a_fifth_of_cudas_compiler(remat, dropout):
     assert abs(estimate / 1e6 / ON_AN_H100[remat, dropout] - 1) < 0.2
 
 
+def test_estimate_is_within_a_fifth_of_cudas_compiler_where_eight_devices_share_a_base():
+    """32B, as `benchmark --compile-for=h100-8 --config.devices.model=8` has it, jax 0.10.2."""
+    about = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+    heads = {"num_attention_heads": 40, "num_key_value_heads": 8, "vocab_size": 152064}
+    model = parse_config(read_preset("qwen2.5-1.5b").shape | about | heads)
+    tiles = (*[(17, 120)] * 3, (14, 120), (1, 120), (1, 96))
+    block = cost_model.block_sizes(BlockShape(4480, tiles, 4608, 17, 1, 1, 256, (1,) * 24))
+    estimate = cost_model.bytes_per_client(model, block, 0, 536_870_912, "attention", 2, True, 8)
+    assert abs(estimate / 12.72e9 - 1) < 0.2
+
+
+@pytest.mark.parametrize("parts, heads", [(1, 8), (2, 4), (8, 1), (3, 8)])
+def test_devices_that_share_a_base_split_the_heads_of_keys_and_values(parts, heads):
+    heads_of = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    model = parse_config(read_preset("qwen2.5-1.5b").shape | heads_of)
+    wide = 2 * heads * model.head_width * model.layers * 2  # keys and values, in bfloat16
+    assert cost_model.cache_bytes(model, 3, 5, 2, parts) == 15 * wide
+    limits = cost_model.generation_limits(model, 2, 1000, 0, 0, 1, parts)
+    assert limits.tokens == 10**9 // wide
+
+
 SMOLLM2 = read_preset("smollm2-135m").shape
 WIDE_MLP = SMOLLM2 | {"intermediate_size": 3072, "num_hidden_layers": 8}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spear_jax.core import compilation
-from spear_jax.core.mesh import make_mesh, replicate, shard_rows
+from spear_jax.core.mesh import base_placer, make_mesh, replicate, shard_rows
 from spear_jax.core.rng import path_key
 from spear_jax.models import decoder as decoder_module
 from spear_jax.models.decoder import Decoder, logits, merge, unstack
@@ -293,9 +293,9 @@ def test_what_prompts_open_with_is_read_once_and_changes_nothing(model, decoder,
         assert [c.tokens for c in unrolled] == [c.tokens for c in without]
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices, split", [(1, 1), (4, 1), (2, 2), (4, 2)])
 def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(
-    model, decoder, devices
+    model, decoder, devices, split
 ):
     prompts, keys, config = make_prompts(model, 30), make_keys(30), settings(max_rows=8)
     shared_prefix = prompts[0][:1]
@@ -304,12 +304,14 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(
         config, eos_ids=some_stops(model, decoder, prompts[:6], keys[:6], config)
     )
     one = Sampler(decoder).generate(None, model.base, prompts, keys, config)
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], split)
+    base = load_model(str(FIXTURES / "llama"), "float32", base_placer(mesh)).base
     place, spread = (
         functools.partial(shard_rows, mesh=mesh),
         functools.partial(replicate, mesh=mesh),
     )
-    sampler = Sampler(decoder, place, devices, spread=spread, shared_prefixes=[shared_prefix])
+    groups = devices // split
+    sampler = Sampler(decoder, place, groups, spread=spread, shared_prefixes=[shared_prefix])
     before, compiled = (
         (sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()),
         [],
@@ -318,7 +320,7 @@ def test_slots_on_a_mesh_give_what_slots_on_one_device_give_and_compile_once(
         compiled.append(fun_name) if event == compilation._EVENT else None
     )
     jax.monitoring.register_event_duration_secs_listener(named)
-    found = sampler.generate(None, replicate(model.base, mesh), prompts, keys, config)
+    found = sampler.generate(None, base, prompts, keys, config)
     assert [c.tokens for c in found] == [c.tokens for c in one]
     # reads into a blank state, one that was read into, and one that was decoded
     assert (sampler_module._prefill._cache_size(), sampler_module._decode_until._cache_size()) == (

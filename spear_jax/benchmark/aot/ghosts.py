@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spear_jax.benchmark.aot.targets import Target, compiler
 from spear_jax.core import mesh as mesh_module
+from spear_jax.core.errors import UserError
 
 JITTED = type(jax.jit(lambda: None))
 
@@ -101,7 +102,16 @@ class Program:
     def compiled(self) -> Any:
         with compiler(self.target):
             traced, began = self.traced, clock()
-            compiled = traced.lower().compile()
+            try:
+                compiled = traced.lower().compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UserError(
+                    f"{self.name} does not fit its device: {str(error).splitlines()[0]} Let more "
+                    "devices share the base (devices.model), store it smaller (quantize=int8), or "
+                    "lower train.max_tokens_per_block or rollout.kv_cache_mb."
+                ) from error
             self.seconds["compile"] = elapsed(began)
         return compiled
 
