@@ -110,7 +110,7 @@ def rows_of(
                 "accuracy": told(own["accuracy"]),
                 "less the plain row": "" if label == base else told(less, "+"),
                 **{
-                    heading: form.format(own[column].mean())
+                    heading: "-" if own[column].isna().all() else form.format(own[column].mean())
                     for heading, (column, form) in columns.items()
                 },
             }
