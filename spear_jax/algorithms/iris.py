@@ -302,7 +302,7 @@ class Iris(SelfPlay):
         self, algorithm_state: dict, lora: Adapter, metrics: Mapping[str, float], round: int
     ) -> dict:
         for side in ("real", "synthetic"):
-            share = metrics[f"{self.name}/{side}_ess"]
+            share = metrics.get(f"{self.name}/{side}_ess", 0.0)  # none where nobody trained
             if 0 < share < 0.1:
                 print(
                     f"warning: iris's {side} weights of round {round} rest on {share:.0%} of the "

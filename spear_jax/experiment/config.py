@@ -135,7 +135,7 @@ class Federation:
     tau: float = positive(5e-3)
     prox: float = number(0.0, 0)  # FedProx's μ
     drift: str = choice("none", ("none", *DRIFTS))  # of clients; how it is corrected
-    secure_sum: bool = False  # the server sees the sum of updates alone, simulated
+    secure_sum: bool = False  # the server sees the sum of updates alone
     clients_at_once: int = number(0, 0)  # on a device; 0: on a CPU one, else as many as fit
     colliding_streams: bool = False  # A7: client streams keyed by round + client
 

@@ -553,13 +553,8 @@ def _members(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each client: the data of its key in this phase, its weight, and whether it trains."""
     client_keys = jax.vmap(lambda c: jax.random.key_data(path_key(key, LOCAL, c)))
-    weight = np.asarray(aggregation.weights(data.weight, data.active), np.float32)
-    if aggregation.counts_everybody:
-        weight = np.ones(len(weight), np.float32)
-        if outcome is not None:
-            weight = outcome.accepted.astype(np.float32)
-    if aggregation.privacy is not None:
-        weight = weight * aggregation.privacy.weights(cohort.clients)
+    accepted = None if outcome is None else outcome.accepted
+    weight = aggregation.weights_of(data.weight, data.active, cohort.clients, accepted)
     return np.asarray(client_keys(jnp.asarray(cohort.clients))), weight, data.active
 
 

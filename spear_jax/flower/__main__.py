@@ -69,7 +69,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     config = command_line.read_config(rest)
     workdir = str(pathlib.Path(args.workdir).expanduser().absolute())
     terms = Terms(json.dumps(config.to_dict()), workdir, args.deadline, args.quorum)
-    check(config)
+    check(config, terms.quorum)
     folder = pathlib.Path(args.app).expanduser()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     }
 
 
-def check(config: Any) -> None:
+def check(config: Any, quorum: float) -> None:
     """Builds the experiment once, and raises UserError for what cannot be deployed."""
     try:
         from spear_jax.flower.server import check_deployable
@@ -90,7 +90,7 @@ def check(config: Any) -> None:
         raise UserError(
             f'flower needs the package {error.name}; install its extra: pip install "spear-jax[flower]".'
         ) from error
-    check_deployable(build(config))
+    check_deployable(build(config), quorum)
 
 
 def pyproject(config: Any, terms: Terms) -> str:

@@ -21,13 +21,10 @@ from spear_jax.federated.local_training import NOT_FINITE
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import ClientUpdate
 from spear_jax.flower import PROTOCOL
+from spear_jax.flower.records import Refused, check_answer, check_protocol, record_of
 from spear_jax.models.params import Adapter
 
 OWN = ("weight", "active", "answers", "wrong", "learning_rate")  # of an update, beside its metrics
-
-
-class Refused(Exception):
-    """A message that is not taken; says why, without any text of a client."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +68,14 @@ def read_request(records: RecordDict, adapter: Adapter, state: dict[str, Any]) -
     Raises: Refused.
     """
     check_protocol(records, "asked")
-    asked = _record(records, "asked", ConfigRecord)
+    asked = record_of(records, "asked", ConfigRecord)
     used = {name: float(asked[f"used_{name}"]) for name in vars(BudgetUsed())}
     return Request(
         run=str(asked["run"]),
         client=int(asked["client"]),
         round=int(asked["round"]),
-        adapter=_tree(_record(records, "adapter", ArrayRecord), adapter),
-        state=_tree(_record(records, "state", ArrayRecord), state),
+        adapter=_tree(record_of(records, "adapter", ArrayRecord), adapter),
+        state=_tree(record_of(records, "state", ArrayRecord), state),
         used=BudgetUsed(**used),
     )
 
@@ -106,16 +103,14 @@ def read_update(records: RecordDict, adapter: Adapter, sends: str) -> ClientUpda
     Raises: Refused for a message of another protocol, and for arrays or numbers that are missing,
         too many, of another shape, or not finite.
     """
-    check_protocol(records, "answer")
-    if "refused" in records["answer"]:
-        raise Refused(str(records["answer"]["refused"])[:300])
+    check_answer(records)
     own, metrics = _numbers(records, "own"), _numbers(records, "metrics")
     if own.keys() != set(OWN):
         raise Refused(f"its numbers are {sorted(own)}, not {sorted(OWN)}")
     if own["weight"] < 0:
         raise Refused(f"its weight is {own['weight']:g}, below 0")
     counts = {}
-    for name, pair in _record(records, "counts", MetricRecord).items():
+    for name, pair in record_of(records, "counts", MetricRecord).items():
         if not (isinstance(pair, list) and len(pair) == 2 and all(map(math.isfinite, pair))):
             raise Refused(f"its metric {name[:40]!r} is not a finite total and count")
         counts[name] = Mean(*map(float, pair))
@@ -123,7 +118,7 @@ def read_update(records: RecordDict, adapter: Adapter, sends: str) -> ClientUpda
         raise Refused("it does not say whether its training was finite")
     return ClientUpdate(
         update=_tree(
-            _record(records, "update", ArrayRecord), jax.tree.map(np.zeros_like, adapter), sends
+            record_of(records, "update", ArrayRecord), jax.tree.map(np.zeros_like, adapter), sends
         ),
         weight=own["weight"],
         active=bool(own["active"]),
@@ -136,19 +131,18 @@ def read_update(records: RecordDict, adapter: Adapter, sends: str) -> ClientUpda
     )
 
 
-def write_refusal(reason: str) -> RecordDict:
-    """Returns the answer of a node that does not train. Args: reason: holds no client's text."""
-    return RecordDict({"answer": ConfigRecord({"protocol": PROTOCOL, "refused": reason})})
+def as_vector(tree: Any, sends: str) -> np.ndarray:
+    """Returns the factors of an adapter that are sent, behind each other, [d]."""
+    return np.concatenate([np.ravel(x) for x in _leaves(tree, sends).values()])
 
 
-def check_protocol(records: RecordDict, name: str) -> None:
-    """Raises Refused where the record `name` is missing or of another protocol."""
-    there = _record(records, name, ConfigRecord).get("protocol")
-    if there != PROTOCOL:
-        raise Refused(
-            f"it speaks protocol {there!r} and this side {PROTOCOL}; install the same version of "
-            "spear-jax on server and nodes"
-        )
+def from_vector(vector: np.ndarray, adapter: Adapter, sends: str) -> Any:
+    """Returns the tree of a vector, and zeros for the factors that are not sent."""
+    like = jax.tree.map(lambda x: np.zeros(np.shape(x), vector.dtype), adapter)
+    leaves = _leaves(like, sends)
+    ends = np.cumsum([leaf.size for leaf in leaves.values()])[:-1]
+    parts = zip(leaves.items(), np.split(vector, ends), strict=True)
+    return _filled({name: part.reshape(leaf.shape) for (name, leaf), part in parts}, like)
 
 
 def size(records: Any) -> int:
@@ -192,6 +186,11 @@ def _tree(record: ArrayRecord, like: Any, factors: str = "ab") -> Any:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise Refused(f"{name} has numbers that are NaN or infinite")
         arrays[name] = array
+    return _filled(arrays, like)
+
+
+def _filled(arrays: dict[str, Any], like: Any) -> Any:
+    """The tree of arrays by their paths; where there is none, the leaf of `like`."""
     dicts = pytrees.to_dicts(like)
     named, structure = jax.tree_util.tree_flatten_with_path(dicts)
     path = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
@@ -199,16 +198,9 @@ def _tree(record: ArrayRecord, like: Any, factors: str = "ab") -> Any:
     return pytrees.from_dicts(jax.tree.unflatten(structure, leaves), like)
 
 
-def _record(records: Mapping[str, Any], name: str, kind: type) -> Any:
-    """A record of that kind. Raises: Refused where there is none."""
-    if name not in records or not isinstance(records[name], kind):
-        raise Refused(f"it has no {kind.__name__} {name!r}")
-    return records[name]
-
-
 def _numbers(records: Mapping[str, Any], name: str) -> dict[str, float]:
     """The numbers of a record. Raises: Refused where one is none or not finite."""
-    record = _record(records, name, MetricRecord)
+    record = record_of(records, name, MetricRecord)
     for key, value in record.items():
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise Refused(f"its number {key[:40]!r} is not finite")

@@ -26,8 +26,9 @@ from spear_jax.core.files import write_whole, writing
 from spear_jax.experiment.builder import Experiment, OwnParts, build
 from spear_jax.experiment.run import view_of
 from spear_jax.experiment.run_logger import write_traces
-from spear_jax.federated.single_client import ClientUpdate, client_round
+from spear_jax.federated.single_client import ClientUpdate, client_round, hide
 from spear_jax.flower import messages
+from spear_jax.flower.secure import begin
 from spear_jax.flower.terms import Terms, client_of, folder_of, with_own
 
 KEPT = 2  # states of a node; a server that was killed asks for the round before once more
@@ -58,8 +59,7 @@ def answer(
         "time/node_compile": compiles.take()["compile/seconds"],
     }
     update = dataclasses.replace(update, metrics=update.metrics | seconds)
-    sends = node.experiment.federation.aggregation.rule.sends(request.round)
-    return messages.write_update(update, sends)
+    return node.write(update, request)
 
 
 def build_node(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> "Node":
@@ -122,6 +122,18 @@ class Node:
         saved = {"rounds": rounds + 1, "shapes": self.experiment.shapes.save()}
         write_whole(folder / "shapes.json", json.dumps(saved) + "\n")
         return update
+
+    def write(self, update: ClientUpdate, request: messages.Request) -> RecordDict:
+        """Returns what the server gets: the update, or under a secure sum keys alone."""
+        federation, number = self.experiment.federation, request.round
+        sends, secure = federation.aggregation.rule.sends(number), federation.aggregation.secure_sum
+        if secure is None:
+            return messages.write_update(update, sends)
+        kept = self.experiment.initial_state().aggregation_state  # of which nothing moves
+        hidden, totals = hide(federation, self.client, update, kept)
+        codes = secure.encode(messages.as_vector(hidden, sends), secure.bound)
+        pairs = {name: (float(x.total), float(x.count)) for name, x in totals.items()}
+        return begin(self.folder / request.run, self.client, number, codes, pairs)
 
     def _open_shapes(self, folder: pathlib.Path) -> int:
         """Takes up the padded sizes of earlier rounds; returns how many those were."""

@@ -1,5 +1,6 @@
 """Flower's apps beside a simulated run. Needs the extra `flower`."""
 
+import dataclasses
 import gzip
 import json
 import tomllib
@@ -18,9 +19,11 @@ from spear_jax.core.errors import UserError
 from spear_jax.core.types import Mean
 from spear_jax.experiment.run import Run
 from spear_jax.federated.local_training import NOT_FINITE
+from spear_jax.federated.privacy import central
+from spear_jax.federated.privacy.accounting import Account
 from spear_jax.federated.round_metrics import BudgetUsed
 from spear_jax.federated.single_client import ClientUpdate
-from spear_jax.flower import messages, node, server
+from spear_jax.flower import messages, node, noise, server
 from spear_jax.flower.__main__ import main
 from spear_jax.flower.terms import Terms, with_own
 from spear_jax.models.params import Adapter, LowRank
@@ -37,6 +40,12 @@ SMALL = {
     "eval.limit": 4,
     "lora.rank": 2,
     "lora.targets": ("q", "down"),  # each more is time to compile
+}
+
+PRIVATE = {
+    "privacy.noise_multiplier": 0.5,
+    "privacy.clip": 0.02,
+    "federation.weighting": "uniform",
 }
 
 
@@ -133,6 +142,69 @@ def test_messages_hold_adapters_and_no_text(pair):
         assert 1 <= line["flower/bytes_up"] / line["round/bytes_up"] < 1.5
 
 
+def test_a_secure_sum_is_the_simulated_round(pair, config, tmp_path):
+    _, states, lines, plain = pair
+    config = config.copy_and_resolve_references()
+    config.federation.secure_sum = True
+
+    def change(node, kind, reply):
+        gone = kind == "train.mask" and reply.metadata.group_id == "2" and node == 2
+        return None if gone else reply
+
+    run = deployed(config, tmp_path, change, deadline=20.0)
+    rounds = iter(run)
+    line, wanted = next(rounds).metrics, lines[0][0]
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    mass = wanted["rollout/wins"]  # of two clients, each right to half a step
+    step = 2 / 2**17 / mass
+    start = states[0][0].lora
+    rounding = 2e-5 * np.linalg.norm(flat(states[1][0].lora) - flat(start))
+    np.testing.assert_allclose(flat(run.state.lora), flat(states[1][0].lora), atol=step + rounding)
+    assert distance(run.state.lora, states[1][0].lora, start) < 1e-2
+    for name in wanted.keys() - {"eval/accuracy"}:
+        if not name.startswith(("time/", "budget/seconds", "compile/", "memory/", "aggregation/")):
+            assert line[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-6), name
+    assert line["secure/clipped"] == 0
+    sent = b"".join(run.grid.wire)
+    for name in (b"q.b", b"q.a"):
+        assert sent.count(name) < b"".join(plain).count(name)
+    assert not list((tmp_path / "node0").rglob("secure/*"))
+    with pytest.raises(UserError, match="1 of the 2 clients that have trained are there to mask"):
+        run.terms = dataclasses.replace(run.terms, deadline=0.1)
+        next(rounds)
+    assert run.finished_rounds == 1
+
+
+def test_noise_is_added_to_a_secure_sum_and_where_there_is_none(config, tmp_path):
+    pytest.importorskip("dp_accounting")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(PRIVATE | {"federation.secure_sum": True})
+
+    def change(node, kind, reply):
+        gone = kind == "train.share" and reply.metadata.group_id == "2" and node == 2
+        return None if gone else reply
+
+    run = deployed(config, tmp_path, change, deadline=20.0)
+    privacy, rounds = run.experiment.federation.aggregation.privacy, iter(run)
+    start, line = run.state.lora, next(rounds).metrics
+    assert line["round/clients"] == 2 and line["privacy/epsilon"] == privacy.account.epsilon(1)
+    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    drawn = privacy.normal(central.NOISE, 1)
+    noisy = flat(jax.tree.map(lambda x: 0.5 * 0.02 * drawn(x.shape), start))
+    total = 2 * (flat(run.state.lora) - flat(start)) - noisy  # of two clients, clipped to 0.02
+    assert 0.02 < np.linalg.norm(total) < 0.04 + 1e-6
+    signal = line["privacy/snr"] * 0.5 * 0.02 * np.sqrt(total.size)
+    assert np.linalg.norm(total) == pytest.approx(signal, rel=1e-3)
+    before, run.terms = run.state.lora, dataclasses.replace(run.terms, deadline=0.1)
+    line = next(rounds).metrics
+    counts = [line[f"participation/{x}"] for x in ("lost", "late")]
+    assert line["round/clients"] == 0 and counts == [1, 1]
+    assert line["privacy/epsilon"] == privacy.account.epsilon(2)
+    drawn = privacy.normal(central.NOISE, 2)
+    alone = flat(jax.tree.map(lambda x: 0.5 * 0.02 * drawn(x.shape) / 2, start))
+    np.testing.assert_allclose(flat(run.state.lora) - flat(before), alone, atol=1e-6)
+
+
 def test_a_killed_server_goes_on_where_it_was(pair, config, tmp_path):
     folder, states, _, _ = pair
     with deployed(config, tmp_path) as killed:
@@ -174,6 +246,78 @@ def test_a_round_without_any_update_says_why(config, tmp_path):
 
     with pytest.raises(UserError, match="speaks protocol 2 and this side 1; install the same"):
         deployed(config, tmp_path, change, deadline=0.1).train()
+
+
+def private(config, folder, **parts):
+    """A private run on nodes that are not there."""
+    pytest.importorskip("dp_accounting")
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(PRIVATE)
+    config.federation.num_clients = 40
+    terms = Terms(json.dumps(config.to_dict()), str(folder), deadline=0.1)
+    return server.DeployedRun(Loopback([], {}), terms, devices=jax.devices()[:1], **parts)
+
+
+def test_a_private_run_adds_noise_of_its_own_whoever_replies(config, tmp_path):
+    run = private(config, tmp_path / "own")
+    start, account = run.state.lora, run.experiment.federation.aggregation.privacy.account
+    first = next(iter(run))
+    run.close()
+    again = private(config, tmp_path / "own")  # killed, it goes on with other noise
+    assert again.finished_rounds == 1
+    second = next(iter(again))
+    for number, line in enumerate((first.metrics, second.metrics), 1):
+        assert line["participation/lost"] == 2 and line["round/clients"] == 0
+        assert line["privacy/epsilon"] == account.epsilon(number)
+    whose = [one.experiment.federation for one in (run, again)]
+    cohorts = [[one.cohort(r).clients for r in range(20)] for one in whose]
+    secret = [one.aggregation.privacy.secret for one in whose]
+    assert cohorts[0] != cohorts[1] and secret[0] != secret[1]
+    known = private(config, tmp_path / "known", secret=secret[0])
+    next(iter(known))
+    assert distance(known.state.lora, run.state.lora, start) == 0
+    noises = [again.state.lora, known.state.lora]
+    assert distance(*noises, start) > 0.5
+    for file in (tmp_path / "own").rglob("*"):  # it is kept nowhere
+        content = file.read_bytes() if file.is_file() else b""
+        for own, seed in zip(secret, (one.seed for one in whose), strict=True):
+            assert own not in content and own.hex().encode() not in content
+            assert str(seed).encode() not in content
+
+
+def test_secret_noise_is_normal_and_of_its_round():
+    account = Account(1.0, 9, 9, "poisson", 0, 1e-3)
+    private = noise.SecretPrivacy(account, 0.5, secret=bytes(range(32)))
+    drawn = private.normal(7, 1)
+    one, two = drawn((400, 250)), drawn((100_001,))
+    for numbers in (one.ravel(), two):
+        assert abs(numbers.mean()) < 4.5 / np.sqrt(1e5)
+        assert numbers.var() == pytest.approx(1.0, abs=4.5 * np.sqrt(2 / 1e5))
+        share = np.mean(np.abs(numbers) < 1.959964)  # 95 %
+        assert share == pytest.approx(0.95, abs=4.5 * np.sqrt(0.95 * 0.05 / 1e5))
+    others = [private.normal(*path)((400, 250)) for path in ((7, 2), (8, 1))]
+    for other in (*others, two[:100_000]):
+        assert abs(np.corrcoef(one.ravel(), np.ravel(other))[0, 1]) < 4.5 / np.sqrt(1e5)
+    np.testing.assert_array_equal(private.normal(7, 1)((400, 250)), one)
+
+
+def test_nodes_of_a_private_run_are_told_nothing_of_each_other(config, tmp_path):
+    run = private(config, tmp_path)
+    run.line = {"budget/tokens": 77.0, "budget/flops": 7e9, "budget/seconds": 7.0}
+    run.nodes.node = {3: 1}
+    sent = []
+    run.grid.push_messages = lambda messages: sent.extend(messages) or ["name"]
+    run._ask([3], 1)
+    asked = sent[0].content["asked"]
+    assert [asked[f"used_{name}"] for name in vars(BudgetUsed())] == [0, 0, 0]
+
+
+def test_a_private_round_does_not_end_by_quorum(tmp_path):
+    pytest.importorskip("dp_accounting")
+    fields = [f"--config.{name}={value}" for name, value in PRIVATE.items()]
+    argv = ["--config=quickstart", "--app=nowhere", f"--workdir={tmp_path}", *fields]
+    with pytest.raises(UserError, match="--quorum is 0.5, .*set --quorum=1"):
+        main([*argv, "--quorum=0.5"])
 
 
 def test_a_node_is_met_by_its_client(capsys):
@@ -320,11 +464,19 @@ def test_a_node_trains_on_its_own_file_however_small(tmp_path):
         ({"compression.kind": "topk"}, "compressed"),
         ({"participation.dropout": 0.1}, "clock"),
         ({"participation.mode": "fedbuff"}, "clock|cohort"),
-        ({"federation.sampling": "poisson"}, "poisson"),
         ({"federation.drift": "scaffold"}, "drift"),
-        ({"federation.secure_sum": True}, "secure_sum"),
-        ({"privacy.local_noise": 1.0}, "privacy"),
-        ({"privacy.noise_multiplier": 1.0, "privacy.clip": 0.1}, "privacy"),
+        ({"federation.secure_sum": True, "federation.sampling": "poisson"}, "may ask one client"),
+        (
+            PRIVATE
+            | {"federation.secure_sum": True, "privacy.adaptive": True, "privacy.sigma_b": 2.0},
+            "which federation.secure_sum hides",
+        ),
+        ({"privacy.local_noise": 1.0, "federation.weighting": "uniform"}, "privacy.local_noise"),
+        (PRIVATE | {"budget.tokens": 1000}, "takes? rounds alone"),
+        (
+            {"federation.secure_sum": True, "federation.clients_per_round": 1},
+            "hides a client among",
+        ),
         ({"personal.ditto": True}, "personal"),
         ({"personal.finetune": 2}, "personal"),
         ({"federation.lora_rule": "fedsa"}, "fedsa"),

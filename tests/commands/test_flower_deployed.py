@@ -54,11 +54,16 @@ def adapter_of(run, folder, round):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.lora)])
 
 
-@pytest.mark.parametrize("method", ["spear", "feedback_sft", "grpo", "spin"])
-def test_three_rounds_on_supernodes_are_the_simulated_ones(method, tmp_path):
+@pytest.mark.parametrize(
+    "method, secure",
+    [("spear", False), ("spear", True), ("feedback_sft", False), ("grpo", False), ("spin", False)],
+)
+def test_three_rounds_on_supernodes_are_the_simulated_ones(method, secure, tmp_path):
     config = config_of(method)
     simulated = Run(config, tmp_path / "simulated", quiet=True, devices=jax.devices()[:1])
     simulated.train()
+    config.federation.secure_sum = secure
+    config.aggregation.secure_bits = 24  # rounds less than a node does
     with Deployment(tmp_path / "real", nodes=4) as there:
         there.run(config, tmp_path / "server", deadline=600.0)
     start = adapter_of(simulated, tmp_path / "simulated", 0)

@@ -300,7 +300,7 @@ METRICS = (ROOT / "docs" / "guides" / "metrics.md").read_text(encoding="utf-8")
 DOCUMENTED = {name for name in re.findall(r"`([\w/]+)`", METRICS) if "/" in name}
 ON_DEVICES = {  # tests/commands/test_flower.py runs them
     "participation/refused", "flower/bytes_down", "flower/bytes_up", "flower/seconds", "time/node",
-    "time/node_compile",
+    "time/node_compile", "secure/clipped",
 }  # fmt: skip
 UNGRADED = {
     "eval/nll"

@@ -99,10 +99,16 @@ class Aggregation:
     @property
     def client_transforms(self) -> tuple[ClientTransform, ...]:
         """Returns what is done to each client's update inside the device program."""
-        transforms = self.transforms + self.reducer.transforms
+        return self.transforms + self.clips
+
+    @property
+    def clips(self) -> tuple[ClientTransform, ...]:
+        """Returns those of `client_transforms` that a real server does to what it receives, too:
+        attackers leave them out.
+        """
         if self.privacy is None or self.collects:
-            return transforms
-        return (*transforms, ClipNorm(self.privacy.clip))
+            return self.reducer.transforms
+        return (*self.reducer.transforms, ClipNorm(self.privacy.clip))
 
     @property
     def counts_everybody(self) -> bool:
@@ -112,6 +118,28 @@ class Aggregation:
     def weights(self, weight: np.ndarray, active: np.ndarray) -> np.ndarray:
         """Returns the clients' weights, float[C]; arguments as `Reducer.weights`."""
         return self.reducer.weights(self.weighting(weight, active), active)
+
+    def weights_of(
+        self,
+        weight: np.ndarray,
+        active: np.ndarray,
+        clients: Sequence[int],
+        accepted: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Returns the weights with which a cohort is summed, float32[C]; under privacy they do not
+        tell who had something to train on.
+
+        Args: weight, active: as for `weights`; clients: their ids; accepted: bool[C], whose update
+            is to enter; None: all.
+        """
+        weights = np.asarray(self.weights(weight, active), np.float32)
+        if self.counts_everybody:
+            weights = np.ones(len(weights), np.float32)
+            if accepted is not None:
+                weights = accepted.astype(np.float32)
+        if self.privacy is not None:
+            weights = weights * self.privacy.weights(clients)
+        return weights
 
     def bytes_of_clients(
         self, adapter: Adapter, kept: dict[str, Any], clients: Sequence[int], round: int

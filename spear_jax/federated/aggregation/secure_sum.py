@@ -10,7 +10,8 @@ at most, in each number. Weights go inside: a client sends w δ, and w as one nu
 
 Source: Bonawitz et al., "Practical secure aggregation" (CCS 2017; arXiv 1611.04482). Departures:
   1. Masks are drawn here, all but the last client's at random. There are no keys, no shares and no
-     recovery of the masks of clients that are lost: those that are lost have no mask.
+     recovery of the masks of clients that are lost: those that are lost have no mask. Between real
+     clients all of that is there (`spear_jax/flower/masks.py`), on the same codes.
   2. What is not finite has no code, and is not sent.
 """
 

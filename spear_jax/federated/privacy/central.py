@@ -13,7 +13,8 @@ Sources: DP-FedAvg (arXiv 1710.06963); the adaptive clip norm is that of Andrew 
   2. Where updates are summed as clients train, they are clipped in float32: a norm may exceed S by
      what rounding an adapter adds.
   3. Gaussian numbers are drawn in float64 from the run's seed: they repeat, and whoever knows the seed
-     can take them off again. Floating point itself leaks a little (Mironov, CCS 2012).
+     can take them off again. A server of real clients draws them from a secret (`flower/noise.py`).
+     Floating point itself leaks a little (Mironov, CCS 2012).
 """
 
 import dataclasses
@@ -96,6 +97,10 @@ class CentralPrivacy:
         z = self.account.noise_multiplier
         return z if self.adaptive is None else self.adaptive.rest(z)
 
+    def normal(self, use: int, round: int) -> Normal:
+        """Returns the source of ξ in a round. Args: use: NOISE or BIT_NOISE."""
+        return path_rng(self.seed, use, round).standard_normal
+
     def init_kept(self) -> dict[str, Any]:
         """Returns what is kept before round 1."""
         return {"bound": np.float64(self.clip), "noisy_rounds": np.int32(0)}
@@ -131,7 +136,7 @@ class CentralPrivacy:
         mean, told, kept = self.add_noise(sums(weight, updates), size, kept)
         told["privacy/clipped"] = float(np.mean(~below)) if len(below) else 0.0
         if self.adaptive is not None:
-            one = float(path_rng(self.seed, BIT_NOISE, round).standard_normal())
+            one = float(self.normal(BIT_NOISE, round)(()))
             moved = self.adaptive.move(bound, below, float(self.account.cohort), one)
             kept = kept | {"bound": np.float64(moved)}
         return mean, told, kept
@@ -142,7 +147,6 @@ class CentralPrivacy:
         """Adds noise to the sum of clipped updates; arguments and results as for `release`."""
         round, bound = int(kept["noisy_rounds"]) + 1, float(kept["bound"])
         sigma = self.noise_multiplier * bound
-        normal = path_rng(self.seed, NOISE, round).standard_normal
         signal = float(np.sqrt(vectors.squared_norms(vectors.add_axis(total))[0]))
         told = {
             "privacy/epsilon": self.account.epsilon(round),
@@ -151,7 +155,7 @@ class CentralPrivacy:
             "privacy/snr": signal / (sigma * math.sqrt(size)),
         }
         kept = kept | {"noisy_rounds": np.int32(round)}
-        return noisy_mean(total, sigma, self.denominator, normal), told, kept
+        return noisy_mean(total, sigma, self.denominator, self.normal(NOISE, round)), told, kept
 
 
 def clip_factors(updates: Any, bound: float) -> np.ndarray:
