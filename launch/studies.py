@@ -1,4 +1,5 @@
-"""Runs a study of docs/results/evidence.md: one `compare` command with the study's own arguments.
+"""Runs a study of docs/results/evidence.md or server.md: one `compare` command with the study's own
+arguments.
 
     python launch/studies.py methods --workdir=runs/methods --config.data.path=PATH --jobs=2
     python launch/studies.py --help
@@ -59,16 +60,124 @@ PEOPLE = {
     "late": "feedback.delay=60.0,feedback.deadline=60.0",
 }
 
+# Studies of the server: ten clients of `facts`, all of them in every round
+TEN = {
+    "federation.num_clients": 10,
+    "federation.clients_per_round": 10,
+    "rollout.examples": 16,
+    "rollout.num_revisions": 1,
+    "train.steps": 3,
+    "train.batch_size": 8,
+    "eval.every": 8,
+    "eval.first_rounds": 0,
+}
+REDUCERS = {
+    "mean": "",
+    "norm_clip": "federation.clip_bound=3.0",
+    "median": "",
+    "trimmed_mean": "aggregation.trim=0.3",
+    "multi_krum": "federation.byzantine=3",
+    "geometric_median": "",
+    "centred_clip": "aggregation.radius=3.0",
+    "fltrust": "",
+}
+ATTACKS = {
+    "approve_wrong": "",
+    "mislead": "",
+    "sign_flip": "attack.strength=3.0",
+}
+RULES = {
+    **dict.fromkeys(("mean", "ffa", "fedsa", "rolora", "flora", "fedex", "flexlora", "fair"), ""),
+    "hetlora": "lora.ranks=4,8,16",
+}
+COMPRESSED = (
+    "int8:spear:compression.kind=int8",
+    "int4:spear:compression.kind=int4",
+    "qsgd_127:spear:compression.kind=qsgd",
+    "qsgd_1:spear:compression.kind=qsgd,compression.levels=1",
+    *(
+        f"{kind}_{share}:spear:compression.kind={kind},compression.share={share},"
+        "compression.error_feedback=True"
+        for kind in ("topk", "randk")
+        for share in (0.1, 0.01)
+    ),
+)
+# a version of fedbuff has two clients' updates, of fedasync one, of a synchronous round five
+CLOCKS = (
+    "fedbuff:spear:participation.mode=fedbuff,participation.buffer=2,eval.every=10",
+    "fedasync:spear:participation.mode=fedasync,eval.every=20",
+)
+# 342 clients of ten questions, 34 a round; an adapter of few numbers
+MANY = {
+    "federation.num_clients": 342,
+    "federation.clients_per_round": 34,
+    "federation.partition": "iid",
+    "federation.sampling": "poisson",
+    "federation.lora_rule": "ffa",
+    "lora.rank": 4,
+    "lora.targets": "('q','v')",
+    "rollout.examples": 8,
+    "train.steps": 2,
+}
 
-def study(task: str, seeds: str, budget: str, variants: tuple[str, ...] = ()) -> list[str]:
-    """Returns the arguments of `compare` for SPEAR and its variants."""
+
+def study(
+    task: str,
+    seeds: str,
+    budget: str,
+    variants: tuple[str, ...] = (),
+    fields: dict[str, Any] | None = None,
+) -> list[str]:
+    """Returns the arguments of `compare` for SPEAR and its variants.
+
+    Args: fields: of the config, for all rows.
+    """
     return [
         "--methods=spear",
         f"--task={task}",
         f"--seeds={seeds}",
         f"--budget={budget}",
         *(f"--variant={variant}" for variant in variants),
+        *(f"--config.{name}={value}" for name, value in (fields or {}).items()),
     ]
+
+
+def variant(label: str, *fields: str) -> str:
+    """Returns a variant of SPEAR; fields that are empty are left out."""
+    return f"{label}:spear:{','.join(filter(None, fields))}"
+
+
+def attacks() -> tuple[str, ...]:
+    """Returns a variant for each reducer, attack and share of attackers; the plain row is the mean by
+    wins, all others count every client once.
+    """
+    rows = [("wins", "federation.weighting=method")]
+    rows += [
+        (name, f"federation.reducer={name},federation.weighting=uniform,{fields}".rstrip(","))
+        for name, fields in REDUCERS.items()
+    ]
+    attacked = [
+        variant(
+            f"{name}-{kind}-{share}", own, f"attack.kind={kind}", f"attack.fraction={share}", how
+        )
+        for share in (0.3, 0.1)
+        for kind, how in ATTACKS.items()
+        for name, own in rows
+    ]
+    return (*(variant(name, own) for name, own in rows[1:]), *attacked)
+
+
+def rules() -> tuple[str, ...]:
+    """Returns a variant for each LoRA rule and split; the plain row is the mean on even clients."""
+    every = [
+        variant(
+            f"{name}-{alpha}", f"federation.lora_rule={name}", fields,
+            f"federation.dirichlet_alpha={alpha}",
+        )
+        for alpha in (10.0, 0.1)
+        for name, fields in RULES.items()
+    ]  # fmt: skip
+    return tuple(every[1:])
 
 
 def people() -> tuple[str, ...]:
@@ -98,6 +207,7 @@ def side_by_side(seeds: str, tokens: int, rates: tuple[float, ...] = ()) -> list
     ]
 
 
+FIVE = "0,1,2,3,4"
 STUDIES = {
     "search": study(NEWS, "100", "rounds:8", SEARCH),
     "seeds": study(NEWS, "0,1,2,3,4,5,6,7,8,9", "rounds:8"),
@@ -108,6 +218,36 @@ STUDIES = {
     "loses_reasoned": study(REASONED, "0,1,2,3,4", "tokens:80000", (*LOSES, *TOKENS)),
     "faults": study(NEWS, "0,1,2", "rounds:8", FAULTS),
     "people": study(NEWS, "0,1,2", "rounds:8", people()),
+    "attacks": study(FACTS, FIVE, "rounds:8", attacks(), TEN),
+    "lora_rules": study(
+        FACTS,
+        FIVE,
+        "rounds:8",
+        rules(),
+        TEN | {"federation.exactness_meter": True, "federation.dirichlet_alpha": 10.0},
+    ),
+    "compression": study(FACTS, FIVE, "rounds:8", COMPRESSED, TEN),
+    "asynchronous": study(
+        FACTS,
+        FIVE,
+        "tokens:4000",
+        CLOCKS,
+        TEN
+        | {
+            "federation.clients_per_round": 5,
+            "rounds": 200,
+            "eval.every": 4,
+            "participation.clock": True,
+            "participation.spread": 1.0,
+        },
+    ),
+    "privacy": study(
+        FACTS,
+        FIVE,
+        "rounds:8",
+        tuple(f"noise_{z}:spear:privacy.noise_multiplier={z}" for z in (0.3, 0.5, 1.0, 2.0)),
+        TEN | MANY | {"federation.weighting": "uniform"},
+    ),
 }
 
 

@@ -147,10 +147,10 @@ def read_entries(
         for name in fixed:
             if any(text.split("=")[0] == f"--config.{name}" for text in overrides + fields_of_row):
                 raise UserError(f"--config.{name} is what --seeds and --budget set; leave it out.")
-        configs = {}
+        config = presets.method_config(method, arg)
+        command_line.apply_overrides(config, overrides + fields_of_row)
+        configs = {seed: config.copy_and_resolve_references() for seed in seeds}
         for seed in seeds:
-            config = presets.method_config(method, arg)
-            configs[seed] = command_line.apply_overrides(config, overrides + fields_of_row)
             configs[seed].update_from_flattened_dict(
                 {"seed": seed, BUDGETS[budget["kind"]]: budget["amount"]}
             )

@@ -31,6 +31,12 @@ METRICS = (
     "round/rate",
     "round/bytes_up",
     "round/bytes_down",
+    "round/aggregation_error",
+    "round/compression_error",
+    "round/failed",
+    "attack/weight_share",
+    "privacy/epsilon",
+    "sim/clock",
     "budget/tokens",
     "budget/flops",
     "budget/seconds",
@@ -53,10 +59,15 @@ def pack(folder: Folder, file: Folder) -> dict[str, int]:
         raise UserError(f"no run of {folder} has finished yet; the same compare command goes on.")
     configs = {label: _config(cell) for label, _, cell in reversed(cells)}
     common = configs[cells[0][0]]
-    rows = [
-        [label, seed, *(_rounded(line.get(name)) for name in METRICS)]
+    lines = [
+        (label, seed, line)
         for label, seed, cell in cells
         for line in read_lines(cell / "metrics.jsonl")
+    ]
+    metrics = [name for name in METRICS if any(name in line for *_, line in lines)]
+    rows = [
+        [label, seed, *(_rounded(line.get(name)) for name in metrics)]
+        for label, seed, line in lines
     ]
     request = runs.read_request(folder)
     request["overrides"] = [_without_folder(text) for text in request["overrides"]]
@@ -68,7 +79,7 @@ def pack(folder: Folder, file: Folder) -> dict[str, int]:
             label: {name: value for name, value in config.items() if common.get(name) != value}
             for label, config in configs.items()
         },
-        "columns": ["label", "seed", *METRICS],
+        "columns": ["label", "seed", *metrics],
     }
     head = json.dumps(packed, indent=1).removesuffix("\n}")
     body = ",\n".join(json.dumps(row) for row in rows)
@@ -79,14 +90,17 @@ def pack(folder: Folder, file: Folder) -> dict[str, int]:
 def unpack(file: Folder, folder: Folder) -> dict[str, Any]:
     """Writes a packed comparison as the folder of one; returns what the file holds but for the rows.
 
+    The file names its metrics: those of METRICS that its runs have.
+
     Raises: UserError for a file that is none.
     """
     packed = read_json_object(pathlib.Path(file))
     root = pathlib.Path(folder)
     lines: dict[pathlib.Path, list[str]] = {}
+    metrics = packed["columns"][2:]
     for label, seed, *values in packed.pop("rows"):
         found = {
-            name: value for name, value in zip(METRICS, values, strict=True) if value is not None
+            name: value for name, value in zip(metrics, values, strict=True) if value is not None
         }
         lines.setdefault(root / label / f"seed{seed}", []).append(json.dumps({"time": 0.0} | found))
     for cell, told in lines.items():

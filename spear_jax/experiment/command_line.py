@@ -237,22 +237,31 @@ def apply_overrides(
         if name not in fields:
             raise unknown("config field", name, fields)
     # of a field that is given twice the last counts; ml_collections would join two lists
-    for arg in {arg.partition("=")[0]: arg for arg in overrides}.values():
-        values, argv = flags.FlagValues(), ["spear_jax", arg]
-        config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
-        try:
-            values(argv)
-        except (
-            flags.Error,
-            TypeError,
-            ValueError,
-            SyntaxError,
-            RecursionError,
-            MemoryError,
-        ) as error:
-            why = shown(str(error), 200).strip("\"'")
-            raise UserError(f"{arg[:120]}: {why}") from error
+    last = list({arg.partition("=")[0]: arg for arg in overrides}.values())
+    if _set_fields(config, last) is not None:  # one by one, to name the one
+        for arg in last:
+            if (error := _set_fields(config, [arg])) is not None:
+                why = shown(str(error), 200).strip("\"'")
+                raise UserError(f"{arg[:120]}: {why}") from error
     return config
+
+
+def _set_fields(config: ml_collections.ConfigDict, args: list[str]) -> Exception | None:
+    """Sets fields, all together: to define a flag writes the config out. Returns what went wrong."""
+    values, argv = flags.FlagValues(), ["spear_jax", *args]
+    config_flags.DEFINE_config_dict("config", config, "", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (
+        flags.Error,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        return error
+    return None
 
 
 def _load(source: str) -> ml_collections.ConfigDict:

@@ -9,7 +9,6 @@ Sources: Llama (arXiv 2302.13971), Llama 3 RoPE scaling (arXiv 2407.21783), Qwen
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -415,14 +414,16 @@ def _inner(
 
 
 def _keep_masks(key: jax.Array, dropout: float, shape: tuple[int, ...]) -> tuple[jax.Array, float]:
-    """Draws dropout's masks, bool of a shape, two entries from each random word.
+    """Draws dropout's masks, bool of a shape [..., N, D]. Each random word gives an entry of the
+    first half of the N rows and one of the second.
 
     Returns: the masks; the probability of True, which is 1 - dropout to the nearest 65,536th.
     """
-    drop, size = min(round(_LEVELS * dropout), _LEVELS - 1), math.prod(shape)
-    words = jax.random.bits(key, (-(-size // 2),), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:size].reshape(shape)
-    return halves >= drop, 1.0 - drop / _LEVELS
+    drop, (*lead, rows, width) = min(round(_LEVELS * dropout), _LEVELS - 1), shape
+    words = jax.random.bits(key, (*lead, -(-rows // 2), width), jnp.uint32)
+    # halves side by side in the last axis would be padded on a TPU, from 2 to 128
+    masks = jnp.concatenate([words % _LEVELS >= drop, words // _LEVELS >= drop], axis=-2)
+    return masks[..., :rows, :], 1.0 - drop / _LEVELS
 
 
 def _grouped(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -42,6 +42,8 @@ def test_a_packed_comparison_has_the_same_tables(grid, tmp_path):
     assert packed["config"] == {"model": "small", "task": "facts", "train.learning_rate": 0.25}
     assert packed["differences"] == {"sft": {}, "spear": {"train.learning_rate": 0.5}}
     assert packed["request"]["overrides"] == ["--config.data.path=news", "--config.rounds=2"]
+    told = json.loads((tmp_path / "all.json").read_text())["columns"]
+    assert "eval/accuracy" in told and "sim/clock" not in told  # which no run has
     assert len((tmp_path / "all.json").read_text().splitlines()) < 80  # a row is a line
 
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(DOCS))
 import docstrings  # noqa: E402 (docs/ is on the path only now)
 import draw_evidence  # noqa: E402
 import draw_imports  # noqa: E402
+import draw_server  # noqa: E402
 
 METHOD_HEADINGS = [
     "What it does", "Quick start", "Data it needs", "Loss", "Settings", "Metrics", "Source and departures",
@@ -201,3 +202,11 @@ def test_the_evidence_page_says_what_its_raw_files_say(tmp_path):
         assert f"<!-- {name} -->" in page
         again = draw_evidence.insert(page, name, draw_evidence.render(name, tmp_path / name))
         assert again == page, "run `python docs/draw_evidence.py`"
+
+
+def test_the_server_page_says_what_its_raw_files_say(tmp_path):
+    page = draw_server.PAGE.read_text(encoding="utf-8")
+    for name in draw_server.names():
+        assert (DOCS / f"server-{name}.png").is_file()
+        text, _ = draw_server.render(name, tmp_path / name)
+        assert draw_server.insert(page, name, text) == page, "run `python docs/draw_server.py`"
