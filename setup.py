@@ -103,7 +103,7 @@ setup(
         "docs": DOCS,
         "live": LIVE,
         # clients on real devices; commands and API change from one minor version to the next
-        "flower": ["flwr>=1.42,<1.43"],
+        "flower": ["flwr>=1.42,<1.43", "cryptography>=50,<51"],  # keys and ciphers of secure sums
         "postgres": ["psycopg[binary]>=3.2,<4"],  # serve --database=postgresql+psycopg://...
         # ipywidgets: without it tqdm warns in a notebook
         "notebooks": ["jupyterlab>=4,<5", "nbconvert>=7,<8", "ipywidgets>=8,<9"],

@@ -25,9 +25,8 @@ nb_execution_mode = "off"  # notebooks carry their output
 nb_merge_streams = True
 smartquotes = False  # two hyphens are an option of a command
 
-autodoc_mock_imports = ["flwr"]  # the site is built without the extra
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["flwr"]  # of an extra that the pages need not have
+autodoc_mock_imports = ["flwr", "cryptography"]  # of an extra that the pages need not have
 toc_object_entries = False  # the tree of pages beside each page would list 1,500 functions
 autodoc_typehints = "none"  # shapes and dtypes, which matter here, stand in the text
 default_role = "code"
