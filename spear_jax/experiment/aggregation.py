@@ -15,6 +15,7 @@ from spear_jax.federated.aggregation import refusals
 from spear_jax.federated.aggregation.attacks import ON_MODELS, Attack, attackers
 from spear_jax.federated.aggregation.attacks import check as check_attack
 from spear_jax.federated.aggregation.compression import COMPRESSORS
+from spear_jax.federated.aggregation.compression.rank import RankUplink
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.exactness import Metered
 from spear_jax.federated.aggregation.lora_rules import LORA_RULES
@@ -166,11 +167,13 @@ def delta_of(settings: Settings) -> float:
     return settings.privacy.delta or settings.federation.num_clients**-1.1
 
 
-def build_uplink(settings: Settings) -> Uplink | None:
+def build_uplink(settings: Settings) -> Uplink | RankUplink | None:
     """Builds what `compression` names; None: updates travel as they are."""
     compression = settings.compression
     if compression.kind == "none":
         return None
+    if compression.kind == RankUplink.name:
+        return RankUplink(compression.rank)
     compressor = with_numbers(COMPRESSORS[compression.kind], vars(compression))
     together = settings.federation.secure_sum
     return Uplink(compressor, compression.error_feedback, together, settings.seed)

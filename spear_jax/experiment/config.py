@@ -19,7 +19,7 @@ from spear_jax.core.errors import UserError, shown, unknown
 from spear_jax.core.settings import choice, group, number, one_of, positive
 from spear_jax.federated import partition
 from spear_jax.federated.aggregation.attacks import ON_MODELS
-from spear_jax.federated.aggregation.compression import COMPRESSORS
+from spear_jax.federated.aggregation.compression import KINDS as COMPRESSIONS
 from spear_jax.federated.aggregation.server_optimizer import RULES
 from spear_jax.federated.aggregation.weighting import KINDS as WEIGHTINGS
 from spear_jax.federated.drift import DRIFTS
@@ -169,10 +169,11 @@ class AggregationRules:
 class Compression:
     """How clients compress what they send."""
 
-    kind: str = choice("none", ("none", *COMPRESSORS))
+    kind: str = choice("none", ("none", *COMPRESSIONS))
     share: float = number(0.01, above=0, high=1)  # ρ of topk and randk
     levels: int = number(127, 1, 2**16)  # s of qsgd
     block: int = number(256, 1)  # numbers that share a step, of int8 and int4
+    rank: int = number(4, 1)  # r' of rank
     error_feedback: bool = False  # clients add what was lost to their next update
 
 

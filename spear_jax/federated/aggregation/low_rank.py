@@ -71,16 +71,15 @@ def best_adapter(x: np.ndarray, y: np.ndarray, rank: int) -> Factors:
 
     a has orthonormal columns, b carries the singular values; both are zero behind the rank of X Y.
     """
+    return truncate(x, y, rank)[:2]
+
+
+def truncate(x: np.ndarray, y: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `best_adapter` and the norm of what it drops, √Σ σ_dropped², float64[...]."""
     u, sigma, v = factor_svd(x, y)
     kept = min(rank, sigma.shape[-1])
     a = np.zeros((*u.shape[:-1], rank))
     b = np.zeros((*v.shape[:-2], rank, v.shape[-2]))
     a[..., :kept] = u[..., :kept]
     b[..., :kept, :] = sigma[..., :kept, None] * np.swapaxes(v[..., :kept], -1, -2)
-    return a, b
-
-
-def truncate(x: np.ndarray, y: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns `best_adapter` and the norm of what it drops, √Σ σ_dropped², float64[...]."""
-    _, sigma, _ = factor_svd(x, y)
-    return *best_adapter(x, y, rank), np.sqrt(np.sum(sigma[..., rank:] ** 2, -1))
+    return a, b, np.sqrt(np.sum(sigma[..., rank:] ** 2, -1))

@@ -29,6 +29,7 @@ from spear_jax.core.errors import unknown
 from spear_jax.core.mesh import to_host
 from spear_jax.federated.aggregation import exactness, vectors
 from spear_jax.federated.aggregation.attacks import Attack
+from spear_jax.federated.aggregation.compression.rank import RankUplink
 from spear_jax.federated.aggregation.compression.uplink import Uplink
 from spear_jax.federated.aggregation.exactness import Metered
 from spear_jax.federated.aggregation.lora_rules.base import LoraRule, Uploads, as_float32
@@ -80,7 +81,7 @@ class Aggregation:
     attack: Attack | None = None
     privacy: CentralPrivacy | None = None
     local_privacy: LocalPrivacy | None = None
-    uplink: Uplink | None = None
+    uplink: Uplink | RankUplink | None = None
     secure_sum: SecureSum | None = None
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
@@ -95,6 +96,11 @@ class Aggregation:
         parts = (self.attack, self.uplink, self.secure_sum, self.local_privacy)
         adapts = self.privacy is not None and self.privacy.adaptive is not None
         return reads_each or adapts or self.waits or any(part is not None for part in parts)
+
+    @property
+    def products(self) -> int:
+        """Returns the rank of the changes of products that clients send; 0: they send factors."""
+        return self.uplink.rank if isinstance(self.uplink, RankUplink) else 0
 
     @property
     def client_transforms(self) -> tuple[ClientTransform, ...]:
@@ -152,7 +158,7 @@ class Aggregation:
             rank = int(kept["rank"][client]) if "rank" in kept else full
             plain = self.rule.bytes_up(adapter, rank, round)
             if self.uplink is not None:
-                plain = self.uplink.compressor.bytes_of(plain // 4)
+                plain = self.uplink.bytes_up(self.rule, adapter, rank, round)
             received = self.rule.bytes_down(adapter, rank, round, kept)
             if self.drift is not None:
                 one = self.rule.bytes_up(adapter, rank, round)
@@ -189,7 +195,8 @@ class Received(NamedTuple):
     """What the server has of a cohort.
 
     Attributes:
-        updates: leaves float32[C, ...], zeros where they were not finite.
+        updates: leaves float32[C, ...], zeros where they were not finite; of changes of products
+            their factors.
         weight: float64[C], 0 likewise.
         metrics: by name.
         rejected: ids of the clients whose numbers were not finite.
@@ -418,9 +425,9 @@ def conclude(
     shares, even = _shares(aggregation.reducer, own(updates), weight[active])
     uploads = Uploads(
         ids[active], own(starts), own(updates), shares, even, aggregation.scale, aggregation.rate,
-        number,
+        number, aggregation.products,
     )  # fmt: skip
-    if active.any() and not aggregation.rule.personal:
+    if active.any() and not aggregation.rule.personal and not aggregation.products:
         metrics |= exactness.metrics(exactness.squares(uploads))
     if private:
         after, change, kept, told = _private_step(
@@ -462,12 +469,12 @@ def receive(
         told, kept = aggregation.local_privacy.count(ids[ids != aggregation.root], kept)
         metrics |= told
     if aggregation.uplink is not None and active.any():
-        own, travels = (
-            vectors.take(updates, active),
-            _travels(updates, aggregation.rule, number),
-        )
-        sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept)
+        own, begun = vectors.take(updates, active), vectors.take(starts, active)
+        travels = _travels(updates, aggregation.rule, number)
+        sent, lost, kept = aggregation.uplink.send(own, ids[active], number, travels, kept, begun)
         metrics["round/compression_error"] = lost
+        if aggregation.products:  # other arrays than the updates
+            updates = jax.tree.map(lambda y: np.zeros((len(ids), *y.shape[1:]), y.dtype), sent)
         updates = jax.tree.map(lambda x, y: _put(x, active, y), updates, sent)
     accepted = vectors.finite(updates) & np.isfinite(weight) & (weight >= 0)
     rejected = ids[((weight > 0) | ~np.isfinite(weight) | (weight < 0)) & ~accepted].tolist()

@@ -102,6 +102,7 @@ def reasons(given: Choices) -> dict[str, str]:
                 "compression.error_feedback needs a compression.kind; take int8, int4, qsgd, topk or "
                 "randk, or set error_feedback=False.",
             ),
+            *_of_products(given, name),
             (
                 "gauge_memory",
                 rule.turns_basis and given.ema_teacher,
@@ -136,6 +137,31 @@ def _of_secure_sum(given: Choices, name: str) -> list[tuple[str, bool, str]]:
             given.secure_sum and given.compression not in ("none", "randk"),
             f"compression.kind is {given.compression!r}, whose codes differ by client, so that they "
             "cannot be summed; with federation.secure_sum take none or randk.",
+        ),
+    ]
+
+
+def _of_products(given: Choices, name: str) -> list[tuple[str, bool, str]]:
+    sends = given.compression == "rank"
+    return [
+        (
+            "truncation_rule",
+            sends and not given.rule.adds_products,
+            f"compression.kind=rank sends products, which {name} cannot average factor by factor; set "
+            "--config.federation.lora_rule=flexlora, or flora.",
+        ),
+        (
+            "truncation_reducer",
+            sends and given.reducer_name != "mean",
+            f"compression.kind=rank sends factors that each client turns its own way, but "
+            f"federation.reducer {given.reducer_name!r} measures their numbers; set "
+            "--config.federation.reducer=mean, or take another compression.kind.",
+        ),
+        (
+            "truncation_memory",
+            sends and given.error_feedback,
+            "compression.kind=rank loses a part of a product, whose memory would be whole weights; set "
+            "--config.compression.error_feedback=False, or take topk, randk, int8, int4 or qsgd.",
         ),
     ]
 

@@ -340,9 +340,9 @@ def test_the_table_of_refusals_holds(vector):
     given, want, _ = vector("refusals")
     checked, seen = 0, set()
     for case, refused in zip(given["cases"], want["refused"], strict=True):
-        # no rank of products is sent, and S_k of hetlora is not summed behind masks
-        if ELSEWHERE & case.keys() or case.get("compression") == "rank":
+        if ELSEWHERE & case.keys():
             continue
+        # S_k of hetlora is not summed behind masks
         if case.get("secure_sum") and case.get("rule") == "hetlora":
             continue
         found = refusals.reasons(choices(case, given["defaults"]))
@@ -350,7 +350,7 @@ def test_the_table_of_refusals_holds(vector):
         checked, seen = checked + 1, seen | set(refused)
         for message in found.values():
             assert re.search(r"(?i)take |set |raise |lower ", message), message
-    assert checked >= 39
+    assert checked >= 40
     assert seen == {
         "robust_coordinates", "robust_count", "mixed_ranks", "server_optimiser", "base_quantised",
         "base_references", "gauge_memory", "server_rule_alone",
@@ -358,6 +358,7 @@ def test_the_table_of_refusals_holds(vector):
         "async_server", "async_drift", "async_over_selection",
         "feedback_without_compression", "dp_weights", "dp_sampling", "dp_rule", "dp_robust",
         "dp_over_selection", "dp_adaptive", "secure_needs_sum", "secure_blockwise",
+        "truncation_rule",
     }  # fmt: skip
 
 
@@ -412,6 +413,23 @@ def test_the_table_of_refusals_holds(vector):
             "whose cohorts have any size",
         ),
         ({"federation.sampling": "poisson", "federation.aggregation": "local"}, "may draw nobody"),
+        ({"compression.kind": "rank"}, "set --config.federation.lora_rule=flexlora, or flora"),
+        (
+            {
+                "compression.kind": "rank",
+                "federation.lora_rule": "flora",
+                "federation.reducer": "geometric_median",
+            },
+            "'geometric_median' measures their numbers; set --config.federation.reducer=mean",
+        ),
+        (
+            {
+                "compression.kind": "rank",
+                "federation.lora_rule": "flexlora",
+                "compression.error_feedback": True,
+            },
+            "would be whole weights; set --config.compression.error_feedback=False",
+        ),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_before_anything_compiles(changes, message):

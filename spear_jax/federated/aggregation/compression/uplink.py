@@ -8,6 +8,8 @@ import numpy as np
 
 from spear_jax.core.rng import path_rng, purpose
 from spear_jax.federated.aggregation.compression.base import Compressor
+from spear_jax.federated.aggregation.lora_rules.base import LoraRule
+from spear_jax.models.params import Adapter
 
 QUANTISE = purpose("quantise")
 
@@ -33,14 +35,25 @@ class Uplink:
         size = sum(x.size for x in jax.tree.leaves(adapter))
         return {"memory": np.zeros((clients, size), np.float32)} if self.error_feedback else {}
 
+    def bytes_up(self, rule: LoraRule, adapter: Adapter, rank: int, round: int) -> int:
+        """Returns the bytes that a client of that rank sends."""
+        return self.compressor.bytes_of(rule.bytes_up(adapter, rank, round) // 4)
+
     def send(
-        self, updates: Any, clients: np.ndarray, round: int, sent: np.ndarray, kept: dict[str, Any]
+        self,
+        updates: Any,
+        clients: np.ndarray,
+        round: int,
+        sent: np.ndarray,
+        kept: dict[str, Any],
+        starts: Any = None,
     ) -> tuple[Any, float, dict[str, Any]]:
         """Sends updates up.
 
         Args:
             updates: leaves float32[n, ...]; clients: int[n], their ids.
             sent: bool[d], the numbers that travel; the others stay as they are.
+            starts: what clients started from, likewise; not needed here.
         Returns: what the server reads, likewise; the mean of ‖x̂ − x‖ / ‖x‖ over clients with
             an update; what is kept.
         """

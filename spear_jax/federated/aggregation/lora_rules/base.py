@@ -39,6 +39,8 @@ class Uploads:
         scale: s = alpha / rank.
         rate: η, `federation.server_rate`.
         round: 1-based.
+        products: the rank of the changes of products that clients sent; `updates` then has their
+            factors. 0: clients sent updates of their own factors.
     """
 
     clients: np.ndarray
@@ -49,6 +51,7 @@ class Uploads:
     scale: float
     rate: float
     round: int
+    products: int = 0
 
     @property
     def ended(self) -> Adapter:
@@ -70,10 +73,17 @@ class Uploads:
         return as_float32(jax.tree.map(step, adapter, self.updates))
 
     def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Yields (projection, a float64[n, L', in, R], b float64[n, L', R, out]), as trained."""
+        """Yields (projection, a float64[n, L', in, R], b float64[n, L', R, out]), as trained.
+
+        Of products, a = [a⁰ | x] and b = [b⁰; y] of rank R + r', whose product is a⁰ b⁰ + x y.
+        """
         ended = lambda x, y: np.asarray(x, np.float64) + y  # of one projection at a time
         for name, start in self.starts.by_name().items():
-            pair = jax.tree.map(ended, start, getattr(self.updates, name))
+            update = getattr(self.updates, name)
+            if self.products:
+                yield name, *low_rank.stack([1.0, 1.0], [start.a, update.a], [start.b, update.b])
+                continue
+            pair = jax.tree.map(ended, start, update)
             yield name, pair.a, pair.b
 
 
@@ -89,6 +99,7 @@ class LoraRule(abc.ABC):
             model for all.
         rates: whether η other than 1 has a meaning.
         turns_basis: whether the adapter's columns mean something else after each round.
+        adds_products: whether the products of clients' factors are all that it reads.
         penalty: λ of the norm of what lies behind `tails`, added to each local step's loss.
     """
 
@@ -99,6 +110,7 @@ class LoraRule(abc.ABC):
     personal: ClassVar[bool] = False
     rates: ClassVar[bool] = True
     turns_basis: ClassVar[bool] = False
+    adds_products: ClassVar[bool] = False
     penalty: float = 0.0
 
     def trains(self, round: int) -> str:

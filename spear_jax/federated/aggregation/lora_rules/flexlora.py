@@ -38,6 +38,7 @@ class FlexLoRA(LoraRule):
     linear: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     turns_basis: ClassVar[bool] = True
+    adds_products: ClassVar[bool] = True
     form: str = "delta"
 
     def combine(self, uploads: Uploads, adapter: Adapter, kept: Kept) -> tuple[Adapter, Kept]:

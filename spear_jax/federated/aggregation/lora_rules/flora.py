@@ -41,6 +41,7 @@ class FLoRA(LoraRule):
     mixed_ranks: ClassVar[bool] = True
     changes_base: ClassVar[bool] = True
     rates: ClassVar[bool] = False
+    adds_products: ClassVar[bool] = True
     seed: int = 0
 
     def combine(self, uploads: Uploads, adapter: Adapter, kept: Kept) -> tuple[Adapter, Kept]:
@@ -49,7 +50,11 @@ class FLoRA(LoraRule):
             x, y = low_rank.stack(chosen.shares, a, b)
             base[name] = (base[name] + uploads.scale * (x @ y)).astype(np.float32)
         full = rank_of(adapter)
-        ranks = kept["rank"][chosen.clients] if "rank" in kept else full * len(chosen.clients)
+        ranks = (
+            kept["rank"][chosen.clients] if "rank" in kept else np.full(len(chosen.clients), full)
+        )
+        if uploads.products:
+            ranks = np.minimum(ranks, uploads.products)
         total = kept["base_rank"] + np.int32(np.sum(ranks))
         fresh = self.draw(adapter, uploads.round)
         return fresh, kept | {"base": base, "base_rank": np.asarray(total, np.int32)}
