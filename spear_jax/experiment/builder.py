@@ -34,6 +34,7 @@ from spear_jax.core.mesh import (
 from spear_jax.core.rng import purpose
 from spear_jax.core.types import Example, Progress, no_progress
 from spear_jax.experiment import config as configs
+from spear_jax.experiment import device_memory
 from spear_jax.experiment.aggregation import (
     build_aggregation,
     build_asynchronous,
@@ -52,7 +53,7 @@ from spear_jax.federated.aggregation.pipeline import (
 from spear_jax.federated.aggregation.reducers import ClientTransform, Reducer
 from spear_jax.federated.aggregation.robust.fltrust import FLTrust
 from spear_jax.federated.federation import Federation, broadcast_to_clients
-from spear_jax.federated.local_training import LocalConfig, optimiser
+from spear_jax.federated.local_training import optimiser
 from spear_jax.federated.schedule import Schedule
 from spear_jax.federated.state import ServerState
 from spear_jax.feedback.attacks import ON_FEEDBACK, with_attackers
@@ -60,12 +61,10 @@ from spear_jax.feedback.base import Feedback
 from spear_jax.feedback.registry import get_feedback
 from spear_jax.models import cost_model
 from spear_jax.models.attention import check_kernel
-from spear_jax.models.config import ModelConfig
-from spear_jax.models.decoder import REMAT, Decoder
+from spear_jax.models.decoder import Decoder
 from spear_jax.models.io import peft
 from spear_jax.models.io.huggingface import LoadedModel, load_model
 from spear_jax.models.io.quantize_weights import quantiser
-from spear_jax.models.io.tensor_map import DTYPES
 from spear_jax.models.lora import LoraConfig, check_lora, init_lora
 from spear_jax.models.params import Adapter
 from spear_jax.packing.shape_buckets import ShapeBuckets
@@ -74,7 +73,7 @@ from spear_jax.rollout.prompts import PromptRenderer
 from spear_jax.rollout.sampler import Sampler
 from spear_jax.rollout.scorer import Scorer
 from spear_jax.rollout.token_sampling import SamplingConfig
-from spear_jax.rollout.tokenized_data import TokenizedData, tokenize
+from spear_jax.rollout.tokenized_data import tokenize
 from spear_jax.rollout.worker import RolloutWorker
 from spear_jax.tasks.base import Task
 from spear_jax.tasks.loading import load_examples
@@ -228,7 +227,9 @@ def build(
     worker = build_worker(
         settings, algorithm, feedback, evaluator, train_set, clients, model, mesh, progress
     )
-    decoder = choose_remat(settings, decoder, algorithm, worker.data, model, mesh.shape[CLIENTS])
+    decoder = device_memory.choose_remat(
+        settings, decoder, algorithm, worker.data, model, mesh.shape[CLIENTS]
+    )
     shapes = evaluator.scorer.shapes
     federation = build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, clients, own
@@ -334,32 +335,6 @@ def build_decoder(settings: Settings, model: LoadedModel) -> Decoder:
     # rollouts and evaluation have no backward pass, and what suits training is not known yet
     remat = "attention" if settings.train.remat == "auto" else settings.train.remat
     return Decoder(model.config, lora, remat, kernel)
-
-
-def choose_remat(
-    settings: Settings,
-    decoder: Decoder,
-    algorithm: Algorithm,
-    data: TokenizedData,
-    model: LoadedModel,
-    devices: int,
-) -> Decoder:
-    """Returns the decoder of local training: where train.remat is "auto", with the least that needs
-    to be computed again on this device while its clients train together (`clients_together`).
-
-    Args: devices: that clients are spread over.
-    """
-    if settings.train.remat != "auto":
-        return decoder
-    each = lambda remat: bytes_per_client(
-        settings, dataclasses.replace(decoder, remat=remat), algorithm, data
-    )
-    fed, whole = settings.federation, cost_model.whole_device_bytes()
-    own = clients_together(settings, decoder.config, algorithm, data, devices)
-    together = fed.clients_at_once or cost_model.fitting(own, 0, None)
-    left = None if whole is None else whole - bytes_on_a_device(model.base)
-    chosen = REMAT.index(cost_model.fitting_remat(each, together, left))
-    return dataclasses.replace(decoder, remat=REMAT[broadcast_from_main(chosen)])
 
 
 def build_renderer(
@@ -540,9 +515,11 @@ def build_federation(
 ) -> Federation:
     """Builds the federation; raises UserError where the clients that train together cannot fit."""
     fed, train = settings.federation, settings.train
-    each = bytes_per_client(settings, decoder, algorithm, worker.data)
+    each = device_memory.bytes_per_client(settings, decoder, algorithm, worker.data)
     devices = mesh.shape[CLIENTS]
-    together = clients_together(settings, model.config, algorithm, worker.data, devices)
+    together = device_memory.clients_together(
+        settings, model.config, algorithm, worker.data, devices
+    )
     aggregation = build_aggregation(
         settings, decoder, own.reducer, own.lora_rule, own.optimizer, own.transforms,
         list(map(len, clients)),
@@ -556,7 +533,7 @@ def build_federation(
         mesh=mesh,
         shapes=shapes,
         clients=clients,
-        local=local_config(settings, together, each),
+        local=device_memory.local_config(settings, together, each),
         aggregation=aggregation,
         schedule=Schedule(
             settings.rounds,
@@ -574,83 +551,7 @@ def build_federation(
         clients_per_round=fed.clients_per_round,
         sampling=fed.sampling,
         colliding_streams=fed.colliding_streams,
-        max_tokens_per_block=max_tokens_per_block(settings, decoder.config),
+        max_tokens_per_block=device_memory.max_tokens_per_block(settings, decoder.config),
         seed=settings.seed,
         cohort_limit=settings.privacy.cohort_limit,
-    )
-
-
-def local_config(settings: Settings, together: int, each: int) -> LocalConfig:
-    """Returns the settings of local training.
-
-    Args: together: of `clients_together`; each: bytes of one client.
-    """
-    train, fed = settings.train, settings.federation
-    free = broadcast_from_main(cost_model.device_bytes() or 0) or None
-    at_once = fed.clients_at_once or cost_model.fitting(together, each, free)
-    if fed.aggregation == "local":
-        at_once = 1  # a local-only client trains alone
-    cost_model.check_memory(at_once, each, free)
-    return LocalConfig(
-        clients_at_once=at_once,
-        normalize=train.normalize,
-        max_grad_norm=train.max_grad_norm,
-        weight_decay=train.weight_decay,
-        anchor_weight=train.anchor_weight,
-        anchor_gradient=train.anchor_gradient,
-        prox=fed.prox,
-        ema_decay=train.ema_decay,
-        head_chunk=train.head_chunk,
-    )
-
-
-def max_tokens_per_block(settings: Settings, model: ModelConfig) -> int:
-    """Returns the tokens of a block, at most: what is set, or what fills the device."""
-    return settings.train.max_tokens_per_block or cost_model.filling_tokens(model)
-
-
-def block_tokens(
-    settings: Settings, model: ModelConfig, algorithm: Algorithm, data: TokenizedData
-) -> int:
-    """Estimates the tokens of the largest block that may come."""
-    common, together = algorithm.common, algorithm.layout.rows_per_group
-    p, t = data.prompt_length, data.completion_length
-    rows = 4 * common.accumulation * common.batch_size * together  # wins and loses, or a group's
-    tokens = min(max_tokens_per_block(settings, model), rows * (p + t))
-    return max(tokens, p + max(2, together) * t)
-
-
-def clients_together(
-    settings: Settings, model: ModelConfig, algorithm: Algorithm, data: TokenizedData, devices: int
-) -> int:
-    """Returns how many of a round's clients train together on a device, as far as memory allows:
-    all, or those whose blocks fill it.
-
-    Args: devices: that clients are spread over.
-    """
-    tokens = block_tokens(settings, model, algorithm, data)
-    filling = max(1, cost_model.filling_tokens(model) // tokens)
-    return min(filling, -(-settings.federation.clients_per_round // devices))
-
-
-def bytes_per_client(
-    settings: Settings, decoder: Decoder, algorithm: Algorithm, data: TokenizedData
-) -> int:
-    """Estimates the bytes of one client's local training, beside the base, for the largest block
-    that may come.
-    """
-    make = functools.partial(init_lora, lora=decoder.lora, model=decoder.config)
-    lora = jax.eval_shape(make, jax.random.key(0))
-    adapter = sum(leaf.size * 4 for leaf in jax.tree.leaves(lora))
-    tokens = block_tokens(settings, decoder.config, algorithm, data)
-    length = data.prompt_length + data.completion_length
-    return cost_model.bytes_per_client(
-        decoder.config,
-        cost_model.BlockSizes(tokens, tokens, tokens * length, tokens),
-        settings.train.head_chunk,
-        adapter,
-        decoder.remat,
-        itemsize=DTYPES[settings.dtype].itemsize,
-        dropout=decoder.lora.dropout > 0,
-        parts=settings.devices.model,
     )

@@ -13,7 +13,7 @@ from spear_jax.algorithms.base import WorkEstimate
 from spear_jax.core.files import writing
 from spear_jax.core.mesh import CLIENTS, MODEL, bytes_on_a_device
 from spear_jax.core.types import Example, Tally
-from spear_jax.experiment import builder, run_folder
+from spear_jax.experiment import device_memory, run_folder
 from spear_jax.experiment.builder import Experiment
 from spear_jax.experiment.config import default_config, flatten
 from spear_jax.federated import partition
@@ -103,7 +103,9 @@ def needs(built: Experiment) -> dict[str, int | None]:
     """
     settings, federation, model = built.settings, built.federation, built.model.config
     worker = federation.worker
-    each = builder.bytes_per_client(settings, federation.decoder, federation.algorithm, worker.data)
+    each = device_memory.bytes_per_client(
+        settings, federation.decoder, federation.algorithm, worker.data
+    )
     # not on a CPU: generation has a copy of the layers with the adapter merged in (`as_policy`), and
     # one as decoding reads them (`decoder.unstack`)
     copies = 0 if jax.default_backend() == "cpu" else 1 + (settings.quantize == "none")

@@ -28,7 +28,7 @@ from spear_jax.benchmark.workload import Preset, Workload
 from spear_jax.core.errors import UserError, unknown
 from spear_jax.core.mesh import CLIENTS, base_placer, make_mesh, replicate, shard_rows
 from spear_jax.core.types import Example
-from spear_jax.experiment import builder
+from spear_jax.experiment import builder, device_memory
 from spear_jax.experiment import config as configs
 from spear_jax.experiment.builder import Experiment, OwnParts
 from spear_jax.experiment.config import Settings
@@ -191,7 +191,7 @@ def build(
     scorer = Scorer(decoder, shapes, place, count)
     evaluator = build_evaluator(settings, work, sampling[2], sampler, scorer)
     worker = build_worker(settings, work, algorithm, model, mesh, evaluator, sampling, generates)
-    decoder = builder.choose_remat(settings, decoder, algorithm, worker.data, model, count)
+    decoder = device_memory.choose_remat(settings, decoder, algorithm, worker.data, model, count)
     own = np.arange(len(worker.examples)).reshape(work.preset.clients, -1)
     federation = builder.build_federation(
         settings, algorithm, worker, decoder, model, mesh, shapes, list(own), OwnParts()
