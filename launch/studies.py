@@ -101,6 +101,8 @@ COMPRESSED = (
         for kind in ("topk", "randk")
         for share in (0.1, 0.01)
     ),
+    "flexlora:spear:federation.lora_rule=flexlora",
+    "rank_4:spear:federation.lora_rule=flexlora,compression.kind=rank",
 )
 # a version of fedbuff has two clients' updates, of fedasync one, of a synchronous round five
 CLOCKS = (
