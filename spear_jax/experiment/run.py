@@ -144,7 +144,7 @@ class Run:
         self.state: ServerState
         self.line: dict[str, Any]  # the newest line of metrics.jsonl; {} before the first
         self._stopped = False
-        self._told = False
+        self._told = self._told_clipped = False
         self._open(resume)
 
     @property
@@ -419,6 +419,7 @@ class Run:
             experiment.shapes.freeze()  # from here on batches are padded into shapes that exist
         self.line = metrics
         self._tell_left_out(number, metrics)
+        self._tell_clipped(number, metrics.get("secure/clipped", 0.0))
         if is_due(self.settings, number) or self._over():
             metrics |= self._evaluated(number)
         metrics["time/checkpoint"] = blocked
@@ -451,6 +452,18 @@ class Run:
                 f"note: round {number} left out {clients} clients whose updates are NaN or "
                 f"infinite, and {skipped:.0%} of the steps, whose gradients are; further rounds "
                 "are counted in round/clients_not_finite and train/skipped_steps",
+                sys.stderr,
+            )
+
+    def _tell_clipped(self, number: int, share: float) -> None:
+        """Says, once in a run, that the secure sum cut numbers off."""
+        if share and not self._told_clipped and is_main_process():
+            self._told_clipped = True
+            bound = self.settings.aggregation.secure_bound
+            say(
+                f"note: round {number} cut {share:.2%} of all updates' numbers, times weight, to "
+                f"aggregation.secure_bound={bound:g}; raise it, or set "
+                "federation.weighting=uniform. Further rounds are counted in secure/clipped",
                 sys.stderr,
             )
 

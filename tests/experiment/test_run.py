@@ -292,6 +292,18 @@ def test_the_servers_step_ends_a_run_where_it_overflows(tmp_path):
         open_run(config, tmp_path).train()
 
 
+def test_a_run_says_once_that_a_secure_sum_cuts_numbers(tmp_path, capsys):
+    config = plain(**{"rounds": 2, "federation.secure_sum": True, "aggregation.secure_bound": 1e-5})
+    config.aggregation.secure_bits = 24
+    open_run(config, tmp_path).train()
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["secure/clipped"] <= 1 for line in lines[1:])
+    said = [
+        x for x in capsys.readouterr().err.splitlines() if "aggregation.secure_bound=1e-05" in x
+    ]
+    assert len(said) == 1 and "raise it" in said[0]
+
+
 class Terse(sj.Feedback):
     """Says the same of every answer."""
 

@@ -429,6 +429,9 @@ def conclude(
     )  # fmt: skip
     if active.any() and not aggregation.rule.personal and not aggregation.products:
         metrics |= exactness.metrics(exactness.squares(uploads))
+    if aggregation.secure_sum is not None and active.any():
+        sent = aggregation.rule.sent(uploads.updates, number)
+        metrics["secure/clipped"] = aggregation.secure_sum.clipped(weight[active], sent)
     if private:
         after, change, kept, told = _private_step(
             aggregation, state, start, uploads, weight[active], below[active], kept

@@ -68,6 +68,12 @@ class SecureSum:
         ]
         return jax.tree.unflatten(tree, sums)
 
+    def clipped(self, weight: np.ndarray, updates: Any) -> float:
+        """Returns the share of the numbers w_k δ_k that are beyond c. Arguments as for `total`."""
+        leaves = [vectors.rows(x) for x in jax.tree.leaves(updates)]
+        beyond = sum((np.abs(x) * weight[:, None] > self.bound).sum() for x in leaves)
+        return float(beyond / max(1, sum(x.size for x in leaves)))
+
     def mass(self, weight: np.ndarray, round: int) -> float:
         """Returns Σ w_k; each counts up to what the sum can hold."""
         rngs = [path_rng(self.seed, MASK, round, slot, 1) for slot in range(len(weight))]

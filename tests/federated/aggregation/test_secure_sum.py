@@ -57,6 +57,12 @@ def test_a_round_behind_masks_is_a_round():
     np.testing.assert_allclose(
         ended(Aggregation(secure_sum=SecureSum()), delta, weight), plain, atol=4 / 2**17 / 11
     )
+    # 7 times the update reaches beyond 1 somewhere, and that is told
+    tight = Aggregation(secure_sum=SecureSum(0.9))
+    start = init_server(tight, pair(np.zeros(30)), {}, jax.random.key(0), 9)
+    done = end_round(tight, start, (pair(delta), np.float32(weight)), range(4))
+    beyond = np.abs(np.float32(delta) * np.float32(weight)[:, None]) > 0.9
+    assert 0 < done.metrics["secure/clipped"] == beyond.sum() / (3 * 30)
     # an attacker is not clipped: nobody sees its update
     clipped = Aggregation(
         reducer=NormClip(0.1), attack=Attack("scale", (0,), 5.0), secure_sum=SecureSum()
