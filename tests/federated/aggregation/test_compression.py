@@ -178,6 +178,16 @@ def test_the_server_adds_products_that_clients_have_cut():
     assert "round/aggregation_error" not in done.metrics  # no factors are seen
 
 
+@pytest.mark.parametrize("rule", [FlexLoRA(), FLoRA()])
+def test_a_round_without_a_finite_product_changes_nothing(rule):
+    start, ended = drawn_cohort(rule)
+    ended = jax.tree.map(lambda x: x * np.float32(np.nan), ended)
+    _, done = ended_round(rule, RankUplink(1), start, ended)
+    assert done.rejected == [0, 1, 2] and done.metrics["round/failed"] == 1
+    for got, old in zip(jax.tree.leaves(done.state.lora), jax.tree.leaves(start), strict=True):
+        np.testing.assert_array_equal(got, old)
+
+
 def test_flora_counts_the_rank_that_was_sent():
     start, ended = drawn_cohort(FLoRA())
     ranks = [

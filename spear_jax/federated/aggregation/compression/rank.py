@@ -33,8 +33,8 @@ class RankUplink:
         return {}
 
     def bytes_up(self, rule: LoraRule, adapter: Adapter, rank: int, round: int) -> int:
-        """Returns the bytes that a client of that rank sends, 4 r' (in + out) for each projection and
-        layer.
+        """Returns the bytes that a client of that rank sends, 4 min(r', 2 rank) (in + out) for each
+        projection and layer: columns behind the rank of P_k are zero, and do not travel.
         """
         return factor_bytes(adapter, min(self.rank, 2 * rank), "ab")
 
